@@ -1,0 +1,1 @@
+//! ffn_sparse
