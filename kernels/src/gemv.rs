@@ -1,1 +1,1 @@
-//! gemv
+//! Product of a matrix and one activation row.
