@@ -52,6 +52,7 @@ pub struct ActBatch {
     q: Vec<i8>,
     scales: Vec<f32>,
     sums: Vec<f32>,
+    block_sums: Vec<i32>,
     half_sums: Vec<i32>,
 }
 
@@ -66,6 +67,8 @@ pub struct ActRef<'a> {
     pub scales: &'a [f32],
     /// `[n_blocks]` sum of each block's real values: `scale · Σq` (Q8) or `Σx` in 8 lanes (F32).
     pub sums: &'a [f32],
+    /// `[n_blocks]` integer sum of each block (mode `Q8`, else empty).
+    pub block_sums: &'a [i32],
     /// `[n_blocks · 2]` integer sums of each 16 values (mode `Q8`, else empty).
     pub half_sums: &'a [i32],
 }
@@ -83,6 +86,7 @@ impl ActBatch {
             q: vec![0; q8 * BLOCK],
             scales: vec![0.0; q8],
             sums: vec![0.0; n_blocks],
+            block_sums: vec![0; q8],
             half_sums: vec![0; q8 * 2],
         }
     }
@@ -116,6 +120,7 @@ impl ActBatch {
             q: &self.q[q8.start * BLOCK..q8.end * BLOCK],
             scales: &self.scales[q8.clone()],
             sums: &self.sums[b],
+            block_sums: &self.block_sums[q8.clone()],
             half_sums: &self.half_sums[q8.start * 2..q8.end * 2],
         }
     }
@@ -143,18 +148,31 @@ impl ActBatch {
             }
             return;
         }
-        let q = &mut self.q[b.start * BLOCK..b.end * BLOCK];
-        let scales = &mut self.scales[b.clone()];
-        let half_sums = &mut self.half_sums[b.start * 2..b.end * 2];
+        let out = Q8Blocks {
+            q: &mut self.q[b.start * BLOCK..b.end * BLOCK],
+            scales: &mut self.scales[b.clone()],
+            sums,
+            block_sums: &mut self.block_sums[b.clone()],
+            half_sums: &mut self.half_sums[b.start * 2..b.end * 2],
+        };
         match cpu.tier() {
             #[cfg(target_arch = "x86_64")]
             Tier::Avx2 | Tier::Avx512 | Tier::Avx512Vnni => {
                 // SAFETY: a `Cpu` exists only for tiers that the machine has; all of these have AVX2.
-                unsafe { x86::quantize(values, q, scales, sums, half_sums) }
+                unsafe { x86::quantize(values, out) }
             }
-            _ => quantize_scalar(values, q, scales, sums, half_sums),
+            _ => quantize_scalar(values, out),
         }
     }
+}
+
+/// Where the blocks of one row go.
+struct Q8Blocks<'a> {
+    q: &'a mut [i8],
+    scales: &'a mut [f32],
+    sums: &'a mut [f32],
+    block_sums: &'a mut [i32],
+    half_sums: &'a mut [i32],
 }
 
 /// Sum of a block of 32 in the order of the f32 products: 8 lanes by k mod 8, joined by a tree.
@@ -175,13 +193,7 @@ pub(crate) fn join_lanes(l: [f32; 8]) -> f32 {
 /// The specification of 8-bit activation blocks.
 ///
 /// A block with a value that is not finite gets a NaN scale, so that it surfaces in every product.
-fn quantize_scalar(
-    values: &[f32],
-    q: &mut [i8],
-    scales: &mut [f32],
-    sums: &mut [f32],
-    half_sums: &mut [i32],
-) {
+fn quantize_scalar(values: &[f32], out: Q8Blocks<'_>) {
     for (b, block) in values.chunks_exact(BLOCK).enumerate() {
         let amax = block.iter().fold(0.0f32, |max, x| x.abs().max(max));
         let finite = block.iter().all(|x| x.is_finite());
@@ -192,13 +204,14 @@ fn quantize_scalar(
             let mut sum = 0;
             for k in half * 16..(half + 1) * 16 {
                 let rounded = if finite { (block[k] * inverse).round_ties_even() as i8 } else { 0 };
-                q[b * BLOCK + k] = rounded;
+                out.q[b * BLOCK + k] = rounded;
                 sum += i32::from(rounded);
             }
-            half_sums[2 * b + half] = sum;
+            out.half_sums[2 * b + half] = sum;
         }
-        scales[b] = scale;
-        sums[b] = scale * (half_sums[2 * b] + half_sums[2 * b + 1]) as f32;
+        out.block_sums[b] = out.half_sums[2 * b] + out.half_sums[2 * b + 1];
+        out.scales[b] = scale;
+        out.sums[b] = scale * out.block_sums[b] as f32;
     }
 }
 
@@ -206,22 +219,16 @@ fn quantize_scalar(
 mod x86 {
     use std::arch::x86_64::*;
 
-    use super::BLOCK;
+    use super::{BLOCK, Q8Blocks};
 
     /// [`super::quantize_scalar`] with AVX2.
     ///
     /// # Safety
     /// The machine has AVX2. Slice lengths fit: 32, 32, 1, 1 and 2 values a block.
     #[target_feature(enable = "avx2,fma")]
-    pub(super) unsafe fn quantize(
-        values: &[f32],
-        q: &mut [i8],
-        scales: &mut [f32],
-        sums: &mut [f32],
-        half_sums: &mut [i32],
-    ) {
+    pub(super) unsafe fn quantize(values: &[f32], out: Q8Blocks<'_>) {
+        let Q8Blocks { q, scales, sums, block_sums, half_sums } = out;
         assert!(q.len() == values.len() && scales.len() * BLOCK == values.len());
-        assert!(sums.len() == scales.len() && half_sums.len() == 2 * scales.len());
         let magnitude = _mm256_castsi256_ps(_mm256_set1_epi32(0x7fff_ffff));
         for b in 0..scales.len() {
             // SAFETY: `values` and `q` hold 32 values for each of the blocks (asserted above).
@@ -257,6 +264,7 @@ mod x86 {
                 let high = sum_i32(_mm256_add_epi32(i[2], i[3]));
                 half_sums[2 * b] = low;
                 half_sums[2 * b + 1] = high;
+                block_sums[b] = low + high;
                 scales[b] = scale;
                 sums[b] = scale * (low + high) as f32;
             }

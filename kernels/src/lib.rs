@@ -10,12 +10,14 @@ pub mod elementwise;
 pub mod error;
 pub mod ffn_sparse;
 pub mod gemm;
-pub mod gemv;
 pub mod matrix;
 pub mod norm;
 pub mod quant;
 pub mod rope;
+mod dot;
 mod simd;
+#[cfg(test)]
+mod testing;
 
 pub use activations::{ActBatch, ActRef, ActivationMode};
 pub use cpu::{Cpu, Tier};

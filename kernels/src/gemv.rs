@@ -1,1 +1,0 @@
-//! Product of a matrix and one activation row.
