@@ -1,0 +1,234 @@
+//! GGUF files: read in place from a memory mapping, and written atomically.
+//!
+//! Nothing in a file is trusted: every count, length, offset, alignment, type and shape is checked
+//! against the file's real length before it is used, so that a bad file gives a [`GgufError`] that
+//! names the key or tensor, and neither a panic nor an allocation larger than the file explains.
+//!
+//! Source: the GGUF specification, versions 2 and 3, little-endian
+//! (`docs/gguf.md` in the ggml repository).
+
+mod cursor;
+mod error;
+mod ggml_type;
+mod magic;
+mod metadata;
+mod names;
+mod tensor_info;
+mod value;
+
+use std::path::Path;
+
+use bytes::Bytes;
+
+pub use error::GgufError;
+pub use ggml_type::GgmlType;
+pub use magic::Variant;
+pub use metadata::Metadata;
+pub use tensor_info::TensorInfo;
+pub use value::{Array, ArrayIter, Value, ValueType};
+
+use crate::mapped_file::MappedFile;
+use cursor::{Cursor, Place};
+
+/// Alignment of the data section and of each tensor where the file does not state one, in bytes.
+pub const DEFAULT_ALIGNMENT: usize = 32;
+/// Largest alignment accepted, in bytes.
+const MAX_ALIGNMENT: u64 = 1 << 24;
+/// Metadata key of the alignment.
+const ALIGNMENT_KEY: &str = "general.alignment";
+
+/// An open GGUF file: checked header, and data read on demand from the mapping.
+#[derive(Debug, Clone)]
+pub struct GgufFile {
+    mapped: Option<MappedFile>,
+    bytes: Bytes,
+    variant: Variant,
+    version: u32,
+    alignment: usize,
+    data_start: usize,
+    metadata: Metadata,
+    tensors: Vec<TensorInfo>,
+    /// Indices into `tensors`, ordered by name.
+    by_name: Vec<u32>,
+}
+
+/// Which part of a model that is spread over several files.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Shard {
+    /// Position of this file, from 0.
+    pub index: u32,
+    /// Number of files.
+    pub count: u32,
+}
+
+impl GgufFile {
+    /// Maps the file at `path` and checks its header.
+    ///
+    /// # Errors
+    /// The file cannot be mapped, is not GGUF 2 or 3 in little-endian order, or anything in its
+    /// header is impossible. All name the file.
+    pub fn open(path: impl AsRef<Path>) -> Result<GgufFile, GgufError> {
+        let mapped = MappedFile::open(path)?;
+        let mut file =
+            GgufFile::from_bytes(mapped.bytes().clone()).map_err(|cause| GgufError::InFile {
+                path: mapped.path().to_path_buf(),
+                cause: Box::new(cause),
+            })?;
+        file.mapped = Some(mapped);
+        Ok(file)
+    }
+
+    /// Checks the header of a file that is in memory.
+    ///
+    /// # Errors
+    /// As [`open`](GgufFile::open), without the file's name.
+    pub fn from_bytes(bytes: Bytes) -> Result<GgufFile, GgufError> {
+        let variant = Variant::detect(&bytes)?;
+        let mut cursor = Cursor::new(&bytes);
+        cursor.take(4, Place::Header)?;
+        let version = checked_version(cursor.u32(Place::Header)?)?;
+        let n_tensors = cursor.u64(Place::Header)?;
+        let n_keys = cursor.u64(Place::Header)?;
+        let metadata = Metadata::read(&bytes, &mut cursor, n_keys)?;
+        let alignment = checked_alignment(&metadata)?;
+        let entries = tensor_info::read_table(&mut cursor, n_tensors, variant)?;
+        let data_start = (cursor.position() as u64).next_multiple_of(alignment as u64);
+        let tensors = tensor_info::place(entries, data_start, alignment, bytes.len())?;
+        let by_name = names::sorted(&tensors, |tensor| tensor.name()).map_err(|tensor| {
+            GgufError::DuplicateTensor {
+                tensor: tensor.to_owned(),
+            }
+        })?;
+        Ok(GgufFile {
+            mapped: None,
+            variant,
+            version,
+            alignment,
+            // A file without tensors may end before the next multiple of the alignment.
+            data_start: (data_start as usize).min(bytes.len()),
+            metadata,
+            tensors,
+            by_name,
+            bytes,
+        })
+    }
+
+    /// The path, if the file was opened by [`open`](GgufFile::open).
+    pub fn path(&self) -> Option<&Path> {
+        self.mapped.as_ref().map(MappedFile::path)
+    }
+
+    /// The mapping, if the file was opened by [`open`](GgufFile::open).
+    pub fn mapped(&self) -> Option<&MappedFile> {
+        self.mapped.as_ref()
+    }
+
+    /// Length of the whole file in bytes.
+    pub fn len_bytes(&self) -> usize {
+        self.bytes.len()
+    }
+
+    /// The magic that the file starts with.
+    pub fn variant(&self) -> Variant {
+        self.variant
+    }
+
+    /// Version of the format: 2 or 3.
+    pub fn version(&self) -> u32 {
+        self.version
+    }
+
+    /// Alignment of the data in bytes.
+    pub fn alignment(&self) -> usize {
+        self.alignment
+    }
+
+    /// Where the tensors' data begins, in bytes from the start of the file.
+    pub fn data_start(&self) -> usize {
+        self.data_start
+    }
+
+    /// Keys and values.
+    pub fn metadata(&self) -> &Metadata {
+        &self.metadata
+    }
+
+    /// All tensors in the order of the file's table.
+    pub fn tensors(&self) -> &[TensorInfo] {
+        &self.tensors
+    }
+
+    /// The tensor called `name`, if it is there.
+    pub fn tensor(&self, name: &str) -> Option<&TensorInfo> {
+        names::find(&self.tensors, &self.by_name, |tensor| tensor.name(), name)
+    }
+
+    /// The tensor called `name`.
+    ///
+    /// # Errors
+    /// [`GgufError::MissingTensor`], which says so if the file is one shard of several.
+    pub fn require_tensor(&self, name: &str) -> Result<&TensorInfo, GgufError> {
+        self.tensor(name).ok_or_else(|| GgufError::MissingTensor {
+            tensor: name.to_owned(),
+            cure: match self.shard() {
+                Some(Shard { index, count }) => format!(
+                    "this file is shard {} of {count}: join them with `llama-gguf-split --merge`",
+                    index + 1
+                ),
+                None => "the file is incomplete for this use: convert the model again".to_owned(),
+            },
+        })
+    }
+
+    /// A tensor's data, without copying; it keeps the mapping alive.
+    ///
+    /// # Panics
+    /// If `tensor` belongs to another, longer file.
+    pub fn tensor_data(&self, tensor: &TensorInfo) -> Bytes {
+        self.bytes.slice(tensor.file_range())
+    }
+
+    /// Takes the pages of a tensor's data out of this process once it has been copied; see
+    /// [`MappedFile::drop_pages`].
+    pub fn drop_tensor_pages(&self, tensor: &TensorInfo) {
+        if let Some(mapped) = &self.mapped {
+            mapped.drop_pages(tensor.file_range());
+        }
+    }
+
+    /// Which shard this is, if the model is spread over several files.
+    pub fn shard(&self) -> Option<Shard> {
+        let count = self.metadata.get_u32("split.count").ok()??;
+        let index = self.metadata.get_u32("split.no").ok()??;
+        (count > 1 && index < count).then_some(Shard { index, count })
+    }
+}
+
+fn checked_version(version: u32) -> Result<u32, GgufError> {
+    match version {
+        2 | 3 => Ok(version),
+        // The number is in the upper bytes: written in the other byte order.
+        _ if version != 0 && version & 0xffff == 0 => Err(GgufError::BigEndian),
+        1 => Err(GgufError::Version {
+            version,
+            cure: "convert the model again",
+        }),
+        _ => Err(GgufError::Version {
+            version,
+            cure: "the file is damaged, or newer than this program",
+        }),
+    }
+}
+
+fn checked_alignment(metadata: &Metadata) -> Result<usize, GgufError> {
+    let alignment = metadata
+        .get_u64(ALIGNMENT_KEY)?
+        .unwrap_or(DEFAULT_ALIGNMENT as u64);
+    if alignment.is_power_of_two() && alignment <= MAX_ALIGNMENT {
+        return Ok(alignment as usize);
+    }
+    Err(GgufError::Alignment {
+        alignment,
+        limit: MAX_ALIGNMENT,
+    })
+}
