@@ -33,7 +33,9 @@ impl FromStr for ActivationMode {
         match text {
             "f32" => Ok(ActivationMode::F32),
             "q8" => Ok(ActivationMode::Q8),
-            _ => Err(KernelError::UnknownActivationMode { name: text.to_owned() }),
+            _ => Err(KernelError::UnknownActivationMode {
+                name: text.to_owned(),
+            }),
         }
     }
 }
@@ -77,7 +79,11 @@ impl ActBatch {
     /// Room for `capacity` rows of `n_cols` values.
     pub fn new(mode: ActivationMode, n_cols: usize, capacity: usize) -> Self {
         let n_blocks = n_cols.div_ceil(BLOCK) * capacity;
-        let q8 = if mode == ActivationMode::Q8 { n_blocks } else { 0 };
+        let q8 = if mode == ActivationMode::Q8 {
+            n_blocks
+        } else {
+            0
+        };
         Self {
             mode,
             n_cols,
@@ -114,7 +120,11 @@ impl ActBatch {
     /// Row `token`.
     pub fn token(&self, token: usize) -> ActRef<'_> {
         let b = self.blocks(token);
-        let q8 = if self.mode == ActivationMode::Q8 { b.clone() } else { 0..0 };
+        let q8 = if self.mode == ActivationMode::Q8 {
+            b.clone()
+        } else {
+            0..0
+        };
         ActRef {
             values: &self.values[b.start * BLOCK..b.end * BLOCK],
             q: &self.q[q8.start * BLOCK..q8.end * BLOCK],
@@ -203,7 +213,11 @@ fn quantize_scalar(values: &[f32], out: Q8Blocks<'_>) {
         for half in 0..2 {
             let mut sum = 0;
             for k in half * 16..(half + 1) * 16 {
-                let rounded = if finite { (block[k] * inverse).round_ties_even() as i8 } else { 0 };
+                let rounded = if finite {
+                    (block[k] * inverse).round_ties_even() as i8
+                } else {
+                    0
+                };
                 out.q[b * BLOCK + k] = rounded;
                 sum += i32::from(rounded);
             }
@@ -227,7 +241,13 @@ mod x86 {
     /// The machine has AVX2. Slice lengths fit: 32, 32, 1, 1 and 2 values a block.
     #[target_feature(enable = "avx2,fma")]
     pub(super) unsafe fn quantize(values: &[f32], out: Q8Blocks<'_>) {
-        let Q8Blocks { q, scales, sums, block_sums, half_sums } = out;
+        let Q8Blocks {
+            q,
+            scales,
+            sums,
+            block_sums,
+            half_sums,
+        } = out;
         assert!(q.len() == values.len() && scales.len() * BLOCK == values.len());
         let magnitude = _mm256_castsi256_ps(_mm256_set1_epi32(0x7fff_ffff));
         for b in 0..scales.len() {
@@ -244,7 +264,9 @@ mod x86 {
                 let total = _mm256_add_ps(_mm256_add_ps(a[0], a[1]), _mm256_add_ps(a[2], a[3]));
                 let zero = _mm256_mul_ps(total, _mm256_setzero_ps());
                 let bad = _mm256_movemask_ps(_mm256_cmp_ps(zero, zero, _CMP_UNORD_Q)) != 0
-                    && std::slice::from_raw_parts(at, BLOCK).iter().any(|x| !x.is_finite());
+                    && std::slice::from_raw_parts(at, BLOCK)
+                        .iter()
+                        .any(|x| !x.is_finite());
                 let scale = if bad { f32::NAN } else { amax / 127.0 };
                 let inverse = if scale > 0.0 { 127.0 / amax } else { 0.0 };
                 let inverse = if inverse.is_finite() { inverse } else { 0.0 };

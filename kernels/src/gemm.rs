@@ -35,7 +35,11 @@ pub fn gemv(cpu: Cpu, m: MatrixRef<'_>, x: ActRef<'_>, rows: Range<usize>, out: 
         let group = &m.bytes[(rows.start / ROW_GROUP + n) * group_bytes..][..group_bytes];
         let mut edge = [0.0; ROW_GROUP];
         let whole = out.len() == ROW_GROUP;
-        let to = if whole { out.as_mut_ptr() } else { edge.as_mut_ptr() };
+        let to = if whole {
+            out.as_mut_ptr()
+        } else {
+            edge.as_mut_ptr()
+        };
         // SAFETY: the group is whole, `x` has the matrix's columns, `to` has room for 16 values.
         unsafe { run_tile(cpu, &m, group, [x], [to]) };
         if !whole {
@@ -58,8 +62,15 @@ pub fn gemm(
     mut out: StridedOut<'_>,
 ) {
     check(&m, &rows, x.n_cols().next_multiple_of(crate::quant::BLOCK));
-    assert!(tokens.end <= x.capacity(), "tokens {tokens:?} of {}", x.capacity());
-    assert!(out.n_tokens() == tokens.len() && out.n_rows() == rows.len(), "output fits");
+    assert!(
+        tokens.end <= x.capacity(),
+        "tokens {tokens:?} of {}",
+        x.capacity()
+    );
+    assert!(
+        out.n_tokens() == tokens.len() && out.n_rows() == rows.len(),
+        "output fits"
+    );
     let group_bytes = ROW_GROUP * m.shape.row_bytes();
     for first in rows.clone().step_by(ROW_GROUP) {
         let columns = first - rows.start..(first + ROW_GROUP).min(rows.end) - rows.start;
@@ -91,10 +102,18 @@ fn group_tokens(
     let whole = out.n_rows() == ROW_GROUP;
     let mut done = 0;
     while done < tokens.len() {
-        let step = if tokens.len() - done >= TILE_TOKENS { TILE_TOKENS } else { 1 };
+        let step = if tokens.len() - done >= TILE_TOKENS {
+            TILE_TOKENS
+        } else {
+            1
+        };
         let mut to = [std::ptr::null_mut(); TILE_TOKENS];
         for t in 0..step {
-            to[t] = if whole { out.row(done + t).as_mut_ptr() } else { edge[t].as_mut_ptr() };
+            to[t] = if whole {
+                out.row(done + t).as_mut_ptr()
+            } else {
+                edge[t].as_mut_ptr()
+            };
         }
         let token = |t: usize| x.token(tokens.start + done + t);
         // SAFETY: the group is whole, `x` has the matrix's columns, each `to` room for 16 values.
@@ -136,9 +155,15 @@ unsafe fn run_tile<const T: usize>(
     out: [*mut f32; T],
 ) {
     let (quant, mode) = (m.shape.quant, cpu.mode());
-    let group = Group { start: group.as_ptr(), n_cols: m.shape.n_cols };
+    let group = Group {
+        start: group.as_ptr(),
+        n_cols: m.shape.n_cols,
+    };
     if mode == ActivationMode::Q8 && quant.is_quantised() {
-        assert!(x.iter().all(|x| x.q.len() >= group.n_cols), "activations have 8-bit blocks");
+        assert!(
+            x.iter().all(|x| x.q.len() >= group.n_cols),
+            "activations have 8-bit blocks"
+        );
     }
     #[cfg(target_arch = "x86_64")]
     // SAFETY: a `Cpu` exists only for tiers that the machine has; the rest is this contract.
@@ -227,8 +252,16 @@ mod x86 {
     }
 
     tier!(avx2, Avx2, "avx2,fma,f16c");
-    tier!(avx512, Avx512<false>, "avx2,fma,f16c,avx512f,avx512bw,avx512dq,avx512vl");
-    tier!(avx512_vnni, Avx512<true>, "avx2,fma,f16c,avx512f,avx512bw,avx512dq,avx512vl,avx512vnni");
+    tier!(
+        avx512,
+        Avx512<false>,
+        "avx2,fma,f16c,avx512f,avx512bw,avx512dq,avx512vl"
+    );
+    tier!(
+        avx512_vnni,
+        Avx512<true>,
+        "avx2,fma,f16c,avx512f,avx512bw,avx512dq,avx512vl,avx512vnni"
+    );
 }
 
 #[cfg(test)]
@@ -282,12 +315,20 @@ mod tests {
                 let mut many = vec![f32::NAN; 11 * n_rows];
                 let out = StridedOut::from_slice(&mut many, n_rows, 11, 0..n_rows);
                 gemm(cpu, m, &x, 0..11, 0..n_rows, out);
-                assert_eq!(bits(&many[n_rows..2 * n_rows]), bits(&one), "gemm equals gemv");
+                assert_eq!(
+                    bits(&many[n_rows..2 * n_rows]),
+                    bits(&one),
+                    "gemm equals gemv"
+                );
                 bits(&many)
             };
             let expected = run(Tier::Scalar);
             for tier in Tier::available() {
-                assert_eq!(run(tier), expected, "{quant} [{n_rows}, {n_cols}] {mode} {tier}");
+                assert_eq!(
+                    run(tier),
+                    expected,
+                    "{quant} [{n_rows}, {n_cols}] {mode} {tier}"
+                );
             }
         }
     }
@@ -305,13 +346,19 @@ mod tests {
             for (row, &out) in out.iter().enumerate() {
                 let mut w = vec![0.0; n_cols];
                 m.dequantize_row(row, &mut w);
-                let terms = w.iter().zip(x.token(0).values).map(|(&w, &x)| f64::from(w * x));
+                let terms = w
+                    .iter()
+                    .zip(x.token(0).values)
+                    .map(|(&w, &x)| f64::from(w * x));
                 let exact: f64 = terms.clone().sum();
                 let magnitude: f64 = terms.map(f64::abs).sum();
                 let q8 = mode == ActivationMode::Q8 && quant.is_quantised();
                 // one rounding step of an outlier's block is 20 / 127 of an ordinary value
                 let bound = if q8 { 0.06 } else { 1e-6 } * magnitude + 1e-7;
-                assert!((f64::from(out) - exact).abs() <= bound, "{quant} {mode}: {out} {exact}");
+                assert!(
+                    (f64::from(out) - exact).abs() <= bound,
+                    "{quant} {mode}: {out} {exact}"
+                );
             }
         }
     }
@@ -329,7 +376,12 @@ mod tests {
         let out = StridedOut::from_slice(&mut buffer, 100, 3, 10..40);
         gemm(cpu, m, &x, 0..3, 32..62, out);
         assert_eq!(buffer[210..240], whole[32..62]);
-        assert!(buffer[200..210].iter().chain(&buffer[240..]).all(|&v| v == 7.0));
+        assert!(
+            buffer[200..210]
+                .iter()
+                .chain(&buffer[240..])
+                .all(|&v| v == 7.0)
+        );
     }
 
     #[test]
@@ -344,7 +396,13 @@ mod tests {
                 values[40] = bad;
                 x.set(cpu, 0, &values);
                 let mut out = vec![0.0; 16];
-                gemv(cpu, MatrixRef::new(shape, &bytes), x.token(0), 0..16, &mut out);
+                gemv(
+                    cpu,
+                    MatrixRef::new(shape, &bytes),
+                    x.token(0),
+                    0..16,
+                    &mut out,
+                );
                 assert!(out.iter().all(|v| v.is_nan()), "{tier} {bad}");
             }
         }

@@ -70,7 +70,10 @@ impl MatrixShape {
         assert_eq!(first_row % together, 0, "first row starts a group");
         let n_rows = file_rows.len() / row_bytes;
         assert!(first_row + n_rows <= self.n_rows, "rows are in the matrix");
-        assert!(dst.len() >= n_rows.next_multiple_of(together) * row_bytes, "image is long enough");
+        assert!(
+            dst.len() >= n_rows.next_multiple_of(together) * row_bytes,
+            "image is long enough"
+        );
         for (group, rows) in file_rows.chunks(together * row_bytes).enumerate() {
             let image = &mut dst[group * together * row_bytes..][..together * row_bytes];
             self.pack_group(rows, image);
@@ -127,7 +130,11 @@ impl<'a> MatrixRef<'a> {
     /// # Panics
     /// When `bytes` is shorter than the shape says.
     pub fn new(shape: MatrixShape, bytes: &'a [u8]) -> Self {
-        assert!(bytes.len() >= shape.packed_bytes(), "{} bytes for {shape:?}", bytes.len());
+        assert!(
+            bytes.len() >= shape.packed_bytes(),
+            "{} bytes for {shape:?}",
+            bytes.len()
+        );
         Self { shape, bytes }
     }
 
@@ -149,7 +156,11 @@ impl<'a> MatrixRef<'a> {
 
     /// Calls `visit` with the bytes of every block of a row, in file order.
     pub(crate) fn each_block(&self, row: usize, mut visit: impl FnMut(usize, &[u8])) {
-        assert!(row < self.shape.n_rows, "row {row} of {}", self.shape.n_rows);
+        assert!(
+            row < self.shape.n_rows,
+            "row {row} of {}",
+            self.shape.n_rows
+        );
         let mut buffer = [0; BLOCK_BYTES_MAX];
         for block in 0..self.shape.n_blocks() {
             self.file_block(row, block, &mut buffer);
@@ -196,7 +207,10 @@ impl<'a> StridedOut<'a> {
         n_tokens: usize,
         columns: Range<usize>,
     ) -> Self {
-        assert!(columns.end <= stride && buffer.len() >= n_tokens * stride, "output fits");
+        assert!(
+            columns.end <= stride && buffer.len() >= n_tokens * stride,
+            "output fits"
+        );
         let start = buffer.as_mut_ptr().wrapping_add(columns.start);
         // SAFETY: the columns of all rows lie in `buffer`, which is borrowed for 'a.
         unsafe { Self::from_raw(start, stride, n_tokens, columns.len()) }
@@ -206,13 +220,14 @@ impl<'a> StridedOut<'a> {
     ///
     /// # Safety
     /// For 'a, all `n_tokens` rows are valid for writes, and nobody else touches them.
-    pub unsafe fn from_raw(
-        start: *mut f32,
-        stride: usize,
-        n_tokens: usize,
-        n_rows: usize,
-    ) -> Self {
-        Self { start, stride, n_tokens, n_rows, owner: PhantomData }
+    pub unsafe fn from_raw(start: *mut f32, stride: usize, n_tokens: usize, n_rows: usize) -> Self {
+        Self {
+            start,
+            stride,
+            n_tokens,
+            n_rows,
+            owner: PhantomData,
+        }
     }
 
     /// Tokens (rows of the buffer).
@@ -229,14 +244,15 @@ impl<'a> StridedOut<'a> {
     pub fn row(&mut self, token: usize) -> &mut [f32] {
         assert!(token < self.n_tokens, "token {token} of {}", self.n_tokens);
         // SAFETY: row `token` is valid and exclusive by the constructor's contract.
-        unsafe {
-            std::slice::from_raw_parts_mut(self.start.add(token * self.stride), self.n_rows)
-        }
+        unsafe { std::slice::from_raw_parts_mut(self.start.add(token * self.stride), self.n_rows) }
     }
 
     /// The same output without its first `n` tokens and from column `column` on, borrowed.
     pub(crate) fn part(&mut self, tokens: Range<usize>, rows: Range<usize>) -> StridedOut<'_> {
-        assert!(tokens.end <= self.n_tokens && rows.end <= self.n_rows, "part of the output");
+        assert!(
+            tokens.end <= self.n_tokens && rows.end <= self.n_rows,
+            "part of the output"
+        );
         // SAFETY: a part of rows that are valid and exclusive; `self` stays borrowed meanwhile.
         unsafe {
             StridedOut::from_raw(

@@ -68,9 +68,19 @@ impl Random {
 }
 
 /// A packed matrix and its bytes.
-pub(crate) fn pack(quant: QuantType, n_cols: usize, layout: Layout, rows: &[u8]) -> (MatrixShape, Vec<u8>) {
+pub(crate) fn pack(
+    quant: QuantType,
+    n_cols: usize,
+    layout: Layout,
+    rows: &[u8],
+) -> (MatrixShape, Vec<u8>) {
     let n_rows = rows.len() / quant.row_bytes(n_cols);
-    let shape = MatrixShape { quant, n_rows, n_cols, layout };
+    let shape = MatrixShape {
+        quant,
+        n_rows,
+        n_cols,
+        layout,
+    };
     let mut bytes = vec![0; shape.packed_bytes()];
     shape.pack(rows, 0, &mut bytes);
     (shape, bytes)

@@ -32,7 +32,12 @@ impl Isa for Avx2 {
 
     #[inline(always)]
     unsafe fn load(p: *const u8) -> I {
-        unsafe { (_mm256_loadu_si256(p.cast()), _mm256_loadu_si256(p.add(32).cast())) }
+        unsafe {
+            (
+                _mm256_loadu_si256(p.cast()),
+                _mm256_loadu_si256(p.add(32).cast()),
+            )
+        }
     }
     #[inline(always)]
     unsafe fn splat_i(v: i32) -> I {
@@ -84,15 +89,27 @@ impl Isa for Avx2 {
         unsafe {
             // byte nibble/2 of each lane into all four bytes of the lane
             let byte = (nibble / 2) as i32 * 0x0101_0101;
-            let lanes = _mm_setr_epi32(byte, byte + 0x0404_0404, byte + 0x0808_0808, byte + 0x0c0c_0c0c);
+            let lanes = _mm_setr_epi32(
+                byte,
+                byte + 0x0404_0404,
+                byte + 0x0808_0808,
+                byte + 0x0c0c_0c0c,
+            );
             let lanes = _mm256_broadcastsi128_si256(lanes);
-            let bits = if nibble.is_multiple_of(2) { 0x0804_0201 } else { 0x8040_2010_u32 as i32 };
+            let bits = if nibble.is_multiple_of(2) {
+                0x0804_0201
+            } else {
+                0x8040_2010_u32 as i32
+            };
             let bits = _mm256_set1_epi32(bits);
             let fifth = |h: __m256i| {
                 let spread = _mm256_and_si256(_mm256_shuffle_epi8(h, lanes), bits);
                 _mm256_and_si256(_mm256_cmpeq_epi8(spread, bits), _mm256_set1_epi8(16))
             };
-            (_mm256_or_si256(w.0, fifth(h.0)), _mm256_or_si256(w.1, fifth(h.1)))
+            (
+                _mm256_or_si256(w.0, fifth(h.0)),
+                _mm256_or_si256(w.1, fifth(h.1)),
+            )
         }
     }
     #[inline(always)]

@@ -65,9 +65,18 @@ impl<const VNNI: bool> Isa for Avx512<VNNI> {
         unsafe {
             // byte nibble/2 of each lane into all four bytes of the lane
             let byte = (nibble / 2) as i32 * 0x0101_0101;
-            let lanes = _mm_setr_epi32(byte, byte + 0x0404_0404, byte + 0x0808_0808, byte + 0x0c0c_0c0c);
+            let lanes = _mm_setr_epi32(
+                byte,
+                byte + 0x0404_0404,
+                byte + 0x0808_0808,
+                byte + 0x0c0c_0c0c,
+            );
             let spread = _mm512_shuffle_epi8(h, _mm512_broadcast_i32x4(lanes));
-            let bits = if nibble.is_multiple_of(2) { 0x0804_0201 } else { 0x8040_2010_u32 as i32 };
+            let bits = if nibble.is_multiple_of(2) {
+                0x0804_0201
+            } else {
+                0x8040_2010_u32 as i32
+            };
             let set = _mm512_test_epi8_mask(spread, _mm512_set1_epi32(bits));
             _mm512_mask_add_epi8(w, set, w, _mm512_set1_epi8(16))
         }

@@ -26,7 +26,10 @@ pub(crate) fn dot(m: MatrixRef<'_>, row: usize, x: ActRef<'_>, mode: ActivationM
 
 /// Whether the format adds a minimum to its values.
 pub(crate) const fn has_min(quant: QuantType) -> bool {
-    matches!(quant, QuantType::Q4_1 | QuantType::Q5_1 | QuantType::Q4_K | QuantType::Q5_K)
+    matches!(
+        quant,
+        QuantType::Q4_1 | QuantType::Q5_1 | QuantType::Q4_K | QuantType::Q5_K
+    )
 }
 
 fn block_q8(
@@ -47,10 +50,17 @@ fn block_q8(
         let scales = &block.sub_scales[2 * sub..];
         (half(0) * scales[0] + half(1) * scales[1], block.d)
     } else {
-        (half(0) + half(1), block.d * block.sub_scales[2 * sub] as f32)
+        (
+            half(0) + half(1),
+            block.d * block.sub_scales[2 * sub] as f32,
+        )
     };
     let acc = (sum as f32).mul_add(scale * x.scales[b], acc);
-    if has_min(quant) { block.mins[sub].mul_add(x.sums[b], acc) } else { acc }
+    if has_min(quant) {
+        block.mins[sub].mul_add(x.sums[b], acc)
+    } else {
+        acc
+    }
 }
 
 fn block_f32(
@@ -72,7 +82,11 @@ fn block_f32(
         let scale = block.d * block.sub_scales[2 * sub + start / 16] as f32;
         acc = join_lanes(lanes).mul_add(scale, acc);
     }
-    if has_min(quant) { block.mins[sub].mul_add(x.sums[b], acc) } else { acc }
+    if has_min(quant) {
+        block.mins[sub].mul_add(x.sums[b], acc)
+    } else {
+        acc
+    }
 }
 
 /// Float weights: 8 sums over the whole row.

@@ -88,7 +88,11 @@ pub(crate) unsafe fn q8<S: Isa, U: Unpack, const T: usize>(
                     let b = take_off::<S>(b, *sums.add(1), U::OFFSET_SHIFT);
                     S::add_i(S::mul_i(a, first), S::mul_i(b, second))
                 } else {
-                    let shift = if U::SIGNED { S::SIGNED_SHIFT } else { U::OFFSET_SHIFT };
+                    let shift = if U::SIGNED {
+                        S::SIGNED_SHIFT
+                    } else {
+                        U::OFFSET_SHIFT
+                    };
                     let sum = *x[t].block_sums.as_ptr().add(sub);
                     take_off::<S>(integers::<S, U>(&w, q, 0, 8), sum, shift)
                 };

@@ -76,7 +76,11 @@ unsafe fn nibbles<S: Isa>(planes: &Planes, sub: usize) -> [S::I; 8] {
         let mask = S::splat_i(0x0F0F_0F0F);
         let p: [S::I; 4] = std::array::from_fn(|j| planes.dwords::<S>(0, 4 * sub + j));
         std::array::from_fn(|j| {
-            if j < 4 { S::and(p[j], mask) } else { S::and(S::shr(p[j - 4], 4), mask) }
+            if j < 4 {
+                S::and(p[j], mask)
+            } else {
+                S::and(S::shr(p[j - 4], 4), mask)
+            }
         })
     }
 }
@@ -98,9 +102,7 @@ unsafe fn k_nibbles<S: Isa>(planes: &Planes, sub: usize) -> [S::I; 8] {
     unsafe {
         let mask = S::splat_i(0x0F0F_0F0F);
         let shift = 4 * (sub % 2) as u32;
-        std::array::from_fn(|j| {
-            S::and(S::shr(planes.dwords::<S>(0, sub / 2 * 8 + j), shift), mask)
-        })
+        std::array::from_fn(|j| S::and(S::shr(planes.dwords::<S>(0, sub / 2 * 8 + j), shift), mask))
     }
 }
 

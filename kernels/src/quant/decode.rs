@@ -115,7 +115,7 @@ fn half(bytes: &[u8], at: usize) -> f32 {
 }
 
 /// The 6-bit scale and minimum of sub-block `sub` out of 12 packed bytes.
-fn scale_min_k4(packed: &[u8], sub: usize) -> (u8, u8) {
+pub(crate) fn scale_min_k4(packed: &[u8], sub: usize) -> (u8, u8) {
     if sub < 4 {
         (packed[sub] & 63, packed[sub + 4] & 63)
     } else {

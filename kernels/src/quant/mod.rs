@@ -4,6 +4,7 @@
 
 mod decode;
 
+pub(crate) use decode::scale_min_k4;
 pub use decode::{DecodedBlock, dequantize_block};
 
 use half::f16;

@@ -1,0 +1,494 @@
+//! `down` with AVX2 and AVX-512: tiles of columns stay in registers over all neurons of a group.
+
+use std::arch::x86_64::*;
+use std::ops::Range;
+
+use super::super::NeuronRows;
+use super::super::tree::{SUBTREES_MAX, TreeStack};
+use super::{COLUMNS, DownScratch, GroupSpan, NEURONS, TOKENS};
+use crate::dot::row::{self, RowPlanes, RowUnpack};
+use crate::matrix::StridedOut;
+use crate::quant::{BLOCK, QuantType};
+
+/// 32 columns in registers.
+///
+/// # Safety
+/// All functions: the tier's instructions exist; pointers are valid for 32 values.
+trait Columns {
+    type Block: Copy;
+    /// Blocks of columns that registers hold beside the weights.
+    const TILE: usize;
+    unsafe fn zero() -> Self::Block;
+    /// a·w + y.
+    unsafe fn axpy(a: f32, w: Self::Block, y: Self::Block) -> Self::Block;
+    unsafe fn add(a: Self::Block, b: Self::Block) -> Self::Block;
+    unsafe fn load(p: *const f32) -> Self::Block;
+    unsafe fn store(p: *mut f32, v: Self::Block);
+    unsafe fn weights<R: Source>(planes: &RowPlanes, sub: usize) -> Self::Block;
+}
+
+/// Real values of 32 columns of a row, in any format.
+///
+/// # Safety
+/// The planes are a row's; sub-block `sub` is in it; AVX2 (AVX-512) exists.
+trait Source {
+    const QUANT: QuantType;
+    unsafe fn reals(planes: &RowPlanes, sub: usize) -> [__m256; 4];
+    unsafe fn reals_512(planes: &RowPlanes, sub: usize) -> [__m512; 2];
+}
+
+#[inline(always)]
+unsafe fn pair(low: __m256, high: __m256) -> __m512 {
+    // SAFETY: the caller has AVX-512.
+    unsafe { _mm512_insertf32x8(_mm512_castps256_ps512(low), high, 1) }
+}
+
+// SAFETY (whole impl): the trait's contract.
+#[allow(clippy::undocumented_unsafe_blocks)]
+impl<U: RowUnpack> Source for U {
+    const QUANT: QuantType = U::QUANT;
+
+    #[inline(always)]
+    unsafe fn reals(planes: &RowPlanes, sub: usize) -> [__m256; 4] {
+        unsafe { row::reals::<U>(planes, sub) }
+    }
+
+    #[inline(always)]
+    unsafe fn reals_512(planes: &RowPlanes, sub: usize) -> [__m512; 2] {
+        unsafe {
+            match U::QUANT {
+                QuantType::Q4_0 => {
+                    // value = table[nibble] · d; lanes of a permutation use their low 4 bits only
+                    let table = _mm512_setr_ps(
+                        -8.0, -7.0, -6.0, -5.0, -4.0, -3.0, -2.0, -1.0, 0.0, 1.0, 2.0, 3.0, 4.0,
+                        5.0, 6.0, 7.0,
+                    );
+                    let table = _mm512_mul_ps(table, _mm512_set1_ps(U::scale(planes, sub)));
+                    let both = _mm512_cvtepu8_epi32(_mm_loadu_si128(planes.block16(sub).cast()));
+                    [
+                        _mm512_permutexvar_ps(both, table),
+                        _mm512_permutexvar_ps(_mm512_srli_epi32(both, 4), table),
+                    ]
+                }
+                QuantType::Q8_0 => {
+                    let bytes = U::values(planes, sub);
+                    let scale = _mm512_set1_ps(U::scale(planes, sub));
+                    let half = |v: __m128i| {
+                        _mm512_mul_ps(_mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(v)), scale)
+                    };
+                    [
+                        half(_mm256_castsi256_si128(bytes)),
+                        half(_mm256_extracti128_si256(bytes, 1)),
+                    ]
+                }
+                _ => {
+                    let [a, b, c, d] = row::reals::<U>(planes, sub);
+                    [pair(a, b), pair(c, d)]
+                }
+            }
+        }
+    }
+}
+
+/// Float rows.
+macro_rules! float_source {
+    ($name:ident) => {
+        struct $name;
+        // SAFETY (whole impl): the trait's contract.
+        #[allow(clippy::undocumented_unsafe_blocks)]
+        impl Source for $name {
+            const QUANT: QuantType = QuantType::$name;
+
+            #[inline(always)]
+            unsafe fn reals(planes: &RowPlanes, sub: usize) -> [__m256; 4] {
+                let at = |n: usize| unsafe {
+                    row::floats(Self::QUANT, planes.start(), sub * BLOCK + 8 * n, 8)
+                };
+                [at(0), at(1), at(2), at(3)]
+            }
+
+            #[inline(always)]
+            unsafe fn reals_512(planes: &RowPlanes, sub: usize) -> [__m512; 2] {
+                unsafe {
+                    let [a, b, c, d] = Self::reals(planes, sub);
+                    [pair(a, b), pair(c, d)]
+                }
+            }
+        }
+    };
+}
+
+float_source!(F32);
+float_source!(F16);
+float_source!(BF16);
+
+struct Avx2;
+struct Avx512;
+
+// SAFETY (whole impl): the trait's contract.
+#[allow(clippy::undocumented_unsafe_blocks)]
+impl Columns for Avx2 {
+    type Block = [__m256; 4];
+    const TILE: usize = 3;
+
+    #[inline(always)]
+    unsafe fn zero() -> Self::Block {
+        unsafe { [_mm256_setzero_ps(); 4] }
+    }
+    #[inline(always)]
+    unsafe fn axpy(a: f32, w: Self::Block, y: Self::Block) -> Self::Block {
+        unsafe { std::array::from_fn(|n| _mm256_fmadd_ps(_mm256_set1_ps(a), w[n], y[n])) }
+    }
+    #[inline(always)]
+    unsafe fn add(a: Self::Block, b: Self::Block) -> Self::Block {
+        unsafe { std::array::from_fn(|n| _mm256_add_ps(a[n], b[n])) }
+    }
+    #[inline(always)]
+    unsafe fn load(p: *const f32) -> Self::Block {
+        unsafe { std::array::from_fn(|n| _mm256_loadu_ps(p.add(8 * n))) }
+    }
+    #[inline(always)]
+    unsafe fn store(p: *mut f32, v: Self::Block) {
+        unsafe {
+            for n in 0..4 {
+                _mm256_storeu_ps(p.add(8 * n), v[n]);
+            }
+        }
+    }
+    #[inline(always)]
+    unsafe fn weights<R: Source>(planes: &RowPlanes, sub: usize) -> Self::Block {
+        unsafe { R::reals(planes, sub) }
+    }
+}
+
+// SAFETY (whole impl): the trait's contract.
+#[allow(clippy::undocumented_unsafe_blocks)]
+impl Columns for Avx512 {
+    type Block = [__m512; 2];
+    const TILE: usize = 9;
+
+    #[inline(always)]
+    unsafe fn zero() -> Self::Block {
+        unsafe { [_mm512_setzero_ps(); 2] }
+    }
+    #[inline(always)]
+    unsafe fn axpy(a: f32, w: Self::Block, y: Self::Block) -> Self::Block {
+        unsafe { std::array::from_fn(|n| _mm512_fmadd_ps(_mm512_set1_ps(a), w[n], y[n])) }
+    }
+    #[inline(always)]
+    unsafe fn add(a: Self::Block, b: Self::Block) -> Self::Block {
+        unsafe { std::array::from_fn(|n| _mm512_add_ps(a[n], b[n])) }
+    }
+    #[inline(always)]
+    unsafe fn load(p: *const f32) -> Self::Block {
+        unsafe { [_mm512_loadu_ps(p), _mm512_loadu_ps(p.add(16))] }
+    }
+    #[inline(always)]
+    unsafe fn store(p: *mut f32, v: Self::Block) {
+        unsafe {
+            _mm512_storeu_ps(p, v[0]);
+            _mm512_storeu_ps(p.add(16), v[1]);
+        }
+    }
+    #[inline(always)]
+    unsafe fn weights<R: Source>(planes: &RowPlanes, sub: usize) -> Self::Block {
+        unsafe { R::reals_512(planes, sub) }
+    }
+}
+
+/// What one token adds.
+#[derive(Clone, Copy)]
+pub(super) struct Active<'a> {
+    pub(super) down: NeuronRows<'a>,
+    pub(super) ids: &'a [u32],
+    pub(super) a: &'a [f32],
+    pub(super) groups: &'a [GroupSpan],
+}
+
+/// What up to [`TOKENS`] tokens add.
+pub(super) struct Batch<'a> {
+    pub(super) down: NeuronRows<'a>,
+    /// From the first token on.
+    pub(super) act: &'a [f32],
+    pub(super) stride: usize,
+    pub(super) groups: &'a [GroupSpan],
+    /// Which rows of the outputs.
+    pub(super) tokens: Range<usize>,
+    pub(super) skip_zeros: bool,
+}
+
+/// Calls `$f::<C, format>` for the format of `$quant`.
+macro_rules! by_format {
+    ($quant:expr, $c:ty, $f:ident($($arg:expr),*)) => {
+        match $quant {
+            QuantType::F32 => $f::<$c, F32>($($arg),*),
+            QuantType::F16 => $f::<$c, F16>($($arg),*),
+            QuantType::BF16 => $f::<$c, BF16>($($arg),*),
+            QuantType::Q4_0 => $f::<$c, row::Q4_0>($($arg),*),
+            QuantType::Q4_1 => $f::<$c, row::Q4_1>($($arg),*),
+            QuantType::Q5_0 => $f::<$c, row::Q5_0>($($arg),*),
+            QuantType::Q5_1 => $f::<$c, row::Q5_1>($($arg),*),
+            QuantType::Q8_0 => $f::<$c, row::Q8_0>($($arg),*),
+            QuantType::Q4_K => $f::<$c, row::Q4_K>($($arg),*),
+            QuantType::Q5_K => $f::<$c, row::Q5_K>($($arg),*),
+            QuantType::Q6_K => $f::<$c, row::Q6_K>($($arg),*),
+        }
+    };
+}
+
+macro_rules! tier {
+    ($active:ident, $tokens:ident, $columns:ty, $features:literal) => {
+        /// # Safety
+        /// The machine has the features.
+        #[target_feature(enable = $features)]
+        pub(super) unsafe fn $active(
+            list: Active<'_>,
+            cols: Range<usize>,
+            sums: &mut [&mut [f32]],
+        ) {
+            // SAFETY: the features are enabled.
+            unsafe { by_format!(list.down.quant, $columns, active(list, cols, sums)) }
+        }
+
+        /// # Safety
+        /// The machine has the features.
+        #[target_feature(enable = $features)]
+        pub(super) unsafe fn $tokens(
+            batch: &Batch<'_>,
+            cols: Range<usize>,
+            scratch: &mut DownScratch,
+            sums: &mut [StridedOut<'_>],
+        ) {
+            // SAFETY: the features are enabled.
+            unsafe {
+                by_format!(
+                    batch.down.quant,
+                    $columns,
+                    tokens(batch, cols, scratch, sums)
+                )
+            }
+        }
+    };
+}
+
+tier!(active_avx2, tokens_avx2, Avx2, "avx2,fma,f16c");
+tier!(
+    active_avx512,
+    tokens_avx512,
+    Avx512,
+    "avx2,fma,f16c,avx512f,avx512bw,avx512dq,avx512vl"
+);
+
+/// All columns, in tiles of equal size.
+///
+/// # Safety
+/// The instructions of `C` exist; shapes were checked by the caller.
+#[inline(always)]
+unsafe fn active<C: Columns, R: Source>(
+    list: Active<'_>,
+    cols: Range<usize>,
+    sums: &mut [&mut [f32]],
+) {
+    let (mut block, end) = (cols.start / BLOCK, cols.end / BLOCK);
+    while block < end {
+        let n_tiles = (end - block).div_ceil(C::TILE);
+        let width = (end - block).div_ceil(n_tiles);
+        let at = (block - cols.start / BLOCK) * BLOCK;
+        // SAFETY: this function's contract; the tile's blocks are in the row.
+        unsafe {
+            match width {
+                1 => tile::<C, R, 1>(list, block, at, sums),
+                2 => tile::<C, R, 2>(list, block, at, sums),
+                3 => tile::<C, R, 3>(list, block, at, sums),
+                4 if C::TILE >= 4 => tile::<C, R, 4>(list, block, at, sums),
+                5 if C::TILE >= 5 => tile::<C, R, 5>(list, block, at, sums),
+                6 if C::TILE >= 6 => tile::<C, R, 6>(list, block, at, sums),
+                7 if C::TILE >= 7 => tile::<C, R, 7>(list, block, at, sums),
+                8 if C::TILE >= 8 => tile::<C, R, 8>(list, block, at, sums),
+                9 if C::TILE >= 9 => tile::<C, R, 9>(list, block, at, sums),
+                _ => unreachable!("tiles have 1 to {} blocks", C::TILE),
+            }
+        }
+        block += width;
+    }
+}
+
+/// `B` blocks of columns from block `first` of the rows, to column `at` of `sums`.
+///
+/// # Safety
+/// As [`active`]; the blocks are in the rows.
+#[inline(always)]
+unsafe fn tile<C: Columns, R: Source, const B: usize>(
+    list: Active<'_>,
+    first: usize,
+    at: usize,
+    sums: &mut [&mut [f32]],
+) {
+    let down = &list.down;
+    let n_blocks = down.n_embd / R::QUANT.block_values();
+    // SAFETY: this function's contract.
+    unsafe {
+        let mut stack = TreeStack::new();
+        let mut done = [[C::zero(); B]; SUBTREES_MAX + 1];
+        let mut len = 0;
+        for GroupSpan { group, span } in list.groups {
+            let mut y = [C::zero(); B];
+            for (&id, &a) in list.ids[span.clone()].iter().zip(&list.a[span.clone()]) {
+                let planes = RowPlanes::new(R::QUANT, down.row(id as usize).as_ptr(), n_blocks);
+                for b in 0..B {
+                    y[b] = C::axpy(a, C::weights::<R>(&planes, first + b), y[b]);
+                }
+            }
+            done[len] = y;
+            len += 1;
+            for _ in 0..stack.push(*group..group + 1) {
+                len -= 1;
+                for b in 0..B {
+                    done[len - 1][b] = C::add(done[len - 1][b], done[len][b]);
+                }
+            }
+        }
+        for (sum, y) in sums.iter_mut().zip(&done) {
+            let out = &mut sum[at..at + B * BLOCK];
+            for b in 0..B {
+                C::store(out.as_mut_ptr().add(b * BLOCK), y[b]);
+            }
+        }
+    }
+}
+
+/// All columns for up to [`TOKENS`] tokens.
+///
+/// # Safety
+/// As [`active`].
+#[inline(always)]
+unsafe fn tokens<C: Columns, R: Source>(
+    batch: &Batch<'_>,
+    cols: Range<usize>,
+    scratch: &mut DownScratch,
+    sums: &mut [StridedOut<'_>],
+) {
+    // registers hold the sums of one token beside the weights
+    let step = if C::TILE > 4 { COLUMNS } else { COLUMNS / 2 };
+    for first in cols.clone().step_by(step) {
+        let columns = first..(first + step).min(cols.end);
+        // SAFETY: this function's contract.
+        unsafe {
+            if columns.len() == COLUMNS {
+                token_columns::<C, R, 4>(batch, columns, cols.start, scratch, sums);
+            } else {
+                for pair in columns.clone().step_by(2 * BLOCK) {
+                    let part = pair..(pair + 2 * BLOCK).min(columns.end);
+                    if part.len() == 2 * BLOCK {
+                        token_columns::<C, R, 2>(batch, part, cols.start, scratch, sums);
+                    } else {
+                        token_columns::<C, R, 1>(batch, part, cols.start, scratch, sums);
+                    }
+                }
+            }
+        }
+    }
+}
+
+/// `B` blocks of columns; outputs start at column `origin` of the matrix.
+///
+/// # Safety
+/// As [`active`].
+#[inline(always)]
+unsafe fn token_columns<C: Columns, R: Source, const B: usize>(
+    batch: &Batch<'_>,
+    columns: Range<usize>,
+    origin: usize,
+    scratch: &mut DownScratch,
+    sums: &mut [StridedOut<'_>],
+) {
+    let n_tokens = batch.tokens.len();
+    let size = TOKENS * COLUMNS;
+    let mut stack = TreeStack::new();
+    let mut len = 0;
+    for GroupSpan { group, span } in batch.groups {
+        let y = &mut scratch.sums[len * size..][..n_tokens * B * BLOCK];
+        y.fill(0.0);
+        for first in span.clone().step_by(NEURONS) {
+            let neurons = first..(first + NEURONS).min(span.end);
+            // SAFETY: this function's contract.
+            unsafe { add_neurons::<C, R, B>(batch, neurons, columns.start, &mut scratch.rows, y) };
+        }
+        len += 1;
+        for _ in 0..stack.push(*group..group + 1) {
+            len -= 1;
+            let (left, right) = scratch.sums.split_at_mut(len * size);
+            let left = &mut left[(len - 1) * size..][..n_tokens * B * BLOCK];
+            for (left, right) in left.iter_mut().zip(&right[..n_tokens * B * BLOCK]) {
+                *left += right;
+            }
+        }
+    }
+    let at = columns.start - origin;
+    for (n, sum) in sums.iter_mut().enumerate() {
+        let y = &scratch.sums[n * size..][..n_tokens * B * BLOCK];
+        for (t, y) in batch.tokens.clone().zip(y.chunks_exact(B * BLOCK)) {
+            sum.row(t)[at..at + B * BLOCK].copy_from_slice(y);
+        }
+    }
+}
+
+/// Adds the neurons `neurons` (at most [`NEURONS`]) of all tokens to `y` (`[n_tokens, B · 32]`).
+///
+/// # Safety
+/// As [`active`].
+#[inline(always)]
+unsafe fn add_neurons<C: Columns, R: Source, const B: usize>(
+    batch: &Batch<'_>,
+    neurons: Range<usize>,
+    column: usize,
+    rows: &mut [f32],
+    y: &mut [f32],
+) {
+    let down = &batch.down;
+    let n_blocks = down.n_embd / R::QUANT.block_values();
+    let rows = &mut rows[..neurons.len() * B * BLOCK];
+    // SAFETY: this function's contract; `rows` and `y` hold B blocks per neuron and token.
+    unsafe {
+        for (neuron, row) in neurons.clone().zip(rows.chunks_exact_mut(B * BLOCK)) {
+            let planes = RowPlanes::new(R::QUANT, down.row(neuron).as_ptr(), n_blocks);
+            for b in 0..B {
+                let w = C::weights::<R>(&planes, column / BLOCK + b);
+                C::store(row.as_mut_ptr().add(b * BLOCK), w);
+            }
+        }
+        for (t, y) in y.chunks_exact_mut(B * BLOCK).enumerate() {
+            let a = &batch.act[t * batch.stride..][neurons.clone()];
+            let mut sums: [C::Block; B] =
+                std::array::from_fn(|b| C::load(y.as_ptr().add(b * BLOCK)));
+            let mut add = |n: usize| {
+                let row = rows.as_ptr().add(n * B * BLOCK);
+                for b in 0..B {
+                    sums[b] = C::axpy(a[n], C::load(row.add(b * BLOCK)), sums[b]);
+                }
+            };
+            if batch.skip_zeros {
+                let mut open = open_mask(a);
+                while open != 0 {
+                    add(open.trailing_zeros() as usize);
+                    open &= open - 1;
+                }
+            } else {
+                for n in 0..a.len() {
+                    add(n);
+                }
+            }
+            for b in 0..B {
+                C::store(y.as_mut_ptr().add(b * BLOCK), sums[b]);
+            }
+        }
+    }
+}
+
+/// Bit n is set where value n (of at most 32) is not zero.
+#[inline(always)]
+fn open_mask(a: &[f32]) -> u32 {
+    a.iter()
+        .enumerate()
+        .fold(0, |mask, (n, &a)| mask | (u32::from(a != 0.0) << n))
+}

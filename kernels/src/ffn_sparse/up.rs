@@ -1,0 +1,221 @@
+//! `up` of active neurons: a·(row · x).
+
+use std::ops::Range;
+
+use super::NeuronRows;
+use crate::activations::{ActBatch, ActRef, ActivationMode};
+use crate::cpu::{Cpu, Tier};
+use crate::dot::scalar;
+use crate::gemm::gemm;
+use crate::matrix::{Layout, MatrixRef, MatrixShape, ROW_GROUP, StridedOut};
+
+/// Writes `gate[j] · (up[ids[j]] · x)` to `out[j]` (overwritten); `x` is `[n_embd]`.
+///
+/// # Panics
+/// When an id has no row, or lengths differ.
+pub fn up_active(
+    cpu: Cpu,
+    up: NeuronRows<'_>,
+    x: ActRef<'_>,
+    ids: &[u32],
+    gate: &[f32],
+    out: &mut [f32],
+) {
+    assert!(
+        ids.len() == gate.len() && ids.len() == out.len(),
+        "one gate and output per id"
+    );
+    assert!(
+        x.values.len() >= up.n_embd,
+        "activations of n_embd {}",
+        up.n_embd
+    );
+    let q8 = cpu.mode() == ActivationMode::Q8 && up.quant.is_quantised();
+    assert!(
+        !q8 || x.q.len() >= up.n_embd,
+        "activations have 8-bit blocks"
+    );
+    #[cfg(target_arch = "x86_64")]
+    if cpu.tier() >= Tier::Avx2 {
+        // SAFETY: a `Cpu` exists only for tiers that the machine has; `x` fits (asserted).
+        unsafe { x86::up_active(up, x, q8, ids, gate, out) };
+        return;
+    }
+    debug_assert_eq!(cpu.tier(), Tier::Scalar);
+    for ((&id, &gate), out) in ids.iter().zip(gate).zip(out) {
+        *out = gate * scalar::dot(up.matrix(id as usize), 0, x, cpu.mode());
+    }
+}
+
+#[cfg(target_arch = "x86_64")]
+mod x86 {
+    use super::*;
+    use crate::dot::row::{self, RowPlanes, RowUnpack};
+    use crate::quant::QuantType;
+
+    /// # Safety
+    /// The machine has AVX2, FMA and F16C; `x` has `up.n_embd` values, with 8-bit blocks for `q8`.
+    #[target_feature(enable = "avx2,fma,f16c")]
+    pub(super) unsafe fn up_active(
+        up: NeuronRows<'_>,
+        x: ActRef<'_>,
+        q8: bool,
+        ids: &[u32],
+        gate: &[f32],
+        out: &mut [f32],
+    ) {
+        // SAFETY: this function's contract.
+        unsafe {
+            match up.quant {
+                QuantType::F32 | QuantType::F16 | QuantType::BF16 => {
+                    for ((&id, &gate), out) in ids.iter().zip(gate).zip(out) {
+                        let row = up.row(id as usize).as_ptr();
+                        *out = gate * row::dot_floats(up.quant, row, up.n_embd, x);
+                    }
+                }
+                QuantType::Q4_0 => blocks::<row::Q4_0>(up, x, q8, ids, gate, out),
+                QuantType::Q4_1 => blocks::<row::Q4_1>(up, x, q8, ids, gate, out),
+                QuantType::Q5_0 => blocks::<row::Q5_0>(up, x, q8, ids, gate, out),
+                QuantType::Q5_1 => blocks::<row::Q5_1>(up, x, q8, ids, gate, out),
+                QuantType::Q8_0 => blocks::<row::Q8_0>(up, x, q8, ids, gate, out),
+                QuantType::Q4_K => blocks::<row::Q4_K>(up, x, q8, ids, gate, out),
+                QuantType::Q5_K => blocks::<row::Q5_K>(up, x, q8, ids, gate, out),
+                QuantType::Q6_K => blocks::<row::Q6_K>(up, x, q8, ids, gate, out),
+            }
+        }
+    }
+
+    /// # Safety
+    /// As [`up_active`].
+    #[target_feature(enable = "avx2,fma,f16c")]
+    unsafe fn blocks<U: RowUnpack>(
+        up: NeuronRows<'_>,
+        x: ActRef<'_>,
+        q8: bool,
+        ids: &[u32],
+        gate: &[f32],
+        out: &mut [f32],
+    ) {
+        let n_blocks = up.n_embd / U::QUANT.block_values();
+        for ((&id, &gate), out) in ids.iter().zip(gate).zip(out) {
+            // SAFETY: the row is whole, `x` has its columns.
+            *out = gate
+                * unsafe {
+                    let planes = RowPlanes::new(U::QUANT, up.row(id as usize).as_ptr(), n_blocks);
+                    if q8 {
+                        row::dot_q8::<U>(&planes, up.n_embd, x)
+                    } else {
+                        row::dot_f32::<U>(&planes, up.n_embd, x)
+                    }
+                };
+        }
+    }
+}
+
+/// Memory that [`up_tokens`] works in, for one thread.
+#[derive(Debug)]
+pub struct UpScratch {
+    ids: Vec<u32>,
+    group: Vec<u8>,
+    products: Vec<f32>,
+}
+
+impl UpScratch {
+    /// Room for `n_tokens` tokens and `n_neurons` neurons whose rows have `row_bytes` bytes.
+    pub fn new(n_tokens: usize, n_neurons: usize, row_bytes: usize) -> Self {
+        Self {
+            ids: Vec::with_capacity(n_neurons),
+            group: vec![0; ROW_GROUP * row_bytes],
+            products: vec![0.0; ROW_GROUP * n_tokens],
+        }
+    }
+}
+
+/// Multiplies the open gates in `act` (`[n_tokens, neurons.len()]` f32: gates after ReLU, of
+/// neurons `neurons`) by `up · x` of their token. The rows of neurons whose gate is closed for all
+/// tokens are not read; zeros stay zero. Bits equal [`up_active`]'s. Returns how many rows it read.
+///
+/// # Panics
+/// When shapes do not fit.
+pub fn up_tokens(
+    cpu: Cpu,
+    up: NeuronRows<'_>,
+    x: &ActBatch,
+    tokens: Range<usize>,
+    neurons: Range<usize>,
+    act: &mut StridedOut<'_>,
+    scratch: &mut UpScratch,
+) -> usize {
+    assert!(
+        act.n_tokens() == tokens.len() && act.n_rows() == neurons.len(),
+        "activations fit"
+    );
+    let UpScratch {
+        ids,
+        group,
+        products,
+    } = scratch;
+    ids.clear();
+    // union of the active sets: first marks, then ids
+    ids.resize(neurons.len(), 0);
+    for t in 0..tokens.len() {
+        for (mark, &a) in ids.iter_mut().zip(act.row(t).iter()) {
+            *mark |= u32::from(a != 0.0);
+        }
+    }
+    let mut n_ids = 0;
+    for n in 0..neurons.len() {
+        let open = ids[n] != 0;
+        ids[n_ids] = n as u32;
+        n_ids += usize::from(open);
+    }
+    ids.truncate(n_ids);
+    let products = &mut products[..ROW_GROUP * tokens.len()];
+    for ids in ids.chunks(ROW_GROUP) {
+        let m = interleave(up, neurons.start, ids, group);
+        let out = StridedOut::from_slice(products, ROW_GROUP, tokens.len(), 0..ids.len());
+        gemm(cpu, m, x, tokens.clone(), 0..ids.len(), out);
+        for (t, products) in products.chunks_exact(ROW_GROUP).enumerate() {
+            let act = act.row(t);
+            for (&id, product) in ids.iter().zip(products) {
+                let a = &mut act[id as usize];
+                *a = if *a == 0.0 { 0.0 } else { *a * product };
+            }
+        }
+    }
+    n_ids
+}
+
+/// Rows `first + ids` as one interleaved group in `group`.
+fn interleave<'a>(
+    up: NeuronRows<'_>,
+    first: usize,
+    ids: &[u32],
+    group: &'a mut [u8],
+) -> MatrixRef<'a> {
+    let n_blocks = up.n_embd / up.quant.block_values();
+    for (lane, &id) in ids.iter().enumerate() {
+        let row = up.row(first + id as usize);
+        let mut at = 0;
+        for plane in up.quant.planes() {
+            let bytes = n_blocks * plane.units * plane.unit_bytes;
+            let units = row[at..at + bytes].chunks_exact(plane.unit_bytes);
+            let image = &mut group[at * ROW_GROUP..(at + bytes) * ROW_GROUP];
+            let places = image
+                .chunks_exact_mut(plane.unit_bytes)
+                .skip(lane)
+                .step_by(ROW_GROUP);
+            for (unit, place) in units.zip(places) {
+                place.copy_from_slice(unit);
+            }
+            at += bytes;
+        }
+    }
+    let shape = MatrixShape {
+        quant: up.quant,
+        n_rows: ids.len(),
+        n_cols: up.n_embd,
+        layout: Layout::Interleaved,
+    };
+    MatrixRef::new(shape, group)
+}
