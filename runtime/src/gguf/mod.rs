@@ -13,8 +13,12 @@ mod ggml_type;
 mod magic;
 mod metadata;
 mod names;
+mod owned_value;
+mod runnable;
+mod stream;
 mod tensor_info;
 mod value;
+mod writer;
 
 use std::path::Path;
 
@@ -24,8 +28,11 @@ pub use error::GgufError;
 pub use ggml_type::GgmlType;
 pub use magic::Variant;
 pub use metadata::Metadata;
+pub use owned_value::OwnedValue;
+pub use stream::GgufStream;
 pub use tensor_info::TensorInfo;
 pub use value::{Array, ArrayIter, Value, ValueType};
+pub use writer::GgufWriter;
 
 use crate::mapped_file::MappedFile;
 use cursor::{Cursor, Place};

@@ -6,7 +6,7 @@ use super::GgufError;
 use super::cursor::{Cursor, Place};
 
 /// Arrays inside arrays inside arrays …: how deep a file may go.
-const MAX_ARRAY_DEPTH: usize = 8;
+const MAX_ARRAY_DEPTH: usize = 4;
 
 /// Type of a metadata value.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
