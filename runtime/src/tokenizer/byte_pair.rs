@@ -13,11 +13,15 @@ use super::{TokenizerError, VocabData, byte_level};
 pub(super) struct BytePairEncoder {
     pre_tokenizer: PreTokenizer,
     model: BPE,
+    /// Bytes whose character is no token, `[256]`. Some vocabularies lack a few that no UTF-8
+    /// text has, or that were rare where they were trained.
+    unknown: [bool; 256],
 }
 
 impl fmt::Debug for BytePairEncoder {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.debug_struct("BytePairEncoder")
+            .field("pre_tokenizer", &self.pre_tokenizer)
             .field("model", &self.model)
             .finish_non_exhaustive()
     }
@@ -35,8 +39,7 @@ impl BytePairEncoder {
         }
         let mut vocab = Vocab::with_capacity(data.tokens.len());
         for (id, token) in (0u32..).zip(&data.tokens) {
-            let text = text_of(id, token).into_owned();
-            if let Some(first) = vocab.insert(text, id) {
+            if let Some(first) = vocab.insert(text_of(id, token).into_owned(), id) {
                 let text = (*token).to_owned();
                 return Err(TokenizerError::DuplicateToken {
                     text,
@@ -45,17 +48,22 @@ impl BytePairEncoder {
                 });
             }
         }
-        let merges = merges(data, &vocab)?;
+        let mut unknown = [false; 256];
+        for byte in 0..=255u8 {
+            let mut buffer = [0; 4];
+            let text: &str = byte_level::byte_to_char(byte).encode_utf8(&mut buffer);
+            unknown[byte as usize] = !vocab.contains_key(text);
+        }
+        let merges = read_merges(data, &vocab)?;
         let model = BPE::builder()
             .vocab_and_merges(vocab, merges)
             .ignore_merges(pre_tokenizer.ignores_merges())
             .build()
-            .map_err(|error| TokenizerError::Library {
-                message: error.to_string(),
-            })?;
+            .map_err(|error| library(&error))?;
         Ok(Self {
             pre_tokenizer,
             model,
+            unknown,
         })
     }
 
@@ -64,29 +72,50 @@ impl BytePairEncoder {
         self.pre_tokenizer.adds_bos()
     }
 
-    /// Appends the ids of `text`.
+    /// Appends the ids of `text`; a byte that has no token is left out, as in llama.cpp.
     ///
     /// # Errors
     /// A run of white space that is too long.
     pub fn encode(&self, text: &str, ids: &mut Vec<u32>) -> Result<(), TokenizerError> {
-        let mut word_chars = String::new();
+        let mut chars = String::new();
         self.pre_tokenizer.words(text, &mut |word| {
-            word_chars.clear();
-            byte_level::encode(word, &mut word_chars);
-            let tokens =
-                self.model
-                    .tokenize(&word_chars)
-                    .map_err(|error| TokenizerError::Library {
-                        message: error.to_string(),
-                    })?;
-            ids.extend(tokens.iter().map(|token| token.id));
-            Ok(())
+            chars.clear();
+            byte_level::encode(word, &mut chars);
+            if word.bytes().any(|byte| self.unknown[byte as usize]) && !self.is_whole(&chars) {
+                // what stands on the two sides of such a byte must not merge
+                return chars
+                    .split(|c| {
+                        byte_level::char_to_byte(c).is_some_and(|b| self.unknown[b as usize])
+                    })
+                    .try_for_each(|part| self.merge(part, ids));
+            }
+            self.merge(&chars, ids)
         })
+    }
+
+    /// Whether the word is taken whole, whatever the merges say.
+    fn is_whole(&self, chars: &str) -> bool {
+        self.pre_tokenizer.ignores_merges() && self.model.token_to_id(chars).is_some()
+    }
+
+    fn merge(&self, chars: &str, ids: &mut Vec<u32>) -> Result<(), TokenizerError> {
+        let tokens = self
+            .model
+            .tokenize(chars)
+            .map_err(|error| library(&error))?;
+        ids.extend(tokens.iter().map(|token| token.id));
+        Ok(())
+    }
+}
+
+fn library(error: &tokenizers::Error) -> TokenizerError {
+    TokenizerError::Library {
+        message: error.to_string(),
     }
 }
 
 /// The pairs of `data.merges`, each checked, in the order of their ranks.
-fn merges(data: &VocabData<'_>, vocab: &Vocab) -> Result<Merges, TokenizerError> {
+fn read_merges(data: &VocabData<'_>, vocab: &Vocab) -> Result<Merges, TokenizerError> {
     let mut merges = Merges::with_capacity(data.merges.len());
     let mut joined = String::new();
     for (index, &merge) in data.merges.iter().enumerate() {

@@ -485,3 +485,16 @@ fn newline_id(tokenizer: &Tokenizer) -> String {
         .expect("encodes")[0]
         .to_string()
 }
+
+#[test]
+fn a_byte_without_a_token_is_left_out_and_its_neighbours_do_not_merge() {
+    let mut small = SmallBpe::new();
+    small.tokens[usize::from(b'x')] = "no longer x".to_owned();
+    let tokenizer = Tokenizer::new(&small.data()).expect("valid");
+    assert_eq!(pieces(&tokenizer, "hxe", EncodeOptions::TEXT), ["h", "e"]);
+    assert_eq!(pieces(&tokenizer, "xxhex", EncodeOptions::TEXT), ["he"]);
+    assert_eq!(
+        pieces(&tokenizer, "x", EncodeOptions::TEXT),
+        Vec::<String>::new()
+    );
+}
