@@ -1,1 +1,4 @@
-//! placeholder
+//! Who owns what, and the messages between them.
+#![deny(unsafe_code)]
+
+pub mod weights;
