@@ -1,5 +1,7 @@
 //! Tokenizers over small vocabularies made up here.
 
+use proptest::prelude::*;
+
 use super::*;
 
 const NORMAL: i32 = 1;
@@ -497,4 +499,36 @@ fn a_byte_without_a_token_is_left_out_and_its_neighbours_do_not_merge() {
         pieces(&tokenizer, "x", EncodeOptions::TEXT),
         Vec::<String>::new()
     );
+}
+
+proptest! {
+    #[test]
+    fn any_text_comes_back_from_bytes(text in any::<String>()) {
+        let small = SmallBpe::new();
+        let tokenizer = Tokenizer::new(&small.data()).expect("valid");
+        let ids = tokenizer.encode(&text, EncodeOptions::TEXT).expect("encodes");
+        prop_assert_eq!(tokenizer.decode(&ids), text);
+    }
+
+    #[test]
+    fn any_text_comes_back_from_sentence_piece(text in "[ab \u{0}-\u{10ffff}]{0,40}") {
+        let small = SmallSpm::new(&[("▁", -1.0), ("a", -2.0), ("▁a", -3.0), ("ab", -4.0)]);
+        let tokenizer = Tokenizer::new(&small.data()).expect("valid");
+        let text = text.replace('▁', "_");
+        let ids = tokenizer.encode(&text, EncodeOptions::PROMPT).expect("encodes");
+        prop_assert_eq!(tokenizer.decode(&ids), text);
+    }
+
+    #[test]
+    fn a_stream_of_any_ids_gives_what_decoding_them_gives(ids in prop::collection::vec(0u32..270, 0..40)) {
+        let small = SmallBpe::new();
+        let tokenizer = Tokenizer::new(&small.data()).expect("valid");
+        let mut stream = tokenizer.stream();
+        let mut text = String::new();
+        for &id in &ids {
+            text.extend(stream.push(id));
+        }
+        text.extend(stream.flush());
+        prop_assert_eq!(text, tokenizer.decode(&ids));
+    }
 }
