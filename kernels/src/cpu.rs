@@ -32,7 +32,10 @@ impl Tier {
 
     /// Every tier that this machine can run, slowest first.
     pub fn available() -> Vec<Tier> {
-        Self::ALL.into_iter().filter(|tier| tier.is_available()).collect()
+        Self::ALL
+            .into_iter()
+            .filter(|tier| tier.is_available())
+            .collect()
     }
 
     /// Whether this machine can run the tier.
@@ -88,7 +91,9 @@ impl FromStr for Tier {
         Self::ALL
             .into_iter()
             .find(|tier| tier.name() == text)
-            .ok_or_else(|| KernelError::UnknownTier { name: text.to_owned() })
+            .ok_or_else(|| KernelError::UnknownTier {
+                name: text.to_owned(),
+            })
     }
 }
 
@@ -110,13 +115,19 @@ impl Cpu {
         if tier.is_available() {
             Ok(Self { tier, mode })
         } else {
-            Err(KernelError::TierMissing { tier, best: Tier::detect() })
+            Err(KernelError::TierMissing {
+                tier,
+                best: Tier::detect(),
+            })
         }
     }
 
     /// The fastest tier of this machine.
     pub fn detect(mode: ActivationMode) -> Self {
-        Self { tier: Tier::detect(), mode }
+        Self {
+            tier: Tier::detect(),
+            mode,
+        }
     }
 
     /// The instruction set in use.
@@ -145,7 +156,10 @@ mod tests {
             assert_eq!(tier.name().parse::<Tier>().unwrap(), tier);
         }
         let message = "avx1024".parse::<Tier>().unwrap_err().to_string();
-        assert!(message.contains("avx1024") && message.contains("avx512-vnni"), "{message}");
+        assert!(
+            message.contains("avx1024") && message.contains("avx512-vnni"),
+            "{message}"
+        );
     }
 
     #[test]

@@ -12,8 +12,10 @@ use crate::dot::tile::{self, Group};
 use crate::matrix::{Layout, MatrixRef, ROW_GROUP, StridedOut};
 use crate::quant::QuantType;
 
-/// Activation rows that a `gemm` tile holds in registers.
+/// Activation rows that a `gemm` tile with 8-bit activations holds in registers.
 const TILE_TOKENS: usize = 8;
+/// The same with f32 activations, which need eight sums a row.
+const TILE_TOKENS_F32: usize = 2;
 
 /// Writes the products of rows `rows` of `m` (`[n_rows, n_cols]`, interleaved) with `x`
 /// (`[n_cols]`) to `out` (`[rows.len()]` f32, overwritten).
@@ -100,10 +102,12 @@ fn group_tokens(
 ) {
     let mut edge = [[0.0; ROW_GROUP]; TILE_TOKENS];
     let whole = out.n_rows() == ROW_GROUP;
+    let q8 = cpu.mode() == ActivationMode::Q8 && m.shape.quant.is_quantised();
+    let tile_tokens = if q8 { TILE_TOKENS } else { TILE_TOKENS_F32 };
     let mut done = 0;
     while done < tokens.len() {
-        let step = if tokens.len() - done >= TILE_TOKENS {
-            TILE_TOKENS
+        let step = if tokens.len() - done >= tile_tokens {
+            tile_tokens
         } else {
             1
         };
@@ -118,10 +122,10 @@ fn group_tokens(
         let token = |t: usize| x.token(tokens.start + done + t);
         // SAFETY: the group is whole, `x` has the matrix's columns, each `to` room for 16 values.
         unsafe {
-            if step == TILE_TOKENS {
-                run_tile::<TILE_TOKENS>(cpu, m, group, std::array::from_fn(token), to);
-            } else {
-                run_tile::<1>(cpu, m, group, [token(0)], [to[0]]);
+            match step {
+                1 => run_tile::<1>(cpu, m, group, [token(0)], [to[0]]),
+                TILE_TOKENS_F32 => run_tile(cpu, m, group, [token(0), token(1)], [to[0], to[1]]),
+                _ => run_tile::<TILE_TOKENS>(cpu, m, group, std::array::from_fn(token), to),
             }
         }
         if !whole {
@@ -200,9 +204,18 @@ mod x86 {
         // SAFETY: this function's contract.
         unsafe {
             match quant {
-                QuantType::F32 => tile::floats::<S, T>(QuantType::F32, group, x, out),
-                QuantType::F16 => tile::floats::<S, T>(QuantType::F16, group, x, out),
-                QuantType::BF16 => tile::floats::<S, T>(QuantType::BF16, group, x, out),
+                QuantType::F32 if T != TILE_TOKENS => {
+                    tile::floats::<S, T>(QuantType::F32, group, x, out)
+                }
+                QuantType::F16 if T != TILE_TOKENS => {
+                    tile::floats::<S, T>(QuantType::F16, group, x, out)
+                }
+                QuantType::BF16 if T != TILE_TOKENS => {
+                    tile::floats::<S, T>(QuantType::BF16, group, x, out)
+                }
+                QuantType::F32 | QuantType::F16 | QuantType::BF16 => {
+                    unreachable!("no tile of {T} tokens for float weights")
+                }
                 QuantType::Q4_0 => blocks::<S, unpack::Q4_0, T>(mode, group, x, out),
                 QuantType::Q4_1 => blocks::<S, unpack::Q4_1, T>(mode, group, x, out),
                 QuantType::Q5_0 => blocks::<S, unpack::Q5_0, T>(mode, group, x, out),
@@ -227,8 +240,12 @@ mod x86 {
         // SAFETY: this function's contract.
         unsafe {
             match mode {
-                ActivationMode::Q8 => tile::q8::<S, U, T>(group, x, out),
-                ActivationMode::F32 => tile::f32_blocks::<S, U, T>(group, x, out),
+                // a tile of two is instantiated for f32 only, one of eight for 8 bits only
+                ActivationMode::Q8 if T != TILE_TOKENS_F32 => tile::q8::<S, U, T>(group, x, out),
+                ActivationMode::F32 if T != TILE_TOKENS => {
+                    tile::f32_blocks::<S, U, T>(group, x, out)
+                }
+                _ => unreachable!("no tile of {T} tokens for {mode} activations"),
             }
         }
     }

@@ -6,6 +6,7 @@
 pub mod activations;
 pub mod attention;
 pub mod cpu;
+mod dot;
 pub mod elementwise;
 pub mod error;
 pub mod ffn_sparse;
@@ -14,7 +15,6 @@ pub mod matrix;
 pub mod norm;
 pub mod quant;
 pub mod rope;
-mod dot;
 mod simd;
 #[cfg(test)]
 mod testing;

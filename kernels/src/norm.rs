@@ -62,3 +62,48 @@ mod vector {
         }
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::rms_norm;
+    use crate::simd::tests::{assert_same, cpus, extremes, scalar};
+    use crate::testing::Random;
+
+    #[test]
+    fn tiers_equal_the_specification() {
+        let mut random = Random(5);
+        for n in (1..70).chain([576, 4096]) {
+            for extreme in [false, true] {
+                let x = if extreme {
+                    extremes(&mut random, n)
+                } else {
+                    random.activations(n)
+                };
+                let weight = random.floats(n);
+                let mut want = vec![7.0; n];
+                rms_norm(scalar(), &x, &weight, 1e-5, &mut want);
+                for cpu in cpus() {
+                    let mut got = vec![f32::NAN; n];
+                    rms_norm(cpu, &x, &weight, 1e-5, &mut got);
+                    assert_same(&got, &want, &format!("{} × {n}", cpu.tier()));
+                }
+            }
+        }
+    }
+
+    #[test]
+    fn result_is_near_that_of_f64() {
+        let mut random = Random(6);
+        let (x, weight) = (random.activations(576), random.floats(576));
+        let mean = x.iter().map(|&x| f64::from(x).powi(2)).sum::<f64>() / 576.0;
+        let mut got = vec![7.0; 576];
+        rms_norm(scalar(), &x, &weight, 1e-5, &mut got);
+        for i in 0..576 {
+            let want = f64::from(x[i]) / (mean + 1e-5).sqrt() * f64::from(weight[i]);
+            assert!(
+                (f64::from(got[i]) - want).abs() <= 1e-6 * want.abs(),
+                "value {i}"
+            );
+        }
+    }
+}

@@ -22,6 +22,9 @@ const SCORES: usize = 8;
 /// stay in the first cache for the next dimensions.
 const VALUES: usize = 64;
 
+/// How far ahead of their use rows are asked for.
+const AHEAD_BYTES: usize = 2048;
+
 /// Scratch of a tile. All of it is written before it is read.
 #[repr(C, align(64))]
 struct Tile {
@@ -50,6 +53,15 @@ impl<const F16: bool> Cached<F16> {
         let value_bytes = if F16 { 2 } else { 4 };
         // SAFETY: the row lies within the cache, by the contract.
         unsafe { self.start.add(p * self.head_dim * value_bytes) }
+    }
+
+    /// Asks for a row that comes some time after `row`.
+    #[inline(always)]
+    fn prefetch<V: F32x16>(self, row: *const u8) {
+        let row_bytes = self.head_dim * if F16 { 2 } else { 4 };
+        for line in (0..row_bytes).step_by(64) {
+            V::prefetch(row.wrapping_add(AHEAD_BYTES + line));
+        }
     }
 }
 
@@ -292,6 +304,7 @@ unsafe fn scores<V: F32x16, const F16: bool, const R: usize>(
             let mut rows = [k.start; SCORES];
             for i in 0..SCORES {
                 rows[i] = k.row(p + i.min(n - 1));
+                k.prefetch::<V>(rows[i]);
             }
             let halves = if V::WIDE {
                 dots::<V, F16, R, 4>(rows, k.head_dim, queries)
@@ -472,6 +485,9 @@ unsafe fn weigh_dims<V: F32x16, const F16: bool, const R: usize, const D: usize>
         }
         for p in span {
             let row = v.row(p);
+            if d == 0 {
+                v.prefetch::<V>(row);
+            }
             let mut values = [zero; D];
             for j in 0..D {
                 values[j] = if n == LANES {

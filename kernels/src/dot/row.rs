@@ -80,6 +80,8 @@ pub(crate) trait RowUnpack {
     const HALVES: bool = false;
     /// 32 signed bytes: columns 32·sub … 32·sub+31, offset taken off.
     unsafe fn values(planes: &RowPlanes, sub: usize) -> __m256i;
+    /// Plane of half-precision scales, one per sub-block, where the format has such a plane.
+    const SCALE_PLANE: Option<usize> = None;
     /// Scale of the sub-block (`Q6_K`: without the integer scales).
     unsafe fn scale(planes: &RowPlanes, sub: usize) -> f32;
     unsafe fn min(_planes: &RowPlanes, _sub: usize) -> f32 {
@@ -166,18 +168,21 @@ mod formats {
     use super::*;
 
     row_unpack!(Q4_0 {
+        const SCALE_PLANE: Option<usize> = Some(1);
         part!(values -> __m256i, |p, s| {
             _mm256_sub_epi8(nibbles(p.at[0].add(16 * s)), _mm256_set1_epi8(8))
         });
         part!(scale -> f32, |p, s| to_f32(p.half(1, s)));
     });
     row_unpack!(Q4_1 {
+        const SCALE_PLANE: Option<usize> = Some(1);
         const HAS_MIN: bool = true;
         part!(values -> __m256i, |p, s| nibbles(p.at[0].add(16 * s)));
         part!(scale -> f32, |p, s| to_f32(p.half(1, s)));
         part!(min -> f32, |p, s| to_f32(p.half(2, s)));
     });
     row_unpack!(Q5_0 {
+        const SCALE_PLANE: Option<usize> = Some(2);
         part!(values -> __m256i, |p, s| {
             let five = _mm256_or_si256(nibbles(p.at[0].add(16 * s)), fifth_bits(p.at[1].add(4 * s)));
             _mm256_sub_epi8(five, _mm256_set1_epi8(16))
@@ -185,6 +190,7 @@ mod formats {
         part!(scale -> f32, |p, s| to_f32(p.half(2, s)));
     });
     row_unpack!(Q5_1 {
+        const SCALE_PLANE: Option<usize> = Some(2);
         const HAS_MIN: bool = true;
         part!(values -> __m256i, |p, s| {
             _mm256_or_si256(nibbles(p.at[0].add(16 * s)), fifth_bits(p.at[1].add(4 * s)))
@@ -193,6 +199,7 @@ mod formats {
         part!(min -> f32, |p, s| to_f32(p.half(3, s)));
     });
     row_unpack!(Q8_0 {
+        const SCALE_PLANE: Option<usize> = Some(1);
         part!(values -> __m256i, |p, s| _mm256_loadu_si256(p.at[0].add(32 * s).cast()));
         part!(scale -> f32, |p, s| to_f32(p.half(1, s)));
     });
@@ -246,9 +253,9 @@ pub(crate) use formats::{Q4_0, Q4_1, Q4_K, Q5_0, Q5_1, Q5_K, Q6_K, Q8_0};
 avx2_fn! {
     /// Sums of eight vectors of 8 × i32, in order.
     fn sums_of_eight(v: [__m256i; 8]) -> __m256i {
-        let pairs = |a, b| _mm256_hadd_epi32(a, b);
-        let low = pairs(pairs(v[0], v[1]), pairs(v[2], v[3]));
-        let high = pairs(pairs(v[4], v[5]), pairs(v[6], v[7]));
+        let (a, b) = (_mm256_hadd_epi32(v[0], v[1]), _mm256_hadd_epi32(v[2], v[3]));
+        let (c, d) = (_mm256_hadd_epi32(v[4], v[5]), _mm256_hadd_epi32(v[6], v[7]));
+        let (low, high) = (_mm256_hadd_epi32(a, b), _mm256_hadd_epi32(c, d));
         _mm256_add_epi32(
             _mm256_permute2x128_si256(low, high, 0x20),
             _mm256_permute2x128_si256(low, high, 0x31),
@@ -257,35 +264,62 @@ avx2_fn! {
 }
 
 avx2_fn! {
+    /// 8 integer sums whose total is sub-block `sub` · x.
+    fn product<U: RowUnpack>(planes: &RowPlanes, sub: usize, x: ActRef<'_>) -> __m256i {
+        let w = U::values(planes, sub);
+        let xq = _mm256_loadu_si256(x.q.as_ptr().add(sub * BLOCK).cast());
+        let sums = _mm256_maddubs_epi16(_mm256_abs_epi8(w), _mm256_sign_epi8(xq, w));
+        let product = _mm256_madd_epi16(sums, _mm256_set1_epi16(1));
+        if U::HALVES {
+            let [a, b] = U::half_scales(planes, sub);
+            return _mm256_mullo_epi32(product, _mm256_setr_epi32(a, a, a, a, b, b, b, b));
+        }
+        product
+    }
+}
+
+avx2_fn! {
+    /// Scales of eight sub-blocks from `first` on; a row that ends before gives zeros behind.
+    pub(crate) fn scales_of_eight<U: RowUnpack>(planes: &RowPlanes, first: usize, n_subs: usize) -> __m256 {
+        if let (Some(plane), true) = (U::SCALE_PLANE, first + 8 <= n_subs) {
+            return _mm256_cvtph_ps(_mm_loadu_si128(planes.at[plane].add(2 * first).cast()));
+        }
+        let mut scales = [0.0f32; 8];
+        for n in 0..(n_subs - first).min(8) {
+            scales[n] = U::scale(planes, first + n);
+        }
+        _mm256_loadu_ps(scales.as_ptr())
+    }
+}
+
+avx2_fn! {
     /// Row · x with 8-bit activations, in the order of the specification.
     pub(crate) fn dot_q8<U: RowUnpack>(planes: &RowPlanes, n_cols: usize, x: ActRef<'_>) -> f32 {
         let n_subs = n_cols / BLOCK;
-        let ones = _mm256_set1_epi16(1);
         let mut acc = 0.0f32;
         let mut first = 0;
         while first < n_subs {
             let count = (n_subs - first).min(8);
             let mut products = [_mm256_setzero_si256(); 8];
-            let mut scales = [0.0f32; 8];
-            for n in 0..count {
-                let sub = first + n;
-                let w = U::values(planes, sub);
-                let xq = _mm256_loadu_si256(x.q.as_ptr().add(sub * BLOCK).cast());
-                let sums = _mm256_maddubs_epi16(_mm256_abs_epi8(w), _mm256_sign_epi8(xq, w));
-                let mut product = _mm256_madd_epi16(sums, ones);
-                if U::HALVES {
-                    let [a, b] = U::half_scales(planes, sub);
-                    let both = _mm256_setr_epi32(a, a, a, a, b, b, b, b);
-                    product = _mm256_mullo_epi32(product, both);
+            if count == 8 {
+                for n in 0..8 {
+                    products[n] = product::<U>(planes, first + n, x);
                 }
-                products[n] = product;
-                scales[n] = U::scale(planes, sub) * *x.scales.as_ptr().add(sub);
+            } else {
+                for n in 0..count {
+                    products[n] = product::<U>(planes, first + n, x);
+                }
             }
-            let mut totals = [0.0f32; 8];
             let sums = _mm256_cvtepi32_ps(sums_of_eight(products));
+            let mut x_scales = [0.0f32; 8];
+            std::ptr::copy_nonoverlapping(x.scales.as_ptr().add(first), x_scales.as_mut_ptr(), count);
+            let scales = scales_of_eight::<U>(planes, first, n_subs);
+            let scales = _mm256_mul_ps(scales, _mm256_loadu_ps(x_scales.as_ptr()));
+            let (mut totals, mut both) = ([0.0f32; 8], [0.0f32; 8]);
             _mm256_storeu_ps(totals.as_mut_ptr(), sums);
+            _mm256_storeu_ps(both.as_mut_ptr(), scales);
             for n in 0..count {
-                acc = totals[n].mul_add(scales[n], acc);
+                acc = totals[n].mul_add(both[n], acc);
                 if U::HAS_MIN {
                     let sub = first + n;
                     acc = U::min(planes, sub).mul_add(*x.sums.as_ptr().add(sub), acc);
@@ -346,10 +380,13 @@ avx2_fn! {
 }
 
 avx2_fn! {
-    /// Real values of 32 columns, as [`crate::quant::DecodedBlock::value`] gives them.
-    pub(crate) fn reals<U: RowUnpack>(planes: &RowPlanes, sub: usize) -> [__m256; 4] {
+    /// Real values of 32 columns whose scale is `scale`, as [`crate::quant::DecodedBlock::value`]
+    /// gives them.
+    pub(crate) fn reals<U: RowUnpack>(planes: &RowPlanes, sub: usize, scale: f32) -> [__m256; 4] {
+        if matches!(U::QUANT, QuantType::Q4_0) {
+            return reals_q4_0(planes.block16(sub), scale);
+        }
         let q = to_floats(U::values(planes, sub));
-        let scale = U::scale(planes, sub);
         let min = _mm256_set1_ps(U::min(planes, sub));
         let [first, second] = if U::HALVES {
             U::half_scales(planes, sub).map(|half| _mm256_set1_ps(scale * half as f32))
@@ -362,6 +399,27 @@ avx2_fn! {
             _mm256_fmadd_ps(q[2], second, min),
             _mm256_fmadd_ps(q[3], second, min),
         ]
+    }
+}
+
+avx2_fn! {
+    /// `nibble · d − 8·d`: exact, as (nibble − 8)·d has at most 15 bits.
+    fn reals_q4_0(p: *const u8, d: f32) -> [__m256; 4] {
+        let (scale, offset) = (_mm256_set1_ps(d), _mm256_set1_ps(-8.0 * d));
+        let mask = _mm256_set1_epi32(0xF);
+        let a = _mm256_cvtepu8_epi32(_mm_loadl_epi64(p.cast()));
+        let b = _mm256_cvtepu8_epi32(_mm_loadl_epi64(p.add(8).cast()));
+        let mut out = [_mm256_setzero_ps(); 4];
+        let q = [
+            _mm256_and_si256(a, mask),
+            _mm256_and_si256(b, mask),
+            _mm256_srli_epi32(a, 4),
+            _mm256_srli_epi32(b, 4),
+        ];
+        for n in 0..4 {
+            out[n] = _mm256_fmadd_ps(_mm256_cvtepi32_ps(q[n]), scale, offset);
+        }
+        out
     }
 }
 

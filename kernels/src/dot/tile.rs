@@ -78,10 +78,20 @@ pub(crate) unsafe fn q8<S: Isa, U: Unpack, const T: usize>(
         for sub in 0..group.n_cols / BLOCK {
             let w = U::values::<S>(&planes, sub);
             let scale = U::scale::<S>(&planes, sub);
+            let min = if U::HAS_MIN {
+                U::min::<S>(&planes, sub)
+            } else {
+                scale
+            };
+            let none = S::splat_i(0);
+            let (first, second) = if U::HALVES {
+                U::half_scales::<S>(&planes, sub)
+            } else {
+                (none, none)
+            };
             for t in 0..T {
                 let q = x[t].q.as_ptr().add(sub * BLOCK);
                 let total = if U::HALVES {
-                    let (first, second) = U::half_scales::<S>(&planes, sub);
                     let sums = x[t].half_sums.as_ptr().add(2 * sub);
                     let a = take_off::<S>(integers::<S, U>(&w, q, 0, 4), *sums, U::OFFSET_SHIFT);
                     let b = integers::<S, U>(&w, q, 4, 4);
@@ -100,7 +110,7 @@ pub(crate) unsafe fn q8<S: Isa, U: Unpack, const T: usize>(
                 acc[t] = S::fma(S::to_f(total), both, acc[t]);
                 if U::HAS_MIN {
                     let sum = S::splat(*x[t].sums.as_ptr().add(sub));
-                    acc[t] = S::fma(U::min::<S>(&planes, sub), sum, acc[t]);
+                    acc[t] = S::fma(min, sum, acc[t]);
                 }
             }
         }

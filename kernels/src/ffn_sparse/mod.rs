@@ -44,7 +44,11 @@ impl<'a> NeuronRows<'a> {
     /// When there is no such neuron.
     #[inline]
     pub fn row(&self, neuron: usize) -> &'a [u8] {
-        assert!(neuron < self.n_neurons, "neuron {neuron} of {}", self.n_neurons);
+        assert!(
+            neuron < self.n_neurons,
+            "neuron {neuron} of {}",
+            self.n_neurons
+        );
         &self.bytes[neuron * self.stride_bytes + self.offset_bytes..][..self.row_bytes()]
     }
 

@@ -23,7 +23,13 @@ pub struct DecodedBlock {
 
 impl DecodedBlock {
     fn new(len: usize, d: f32) -> Self {
-        Self { q: [0; 256], len, d, sub_scales: [1; 16], mins: [0.0; 8] }
+        Self {
+            q: [0; 256],
+            len,
+            d,
+            sub_scales: [1; 16],
+            mins: [0.0; 8],
+        }
     }
 
     /// Takes a block of the file apart.
@@ -38,9 +44,13 @@ impl DecodedBlock {
                 Self::small(half(block, 0), half(block, 2), &block[4..20], &[0; 4], 0)
             }
             QuantType::Q5_0 => Self::small(half(block, 0), 0.0, &block[6..22], &block[2..6], 16),
-            QuantType::Q5_1 => {
-                Self::small(half(block, 0), half(block, 2), &block[8..24], &block[4..8], 0)
-            }
+            QuantType::Q5_1 => Self::small(
+                half(block, 0),
+                half(block, 2),
+                &block[8..24],
+                &block[4..8],
+                0,
+            ),
             QuantType::Q8_0 => {
                 let mut out = Self::new(BLOCK, half(block, 0));
                 for (q, &byte) in out.q.iter_mut().zip(&block[2..]) {

@@ -58,7 +58,11 @@ pub struct Plane {
 }
 
 const fn plane(offset_bytes: usize, unit_bytes: usize, units: usize) -> Plane {
-    Plane { offset_bytes, unit_bytes, units }
+    Plane {
+        offset_bytes,
+        unit_bytes,
+        units,
+    }
 }
 
 const _: () = {
@@ -122,7 +126,10 @@ impl QuantType {
 
     /// Bytes of a row of `n_cols` values; `n_cols` is a multiple of [`Self::block_values`].
     pub const fn row_bytes(self, n_cols: usize) -> usize {
-        assert!(n_cols.is_multiple_of(self.block_values()), "row is no whole number of blocks");
+        assert!(
+            n_cols.is_multiple_of(self.block_values()),
+            "row is no whole number of blocks"
+        );
         n_cols / self.block_values() * self.block_bytes()
     }
 
@@ -135,11 +142,25 @@ impl QuantType {
             QuantType::Q4_1 => const { &[plane(4, 4, 4), plane(0, 2, 1), plane(2, 2, 1)] },
             QuantType::Q5_0 => const { &[plane(6, 4, 4), plane(2, 4, 1), plane(0, 2, 1)] },
             QuantType::Q5_1 => {
-                const { &[plane(8, 4, 4), plane(4, 4, 1), plane(0, 2, 1), plane(2, 2, 1)] }
+                const {
+                    &[
+                        plane(8, 4, 4),
+                        plane(4, 4, 1),
+                        plane(0, 2, 1),
+                        plane(2, 2, 1),
+                    ]
+                }
             }
             QuantType::Q8_0 => const { &[plane(2, 4, 8), plane(0, 2, 1)] },
             QuantType::Q4_K => {
-                const { &[plane(16, 4, 32), plane(4, 4, 3), plane(0, 2, 1), plane(2, 2, 1)] }
+                const {
+                    &[
+                        plane(16, 4, 32),
+                        plane(4, 4, 3),
+                        plane(0, 2, 1),
+                        plane(2, 2, 1),
+                    ]
+                }
             }
             QuantType::Q5_K => {
                 const {
@@ -153,7 +174,14 @@ impl QuantType {
                 }
             }
             QuantType::Q6_K => {
-                const { &[plane(0, 4, 32), plane(128, 4, 16), plane(192, 4, 4), plane(208, 2, 1)] }
+                const {
+                    &[
+                        plane(0, 4, 32),
+                        plane(128, 4, 16),
+                        plane(192, 4, 4),
+                        plane(208, 2, 1),
+                    ]
+                }
             }
         }
     }

@@ -168,4 +168,10 @@ impl F32x16 for Avx512 {
         // SAFETY: 8 values are writable, by the contract; the vectors exist, so AVX2 does.
         unsafe { store_sums8(halves, to) }
     }
+
+    #[inline(always)]
+    fn prefetch(from: *const u8) {
+        // SAFETY: every x86-64 has SSE, and a prefetch of any address does nothing but that.
+        unsafe { _mm_prefetch::<_MM_HINT_T0>(from.cast()) }
+    }
 }

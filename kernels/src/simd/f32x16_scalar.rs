@@ -137,4 +137,6 @@ impl F32x16 for Array {
             unsafe { to.add(i).write(Self(lanes).sum()) }
         }
     }
+
+    fn prefetch(_from: *const u8) {}
 }

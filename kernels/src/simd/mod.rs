@@ -11,7 +11,7 @@ pub(crate) mod avx512;
 #[cfg(test)]
 pub(crate) mod f32x16_scalar;
 #[cfg(test)]
-mod tests;
+pub(crate) mod tests;
 
 /// Lanes of a vector: element k of a sum belongs to lane k mod 16.
 pub(crate) const LANES: usize = 16;
@@ -103,6 +103,9 @@ pub(crate) trait F32x16: Copy {
     /// # Safety
     /// 8 values can be written to `to`.
     unsafe fn store_sums(halves: [Self::Half; 8], to: *mut f32);
+
+    /// Asks for the cache line at `from`, which need not exist.
+    fn prefetch(from: *const u8);
 
     /// Lanes from the first `n` < 16 values of f16, the others 0.
     ///

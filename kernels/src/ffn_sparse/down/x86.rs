@@ -24,7 +24,7 @@ trait Columns {
     unsafe fn add(a: Self::Block, b: Self::Block) -> Self::Block;
     unsafe fn load(p: *const f32) -> Self::Block;
     unsafe fn store(p: *mut f32, v: Self::Block);
-    unsafe fn weights<R: Source>(planes: &RowPlanes, sub: usize) -> Self::Block;
+    unsafe fn weights<R: Source>(planes: &RowPlanes, sub: usize, scale: f32) -> Self::Block;
 }
 
 /// Real values of 32 columns of a row, in any format.
@@ -33,8 +33,10 @@ trait Columns {
 /// The planes are a row's; sub-block `sub` is in it; AVX2 (AVX-512) exists.
 trait Source {
     const QUANT: QuantType;
-    unsafe fn reals(planes: &RowPlanes, sub: usize) -> [__m256; 4];
-    unsafe fn reals_512(planes: &RowPlanes, sub: usize) -> [__m512; 2];
+    /// Scales of the sub-blocks from `first` on (at most 16; `n_subs` in the row).
+    unsafe fn scales(planes: &RowPlanes, first: usize, n_subs: usize, out: &mut [f32; 16]);
+    unsafe fn reals(planes: &RowPlanes, sub: usize, scale: f32) -> [__m256; 4];
+    unsafe fn reals_512(planes: &RowPlanes, sub: usize, scale: f32) -> [__m512; 2];
 }
 
 #[inline(always)]
@@ -49,12 +51,26 @@ impl<U: RowUnpack> Source for U {
     const QUANT: QuantType = U::QUANT;
 
     #[inline(always)]
-    unsafe fn reals(planes: &RowPlanes, sub: usize) -> [__m256; 4] {
-        unsafe { row::reals::<U>(planes, sub) }
+    unsafe fn scales(planes: &RowPlanes, first: usize, n_subs: usize, out: &mut [f32; 16]) {
+        unsafe {
+            _mm256_storeu_ps(
+                out.as_mut_ptr(),
+                row::scales_of_eight::<U>(planes, first, n_subs),
+            );
+            if first + 8 < n_subs {
+                let more = row::scales_of_eight::<U>(planes, first + 8, n_subs);
+                _mm256_storeu_ps(out.as_mut_ptr().add(8), more);
+            }
+        }
     }
 
     #[inline(always)]
-    unsafe fn reals_512(planes: &RowPlanes, sub: usize) -> [__m512; 2] {
+    unsafe fn reals(planes: &RowPlanes, sub: usize, scale: f32) -> [__m256; 4] {
+        unsafe { row::reals::<U>(planes, sub, scale) }
+    }
+
+    #[inline(always)]
+    unsafe fn reals_512(planes: &RowPlanes, sub: usize, scale: f32) -> [__m512; 2] {
         unsafe {
             match U::QUANT {
                 QuantType::Q4_0 => {
@@ -63,7 +79,7 @@ impl<U: RowUnpack> Source for U {
                         -8.0, -7.0, -6.0, -5.0, -4.0, -3.0, -2.0, -1.0, 0.0, 1.0, 2.0, 3.0, 4.0,
                         5.0, 6.0, 7.0,
                     );
-                    let table = _mm512_mul_ps(table, _mm512_set1_ps(U::scale(planes, sub)));
+                    let table = _mm512_mul_ps(table, _mm512_set1_ps(scale));
                     let both = _mm512_cvtepu8_epi32(_mm_loadu_si128(planes.block16(sub).cast()));
                     [
                         _mm512_permutexvar_ps(both, table),
@@ -72,7 +88,7 @@ impl<U: RowUnpack> Source for U {
                 }
                 QuantType::Q8_0 => {
                     let bytes = U::values(planes, sub);
-                    let scale = _mm512_set1_ps(U::scale(planes, sub));
+                    let scale = _mm512_set1_ps(scale);
                     let half = |v: __m128i| {
                         _mm512_mul_ps(_mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(v)), scale)
                     };
@@ -82,7 +98,7 @@ impl<U: RowUnpack> Source for U {
                     ]
                 }
                 _ => {
-                    let [a, b, c, d] = row::reals::<U>(planes, sub);
+                    let [a, b, c, d] = row::reals::<U>(planes, sub, scale);
                     [pair(a, b), pair(c, d)]
                 }
             }
@@ -100,17 +116,25 @@ macro_rules! float_source {
             const QUANT: QuantType = QuantType::$name;
 
             #[inline(always)]
-            unsafe fn reals(planes: &RowPlanes, sub: usize) -> [__m256; 4] {
-                let at = |n: usize| unsafe {
-                    row::floats(Self::QUANT, planes.start(), sub * BLOCK + 8 * n, 8)
-                };
-                [at(0), at(1), at(2), at(3)]
+            unsafe fn scales(_: &RowPlanes, _: usize, _: usize, _: &mut [f32; 16]) {}
+
+            #[inline(always)]
+            unsafe fn reals(planes: &RowPlanes, sub: usize, _scale: f32) -> [__m256; 4] {
+                let (row, k) = (planes.start(), sub * BLOCK);
+                unsafe {
+                    [
+                        row::floats(Self::QUANT, row, k, 8),
+                        row::floats(Self::QUANT, row, k + 8, 8),
+                        row::floats(Self::QUANT, row, k + 16, 8),
+                        row::floats(Self::QUANT, row, k + 24, 8),
+                    ]
+                }
             }
 
             #[inline(always)]
-            unsafe fn reals_512(planes: &RowPlanes, sub: usize) -> [__m512; 2] {
+            unsafe fn reals_512(planes: &RowPlanes, sub: usize, scale: f32) -> [__m512; 2] {
                 unsafe {
-                    let [a, b, c, d] = Self::reals(planes, sub);
+                    let [a, b, c, d] = Self::reals(planes, sub, scale);
                     [pair(a, b), pair(c, d)]
                 }
             }
@@ -137,15 +161,37 @@ impl Columns for Avx2 {
     }
     #[inline(always)]
     unsafe fn axpy(a: f32, w: Self::Block, y: Self::Block) -> Self::Block {
-        unsafe { std::array::from_fn(|n| _mm256_fmadd_ps(_mm256_set1_ps(a), w[n], y[n])) }
+        unsafe {
+            let a = _mm256_set1_ps(a);
+            [
+                _mm256_fmadd_ps(a, w[0], y[0]),
+                _mm256_fmadd_ps(a, w[1], y[1]),
+                _mm256_fmadd_ps(a, w[2], y[2]),
+                _mm256_fmadd_ps(a, w[3], y[3]),
+            ]
+        }
     }
     #[inline(always)]
     unsafe fn add(a: Self::Block, b: Self::Block) -> Self::Block {
-        unsafe { std::array::from_fn(|n| _mm256_add_ps(a[n], b[n])) }
+        unsafe {
+            [
+                _mm256_add_ps(a[0], b[0]),
+                _mm256_add_ps(a[1], b[1]),
+                _mm256_add_ps(a[2], b[2]),
+                _mm256_add_ps(a[3], b[3]),
+            ]
+        }
     }
     #[inline(always)]
     unsafe fn load(p: *const f32) -> Self::Block {
-        unsafe { std::array::from_fn(|n| _mm256_loadu_ps(p.add(8 * n))) }
+        unsafe {
+            [
+                _mm256_loadu_ps(p),
+                _mm256_loadu_ps(p.add(8)),
+                _mm256_loadu_ps(p.add(16)),
+                _mm256_loadu_ps(p.add(24)),
+            ]
+        }
     }
     #[inline(always)]
     unsafe fn store(p: *mut f32, v: Self::Block) {
@@ -156,8 +202,8 @@ impl Columns for Avx2 {
         }
     }
     #[inline(always)]
-    unsafe fn weights<R: Source>(planes: &RowPlanes, sub: usize) -> Self::Block {
-        unsafe { R::reals(planes, sub) }
+    unsafe fn weights<R: Source>(planes: &RowPlanes, sub: usize, scale: f32) -> Self::Block {
+        unsafe { R::reals(planes, sub, scale) }
     }
 }
 
@@ -173,11 +219,17 @@ impl Columns for Avx512 {
     }
     #[inline(always)]
     unsafe fn axpy(a: f32, w: Self::Block, y: Self::Block) -> Self::Block {
-        unsafe { std::array::from_fn(|n| _mm512_fmadd_ps(_mm512_set1_ps(a), w[n], y[n])) }
+        unsafe {
+            let a = _mm512_set1_ps(a);
+            [
+                _mm512_fmadd_ps(a, w[0], y[0]),
+                _mm512_fmadd_ps(a, w[1], y[1]),
+            ]
+        }
     }
     #[inline(always)]
     unsafe fn add(a: Self::Block, b: Self::Block) -> Self::Block {
-        unsafe { std::array::from_fn(|n| _mm512_add_ps(a[n], b[n])) }
+        unsafe { [_mm512_add_ps(a[0], b[0]), _mm512_add_ps(a[1], b[1])] }
     }
     #[inline(always)]
     unsafe fn load(p: *const f32) -> Self::Block {
@@ -191,8 +243,8 @@ impl Columns for Avx512 {
         }
     }
     #[inline(always)]
-    unsafe fn weights<R: Source>(planes: &RowPlanes, sub: usize) -> Self::Block {
-        unsafe { R::reals_512(planes, sub) }
+    unsafe fn weights<R: Source>(planes: &RowPlanes, sub: usize, scale: f32) -> Self::Block {
+        unsafe { R::reals_512(planes, sub, scale) }
     }
 }
 
@@ -328,6 +380,8 @@ unsafe fn tile<C: Columns, R: Source, const B: usize>(
     let n_blocks = down.n_embd / R::QUANT.block_values();
     // SAFETY: this function's contract.
     unsafe {
+        let n_subs = down.n_embd / BLOCK;
+        let mut scales = [0.0; 16];
         let mut stack = TreeStack::new();
         let mut done = [[C::zero(); B]; SUBTREES_MAX + 1];
         let mut len = 0;
@@ -335,8 +389,9 @@ unsafe fn tile<C: Columns, R: Source, const B: usize>(
             let mut y = [C::zero(); B];
             for (&id, &a) in list.ids[span.clone()].iter().zip(&list.a[span.clone()]) {
                 let planes = RowPlanes::new(R::QUANT, down.row(id as usize).as_ptr(), n_blocks);
+                R::scales(&planes, first, n_subs, &mut scales);
                 for b in 0..B {
-                    y[b] = C::axpy(a, C::weights::<R>(&planes, first + b), y[b]);
+                    y[b] = C::axpy(a, C::weights::<R>(&planes, first + b, scales[b]), y[b]);
                 }
             }
             done[len] = y;
@@ -452,30 +507,32 @@ unsafe fn add_neurons<C: Columns, R: Source, const B: usize>(
     unsafe {
         for (neuron, row) in neurons.clone().zip(rows.chunks_exact_mut(B * BLOCK)) {
             let planes = RowPlanes::new(R::QUANT, down.row(neuron).as_ptr(), n_blocks);
+            let mut scales = [0.0; 16];
+            R::scales(&planes, column / BLOCK, down.n_embd / BLOCK, &mut scales);
             for b in 0..B {
-                let w = C::weights::<R>(&planes, column / BLOCK + b);
+                let w = C::weights::<R>(&planes, column / BLOCK + b, scales[b]);
                 C::store(row.as_mut_ptr().add(b * BLOCK), w);
             }
         }
         for (t, y) in y.chunks_exact_mut(B * BLOCK).enumerate() {
             let a = &batch.act[t * batch.stride..][neurons.clone()];
-            let mut sums: [C::Block; B] =
-                std::array::from_fn(|b| C::load(y.as_ptr().add(b * BLOCK)));
-            let mut add = |n: usize| {
-                let row = rows.as_ptr().add(n * B * BLOCK);
-                for b in 0..B {
-                    sums[b] = C::axpy(a[n], C::load(row.add(b * BLOCK)), sums[b]);
-                }
-            };
-            if batch.skip_zeros {
-                let mut open = open_mask(a);
-                while open != 0 {
-                    add(open.trailing_zeros() as usize);
-                    open &= open - 1;
-                }
+            let mut sums = [C::zero(); B];
+            for b in 0..B {
+                sums[b] = C::load(y.as_ptr().add(b * BLOCK));
+            }
+            // bit n: neuron n adds something
+            let mut open = if batch.skip_zeros {
+                open_mask(a)
             } else {
-                for n in 0..a.len() {
-                    add(n);
+                u32::MAX >> (32 - a.len())
+            };
+            while open != 0 {
+                let n = open.trailing_zeros() as usize;
+                open &= open - 1;
+                let row = rows.as_ptr().add(n * B * BLOCK);
+                let value = *a.as_ptr().add(n);
+                for b in 0..B {
+                    sums[b] = C::axpy(value, C::load(row.add(b * BLOCK)), sums[b]);
                 }
             }
             for b in 0..B {
