@@ -1,1 +1,1 @@
-//! chat
+//! Chat templates.

@@ -3,6 +3,7 @@
 pub mod bench;
 pub mod chat;
 pub mod cli;
+pub mod error;
 pub mod gguf;
 pub mod inspect;
 pub mod mapped_file;

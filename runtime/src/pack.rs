@@ -1,1 +1,157 @@
-//! pack
+//! Writing a neuron-major copy of a model: every `ffn_down` becomes `ffn_down_t`, one row per neuron.
+//!
+//! In a plain file quantisation blocks of `ffn_down` run across neurons, so that no neuron's column can be read alone.
+//! The transposition keeps float values as they are and quantises others again.
+
+use std::path::Path;
+
+use pi_kernels::QuantType;
+
+use crate::gguf::{GgmlType, GgufFile, GgufWriter};
+use crate::model::hyperparameters::Hyperparameters;
+use crate::model::sparsity::transposed_type;
+use crate::model::tensors::{FileDown, ModelTensors};
+use crate::model::transpose::Transposer;
+use crate::model::{GateKind, ModelError};
+
+/// A model that can be packed.
+#[derive(Debug)]
+pub struct Packer<'a> {
+    file: &'a GgufFile,
+    hyper: Hyperparameters,
+    tensors: ModelTensors,
+}
+
+impl<'a> Packer<'a> {
+    /// Checks that `file` is a model that gains by packing.
+    ///
+    /// # Errors
+    /// It is no model that can be run, its gates never close, or it is packed already.
+    pub fn new(file: &'a GgufFile) -> Result<Self, ModelError> {
+        let hyper = Hyperparameters::read(file)?;
+        let tensors = ModelTensors::find(file, &hyper)?;
+        if hyper.gate != GateKind::Relu {
+            return Err(ModelError::NothingToSkip {
+                activation: hyper.gate.name(),
+            });
+        }
+        if let Some(FileDown::NeuronMajor(down)) = tensors
+            .layers
+            .iter()
+            .map(|layer| &layer.down)
+            .find(|down| matches!(down, FileDown::NeuronMajor(_)))
+        {
+            return Err(ModelError::AlreadyPacked {
+                name: down.info.name().to_owned(),
+            });
+        }
+        Ok(Self {
+            file,
+            hyper,
+            tensors,
+        })
+    }
+
+    /// The model's numbers.
+    pub fn hyperparameters(&self) -> &Hyperparameters {
+        &self.hyper
+    }
+
+    /// The model's tensors.
+    pub fn tensors(&self) -> &ModelTensors {
+        &self.tensors
+    }
+
+    /// The types worth considering for the rows: one for files of floats or Q8_0, else those between 4 and 8 bits.
+    pub fn choices(&self) -> Vec<QuantType> {
+        let own: Vec<QuantType> = self
+            .tensors
+            .layers
+            .iter()
+            .map(|layer| layer.down.matrix().quant)
+            .collect();
+        if own.iter().all(|quant| !quant.is_quantised()) {
+            return vec![own[0]];
+        }
+        vec![
+            QuantType::Q8_0,
+            QuantType::Q5_1,
+            QuantType::Q5_0,
+            QuantType::Q4_0,
+        ]
+    }
+
+    /// Writes the packed model to `path`, atomically: until it is whole, `path` stays as it was.
+    ///
+    /// `down_type` overrides the type of all rows; by default each layer's is [`transposed_type`].
+    ///
+    /// # Errors
+    /// Rows that do not divide into blocks of the type, or what the file system refuses.
+    pub fn write(&self, path: &Path, down_type: Option<QuantType>) -> Result<(), ModelError> {
+        let mut header = GgufWriter::new();
+        header.copy_metadata(self.file.metadata(), |_| false)?;
+        let downs = self.downs(down_type)?;
+        for tensor in self.file.tensors() {
+            match downs.iter().find(|down| down.plain_name == tensor.name()) {
+                Some(down) => {
+                    let shape = [self.hyper.n_embd, self.hyper.n_ff];
+                    header.add_tensor(&down.packed_name, GgmlType::from(down.to), &shape)?;
+                }
+                None => header.add_tensor(tensor.name(), tensor.ggml_type(), tensor.shape())?,
+            }
+        }
+        let mut stream = header.create(path)?;
+        for tensor in self.file.tensors() {
+            match downs.iter().find(|down| down.plain_name == tensor.name()) {
+                Some(down) => {
+                    let FileDown::Plain(matrix) = &self.tensors.layers[down.layer].down else {
+                        unreachable!("checked in new")
+                    };
+                    let mut outcome = Ok(());
+                    Transposer::new(matrix, down.to).each_row(0..self.hyper.n_ff, |_, row| {
+                        if outcome.is_ok() {
+                            outcome = stream.write(&down.packed_name, row);
+                        }
+                    });
+                    outcome?;
+                }
+                None => stream.write(tensor.name(), &self.file.tensor_data(tensor))?,
+            }
+            self.file.drop_tensor_pages(tensor);
+        }
+        Ok(stream.finish()?)
+    }
+
+    fn downs(&self, down_type: Option<QuantType>) -> Result<Vec<PackedDown>, ModelError> {
+        let layers = self.tensors.layers.iter().enumerate();
+        layers
+            .map(|(layer, tensors)| {
+                let plain = tensors.down.matrix();
+                let to = down_type.unwrap_or_else(|| transposed_type(plain.quant));
+                if self.hyper.n_embd % to.block_values() != 0 {
+                    return Err(ModelError::PartialBlock {
+                        n_values: self.hyper.n_embd,
+                        quant: to.name(),
+                        block_values: to.block_values(),
+                    });
+                }
+                let plain_name = plain.info.name().to_owned();
+                let packed_name = plain_name.replace("ffn_down", "ffn_down_t");
+                Ok(PackedDown {
+                    layer,
+                    plain_name,
+                    packed_name,
+                    to,
+                })
+            })
+            .collect()
+    }
+}
+
+/// One layer's down projection on its way.
+struct PackedDown {
+    layer: usize,
+    plain_name: String,
+    packed_name: String,
+    to: QuantType,
+}

@@ -345,10 +345,21 @@ impl<'a> Array<'a> {
     /// # Errors
     /// The elements are no strings.
     pub fn to_byte_strs(&self) -> Result<Vec<&'a [u8]>, GgufError> {
-        self.collect("array<str>", |value| match value {
-            Value::Str(bytes) => Some(bytes),
-            _ => None,
-        })
+        if self.element != ValueType::Str {
+            return Err(self.wrong_type("array<str>"));
+        }
+        // Faster than through `iter`: vocabularies have 150,000 strings.
+        let mut rest = self.payload;
+        let mut next = || {
+            let (len_bytes, tail) = rest.split_first_chunk()?;
+            let len_bytes = usize::try_from(u64::from_le_bytes(*len_bytes)).ok()?;
+            let (text, tail) = tail.split_at_checked(len_bytes)?;
+            rest = tail;
+            Some(text)
+        };
+        let mut strs = Vec::with_capacity(self.len);
+        strs.extend((0..self.len).map_while(|_| next()));
+        Ok(strs)
     }
 
     /// The elements as `i32`; any integer type will do as long as each value fits.

@@ -1,0 +1,77 @@
+//! Ctrl-C: the first ends the answer, the next the program.
+
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
+
+/// Exit code of a program that Ctrl-C ended, as shells expect it.
+pub const INTERRUPTED_EXIT_CODE: u8 = 130;
+
+/// Whether an answer is under way, and whether it should end. Clones share their state.
+#[derive(Debug, Clone, Default)]
+pub struct Interrupt {
+    answering: Arc<AtomicBool>,
+    requested: Arc<AtomicBool>,
+}
+
+impl Interrupt {
+    /// Starts to listen for Ctrl-C on a thread of its own. Where that fails, Ctrl-C ends the program as usual.
+    pub fn listen() -> Self {
+        let interrupt = Self::default();
+        let shared = interrupt.clone();
+        let listener = std::thread::Builder::new().name("ctrl-c".into());
+        if let Err(error) = listener.spawn(move || shared.wait()) {
+            tracing::warn!("Ctrl-C will end the program at once: cannot start its thread: {error}");
+        }
+        interrupt
+    }
+
+    fn wait(&self) {
+        let runtime = match tokio::runtime::Builder::new_current_thread()
+            .enable_io()
+            .build()
+        {
+            Ok(runtime) => runtime,
+            Err(error) => return tracing::warn!("Ctrl-C will end the program at once: {error}"),
+        };
+        runtime.block_on(async {
+            while tokio::signal::ctrl_c().await.is_ok() {
+                self.pressed();
+            }
+        });
+    }
+
+    fn pressed(&self) {
+        let first = !self.requested.swap(true, Ordering::AcqRel);
+        if !(first && self.answering.load(Ordering::Acquire)) {
+            eprintln!();
+            std::process::exit(INTERRUPTED_EXIT_CODE.into());
+        }
+    }
+
+    /// Marks an answer as under way until the guard is dropped; from here the next Ctrl-C ends only the answer.
+    pub fn answer(&self) -> Answering<'_> {
+        self.requested.store(false, Ordering::Release);
+        self.answering.store(true, Ordering::Release);
+        Answering(self)
+    }
+
+    /// Whether the answer under way should end.
+    pub fn requested(&self) -> bool {
+        self.requested.load(Ordering::Acquire)
+    }
+
+    /// The flag behind [`Interrupt::requested`], for a thread that must not know of signals.
+    pub fn flag(&self) -> Arc<AtomicBool> {
+        Arc::clone(&self.requested)
+    }
+}
+
+/// An answer under way.
+#[derive(Debug)]
+pub struct Answering<'a>(&'a Interrupt);
+
+impl Drop for Answering<'_> {
+    fn drop(&mut self) {
+        self.0.answering.store(false, Ordering::Release);
+    }
+}

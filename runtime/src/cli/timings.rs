@@ -1,0 +1,156 @@
+//! The line of timings after an answer, and its JSON form.
+
+use std::fmt;
+use std::time::Duration;
+
+use serde_json::{Value, json};
+
+/// What an answer took, and what it read.
+#[derive(Debug, Clone, Default, PartialEq)]
+pub struct Timings {
+    /// From the program's start to a model that is ready.
+    pub load: Duration,
+    /// From the program's start to the first token's logits; none when nothing was computed.
+    pub first_token: Option<Duration>,
+    /// Tokens of the prompt that were computed.
+    pub n_prompt: usize,
+    /// Time that these took.
+    pub prompt: Duration,
+    /// Tokens computed one by one after the prompt.
+    pub n_decoded: usize,
+    /// Time that these took.
+    pub decode: Duration,
+    /// Share of FFN neurons computed with an open gate while decoding; none when nothing was decoded.
+    pub active_share: Option<f64>,
+    /// Weight bytes read for a decoded token; none when nothing was decoded.
+    pub bytes_per_token: Option<u64>,
+    /// Every part that changes the output, in words.
+    pub lossy: Vec<String>,
+}
+
+impl Timings {
+    /// Adds another answer of the same session; load, first token and lossy parts stay.
+    pub fn add(&mut self, other: &Timings) {
+        let (n_self, n_other) = (self.n_decoded as f64, other.n_decoded as f64);
+        let mean = |a: Option<f64>, b: Option<f64>| match (a, b) {
+            (Some(a), Some(b)) => Some((a * n_self + b * n_other) / (n_self + n_other)),
+            (a, b) => a.or(b),
+        };
+        self.active_share = mean(self.active_share, other.active_share);
+        let bytes = |bytes: Option<u64>| bytes.map(|bytes| bytes as f64);
+        self.bytes_per_token = mean(bytes(self.bytes_per_token), bytes(other.bytes_per_token))
+            .map(|bytes| bytes.round() as u64);
+        self.n_prompt += other.n_prompt;
+        self.prompt += other.prompt;
+        self.n_decoded += other.n_decoded;
+        self.decode += other.decode;
+    }
+
+    /// `timings` of `--json`, with llama.cpp's server's names where it has them.
+    pub fn to_json(&self) -> Value {
+        json!({
+            "load_ms": ms(self.load),
+            "first_token_ms": self.first_token.map(ms),
+            "prompt_n": self.n_prompt,
+            "prompt_ms": ms(self.prompt),
+            "prompt_per_second": per_second(self.n_prompt, self.prompt),
+            "predicted_n": self.n_decoded,
+            "predicted_ms": ms(self.decode),
+            "predicted_per_second": per_second(self.n_decoded, self.decode),
+            "active_share": self.active_share,
+            "bytes_per_token": self.bytes_per_token,
+            "lossy": self.lossy,
+        })
+    }
+}
+
+impl fmt::Display for Timings {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "load {:.0} ms", ms(self.load))?;
+        if let Some(first_token) = self.first_token {
+            write!(f, ", first token after {:.0} ms", ms(first_token))?;
+        }
+        let speed = |n: usize, time: Duration| match per_second(n, time) {
+            Some(speed) => format!("{n} tokens, {speed:.1} tok/s"),
+            None => format!("{n} tokens"),
+        };
+        write!(f, " | prompt {}", speed(self.n_prompt, self.prompt))?;
+        write!(f, " | decode {}", speed(self.n_decoded, self.decode))?;
+        if let Some(share) = self.active_share {
+            write!(f, " | active {:.1} %", share * 100.0)?;
+        }
+        if let Some(bytes) = self.bytes_per_token {
+            write!(f, " | {:.1} MB/token", bytes as f64 / 1e6)?;
+        }
+        let lossy = if self.lossy.is_empty() {
+            "none".into()
+        } else {
+            self.lossy.join(", ")
+        };
+        write!(f, " | lossy: {lossy}")
+    }
+}
+
+fn ms(time: Duration) -> f64 {
+    (time.as_secs_f64() * 1e6).round() / 1e3
+}
+
+fn per_second(n: usize, time: Duration) -> Option<f64> {
+    (n > 0 && !time.is_zero()).then(|| n as f64 / time.as_secs_f64())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn timings() -> Timings {
+        Timings {
+            load: Duration::from_millis(210),
+            first_token: Some(Duration::from_millis(240)),
+            n_prompt: 5,
+            prompt: Duration::from_millis(20),
+            n_decoded: 10,
+            decode: Duration::from_millis(100),
+            active_share: Some(0.1),
+            bytes_per_token: Some(60_000_000),
+            lossy: vec![],
+        }
+    }
+
+    #[test]
+    fn line_names_every_figure() {
+        assert_eq!(
+            timings().to_string(),
+            "load 210 ms, first token after 240 ms | prompt 5 tokens, 250.0 tok/s | decode 10 tokens, 100.0 tok/s \
+             | active 10.0 % | 60.0 MB/token | lossy: none"
+        );
+        let nothing = Timings {
+            lossy: vec!["down re-quantised Q4_0 -> Q5_0".into()],
+            ..Timings::default()
+        };
+        assert_eq!(
+            nothing.to_string(),
+            "load 0 ms | prompt 0 tokens | decode 0 tokens | lossy: down re-quantised Q4_0 -> Q5_0"
+        );
+    }
+
+    #[test]
+    fn turns_add_up_weighted_by_tokens() {
+        let mut sum = timings();
+        sum.add(&Timings {
+            n_decoded: 30,
+            active_share: Some(0.2),
+            ..timings()
+        });
+        assert_eq!((sum.n_prompt, sum.n_decoded), (10, 40));
+        assert!((sum.active_share.unwrap() - 0.175).abs() < 1e-12);
+        assert_eq!(sum.bytes_per_token, Some(60_000_000));
+    }
+
+    #[test]
+    fn json_has_null_where_nothing_was_measured() {
+        let value = Timings::default().to_json();
+        assert!(value["predicted_per_second"].is_null() && value["active_share"].is_null());
+        assert_eq!(timings().to_json()["predicted_per_second"], 100.0);
+    }
+}

@@ -1,0 +1,164 @@
+//! Everything that can end the program, and the exit code that it ends with.
+
+use std::io;
+use std::path::PathBuf;
+
+use thiserror::Error;
+
+use crate::gguf::GgufError;
+use crate::inspect::InspectError;
+use crate::model::ModelError;
+use crate::perplexity::PerplexityError;
+use crate::sampler::SamplerError;
+use crate::tokenizer::TokenizerError;
+
+/// Exit code of bad input: a file, flag, configuration or prompt.
+pub const BAD_INPUT_EXIT_CODE: u8 = 2;
+
+/// Exit code of a machine that does not do its part: memory, disk, threads.
+pub const ENVIRONMENT_EXIT_CODE: u8 = 1;
+
+/// What ended the program.
+#[derive(Debug, Error)]
+pub enum RuntimeError {
+    /// A GGUF file that cannot be read or written.
+    #[error(transparent)]
+    Gguf(#[from] GgufError),
+    /// A model that cannot be run.
+    #[error("{}: {source}", path.display())]
+    Model {
+        /// Its file.
+        path: PathBuf,
+        /// Why.
+        source: ModelError,
+    },
+    /// Sampling parameters out of range.
+    #[error(transparent)]
+    Sampler(#[from] SamplerError),
+    /// A vocabulary or text that cannot be tokenised.
+    #[error(transparent)]
+    Tokenizer(#[from] TokenizerError),
+    /// `inspect` failed.
+    #[error(transparent)]
+    Inspect(InspectError),
+    /// A log filter that cannot be parsed.
+    #[error(
+        "--log-level {text}: not a level (error, warn, info, debug, trace) or filter (pi_actors=debug)"
+    )]
+    LogLevel {
+        /// As given.
+        text: String,
+    },
+    /// A text that cannot be scored.
+    #[error("{}: {source}", path.display())]
+    Perplexity {
+        /// Its file.
+        path: PathBuf,
+        /// Why.
+        source: PerplexityError,
+    },
+    /// No model named and none found.
+    #[error("no model: give one with -m FILE, or put the demo model {name} into {}", folder.display())]
+    NoModel {
+        /// The demo model's file name.
+        name: &'static str,
+        /// Where it would be found.
+        folder: PathBuf,
+    },
+    /// Nothing to continue.
+    #[error("no prompt: give one with -p TEXT, or chat with -cnv")]
+    NoPrompt,
+    /// An empty prompt for a model without a token to begin with.
+    #[error(
+        "the prompt is empty, and this model has no token that begins a text: give a prompt with -p TEXT"
+    )]
+    EmptyPrompt,
+    /// A prompt that leaves no room.
+    #[error(
+        "the prompt has {n_prompt} tokens, but the context holds {n_ctx}: shorten it, or raise -c (this model: up to {n_ctx_max})"
+    )]
+    PromptTooLong {
+        /// Tokens of the prompt.
+        n_prompt: usize,
+        /// Tokens of the context.
+        n_ctx: usize,
+        /// The model's longest context.
+        n_ctx_max: usize,
+    },
+    /// A text file that cannot be read.
+    #[error("{}: cannot read the text: {source}", path.display())]
+    ReadText {
+        /// The file.
+        path: PathBuf,
+        /// Why.
+        source: io::Error,
+    },
+    /// A text that is not UTF-8.
+    #[error("{}: the text is not UTF-8 (byte {offset}): convert it", path.display())]
+    NotUtf8 {
+        /// The file.
+        path: PathBuf,
+        /// First bad byte.
+        offset: usize,
+    },
+    /// A flag with a value that cannot be.
+    #[error("{flag} {value}: {problem}")]
+    Flag {
+        /// The flag.
+        flag: &'static str,
+        /// What was given.
+        value: String,
+        /// What is wrong and what would do.
+        problem: String,
+    },
+    /// Standard output's reader went away: an ordinary end.
+    #[error("standard output is closed")]
+    OutputClosed,
+    /// Standard output failed otherwise.
+    #[error("cannot write to standard output: {source}")]
+    OutputFailed {
+        /// Why.
+        source: io::Error,
+    },
+    /// Standard input failed.
+    #[error("cannot read standard input: {source}")]
+    InputFailed {
+        /// Why.
+        source: io::Error,
+    },
+}
+
+impl RuntimeError {
+    /// The code that the program ends with.
+    pub fn exit_code(&self) -> u8 {
+        if self.is_environment() {
+            ENVIRONMENT_EXIT_CODE
+        } else {
+            BAD_INPUT_EXIT_CODE
+        }
+    }
+
+    fn is_environment(&self) -> bool {
+        match self {
+            RuntimeError::Gguf(error) => error.is_environment(),
+            RuntimeError::Model { source, .. } => source.is_environment(),
+            RuntimeError::Inspect(InspectError::Gguf(error)) => error.is_environment(),
+            RuntimeError::Inspect(InspectError::Output(_))
+            | RuntimeError::OutputClosed
+            | RuntimeError::OutputFailed { .. }
+            | RuntimeError::InputFailed { .. } => true,
+            _ => false,
+        }
+    }
+}
+
+impl From<InspectError> for RuntimeError {
+    fn from(error: InspectError) -> Self {
+        match error {
+            InspectError::Output(source) if source.kind() == io::ErrorKind::BrokenPipe => {
+                Self::OutputClosed
+            }
+            error => Self::Inspect(error),
+        }
+    }
+}

@@ -1,0 +1,41 @@
+//! The model architectures that can be run, as data.
+
+use pi_kernels::rope::RopePairs;
+
+use super::error::ModelError;
+
+/// What tells one llama-like architecture from another.
+#[derive(Debug, PartialEq, Eq)]
+pub struct Architecture {
+    /// `general.architecture`, and the prefix of its keys.
+    pub name: &'static str,
+    /// Pairing of its rotary embedding.
+    pub rope: RopePairs,
+    /// Whether query, key and value have biases.
+    pub qkv_bias: bool,
+}
+
+/// Everything that can be run. Mistral's files call themselves `llama`.
+pub const ARCHITECTURES: [Architecture; 1] = [Architecture {
+    name: "llama",
+    rope: RopePairs::Adjacent,
+    qkv_bias: false,
+}];
+
+impl Architecture {
+    /// The architecture called `name`.
+    ///
+    /// # Errors
+    /// [`ModelError::UnsupportedArchitecture`] with what is supported.
+    pub fn find(name: &str) -> Result<&'static Architecture, ModelError> {
+        ARCHITECTURES
+            .iter()
+            .find(|architecture| architecture.name == name)
+            .ok_or_else(|| ModelError::UnsupportedArchitecture {
+                name: name.to_owned(),
+                supported: ARCHITECTURES
+                    .map(|architecture| architecture.name)
+                    .join(", "),
+            })
+    }
+}

@@ -1,0 +1,297 @@
+//! The numbers that describe a model, read from GGUF metadata and checked against one another.
+
+use pi_kernels::rope::{RopePairs, RopeScaling, RopeSpec};
+
+use super::architecture::Architecture;
+use super::error::ModelError;
+use crate::gguf::{GgufFile, Metadata};
+
+/// Most layers, heads or values in any dimension that is believed: keeps products inside 64 bits.
+const MAX_COUNT: usize = 1 << 24;
+
+/// The FFN gate's activation.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum GateKind {
+    /// x · sigmoid(x)
+    Silu,
+    /// max(x, 0)
+    Relu,
+}
+
+impl GateKind {
+    /// The name in metadata.
+    pub fn name(self) -> &'static str {
+        match self {
+            GateKind::Silu => "silu",
+            GateKind::Relu => "relu",
+        }
+    }
+}
+
+/// Rotary position embedding, but for the Llama-3 factors, which are a tensor.
+#[derive(Debug, Clone, Copy, PartialEq)]
+pub struct Rope {
+    /// Which values turn together.
+    pub pairs: RopePairs,
+    /// Values of a head that turn; the others stay.
+    pub n_rot: usize,
+    /// Base of the frequencies.
+    pub freq_base: f32,
+    /// Positions are divided by this: 1 without linear scaling.
+    pub linear_factor: f32,
+}
+
+impl Rope {
+    /// The kernels' form, with Llama 3's divisors `[n_rot / 2]` where the model has them.
+    ///
+    /// # Errors
+    /// [`ModelError::UnsupportedFeature`] for divisors beside linear scaling.
+    pub fn spec(&self, divisors: Option<Vec<f32>>) -> Result<RopeSpec, ModelError> {
+        let scaling = match (divisors, self.linear_factor) {
+            (None, 1.0) => RopeScaling::None,
+            (None, factor) => RopeScaling::Linear { factor },
+            (Some(divisors), 1.0) => RopeScaling::Divisors { divisors },
+            (Some(_), factor) => {
+                return Err(ModelError::UnsupportedFeature {
+                    feature: "linear position scaling beside rope_freqs.weight",
+                    key: "rope.scaling.factor".into(),
+                    value: factor.to_string(),
+                    cure: "convert the model again",
+                });
+            }
+        };
+        Ok(RopeSpec {
+            pairs: self.pairs,
+            n_dims: self.n_rot,
+            freq_base: self.freq_base,
+            scaling,
+        })
+    }
+}
+
+/// A model's sizes and constants.
+#[derive(Debug, Clone, PartialEq)]
+pub struct Hyperparameters {
+    /// What computes it.
+    pub architecture: &'static Architecture,
+    /// Layers.
+    pub n_layer: usize,
+    /// Width of the residual stream.
+    pub n_embd: usize,
+    /// Neurons of a layer.
+    pub n_ff: usize,
+    /// Query heads.
+    pub n_head: usize,
+    /// Key and value heads; a divisor of `n_head`.
+    pub n_head_kv: usize,
+    /// Values of a head.
+    pub head_dim: usize,
+    /// Tokens in the vocabulary.
+    pub n_vocab: usize,
+    /// Longest context that the model knows.
+    pub n_ctx_max: usize,
+    /// Added to the mean square in RMS norms.
+    pub rms_eps: f32,
+    /// Activation of the FFN gate.
+    pub gate: GateKind,
+    /// Position embedding.
+    pub rope: Rope,
+}
+
+impl Hyperparameters {
+    /// Reads and checks the metadata of `file`.
+    ///
+    /// # Errors
+    /// An unsupported architecture or feature, or a key that is missing or cannot be: the message names it.
+    pub fn read(file: &GgufFile) -> Result<Self, ModelError> {
+        let metadata = file.metadata();
+        let architecture = Architecture::find(metadata.require_str("general.architecture")?)?;
+        let keys = Keys {
+            metadata,
+            prefix: architecture.name,
+        };
+        refuse_unknown_features(&keys)?;
+        let n_embd = keys.count("embedding_length")?;
+        let n_head = keys.count("attention.head_count")?;
+        let n_head_kv = keys.count_or("attention.head_count_kv", n_head)?;
+        if n_head % n_head_kv != 0 {
+            let needed = format!("it must divide the {n_head} query heads");
+            return Err(keys.bad("attention.head_count_kv", n_head_kv, needed));
+        }
+        let head_dim = keys.count_or("attention.key_length", n_embd / n_head)?;
+        let value_length = keys.count_or("attention.value_length", head_dim)?;
+        if value_length != head_dim {
+            let needed = format!("only the key's length, {head_dim}, is supported");
+            return Err(keys.bad("attention.value_length", value_length, needed));
+        }
+        let rms_eps = keys.positive("attention.layer_norm_rms_epsilon")?;
+        Ok(Self {
+            architecture,
+            n_layer: keys.count("block_count")?,
+            n_embd,
+            n_ff: keys.count("feed_forward_length")?,
+            n_head,
+            n_head_kv,
+            head_dim,
+            n_vocab: n_vocab(file, &keys)?,
+            n_ctx_max: keys.count("context_length")?,
+            rms_eps,
+            gate: gate_kind(&keys)?,
+            rope: rope(&keys, architecture, head_dim)?,
+        })
+    }
+
+    /// Values in all keys (or all values) of one position.
+    pub fn n_embd_kv(&self) -> usize {
+        self.n_head_kv * self.head_dim
+    }
+
+    /// Values in all queries of one position.
+    pub fn n_embd_q(&self) -> usize {
+        self.n_head * self.head_dim
+    }
+}
+
+/// Keys under the architecture's prefix.
+struct Keys<'a> {
+    metadata: &'a Metadata,
+    prefix: &'static str,
+}
+
+impl Keys<'_> {
+    fn name(&self, key: &str) -> String {
+        format!("{}.{key}", self.prefix)
+    }
+
+    fn bad(&self, key: &str, value: impl ToString, needed: String) -> ModelError {
+        ModelError::BadKey {
+            key: self.name(key),
+            value: value.to_string(),
+            needed,
+        }
+    }
+
+    fn in_range(&self, key: &str, value: usize) -> Result<usize, ModelError> {
+        if (1..=MAX_COUNT).contains(&value) {
+            return Ok(value);
+        }
+        Err(self.bad(key, value, format!("it must be from 1 to {MAX_COUNT}")))
+    }
+
+    fn count(&self, key: &str) -> Result<usize, ModelError> {
+        self.in_range(key, self.metadata.require_usize(&self.name(key))?)
+    }
+
+    fn count_or(&self, key: &str, default: usize) -> Result<usize, ModelError> {
+        self.in_range(
+            key,
+            self.metadata.get_usize(&self.name(key))?.unwrap_or(default),
+        )
+    }
+
+    fn positive(&self, key: &str) -> Result<f32, ModelError> {
+        self.positive_or(key, self.metadata.require_f32(&self.name(key))?)
+    }
+
+    fn positive_or(&self, key: &str, default: f32) -> Result<f32, ModelError> {
+        let value = self.metadata.get_f32(&self.name(key))?.unwrap_or(default);
+        if value > 0.0 && value.is_finite() {
+            return Ok(value);
+        }
+        Err(self.bad(key, value, "it must be a positive number".into()))
+    }
+
+    fn text(&self, key: &str) -> Result<Option<&str>, ModelError> {
+        Ok(self.metadata.get_str(&self.name(key))?)
+    }
+}
+
+/// Features of llama-like files that change what is computed and are not implemented.
+fn refuse_unknown_features(keys: &Keys<'_>) -> Result<(), ModelError> {
+    let unsupported = |feature, key: &str, value: String| ModelError::UnsupportedFeature {
+        feature,
+        key: keys.name(key),
+        value,
+        cure: "use a dense llama-like model",
+    };
+    let experts = keys
+        .metadata
+        .get_usize(&keys.name("expert_count"))?
+        .unwrap_or(0);
+    if experts > 0 {
+        return Err(unsupported(
+            "a mixture of experts",
+            "expert_count",
+            experts.to_string(),
+        ));
+    }
+    for (feature, key) in [
+        ("scaled logits", "logit_scale"),
+        ("scaled embeddings", "embedding_scale"),
+        ("scaled residuals", "residual_scale"),
+        ("scaled attention", "attention.scale"),
+    ] {
+        match keys.metadata.get_f32(&keys.name(key))? {
+            Some(scale) if scale != 0.0 && scale != 1.0 => {
+                return Err(unsupported(feature, key, scale.to_string()));
+            }
+            _ => {}
+        }
+    }
+    Ok(())
+}
+
+fn gate_kind(keys: &Keys<'_>) -> Result<GateKind, ModelError> {
+    match keys.text("hidden_activation")? {
+        None | Some("silu") => Ok(GateKind::Silu),
+        Some("relu") => Ok(GateKind::Relu),
+        Some(other) => Err(keys.bad(
+            "hidden_activation",
+            format!("{other:?}"),
+            "only silu and relu are supported".into(),
+        )),
+    }
+}
+
+fn rope(keys: &Keys<'_>, architecture: &Architecture, head_dim: usize) -> Result<Rope, ModelError> {
+    let n_rot = keys.count_or("rope.dimension_count", head_dim)?;
+    if n_rot > head_dim || n_rot % 2 != 0 {
+        let needed = format!("it must be even and at most the head's {head_dim} values");
+        return Err(keys.bad("rope.dimension_count", n_rot, needed));
+    }
+    // a factor without a type is linear; `scale_linear` is how files of 2023 wrote it
+    let scaling = keys
+        .text("rope.scaling.type")?
+        .unwrap_or("linear")
+        .to_owned();
+    let old_factor = keys.positive_or("rope.scale_linear", 1.0)?;
+    let factor = match scaling.as_str() {
+        "linear" => keys.positive_or("rope.scaling.factor", old_factor)?,
+        "none" => 1.0,
+        other => {
+            return Err(ModelError::UnsupportedFeature {
+                feature: "another kind of position scaling",
+                key: keys.name("rope.scaling.type"),
+                value: other.to_owned(),
+                cure: "use a model without scaling, with linear scaling or with Llama 3's factors",
+            });
+        }
+    };
+    Ok(Rope {
+        pairs: architecture.rope,
+        n_rot,
+        freq_base: keys.positive_or("rope.freq_base", 10_000.0)?,
+        linear_factor: factor,
+    })
+}
+
+/// Rows of the embedding, which the metadata may state and the vocabulary has to match.
+fn n_vocab(file: &GgufFile, keys: &Keys<'_>) -> Result<usize, ModelError> {
+    let rows = file.require_tensor("token_embd.weight")?.n_rows();
+    let stated = keys.count_or("vocab_size", rows)?;
+    if stated != rows {
+        let needed = format!("token_embd.weight has {rows} rows");
+        return Err(keys.bad("vocab_size", stated, needed));
+    }
+    Ok(rows)
+}

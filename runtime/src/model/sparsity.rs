@@ -1,0 +1,238 @@
+//! Which sparsity mode a model runs in, and what becomes of its down projection for it.
+
+use pi_kernels::QuantType;
+
+use super::error::ModelError;
+use super::hyperparameters::GateKind;
+use super::quantize::WRITABLE_TYPES;
+
+/// `--sparsity`: which neurons are computed.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Sparsity {
+    /// All of them, with the file's own weights.
+    Off,
+    /// Those whose ReLU gate is open; the others contribute nothing.
+    Exact,
+}
+
+impl Sparsity {
+    /// The name on the command line.
+    pub fn name(self) -> &'static str {
+        match self {
+            Sparsity::Off => "off",
+            Sparsity::Exact => "exact",
+        }
+    }
+}
+
+/// How a file stores a layer's down projection.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum DownStored {
+    /// `ffn_down_t`: one row per neuron.
+    NeuronMajor(QuantType),
+    /// `ffn_down`: one row per output, blocks running over neurons.
+    Plain(QuantType),
+}
+
+/// What the loader makes of a layer's down projection.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum DownPlan {
+    /// Neuron rows as they are.
+    NeuronRows(QuantType),
+    /// Plain rows as they are.
+    Dense(QuantType),
+    /// Plain rows transposed to neuron rows of another type.
+    Transposed {
+        /// In the file.
+        from: QuantType,
+        /// In memory.
+        to: QuantType,
+    },
+}
+
+impl DownPlan {
+    /// The change of values that the plan makes, in words; none where it makes none.
+    pub fn lossy(self) -> Option<String> {
+        match self {
+            DownPlan::Transposed { from, to } if from != to || from.is_quantised() => Some(
+                format!("down re-quantised {} -> {}", from.name(), to.name()),
+            ),
+            _ => None,
+        }
+    }
+}
+
+/// A model's mode and what it means for each layer.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct SparsityPlan {
+    /// The mode.
+    pub mode: Sparsity,
+    /// Down projection of each layer.
+    pub down: Vec<DownPlan>,
+    /// Something the user may want to know.
+    pub hint: Option<String>,
+}
+
+impl SparsityPlan {
+    /// Resolves what was asked for against the model.
+    ///
+    /// The default is `exact` where the gate is ReLU and neuron rows are in the file or can be had without loss; on
+    /// other plain files `exact` runs only when asked for.
+    ///
+    /// # Errors
+    /// [`ModelError::GatesNeverClose`] for `exact` without ReLU gates.
+    pub fn resolve(
+        asked: Option<Sparsity>,
+        gate: GateKind,
+        stored: &[DownStored],
+    ) -> Result<Self, ModelError> {
+        let relu = gate == GateKind::Relu;
+        let free = stored.iter().all(|down| match down {
+            DownStored::NeuronMajor(_) => true,
+            DownStored::Plain(quant) => !quant.is_quantised(),
+        });
+        let mode = match asked {
+            Some(Sparsity::Exact) if !relu => {
+                return Err(ModelError::GatesNeverClose {
+                    activation: gate.name(),
+                });
+            }
+            Some(mode) => mode,
+            None if relu && free => Sparsity::Exact,
+            None => Sparsity::Off,
+        };
+        let hint = (asked.is_none() && relu && !free).then(|| {
+            "this model's gates are ReLU, but its down projection is stored by output: \
+             `pi-runtime pack` makes a file that runs sparse"
+                .to_owned()
+        });
+        let down = stored.iter().map(|down| plan_down(mode, *down)).collect();
+        Ok(Self { mode, down, hint })
+    }
+
+    /// The lossy parts, each named once.
+    pub fn lossy(&self) -> Vec<String> {
+        let mut names: Vec<String> = self.down.iter().filter_map(|down| down.lossy()).collect();
+        names.sort();
+        names.dedup();
+        names
+    }
+
+    /// Bytes of transposed copies, for rows of `n_embd` and `n_ff` neurons a layer.
+    pub fn transposed_bytes(&self, n_embd: usize, n_ff: usize) -> u64 {
+        let bytes = |down: &DownPlan| match down {
+            DownPlan::Transposed { to, .. } => (n_ff * to.row_bytes(n_embd)) as u64,
+            _ => 0,
+        };
+        self.down.iter().map(bytes).sum()
+    }
+}
+
+fn plan_down(mode: Sparsity, stored: DownStored) -> DownPlan {
+    match (stored, mode) {
+        (DownStored::NeuronMajor(quant), _) => DownPlan::NeuronRows(quant),
+        (DownStored::Plain(quant), Sparsity::Off) => DownPlan::Dense(quant),
+        (DownStored::Plain(from), Sparsity::Exact) => DownPlan::Transposed {
+            from,
+            to: transposed_type(from),
+        },
+    }
+}
+
+/// Share of neurons skipped that a re-quantised down has to pay for itself at.
+const SKIPPED_SHARE: f64 = 0.3;
+
+/// The type for a down projection's neuron rows: its own where that is lossless (floats) or as good (Q8_0), else the
+/// most precise type with which the bytes read for a token still fall when 30 % of the neurons are skipped.
+pub fn transposed_type(plain: QuantType) -> QuantType {
+    if !plain.is_quantised() || plain == QuantType::Q8_0 {
+        return plain;
+    }
+    let bits = |quant: QuantType| quant.block_bytes() as f64 * 8.0 / quant.block_values() as f64;
+    let dense = 3.0 * bits(plain);
+    let sparse = |down: QuantType| bits(plain) + (1.0 - SKIPPED_SHARE) * (bits(plain) + bits(down));
+    let candidates = [QuantType::Q8_0, QuantType::Q5_0];
+    *candidates
+        .iter()
+        .find(|down| sparse(**down) < dense)
+        .unwrap_or(&QuantType::Q4_0)
+}
+
+/// The type called `name` (any case), if neuron rows can be written in it.
+///
+/// # Errors
+/// [`ModelError::UnwritableType`] with what can be written.
+pub fn writable_type(name: &str) -> Result<QuantType, ModelError> {
+    let wanted = |quant: &&QuantType| quant.name().eq_ignore_ascii_case(name);
+    WRITABLE_TYPES
+        .iter()
+        .find(wanted)
+        .copied()
+        .ok_or_else(|| ModelError::UnwritableType {
+            name: name.to_owned(),
+            possible: WRITABLE_TYPES.map(QuantType::name).join(", "),
+        })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    const T: DownStored = DownStored::NeuronMajor(QuantType::Q4_0);
+    const PLAIN: DownStored = DownStored::Plain(QuantType::Q4_0);
+    const FLOAT: DownStored = DownStored::Plain(QuantType::BF16);
+
+    fn mode(asked: Option<Sparsity>, gate: GateKind, stored: &[DownStored]) -> Sparsity {
+        SparsityPlan::resolve(asked, gate, stored).unwrap().mode
+    }
+
+    #[test]
+    fn default_is_exact_only_where_it_is_free() {
+        assert_eq!(mode(None, GateKind::Relu, &[T, T]), Sparsity::Exact);
+        assert_eq!(mode(None, GateKind::Relu, &[T, FLOAT]), Sparsity::Exact);
+        assert_eq!(mode(None, GateKind::Relu, &[T, PLAIN]), Sparsity::Off);
+        assert_eq!(mode(None, GateKind::Silu, &[T, T]), Sparsity::Off);
+        assert_eq!(
+            mode(Some(Sparsity::Exact), GateKind::Relu, &[PLAIN]),
+            Sparsity::Exact
+        );
+        assert_eq!(
+            mode(Some(Sparsity::Off), GateKind::Relu, &[T]),
+            Sparsity::Off
+        );
+    }
+
+    #[test]
+    fn exact_without_relu_says_what_to_do() {
+        let error = SparsityPlan::resolve(Some(Sparsity::Exact), GateKind::Silu, &[T]).unwrap_err();
+        assert!(error.to_string().contains("silu") && error.to_string().contains("--sparsity off"));
+    }
+
+    #[test]
+    fn only_re_quantised_down_is_lossy_and_only_relu_plain_files_get_the_hint() {
+        let plan = |asked, stored| SparsityPlan::resolve(asked, GateKind::Relu, &[stored]).unwrap();
+        assert_eq!(
+            plan(Some(Sparsity::Exact), PLAIN).lossy(),
+            ["down re-quantised Q4_0 -> Q5_0"]
+        );
+        assert!(plan(None, FLOAT).lossy().is_empty());
+        assert!(plan(None, T).lossy().is_empty());
+        assert!(plan(None, PLAIN).hint.unwrap().contains("pack"));
+        assert_eq!(plan(Some(Sparsity::Off), PLAIN).hint, None);
+        assert_eq!(plan(None, FLOAT).transposed_bytes(64, 10), 64 * 10 * 2);
+    }
+
+    #[test]
+    fn re_quantised_types_make_the_bytes_fall() {
+        let cases = [
+            (QuantType::Q8_0, QuantType::Q8_0),
+            (QuantType::Q4_0, QuantType::Q5_0),
+            (QuantType::Q4_K, QuantType::Q5_0),
+            (QuantType::Q6_K, QuantType::Q8_0),
+            (QuantType::F16, QuantType::F16),
+        ];
+        for (plain, packed) in cases {
+            assert_eq!(transposed_type(plain), packed, "{}", plain.name());
+        }
+    }
+}

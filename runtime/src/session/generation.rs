@@ -1,0 +1,275 @@
+//! One answer, token by token: feeds the prompt, then what it samples, until something stops it.
+
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::time::{Duration, Instant};
+
+use xxhash_rust::xxh3::Xxh3;
+
+use crate::error::RuntimeError;
+use crate::sampler::Sampler;
+use crate::tokenizer::{TokenStream, Tokenizer, Vocabulary};
+
+/// Why an answer ended.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Stop {
+    /// The model's end-of-text or end-of-turn token.
+    EndOfText,
+    /// As many tokens as were asked for.
+    Limit,
+    /// No room for another token.
+    ContextFull,
+    /// Ctrl-C.
+    Interrupted,
+}
+
+impl Stop {
+    /// The name in `--json`.
+    pub fn name(self) -> &'static str {
+        match self {
+            Stop::EndOfText => "eos",
+            Stop::Limit => "limit",
+            Stop::ContextFull => "context",
+            Stop::Interrupted => "interrupted",
+        }
+    }
+}
+
+/// Takes an answer's text as it grows.
+pub type TextSink = Box<dyn FnMut(&str) -> Result<(), RuntimeError> + Send>;
+
+/// What an answer is made with.
+pub struct GenerationOptions {
+    /// Tokens at most; none: until something else stops it.
+    pub n_predict: Option<usize>,
+    /// Positions free in the context, the prompt's included.
+    pub n_free: usize,
+    /// Whether to hash all logits.
+    pub hash_logits: bool,
+    /// Set by Ctrl-C.
+    pub interrupt: Arc<AtomicBool>,
+    /// Where the text goes.
+    pub sink: TextSink,
+}
+
+/// An answer on its way.
+pub struct Generation {
+    prompt: Vec<u32>,
+    /// Tokens of the prompt given out.
+    n_given: usize,
+    sampler: Sampler,
+    vocabulary: Arc<Vocabulary>,
+    stream: TokenStream,
+    options: GenerationOptions,
+    hash: Option<Box<Xxh3>>,
+    clock: Clock,
+    text: String,
+    tokens: Vec<u32>,
+    stop: Option<Stop>,
+    failure: Option<RuntimeError>,
+}
+
+/// What to compute next.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Next<'a> {
+    /// Feed these tokens; `logits` says whether the last one's logits are wanted.
+    Feed {
+        /// Ids.
+        tokens: &'a [u32],
+        /// Whether the last token's logits are wanted.
+        logits: bool,
+    },
+    /// The answer has ended.
+    Done,
+}
+
+/// When what happened.
+#[derive(Debug, Clone, Copy, Default)]
+struct Clock {
+    start: Option<Instant>,
+    first_logits: Option<Instant>,
+    last_logits: Option<Instant>,
+    n_logits: usize,
+}
+
+impl Clock {
+    fn logits_came(&mut self) {
+        let now = Instant::now();
+        self.first_logits.get_or_insert(now);
+        self.last_logits = Some(now);
+        self.n_logits += 1;
+    }
+}
+
+/// Most tokens of a prompt fed in one step, so that Ctrl-C is noticed in between.
+const PROMPT_STEP: usize = 512;
+
+impl Generation {
+    /// An answer to `prompt`, which must not be empty and must fit into the free positions.
+    pub fn new(
+        prompt: Vec<u32>,
+        sampler: Sampler,
+        tokenizer: &Tokenizer,
+        options: GenerationOptions,
+    ) -> Self {
+        assert!(
+            !prompt.is_empty() && prompt.len() <= options.n_free,
+            "prompt fits"
+        );
+        let mut generation = Self {
+            n_given: 0,
+            sampler,
+            vocabulary: Arc::clone(tokenizer.vocabulary()),
+            stream: tokenizer.stream(),
+            hash: options.hash_logits.then(|| Box::new(Xxh3::new())),
+            clock: Clock::default(),
+            text: String::new(),
+            tokens: Vec::with_capacity(options.n_predict.unwrap_or(0).min(options.n_free) + 1),
+            stop: (options.n_predict == Some(0)).then_some(Stop::Limit),
+            failure: None,
+            prompt,
+            options,
+        };
+        for id in &generation.prompt {
+            generation.sampler.accept(*id);
+        }
+        generation
+    }
+
+    /// Whether the prompt is computed and the first token sampled.
+    pub fn prompt_done(&self) -> bool {
+        self.clock.n_logits > 0
+    }
+
+    /// Whether there is nothing more to compute.
+    pub fn is_done(&self) -> bool {
+        self.stop.is_some() || self.failure.is_some()
+    }
+
+    /// Takes the logits `[n_vocab]` of what was fed last, if they were wanted, and says what to feed next.
+    pub fn next(&mut self, logits: Option<&[f32]>) -> Next<'_> {
+        self.clock.start.get_or_insert_with(Instant::now);
+        if let Some(logits) = logits {
+            self.clock.logits_came();
+            self.take_logits(logits);
+        }
+        if !self.is_done() && self.options.interrupt.load(Ordering::Acquire) {
+            self.stop = Some(Stop::Interrupted);
+        }
+        if self.is_done() {
+            return Next::Done;
+        }
+        if self.n_given < self.prompt.len() {
+            let start = self.n_given;
+            self.n_given = (start + PROMPT_STEP).min(self.prompt.len());
+            let tokens = &self.prompt[start..self.n_given];
+            return Next::Feed {
+                tokens,
+                logits: self.n_given == self.prompt.len(),
+            };
+        }
+        Next::Feed {
+            tokens: &self.tokens[self.tokens.len() - 1..],
+            logits: true,
+        }
+    }
+
+    fn take_logits(&mut self, logits: &[f32]) {
+        if let Some(hash) = &mut self.hash {
+            hash_floats(hash, logits);
+        }
+        if self.options.interrupt.load(Ordering::Acquire) {
+            self.stop = Some(Stop::Interrupted);
+            return;
+        }
+        let id = self.sampler.sample(logits);
+        self.sampler.accept(id);
+        self.tokens.push(id);
+        if self.vocabulary.is_end(id) {
+            self.stop = Some(Stop::EndOfText);
+        } else if self.options.n_predict == Some(self.tokens.len()) {
+            self.stop = Some(Stop::Limit);
+        } else if self.prompt.len() + self.tokens.len() > self.options.n_free {
+            self.stop = Some(Stop::ContextFull);
+        }
+        if self.stop != Some(Stop::EndOfText)
+            && let Some(text) = self.stream.push(id)
+        {
+            self.text.push_str(text);
+            self.failure = (self.options.sink)(text).err();
+        }
+    }
+
+    /// Ends the answer: gives out what is left of its text.
+    pub fn finish(mut self) -> Finished {
+        if self.failure.is_none()
+            && let Some(text) = self.stream.flush()
+        {
+            self.text.push_str(text);
+            self.failure = (self.options.sink)(text).err();
+        }
+        let between = |from: Option<Instant>, to: Option<Instant>| {
+            from.zip(to)
+                .map_or(Duration::ZERO, |(from, to)| to.duration_since(from))
+        };
+        Finished {
+            fed: [
+                &self.prompt[..self.n_given],
+                &self.tokens[..self.clock.n_logits.saturating_sub(1)],
+            ]
+            .concat(),
+            n_prompt: if self.clock.n_logits > 0 {
+                self.prompt.len()
+            } else {
+                0
+            },
+            prompt: between(self.clock.start, self.clock.first_logits),
+            first_logits: self.clock.first_logits,
+            n_decoded: self.clock.n_logits.saturating_sub(1),
+            decode: between(self.clock.first_logits, self.clock.last_logits),
+            logits_hash: self.hash.map(|hash| hash.digest()),
+            stop: self.stop.unwrap_or(Stop::Interrupted),
+            text: self.text,
+            tokens: self.tokens,
+            failure: self.failure,
+        }
+    }
+}
+
+/// Adds the values' bytes, in little-endian order, to `hash`.
+pub fn hash_floats(hash: &mut Xxh3, values: &[f32]) {
+    let mut bytes = [0u8; 4096];
+    for part in values.chunks(bytes.len() / 4) {
+        for (value, place) in part.iter().zip(bytes.chunks_exact_mut(4)) {
+            place.copy_from_slice(&value.to_le_bytes());
+        }
+        hash.update(&bytes[..part.len() * 4]);
+    }
+}
+
+/// An answer that has ended.
+#[derive(Debug)]
+pub struct Finished {
+    /// Its text.
+    pub text: String,
+    /// Its tokens, an end token included.
+    pub tokens: Vec<u32>,
+    /// What is in the key-value cache now: the prompt, and the tokens but the last.
+    pub fed: Vec<u32>,
+    /// xxh3 of the bytes of all logits that tokens were sampled from.
+    pub logits_hash: Option<u64>,
+    /// Why it ended.
+    pub stop: Stop,
+    /// What failed while giving it out.
+    pub failure: Option<RuntimeError>,
+    /// Tokens of the prompt that were computed.
+    pub n_prompt: usize,
+    /// Time that these took.
+    pub prompt: Duration,
+    /// When the first token's logits came.
+    pub first_logits: Option<Instant>,
+    /// Tokens computed after the prompt.
+    pub n_decoded: usize,
+    /// Time that these took.
+    pub decode: Duration,
+}

@@ -1,0 +1,26 @@
+//! What several test binaries need; not every binary uses all of it.
+#![allow(dead_code)]
+
+pub mod tiny_model;
+
+use std::path::PathBuf;
+
+/// The workspace's root.
+pub fn workspace() -> PathBuf {
+    PathBuf::from(env!("CARGO_MANIFEST_DIR"))
+        .parent()
+        .unwrap()
+        .to_path_buf()
+}
+
+/// The demo model, which the repository carries.
+pub fn demo_model() -> PathBuf {
+    workspace().join("models/smollm2-135m-reglu-q4_0.gguf")
+}
+
+/// The program under test, without colours or a user's folders in its environment.
+pub fn program() -> assert_cmd::Command {
+    let mut command = assert_cmd::Command::cargo_bin("pi-runtime").unwrap();
+    command.env("NO_COLOR", "1").env_remove("RUST_LOG");
+    command
+}

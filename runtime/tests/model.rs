@@ -1,0 +1,203 @@
+//! What is accepted as a model, and what is said of the others.
+
+mod common;
+
+use common::tiny_model::TinyModel;
+use pi_kernels::QuantType;
+use pi_kernels::rope::{RopePairs, RopeScaling};
+use pi_runtime::gguf::GgufFile;
+use pi_runtime::model::{GateKind, Hyperparameters, ModelError, ModelTensors};
+
+fn opened(model: &TinyModel) -> GgufFile {
+    let folder = tempfile::tempdir().unwrap();
+    let path = folder.path().join("tiny.gguf");
+    model.write(&path);
+    GgufFile::open(&path).unwrap()
+}
+
+fn read(model: &TinyModel) -> Result<(Hyperparameters, ModelTensors), ModelError> {
+    let file = opened(model);
+    let hyper = Hyperparameters::read(&file)?;
+    let tensors = ModelTensors::find(&file, &hyper)?;
+    Ok((hyper, tensors))
+}
+
+#[test]
+fn sizes_and_defaults_are_read() {
+    let (hyper, tensors) = read(&TinyModel {
+        gate: None,
+        ..TinyModel::default()
+    })
+    .unwrap();
+    assert_eq!(
+        (hyper.n_layer, hyper.n_embd, hyper.n_ff, hyper.n_vocab),
+        (2, 64, 512, 258)
+    );
+    assert_eq!((hyper.n_head, hyper.n_head_kv, hyper.head_dim), (4, 2, 16));
+    assert_eq!((hyper.gate, hyper.n_ctx_max), (GateKind::Silu, 256));
+    assert_eq!(
+        (hyper.rope.pairs, hyper.rope.n_rot),
+        (RopePairs::Adjacent, 16)
+    );
+    assert_eq!(
+        (hyper.rope.freq_base, hyper.rope.linear_factor),
+        (10_000.0, 1.0)
+    );
+    assert_eq!(tensors.layers.len(), 2);
+    assert!(tensors.output.is_none() && tensors.rope_freqs.is_none());
+    assert_eq!(hyper.rope.spec(None).unwrap().scaling, RopeScaling::None);
+}
+
+#[test]
+fn rope_keys_change_the_rotation() {
+    let keys = vec![
+        ("llama.rope.dimension_count", 8u32.into()),
+        ("llama.rope.freq_base", 5e5f32.into()),
+        ("llama.rope.scaling.type", "linear".into()),
+        ("llama.rope.scaling.factor", 4f32.into()),
+    ];
+    let (hyper, _) = read(&TinyModel {
+        keys,
+        ..TinyModel::default()
+    })
+    .unwrap();
+    assert_eq!((hyper.rope.n_rot, hyper.rope.freq_base), (8, 5e5));
+    assert_eq!(
+        hyper.rope.spec(None).unwrap().scaling,
+        RopeScaling::Linear { factor: 4.0 }
+    );
+    let divisors = hyper.rope.spec(Some(vec![1.0; 4])).unwrap_err();
+    assert!(
+        divisors.to_string().contains("rope_freqs.weight"),
+        "{divisors}"
+    );
+}
+
+#[test]
+fn a_head_of_its_own_is_found() {
+    let (_, tensors) = read(&TinyModel {
+        tied: false,
+        ..TinyModel::default()
+    })
+    .unwrap();
+    assert_eq!(tensors.output.unwrap().info.name(), "output.weight");
+}
+
+/// Each bad model, and the words that its message must have: what is wrong, and what would be right.
+#[test]
+fn bad_models_are_refused_with_cause_and_cure() {
+    let with = |key, value| TinyModel {
+        keys: vec![(key, value)],
+        ..TinyModel::default()
+    };
+    let without = |name| TinyModel {
+        without_tensors: vec![name],
+        ..TinyModel::default()
+    };
+    let cases: Vec<(TinyModel, &[&str])> = vec![
+        (
+            with("general.architecture", "falcon".into()),
+            &["\"falcon\"", "supported: llama"],
+        ),
+        (
+            with("llama.block_count", 0u32.into()),
+            &["llama.block_count", "from 1"],
+        ),
+        (
+            with("llama.block_count", 3u32.into()),
+            &["blk.2.attn", "missing"],
+        ),
+        (
+            with("llama.block_count", u32::MAX.into()),
+            &["llama.block_count"],
+        ),
+        (
+            with("llama.embedding_length", 63u32.into()),
+            &["shape", "63"],
+        ),
+        (
+            with("llama.feed_forward_length", 256u32.into()),
+            &["ffn_", "shape"],
+        ),
+        (
+            with("llama.attention.head_count_kv", 3u32.into()),
+            &["head_count_kv", "divide"],
+        ),
+        (with("llama.attention.key_length", 8u32.into()), &["shape"]),
+        (
+            with("llama.attention.value_length", 8u32.into()),
+            &["value_length", "16"],
+        ),
+        (
+            with("llama.attention.layer_norm_rms_epsilon", f32::NAN.into()),
+            &["epsilon", "positive"],
+        ),
+        (
+            with("llama.rope.dimension_count", 7u32.into()),
+            &["rope.dimension_count", "even"],
+        ),
+        (
+            with("llama.rope.freq_base", 0f32.into()),
+            &["rope.freq_base", "positive"],
+        ),
+        (
+            with("llama.rope.scaling.type", "yarn".into()),
+            &["rope.scaling.type", "yarn"],
+        ),
+        (
+            with("llama.hidden_activation", "gelu".into()),
+            &["\"gelu\"", "silu and relu"],
+        ),
+        (
+            with("llama.expert_count", 8u32.into()),
+            &["mixture of experts", "expert_count"],
+        ),
+        (
+            with("llama.vocab_size", 300u32.into()),
+            &["vocab_size", "258 rows"],
+        ),
+        (
+            with("llama.context_length", "long".into()),
+            &["llama.context_length", "str"],
+        ),
+        (
+            without("token_embd.weight"),
+            &["token_embd.weight", "missing"],
+        ),
+        (
+            without("blk.1.ffn_down_t.weight"),
+            &["blk.1.ffn_down.weight", "missing"],
+        ),
+        (
+            without("output_norm.weight"),
+            &["output_norm.weight", "missing"],
+        ),
+    ];
+    for (model, words) in cases {
+        let message = read(&model).unwrap_err().to_string();
+        for word in words {
+            assert!(message.contains(word), "{message:?} lacks {word:?}");
+        }
+    }
+}
+
+#[test]
+fn matrices_may_have_any_type_that_divides() {
+    for quant in [
+        QuantType::F16,
+        QuantType::BF16,
+        QuantType::Q4_0,
+        QuantType::Q8_0,
+    ] {
+        let (_, tensors) = read(&TinyModel {
+            quant,
+            ..TinyModel::default()
+        })
+        .unwrap();
+        assert_eq!(tensors.layers[1].wq.quant, quant);
+        assert_eq!(
+            tensors.layers[1].wq.rows(1..3).len(),
+            2 * quant.row_bytes(64)
+        );
+    }
+}
