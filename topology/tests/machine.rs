@@ -74,6 +74,38 @@ fn the_affinity_mask_is_honoured() {
     }
 }
 
+/// Run by the test below in a process where hwloc is told to make a machine up.
+#[cfg(all(feature = "hwloc", target_os = "linux"))]
+#[test]
+#[ignore = "runs in a process with HWLOC_SYNTHETIC"]
+fn child_with_another_machine() {
+    let found = Machine::discover().map_err(|error| error.to_string());
+    let pinned = pi_topology::pin_thread(0).map_err(|error| error.to_string());
+    println!("child finds {found:?} and pins {pinned:?}");
+}
+
+#[cfg(all(feature = "hwloc", target_os = "linux"))]
+#[test]
+fn nothing_is_bound_to_another_machine() {
+    let output = Command::new(std::env::current_exe().unwrap())
+        .args([
+            "--ignored",
+            "--exact",
+            "child_with_another_machine",
+            "--nocapture",
+        ])
+        .env("HWLOC_SYNTHETIC", "Core:4 PU:2")
+        .output()
+        .unwrap();
+    let text = String::from_utf8(output.stdout).unwrap();
+    let refusal = format!(
+        "{:?}",
+        pi_topology::TopologyError::NotThisSystem.to_string()
+    );
+    let seen = format!("child finds Err({refusal}) and pins Err({refusal})");
+    assert!(text.contains(&seen), "{text}");
+}
+
 #[cfg(feature = "hwloc")]
 #[test]
 fn made_up_machines_have_what_they_are_described_with() {
