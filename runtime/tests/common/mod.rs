@@ -1,6 +1,8 @@
 //! What several test binaries need; not every binary uses all of it.
 #![allow(dead_code)]
 
+pub mod engine;
+pub mod reference;
 pub mod threads;
 pub mod tiny_model;
 
