@@ -1,46 +1,27 @@
 //! The machine: what it has, what is asked of it, and where threads and memory go.
+//!
+//! [`Machine`] says what there is, [`TopologyConfig`] (the schema of `configs/*.toml`) what is
+//! asked, and [`Plan::new`] makes teams of both. [`pin_thread`] and [`Arena`] carry a plan out;
+//! [`read_bandwidth`] says what the planned threads can read at best.
 
-use std::path::PathBuf;
+mod arena;
+mod config;
+mod error;
+#[cfg(feature = "hwloc")]
+mod hwloc;
+mod machine;
+mod measure;
+mod memory;
+mod pin;
+mod plan;
 
-use thiserror::Error;
-
-/// Why a machine cannot be used as asked.
-#[derive(Debug, Error)]
-pub enum TopologyError {
-    /// Placeholder until discovery is there.
-    #[error("{}", path.display())]
-    Unreadable {
-        /// The file.
-        path: PathBuf,
-    },
-}
-
-/// Which threads and memory a program uses.
-#[derive(Debug, Clone, PartialEq, Eq)]
-pub struct Plan {
-    /// Teams, one per node.
-    pub nodes: Vec<NodePlan>,
-    /// Huge pages for weights and cache.
-    pub huge_pages: HugePages,
-}
-
-/// One node's team and memory.
-#[derive(Debug, Clone, PartialEq, Eq)]
-pub struct NodePlan {
-    /// The NUMA node (as the system numbers it) whose memory is used; none: the system's choice.
-    pub numa: Option<usize>,
-    /// Logical CPU (as the system numbers it) of each thread, the leader's first.
-    pub cpus: Vec<usize>,
-}
-
-/// Whether memory is asked for in huge pages.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
-pub enum HugePages {
-    /// Where the system gives them.
-    #[default]
-    Try,
-    /// Or fail.
-    Require,
-    /// Never.
-    Off,
-}
+pub use arena::Arena;
+pub use config::{
+    HostConfig, HugePages, ListedTeam, MemoryConfig, NodeCount, ThreadsPerNode, TopologyConfig,
+};
+pub use error::TopologyError;
+pub use machine::{Core, Machine, MachineNode, MachineSource};
+pub use measure::read_bandwidth;
+pub use memory::{available_memory_bytes, current_rss_bytes, peak_rss_bytes};
+pub use pin::pin_thread;
+pub use plan::{N_NODES_MAX, NodePlan, Plan};

@@ -1,0 +1,195 @@
+//! Configuration files: what is read, and what an error says about line and key.
+
+use std::path::Path;
+
+use pi_topology::{
+    HostConfig, HugePages, ListedTeam, MemoryConfig, NodeCount, ThreadsPerNode, TopologyConfig,
+};
+
+/// The error that a file gives.
+fn error(text: &str) -> String {
+    toml::from_str::<TopologyConfig>(text)
+        .unwrap_err()
+        .to_string()
+}
+
+/// Checks that an error shows `line`, points at `column`, and says `message`.
+fn assert_error(text: &str, line: usize, column: usize, message: &str) {
+    let error = error(text);
+    let position = format!("line {line}, column {column}\n");
+    assert!(error.contains(&position), "{error}");
+    assert!(
+        error.contains(text.lines().nth(line - 1).unwrap()),
+        "{error}"
+    );
+    assert!(error.contains(message), "{error}");
+}
+
+#[test]
+fn an_empty_file_is_the_default() {
+    let config: TopologyConfig = toml::from_str("").unwrap();
+    assert_eq!(config, TopologyConfig::default());
+    let default = TopologyConfig {
+        name: None,
+        memory: MemoryConfig {
+            huge_pages: HugePages::Try,
+        },
+        host: HostConfig::Divided {
+            nodes: NodeCount::All,
+            threads: ThreadsPerNode::Cores,
+            reserved_cores: 0,
+        },
+    };
+    assert_eq!(config, default);
+    let config: TopologyConfig = toml::from_str("[memory]\n[host]\n").unwrap();
+    assert_eq!(config, default);
+}
+
+#[test]
+fn every_key_is_read() {
+    let text = "name = \"x\"\n[memory]\nhuge_pages = \"require\"\n[host]\nnodes = 3\nthreads = \"hyperthreads\"\nreserved_cores = 2\n";
+    let config: TopologyConfig = toml::from_str(text).unwrap();
+    assert_eq!(config.name.as_deref(), Some("x"));
+    assert_eq!(config.memory.huge_pages, HugePages::Require);
+    assert_eq!(
+        config.host,
+        HostConfig::Divided {
+            nodes: NodeCount::Number(3),
+            threads: ThreadsPerNode::Hyperthreads,
+            reserved_cores: 2,
+        }
+    );
+    let text = "[memory]\nhuge_pages = \"off\"\n[[host.node]]\nnuma = 1\ncpus = [3, 2]\n[[host.node]]\ncpus = [0]\n";
+    let config: TopologyConfig = toml::from_str(text).unwrap();
+    assert_eq!(config.memory.huge_pages, HugePages::Off);
+    let teams = vec![
+        ListedTeam {
+            numa: Some(1),
+            cpus: vec![3, 2],
+        },
+        ListedTeam {
+            numa: None,
+            cpus: vec![0],
+        },
+    ];
+    assert_eq!(config.host, HostConfig::Listed(teams));
+}
+
+#[test]
+fn unknown_keys_are_refused_where_they_stand() {
+    assert_error(
+        "name = \"x\"\n[host]\nthread = 2\n",
+        3,
+        1,
+        "unknown field `thread`",
+    );
+    assert_error(
+        "[memory]\nhugepages = \"try\"\n",
+        2,
+        1,
+        "unknown field `hugepages`, expected `huge_pages`",
+    );
+    assert_error("[gpu]\n", 1, 2, "unknown field `gpu`");
+    assert_error(
+        "[[host.node]]\ncpus = [0]\ncores = [1]\n",
+        3,
+        1,
+        "unknown field `cores`",
+    );
+}
+
+#[test]
+fn values_are_refused_where_they_stand() {
+    let nodes = "expected \"all\" or a number of nodes from 1 to 16";
+    assert_error("[host]\nnodes = 0\n", 2, 9, nodes);
+    assert_error("[host]\nnodes = 17\n", 2, 9, nodes);
+    assert_error("[host]\nnodes = -1\n", 2, 9, nodes);
+    assert_error("[host]\nnodes = \"some\"\n", 2, 9, nodes);
+    assert_error("[host]\nnodes = 1.5\n", 2, 9, nodes);
+    let threads = "expected \"cores\", \"hyperthreads\" or a number of threads from 1";
+    assert_error("[host]\nthreads = 0\n", 2, 11, threads);
+    assert_error("[host]\nthreads = \"all\"\n", 2, 11, threads);
+    assert_error("[host]\nthreads = true\n", 2, 11, threads);
+    assert_error("[host]\nreserved_cores = -1\n", 2, 18, "expected usize");
+    assert_error(
+        "[memory]\nhuge_pages = \"yes\"\n",
+        2,
+        14,
+        "expected one of `try`, `require`, `off`",
+    );
+    assert_error(
+        "[[host.node]]\nnuma = 0\ncpus = [0, -1]\n",
+        3,
+        12,
+        "expected usize",
+    );
+    assert_error("[[host.node]]\nnuma = 0\n", 1, 1, "missing field `cpus`");
+    assert_error("name = 3\n", 1, 8, "expected a string");
+}
+
+#[test]
+fn contradictions_are_refused_in_their_table() {
+    let two_ways = |key: &str| {
+        format!(
+            "[host] has {key} and [[host.node]], which says the same another way: remove one of them"
+        )
+    };
+    for (key, value) in [("nodes", "2"), ("threads", "1"), ("reserved_cores", "0")] {
+        let text = format!("[host]\n{key} = {value}\n[[host.node]]\ncpus = [0]\n");
+        assert_error(&text, 1, 1, &two_ways(key));
+    }
+    assert_error(
+        "name = \"x\"\n\n[host]\nthreads = 4\nreserved_cores = 1\n",
+        3,
+        1,
+        "reserved_cores = 1 goes with threads = \"cores\" or \"hyperthreads\", not with a number: lower the number instead",
+    );
+    assert_error(
+        "[[host.node]]\ncpus = [0, 5]\n[[host.node]]\ncpus = [5]\n",
+        1,
+        3,
+        "CPU 5 is listed twice, in host.node 0 and host.node 1: a CPU runs one thread, list it once",
+    );
+    assert_error(
+        "[[host.node]]\ncpus = []\n",
+        1,
+        3,
+        "host.node 0 lists no CPU: name at least one in cpus = […]",
+    );
+    let many = "[[host.node]]\ncpus = [0]\n".repeat(17);
+    assert_error(
+        &many,
+        1,
+        3,
+        "17 nodes: a layer's neurons are divided over 1 to 16 nodes; set host.nodes to a number in that range",
+    );
+    assert_error("[host]\nnode = []\n", 1, 1, "0 nodes: ");
+}
+
+#[test]
+fn every_file_that_comes_along_is_valid() {
+    let folder = Path::new(env!("CARGO_MANIFEST_DIR")).join("../configs");
+    let mut names = Vec::new();
+    for entry in std::fs::read_dir(folder).unwrap() {
+        let path = entry.unwrap().path();
+        if path
+            .extension()
+            .is_some_and(|extension| extension == "toml")
+        {
+            let text = std::fs::read_to_string(&path).unwrap();
+            let config: TopologyConfig = toml::from_str(&text).unwrap();
+            let name = path.file_stem().unwrap().to_str().unwrap().to_owned();
+            assert_eq!(config.name.as_ref(), Some(&name));
+            if name == "cpu-only" {
+                let default = TopologyConfig {
+                    name: Some(name.clone()),
+                    ..TopologyConfig::default()
+                };
+                assert_eq!(config, default);
+            }
+            names.push(name);
+        }
+    }
+    names.sort();
+    assert_eq!(names, ["cpu-only", "four-nodes", "two-nodes"]);
+}
