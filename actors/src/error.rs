@@ -6,7 +6,9 @@ use thiserror::Error;
 #[derive(Debug, Clone, PartialEq, Error)]
 pub enum ActorError {
     /// The context has no room for the tokens.
-    #[error("the context of {n_ctx} tokens is full: {n_tokens} more at position {position} do not fit")]
+    #[error(
+        "the context of {n_ctx} tokens is full: {n_tokens} more at position {position} do not fit"
+    )]
     ContextFull {
         /// Positions of the cache.
         n_ctx: usize,

@@ -166,7 +166,10 @@ mod tests {
                 "{'a': [1, 2.5, none], 'b': 'é<>&\"'} | tojson",
                 "{\"a\": [1, 2.5, null], \"b\": \"é<>&\\\"\"}",
             ),
-            ("'é🦙' | tojson(ensure_ascii=true)", "\"\\u00e9\\ud83e\\udd99\""),
+            (
+                "'é🦙' | tojson(ensure_ascii=true)",
+                "\"\\u00e9\\ud83e\\udd99\"",
+            ),
             ("'é' | tojson(ensure_ascii=False)", "\"é\""),
             (
                 "{'a': [1], 'b': [], 'c': {}} | tojson(indent=2)",

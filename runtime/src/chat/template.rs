@@ -170,7 +170,8 @@ mod tests {
 
     #[test]
     fn endless_templates_end() {
-        let source = "{% for a in range(9999) %}{% for b in range(9999) %}{{ b }}{% endfor %}{% endfor %}";
+        let source =
+            "{% for a in range(9999) %}{% for b in range(9999) %}{{ b }}{% endfor %}{% endfor %}";
         let error = render(source, &hello()).unwrap_err();
         assert!(error.to_string().contains("fuel"), "{error}");
     }
