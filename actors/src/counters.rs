@@ -1,6 +1,7 @@
 //! What actors count, each for itself.
 
 use std::ops::{Add, AddAssign, Sub};
+use std::sync::atomic::{AtomicU32, AtomicU64, Ordering};
 
 use crate::messages::ActorId;
 
@@ -62,7 +63,7 @@ impl Sub for Counters {
 }
 
 /// One actor's counters since the engine started, restarts included.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, kameo::Reply)]
 pub struct ActorCounters {
     /// Whose.
     pub actor: ActorId,
@@ -72,7 +73,58 @@ pub struct ActorCounters {
     pub counters: Counters,
 }
 
-/// What a run of the pipeline did, steps that failed and were repeated included.
+/// An actor's counters where its executor counts and its control plane reads. They outlive the
+/// actor's incarnations.
+#[derive(Debug, Default)]
+pub(crate) struct Cell {
+    starts: AtomicU32,
+    messages: AtomicU64,
+    neurons: AtomicU64,
+    active_neurons: AtomicU64,
+    weight_bytes: AtomicU64,
+    kv_bytes: AtomicU64,
+}
+
+impl Cell {
+    /// Counts work. Only the actor's executor does, so no addition is lost.
+    pub fn add(&self, work: Counters) {
+        for (counter, more) in [
+            (&self.messages, work.messages),
+            (&self.neurons, work.neurons),
+            (&self.active_neurons, work.active_neurons),
+            (&self.weight_bytes, work.weight_bytes),
+            (&self.kv_bytes, work.kv_bytes),
+        ] {
+            counter.store(counter.load(Ordering::Relaxed) + more, Ordering::Relaxed);
+        }
+    }
+
+    /// Counts a start; returns how many there were before.
+    pub fn count_start(&self) -> u32 {
+        self.starts.fetch_add(1, Ordering::Relaxed)
+    }
+
+    /// Messages handled so far.
+    pub fn messages(&self) -> u64 {
+        self.messages.load(Ordering::Relaxed)
+    }
+
+    /// All counters.
+    pub fn read(&self, actor: ActorId) -> ActorCounters {
+        let get = |counter: &AtomicU64| counter.load(Ordering::Relaxed);
+        let counters = Counters {
+            messages: get(&self.messages),
+            neurons: get(&self.neurons),
+            active_neurons: get(&self.active_neurons),
+            weight_bytes: get(&self.weight_bytes),
+            kv_bytes: get(&self.kv_bytes),
+        };
+        let restarts = self.starts.load(Ordering::Relaxed).saturating_sub(1);
+        ActorCounters { actor, restarts, counters }
+    }
+}
+
+/// What a run of the pipeline did, failed attempts at a step not included.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
 pub struct RunTotals {
     /// Tokens of feeds of several tokens, and of a run's first feed.

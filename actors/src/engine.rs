@@ -1,17 +1,30 @@
 //! The engine: teams, actors and weights put together; the way in for everything above.
 
+use std::any::Any;
+use std::collections::HashMap;
+use std::sync::mpsc::sync_channel;
+use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
+use kameo::actor::{ActorRef, Spawn};
 use pi_kernels::Cpu;
 use pi_kernels::attention::KvType;
-use pi_topology::Plan;
+use tokio::runtime::{Builder, Runtime};
 
+use crate::cold_layer::ColdLayer;
+use crate::control::{self, Blueprint, Build, Counterpart, Died, Panic, ReadAll, Stats, Supervisor};
 use crate::counters::{ActorCounters, RunTotals};
+use crate::device_layer::DeviceLayer;
 use crate::error::ActorError;
+use crate::executor::{Attachment, Cells, Control, DeathNotice, Incarnation};
 use crate::faults::Faults;
 use crate::feeder::Feeder;
+use crate::kv::KvStore;
 use crate::messages::ActorId;
-use crate::weights::{ModelShape, ModelWeights, SparsityMode};
+use crate::model::Model;
+use crate::pipeline::{Pipeline, RunState};
+use crate::teams::Teams;
+use crate::weights::{ModelShape, ModelWeights};
 
 /// How an engine computes.
 #[derive(Debug, Clone)]
@@ -20,8 +33,6 @@ pub struct EngineOptions {
     pub cpu: Cpu,
     /// Format of the key/value cache.
     pub kv_type: KvType,
-    /// Which neurons are computed; the weights are laid out for it.
-    pub sparsity: SparsityMode,
     /// Most tokens that go through the layers together; more are fed in pieces.
     pub n_ubatch: usize,
     /// Longest wait for an actor before a step fails.
@@ -29,49 +40,6 @@ pub struct EngineOptions {
     /// Panics to inject, for tests.
     pub faults: Faults,
 }
-
-/// One thread of a team, while it works on a job.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub struct TeamThread {
-    /// Node, counted from 0.
-    pub node: usize,
-    /// Thread of the node's team, counted from 0.
-    pub thread: usize,
-    /// Threads of the node's team.
-    pub n_threads: usize,
-}
-
-/// Teams of pinned threads, one per node.
-#[derive(Debug)]
-pub struct Teams;
-
-impl Teams {
-    /// Starts and pins the threads of `plan`.
-    ///
-    /// # Errors
-    /// A thread cannot be started or pinned.
-    pub fn start(_plan: &Plan) -> Result<Self, ActorError> {
-        todo!()
-    }
-
-    /// Threads of each node.
-    pub fn n_threads(&self) -> Vec<usize> {
-        todo!()
-    }
-
-    /// Runs `job` once on every thread of every node and returns when all are done: loading and
-    /// first touch of a node's memory.
-    ///
-    /// # Errors
-    /// A panic in `job`.
-    pub fn run(&self, _job: &(dyn Fn(TeamThread) + Sync)) -> Result<(), ActorError> {
-        todo!()
-    }
-}
-
-/// A model ready to compute.
-#[derive(Debug)]
-pub struct Engine;
 
 /// A feeder that has been served.
 #[derive(Debug)]
@@ -84,45 +52,249 @@ pub struct Run<F> {
     pub outcome: Result<(), ActorError>,
 }
 
+/// An actor of the control plane.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum ControlActor {
+    /// Restarts actors.
+    Supervisor,
+    /// Collects counters.
+    Stats,
+}
+
+/// A model ready to compute.
+pub struct Engine {
+    model: Arc<Model>,
+    counterparts: HashMap<ActorId, ActorRef<Counterpart>>,
+    stats: ActorRef<Stats>,
+    supervisor: ActorRef<Supervisor>,
+    /// Held while a run is under way.
+    running: Mutex<()>,
+    /// Declared before the teams: the control plane ends before the executors that it talks to.
+    control: Option<Runtime>,
+    teams: Option<Teams>,
+}
+
+impl std::fmt::Debug for Engine {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("Engine").field("shape", self.shape()).finish_non_exhaustive()
+    }
+}
+
 impl Engine {
     /// Starts the actors of a model on running teams.
     ///
     /// # Errors
-    /// Memory for slots or the cache cannot be had.
+    /// Memory for the cache, or the control plane's thread, cannot be had.
+    ///
+    /// # Panics
+    /// When the weights are divided over another number of nodes than there are teams.
     pub fn start(
-        _teams: Teams,
-        _weights: ModelWeights,
-        _options: EngineOptions,
+        teams: Teams,
+        weights: ModelWeights,
+        options: EngineOptions,
     ) -> Result<Self, ActorError> {
-        todo!()
+        let n_nodes = teams.plan().nodes.len();
+        assert_eq!(weights.head.len(), n_nodes, "weights are divided over the teams' nodes");
+        let EngineOptions { cpu, kv_type, n_ubatch, wait_limit, faults } = options;
+        let n_ubatch = n_ubatch.clamp(1, weights.shape.n_ctx);
+        let model = Arc::new(Model::new(weights, cpu, kv_type, n_ubatch));
+        let caches = caches(&teams, &model)?;
+        let cells = Arc::new(Cells::new(model.shape().n_layer, n_nodes));
+        let control = Builder::new_multi_thread()
+            .worker_threads(1)
+            .thread_name("pi-control")
+            .enable_time()
+            .build()
+            .map_err(|source| ActorError::Control { source })?;
+        // the notice reaches counterparts that are started after it: they fill the table
+        let table: Arc<Mutex<HashMap<ActorId, ActorRef<Counterpart>>>> = Arc::default();
+        for node in 0..n_nodes {
+            let attachment = Box::new(Attachment {
+                model: Arc::clone(&model),
+                faults: faults.clone(),
+                cells: Arc::clone(&cells),
+                death_notice: death_notice(Arc::clone(&table)),
+                wait_limit,
+            });
+            let (done, answer) = sync_channel(1);
+            teams.send(node, Control::Attach { attachment, done })?;
+            answer.recv().map_err(|_| ActorError::Gone)?;
+        }
+        let supervisor = control.block_on(async { Supervisor::spawn(()) });
+        let counterparts = start_actors(&control, &supervisor, &teams, &model, &caches, &cells);
+        *lock(&table) = counterparts.clone();
+        let mut listed: Vec<_> = counterparts.iter().map(|(id, actor)| (*id, actor.clone())).collect();
+        listed.sort_by_key(|(id, _)| *id);
+        let stats = control.block_on(async { Stats::spawn(Stats(listed)) });
+        Ok(Self {
+            model,
+            counterparts,
+            stats,
+            supervisor,
+            running: Mutex::new(()),
+            control: Some(control),
+            teams: Some(teams),
+        })
+    }
+
+    fn teams(&self) -> &Teams {
+        self.teams.as_ref().expect("an engine has teams until it is dropped")
+    }
+
+    fn control(&self) -> &Runtime {
+        self.control.as_ref().expect("an engine has a control plane until it is dropped")
     }
 
     /// Sizes and constants of the model.
     pub fn shape(&self) -> &ModelShape {
-        todo!()
+        self.model.shape()
     }
 
     /// Computes what `feeder` asks for until it is done. One run at a time: others wait.
     ///
     /// # Errors
     /// The engine is gone.
-    pub fn run<F: Feeder>(&self, _feeder: F) -> Result<Run<F>, ActorError> {
-        todo!()
+    pub fn run<F: Feeder>(&self, feeder: F) -> Result<Run<F>, ActorError> {
+        let _running = lock(&self.running);
+        let (reply, served) = sync_channel(1);
+        let run = RunState::new(Box::new(feeder), reply, self.shape().n_ctx);
+        self.teams().send(0, Control::Start(Box::new(run)))?;
+        let served = served.recv().map_err(|_| ActorError::Gone)?;
+        let feeder: Box<dyn Any> = served.feeder;
+        let feeder = feeder.downcast().map_err(|_| ActorError::Gone)?;
+        Ok(Run { feeder: *feeder, totals: served.totals, outcome: served.outcome })
     }
 
-    /// The counters of every actor, asked from each through its mailbox.
+    /// The counters of every actor that is not stopped, asked from each through its mailbox.
     ///
     /// # Errors
-    /// An actor that does not answer.
+    /// The control plane does not answer.
     pub fn counters(&self) -> Result<Vec<ActorCounters>, ActorError> {
-        todo!()
+        let ask = self.stats.ask(ReadAll);
+        self.control().block_on(async { ask.await }).map_err(|_| ActorError::Gone)
     }
 
     /// Stops an actor for good: the next token that needs it fails with an error that names it.
     ///
     /// # Errors
     /// There is no such actor.
-    pub fn stop_actor(&self, _actor: ActorId) -> Result<(), ActorError> {
-        todo!()
+    pub fn stop_actor(&self, actor: ActorId) -> Result<(), ActorError> {
+        let counterpart =
+            self.counterparts.get(&actor).ok_or(ActorError::NoSuchActor { actor })?;
+        self.control().block_on(async {
+            // one that is stopped already is as it should be
+            let _ = counterpart.stop_gracefully().await;
+            counterpart.wait_for_shutdown().await;
+        });
+        Ok(())
+    }
+
+    /// Makes an actor of the control plane panic, for tests.
+    pub fn panic_control_actor(&self, actor: ControlActor) {
+        self.control().block_on(async {
+            // the panic is the answer
+            let _ = match actor {
+                ControlActor::Supervisor => self.supervisor.ask(Panic).await.map_err(drop),
+                ControlActor::Stats => self.stats.ask(Panic).await.map_err(drop),
+            };
+        });
+    }
+}
+
+impl Drop for Engine {
+    fn drop(&mut self) {
+        if let Some(control) = self.control.take() {
+            control.shutdown_timeout(Duration::from_secs(5));
+        }
+        // dropping the teams ends the executors, and with them the actors
+        self.teams = None;
+    }
+}
+
+fn lock<T>(mutex: &Mutex<T>) -> std::sync::MutexGuard<'_, T> {
+    mutex.lock().unwrap_or_else(|broken| broken.into_inner())
+}
+
+/// Each node's cache.
+fn caches(teams: &Teams, model: &Model) -> Result<Vec<Arc<KvStore>>, ActorError> {
+    let shape = model.shape();
+    let nodes = teams.plan().nodes.iter().enumerate();
+    nodes
+        .map(|(node, plan)| {
+            let heads = model.share(0, node).kv_heads.clone();
+            let store = KvStore::new(
+                plan.numa,
+                model.kv_type,
+                shape.head_dim,
+                shape.n_ctx,
+                heads,
+                shape.n_layer,
+            )?;
+            Ok(Arc::new(store))
+        })
+        .collect()
+}
+
+fn death_notice(table: Arc<Mutex<HashMap<ActorId, ActorRef<Counterpart>>>>) -> DeathNotice {
+    Arc::new(move |actor, reason| {
+        let counterpart = lock(&table).get(&actor).cloned();
+        let told = counterpart.map(|counterpart| counterpart.tell(Died(reason)).try_send().is_ok());
+        if told != Some(true) {
+            tracing::error!("the control plane cannot be told that {actor} died");
+        }
+    })
+}
+
+/// Starts the counterparts, which start the actors, and waits until all are in their executors.
+fn start_actors(
+    control: &Runtime,
+    supervisor: &ActorRef<Supervisor>,
+    teams: &Teams,
+    model: &Arc<Model>,
+    caches: &[Arc<KvStore>],
+    cells: &Arc<Cells>,
+) -> HashMap<ActorId, ActorRef<Counterpart>> {
+    let outboxes: Arc<[_]> = teams.outboxes().into();
+    let mut counterparts = HashMap::new();
+    for actor in cells.actors() {
+        let Some(cell) = cells.get(actor).cloned() else { continue };
+        let blueprint = Blueprint {
+            actor,
+            cell: Arc::clone(&cell),
+            build: build(actor, Arc::clone(model), caches, cell),
+            outboxes: Arc::clone(&outboxes),
+        };
+        let started = control.block_on(async {
+            let counterpart = control::start(supervisor, blueprint).await;
+            counterpart.wait_for_startup().await;
+            counterpart
+        });
+        counterparts.insert(actor, started);
+    }
+    counterparts
+}
+
+/// How to build an actor.
+fn build(
+    actor: ActorId,
+    model: Arc<Model>,
+    caches: &[Arc<KvStore>],
+    cell: Arc<crate::counters::Cell>,
+) -> Build {
+    match actor {
+        ActorId::Pipeline => Arc::new(move || {
+            Incarnation::Pipeline(Pipeline::new(Arc::clone(&model), Arc::clone(&cell)))
+        }),
+        ActorId::DeviceLayer { layer } => Arc::new(move || {
+            let device = DeviceLayer::new(layer, Arc::clone(&model), Arc::clone(&cell));
+            Incarnation::DeviceLayer(device)
+        }),
+        ActorId::ColdLayer { layer, node } => {
+            let cache = Arc::clone(&caches[node]);
+            Arc::new(move || {
+                let (model, cache, cell) = (Arc::clone(&model), Arc::clone(&cache), Arc::clone(&cell));
+                Incarnation::ColdLayer(ColdLayer::new(layer, node, model, cache, cell))
+            })
+        }
     }
 }

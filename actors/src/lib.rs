@@ -1,14 +1,32 @@
 //! Who owns what, and the messages between them.
+//!
+//! See `ARCHITECTURE.md`, "Actors", for the picture; [`messages`] for who says what to whom, and the
+//! protocols beside their code: `slots` (data), `team` (threads of a node), `wait` (parking).
 #![deny(unsafe_code)]
 
+mod cold_layer;
+mod control;
 pub mod counters;
+mod device_layer;
 pub mod engine;
 pub mod error;
+mod executor;
 pub mod faults;
 pub mod feeder;
+mod host;
+mod kv;
+mod mailbox;
 pub mod messages;
+mod model;
+mod pipeline;
+mod scratch;
+mod slots;
+mod team;
+mod teams;
+mod wait;
 pub mod weights;
 
-pub use engine::{Engine, EngineOptions, Run, TeamThread, Teams};
+pub use engine::{Engine, EngineOptions, Run};
 pub use error::ActorError;
 pub use feeder::{Feed, Feeder, LogitsWanted, Next};
+pub use teams::{TeamThread, Teams};

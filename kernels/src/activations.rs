@@ -1,7 +1,9 @@
 //! Activations on their way into a matrix product: f32 values, and 8-bit blocks of them.
 
 use std::fmt;
+use std::marker::PhantomData;
 use std::ops::Range;
+use std::slice::from_raw_parts_mut;
 use std::str::FromStr;
 
 use crate::cpu::{Cpu, Tier};
@@ -149,30 +151,96 @@ impl ActBatch {
 
     /// Makes the blocks of row `token` from its f32 values.
     pub fn prepare(&mut self, cpu: Cpu, token: usize) {
-        let b = self.blocks(token);
-        let values = &self.values[b.start * BLOCK..b.end * BLOCK];
-        let sums = &mut self.sums[b.clone()];
-        if self.mode == ActivationMode::F32 {
-            for (sum, block) in sums.iter_mut().zip(values.chunks_exact(BLOCK)) {
-                *sum = lane_sum(block);
-            }
-            return;
+        assert!(token < self.capacity, "row {token} of {}", self.capacity);
+        // SAFETY: the writer borrows the batch exclusively, and there is one thread.
+        unsafe { self.writer().set_with(cpu, token, |_| ()) };
+    }
+
+    /// A way to set rows from several threads.
+    pub fn writer(&mut self) -> ActWriter<'_> {
+        ActWriter {
+            mode: self.mode,
+            n_cols: self.n_cols,
+            capacity: self.capacity,
+            values: self.values.as_mut_ptr(),
+            q: self.q.as_mut_ptr(),
+            scales: self.scales.as_mut_ptr(),
+            sums: self.sums.as_mut_ptr(),
+            block_sums: self.block_sums.as_mut_ptr(),
+            half_sums: self.half_sums.as_mut_ptr(),
+            owner: PhantomData,
         }
-        let out = Q8Blocks {
-            q: &mut self.q[b.start * BLOCK..b.end * BLOCK],
-            scales: &mut self.scales[b.clone()],
-            sums,
-            block_sums: &mut self.block_sums[b.clone()],
-            half_sums: &mut self.half_sums[b.start * 2..b.end * 2],
-        };
-        match cpu.tier() {
-            #[cfg(target_arch = "x86_64")]
-            Tier::Avx2 | Tier::Avx512 | Tier::Avx512Vnni => {
-                // SAFETY: a `Cpu` exists only for tiers that the machine has; all of these have AVX2.
-                unsafe { x86::quantize(values, out) }
-            }
-            _ => quantize_scalar(values, out),
+    }
+}
+
+/// Sets rows of an [`ActBatch`] from several threads at once.
+#[derive(Debug, Clone, Copy)]
+pub struct ActWriter<'a> {
+    mode: ActivationMode,
+    n_cols: usize,
+    capacity: usize,
+    values: *mut f32,
+    q: *mut i8,
+    scales: *mut f32,
+    sums: *mut f32,
+    block_sums: *mut i32,
+    half_sums: *mut i32,
+    owner: PhantomData<&'a mut ActBatch>,
+}
+
+// SAFETY: the pointers are to a batch borrowed exclusively for 'a; writing through them is unsafe,
+// and its contract keeps threads apart.
+unsafe impl Send for ActWriter<'_> {}
+// SAFETY: as above.
+unsafe impl Sync for ActWriter<'_> {}
+
+impl ActWriter<'_> {
+    /// Lets `fill` write the `[n_cols]` f32 values of row `token` and makes its blocks.
+    ///
+    /// # Safety
+    /// No other thread sets the same row at the same time.
+    ///
+    /// # Panics
+    /// When there is no such row.
+    pub unsafe fn set_with(&self, cpu: Cpu, token: usize, fill: impl FnOnce(&mut [f32])) {
+        assert!(token < self.capacity, "row {token} of {}", self.capacity);
+        let n_blocks = self.n_cols.div_ceil(BLOCK);
+        let (first, q8) = (token * n_blocks, self.mode == ActivationMode::Q8);
+        // SAFETY: the row lies within the batch and, by the contract, is nobody else's; without
+        // 8-bit blocks their slices are empty.
+        unsafe {
+            let values = from_raw_parts_mut(self.values.add(first * BLOCK), n_blocks * BLOCK);
+            fill(&mut values[..self.n_cols]);
+            let first = if q8 { first } else { 0 };
+            let n = if q8 { n_blocks } else { 0 };
+            let sums = self.sums.add(token * n_blocks);
+            let out = Q8Blocks {
+                q: from_raw_parts_mut(self.q.add(first * BLOCK), n * BLOCK),
+                scales: from_raw_parts_mut(self.scales.add(first), n),
+                sums: from_raw_parts_mut(sums, n_blocks),
+                block_sums: from_raw_parts_mut(self.block_sums.add(first), n),
+                half_sums: from_raw_parts_mut(self.half_sums.add(first * 2), n * 2),
+            };
+            make_blocks(cpu, self.mode, values, out);
         }
+    }
+}
+
+/// Makes the blocks of one row.
+fn make_blocks(cpu: Cpu, mode: ActivationMode, values: &[f32], out: Q8Blocks<'_>) {
+    if mode == ActivationMode::F32 {
+        for (sum, block) in out.sums.iter_mut().zip(values.chunks_exact(BLOCK)) {
+            *sum = lane_sum(block);
+        }
+        return;
+    }
+    match cpu.tier() {
+        #[cfg(target_arch = "x86_64")]
+        Tier::Avx2 | Tier::Avx512 | Tier::Avx512Vnni => {
+            // SAFETY: a `Cpu` exists only for tiers that the machine has; all of these have AVX2.
+            unsafe { x86::quantize(values, out) }
+        }
+        _ => quantize_scalar(values, out),
     }
 }
 

@@ -19,7 +19,7 @@ mod simd;
 #[cfg(test)]
 mod testing;
 
-pub use activations::{ActBatch, ActRef, ActivationMode};
+pub use activations::{ActBatch, ActRef, ActWriter, ActivationMode};
 pub use cpu::{Cpu, Tier};
 pub use error::KernelError;
 pub use matrix::{Layout, MatrixRef, MatrixShape, ROW_GROUP, StridedOut};

@@ -3,7 +3,7 @@
 use std::marker::PhantomData;
 use std::ops::Range;
 
-use crate::quant::{BLOCK_BYTES_MAX, QuantType, dequantize_block};
+use crate::quant::{BLOCK_BYTES_MAX, Plane, QuantType, dequantize_block};
 
 /// Rows that are interleaved with one another: one SIMD lane each.
 pub const ROW_GROUP: usize = 16;
@@ -81,38 +81,92 @@ impl MatrixShape {
     }
 
     fn pack_group(&self, rows: &[u8], image: &mut [u8]) {
-        let (block_bytes, n_blocks) = (self.quant.block_bytes(), self.n_blocks());
+        if self.quant.block_values() == 1 && self.layout == Layout::Rows {
+            // one plane without anything to take apart
+            image.copy_from_slice(rows);
+            return;
+        }
         let together = self.layout.rows_together();
         let mut at = 0;
         for plane in self.quant.planes() {
-            let plane_bytes = n_blocks * plane.units * plane.unit_bytes * together;
+            let plane_bytes = self.n_blocks() * plane.bytes() * together;
             let out = &mut image[at..at + plane_bytes];
-            for (r, row) in rows.chunks_exact(self.row_bytes()).enumerate() {
-                let fields = row
-                    .chunks_exact(block_bytes)
-                    .map(|block| &block[plane.offset_bytes..][..plane.units * plane.unit_bytes]);
-                if plane.unit_bytes == 4 {
-                    copy_units::<4>(fields, out, r, together);
-                } else {
-                    copy_units::<2>(fields, out, r, together);
-                }
+            if rows.len() < together * self.row_bytes() {
+                self.pack_edge(rows, plane, out);
+            } else if together == 1 {
+                plane_units::<1>(self.quant, plane, rows, out);
+            } else {
+                plane_units::<ROW_GROUP>(self.quant, plane, rows, out);
             }
             at += plane_bytes;
         }
     }
+
+    /// One plane of a last group, whose missing rows' places are left as they are.
+    fn pack_edge(&self, rows: &[u8], plane: &Plane, out: &mut [u8]) {
+        let (unit, together) = (plane.unit_bytes, self.layout.rows_together());
+        for (r, row) in rows.chunks_exact(self.row_bytes()).enumerate() {
+            let fields = row
+                .chunks_exact(self.quant.block_bytes())
+                .flat_map(|block| block[plane.offset_bytes..][..plane.bytes()].chunks_exact(unit));
+            let places = out.chunks_exact_mut(unit).skip(r).step_by(together);
+            for (unit, place) in fields.zip(places) {
+                place.copy_from_slice(unit);
+            }
+        }
+    }
 }
 
-/// Writes unit u of row `r` to place `u · together + r`.
-fn copy_units<'a, const UNIT: usize>(
-    fields: impl Iterator<Item = &'a [u8]>,
+/// Copies one plane of `R` rows, unit by unit; the number of units in a block is a constant for the
+/// compiler's sake.
+fn plane_units<const R: usize>(quant: QuantType, plane: &Plane, rows: &[u8], out: &mut [u8]) {
+    let block_bytes = quant.block_bytes();
+    let start = plane.offset_bytes;
+    match (plane.unit_bytes, plane.units) {
+        // floats: eight values are as good as a block, but for the last few
+        (4, 1) if block_bytes == 4 => float_units::<4, R>(rows, out),
+        (2, 1) if block_bytes == 2 => float_units::<2, R>(rows, out),
+        (4, 1) => copy_units::<4, 1, R>(rows, block_bytes, start, out),
+        (4, 3) => copy_units::<4, 3, R>(rows, block_bytes, start, out),
+        (4, 4) => copy_units::<4, 4, R>(rows, block_bytes, start, out),
+        (4, 8) => copy_units::<4, 8, R>(rows, block_bytes, start, out),
+        (4, 16) => copy_units::<4, 16, R>(rows, block_bytes, start, out),
+        (4, 32) => copy_units::<4, 32, R>(rows, block_bytes, start, out),
+        (2, 1) => copy_units::<2, 1, R>(rows, block_bytes, start, out),
+        _ => unreachable!("no format has a plane of {plane:?}"),
+    }
+}
+
+fn float_units<const UNIT: usize, const R: usize>(rows: &[u8], out: &mut [u8]) {
+    let row_bytes = rows.len() / R;
+    if row_bytes.is_multiple_of(8 * UNIT) {
+        copy_units::<UNIT, 8, R>(rows, 8 * UNIT, 0, out);
+    } else {
+        copy_units::<UNIT, 1, R>(rows, UNIT, 0, out);
+    }
+}
+
+/// Writes unit u of row r to place `u · R + r`, for `R` rows whose blocks of `block_bytes` have
+/// `UNITS` units of `UNIT` bytes from `start` on.
+fn copy_units<const UNIT: usize, const UNITS: usize, const R: usize>(
+    rows: &[u8],
+    block_bytes: usize,
+    start: usize,
     out: &mut [u8],
-    r: usize,
-    together: usize,
 ) {
-    let mut places = out.chunks_exact_mut(UNIT).skip(r).step_by(together);
-    for field in fields {
-        for (unit, place) in field.chunks_exact(UNIT).zip(&mut places) {
-            place.copy_from_slice(unit);
+    let row_bytes = rows.len() / R;
+    let (places, _) = out.as_chunks_mut::<UNIT>();
+    let (places, _) = places.as_chunks_mut::<R>();
+    let (blocks, _) = places.as_chunks_mut::<UNITS>();
+    for (b, places) in blocks.iter_mut().enumerate() {
+        let fields: [&[[u8; UNIT]; UNITS]; R] = std::array::from_fn(|r| {
+            let field = &rows[r * row_bytes + b * block_bytes + start..][..UNITS * UNIT];
+            field.as_chunks().0.try_into().expect("a field of a block")
+        });
+        for (u, places) in places.iter_mut().enumerate() {
+            for (place, field) in places.iter_mut().zip(fields) {
+                *place = field[u];
+            }
         }
     }
 }
@@ -262,5 +316,70 @@ impl<'a> StridedOut<'a> {
                 rows.len(),
             )
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::testing::Random;
+
+    #[test]
+    fn packed_rows_are_the_file_s_bytes_and_padding_is_left_alone() {
+        for quant in QuantType::ALL {
+            let block = quant.block_values();
+            for n_cols in [block, 3 * block, 8 * block, 21 * block] {
+                for (layout, n_rows) in [Layout::Interleaved, Layout::Rows]
+                    .into_iter()
+                    .flat_map(|layout| [1, 16, 37].map(|n_rows| (layout, n_rows)))
+                {
+                    let shape = MatrixShape {
+                        quant,
+                        n_rows,
+                        n_cols,
+                        layout,
+                    };
+                    let rows = Random(3).rows(quant, n_rows, n_cols);
+                    let mut packed = vec![0xA5; shape.packed_bytes() + 1];
+                    shape.pack(&rows, 0, &mut packed);
+                    let padding = packed.len() - rows.len();
+                    let m = MatrixRef::new(shape, &packed);
+                    for (r, row) in rows.chunks(shape.row_bytes()).enumerate() {
+                        let mut copy = Vec::new();
+                        m.each_block(r, |_, bytes| copy.extend_from_slice(bytes));
+                        assert_eq!(copy, row, "{quant} {layout:?} row {r} of {n_rows}");
+                    }
+                    // a place written has the same byte in both images
+                    let mut other = vec![0x5A; packed.len()];
+                    shape.pack(&rows, 0, &mut other);
+                    let untouched = packed
+                        .iter()
+                        .zip(&other)
+                        .filter(|&(&a, &b)| a == 0xA5 && b == 0x5A)
+                        .count();
+                    assert_eq!(untouched, padding, "{quant} {layout:?} {n_rows} rows");
+                }
+            }
+        }
+    }
+
+    #[test]
+    fn parts_of_a_matrix_can_be_packed_alone() {
+        let shape = MatrixShape {
+            quant: QuantType::Q5_1,
+            n_rows: 53,
+            n_cols: 96,
+            layout: Layout::Interleaved,
+        };
+        let row_bytes = shape.row_bytes();
+        let rows = Random(8).rows(shape.quant, shape.n_rows, shape.n_cols);
+        let mut whole = vec![0; shape.packed_bytes()];
+        shape.pack(&rows, 0, &mut whole);
+        let mut parts = vec![0; shape.packed_bytes()];
+        for (first, end) in [(32, 53), (0, 32)] {
+            let part = &rows[first * row_bytes..end * row_bytes];
+            shape.pack(part, first, &mut parts[first * row_bytes..]);
+        }
+        assert_eq!(parts, whole);
     }
 }

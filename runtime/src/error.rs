@@ -53,6 +53,9 @@ pub enum RuntimeError {
         /// Why.
         source: TokenizerError,
     },
+    /// A type that packed rows cannot have.
+    #[error(transparent)]
+    DownType(ModelError),
     /// A conversation that cannot be put into the model's form.
     #[error("{}: {source}", path.display())]
     Chat {
@@ -206,7 +209,7 @@ impl RuntimeError {
             RuntimeError::Gguf(error) => error.is_environment(),
             RuntimeError::Model { source, .. } => source.is_environment(),
             RuntimeError::Topology(error) => error.is_environment(),
-            RuntimeError::Actor(error) => !matches!(error, ActorError::ContextFull { .. }),
+            RuntimeError::Actor(error) => error.is_environment(),
             RuntimeError::Inspect(InspectError::Gguf(error)) => error.is_environment(),
             RuntimeError::Inspect(InspectError::Output(_))
             | RuntimeError::OutputClosed

@@ -174,8 +174,25 @@ fn wait_for_next(pass: &AtomicUsize, done: usize) -> usize {
 /// Words added up side by side, which makes sums of independent vector loads.
 const N_LANES: usize = 32;
 
-/// Sum of all 64-bit words; bytes after the last full group of words count as one each.
+/// Sum of all 64-bit words; bytes after the last full group of words are added as they are.
 fn sum_words(bytes: &[u8]) -> u64 {
+    // 16-byte loads leave an eighth of one thread's bandwidth unused.
+    #[cfg(target_arch = "x86_64")]
+    if is_x86_feature_detected!("avx2") {
+        // SAFETY: AVX2 has just been detected.
+        return unsafe { sum_words_avx2(bytes) };
+    }
+    sum_lanes(bytes)
+}
+
+#[cfg(target_arch = "x86_64")]
+#[target_feature(enable = "avx2")]
+fn sum_words_avx2(bytes: &[u8]) -> u64 {
+    sum_lanes(bytes)
+}
+
+#[inline(always)]
+fn sum_lanes(bytes: &[u8]) -> u64 {
     let mut sums = [0u64; N_LANES];
     let (groups, rest) = bytes.as_chunks::<{ 8 * N_LANES }>();
     for group in groups {
@@ -212,6 +229,7 @@ mod tests {
                 });
             }
             assert_eq!(sum_words(&bytes), expected);
+            assert_eq!(sum_lanes(&bytes), expected);
         }
     }
 

@@ -57,6 +57,13 @@ pub struct Plane {
     pub units: usize,
 }
 
+impl Plane {
+    /// Bytes of the field in a block.
+    pub const fn bytes(&self) -> usize {
+        self.unit_bytes * self.units
+    }
+}
+
 const fn plane(offset_bytes: usize, unit_bytes: usize, units: usize) -> Plane {
     Plane {
         offset_bytes,

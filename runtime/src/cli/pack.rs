@@ -1,7 +1,6 @@
 //! `pi-runtime pack`: what each type of down rows costs, then the file.
 
 use std::path::{Path, PathBuf};
-use std::sync::atomic::Ordering;
 
 use pi_kernels::attention::KvType;
 use pi_kernels::{ActivationMode, Cpu, QuantType};
@@ -41,16 +40,17 @@ pub fn run(args: &PackArgs) -> Result<(), RuntimeError> {
     refuse_input_as_output(&args.input, &args.output)?;
     let interrupt = Interrupt::listen();
     let _answering = interrupt.answer();
+    let asked = args.down_type.as_deref().map(writable_type).transpose();
+    let chosen = asked.map_err(RuntimeError::DownType)?;
     let file = GgufFile::open(&args.input)?;
     let in_file = |source: ModelError| RuntimeError::Model {
         path: args.input.clone(),
         source,
     };
-    let asked = args.down_type.as_deref().map(writable_type).transpose();
     let packer = Packer::new(&file).map_err(in_file)?;
     let packing = Packing {
         args,
-        chosen: asked.map_err(in_file)?,
+        chosen,
         packer,
         plan: TopologyFile::default().plan(None)?,
         interrupt: &interrupt,
@@ -225,10 +225,13 @@ impl Packing<'_> {
     }
 
     fn write(&self, path: &Path, choice: Option<QuantType>) -> Result<(), RuntimeError> {
-        let stop = || self.interrupt.flag().load(Ordering::Acquire);
-        match self.packer.write(path, choice, &stop) {
+        match self
+            .packer
+            .write(path, choice, &|| self.interrupt.requested())
+        {
             Ok(true) => Ok(()),
             Ok(false) => Err(RuntimeError::Interrupted),
+            Err(ModelError::Gguf(error)) => Err(RuntimeError::Gguf(error)),
             Err(source) => Err(self.model_error(source)),
         }
     }

@@ -1,5 +1,6 @@
 //! Why a model cannot be loaded.
 
+use pi_actors::ActorError;
 use thiserror::Error;
 
 use crate::gguf::GgufError;
@@ -117,6 +118,9 @@ pub enum ModelError {
     /// Memory that the machine does not give.
     #[error("cannot place the weights: {0}")]
     Memory(String),
+    /// A thread that failed while it copied weights.
+    #[error("cannot load the weights: {0}")]
+    Threads(#[from] ActorError),
 }
 
 impl ModelError {
@@ -124,7 +128,7 @@ impl ModelError {
     pub fn is_environment(&self) -> bool {
         match self {
             ModelError::Gguf(error) => error.is_environment(),
-            ModelError::Memory(_) => true,
+            ModelError::Memory(_) | ModelError::Threads(_) => true,
             _ => false,
         }
     }

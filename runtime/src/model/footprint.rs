@@ -7,7 +7,7 @@ use super::tensors::ModelTensors;
 /// Weight bytes of a decoded token, in parts.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
 pub struct Footprint {
-    /// Read for every token: attention, gates, norms, head, the embedding row, and in `off` all neurons.
+    /// Read for every token: attention, biases, gates, norms, head, the embedding row, and in `off` all neurons.
     pub always: u64,
     /// Up and down rows of all neurons, where only active ones are read.
     pub if_all_active: u64,
@@ -28,6 +28,10 @@ impl Footprint {
                 .iter()
                 .map(|matrix| matrix.bytes.len() as u64)
                 .sum::<u64>();
+            footprint.always += layer.qkv_bias.as_ref().map_or(0, |bias| {
+                let values = bias.q.len() + bias.k.len() + bias.v.len();
+                (values * size_of::<f32>()) as u64
+            });
             footprint.always += layer.gate.bytes.len() as u64;
             let neurons = layer.up.bytes.len() as u64 + down_bytes(*down, hyper);
             match plan.mode {

@@ -1,9 +1,14 @@
 //! Llama-like models: what is in the file, what it becomes in memory, and how it gets there.
 
 pub mod architecture;
+mod copy_task;
+pub mod description;
 pub mod error;
 pub mod footprint;
 pub mod hyperparameters;
+mod layout;
+pub mod load;
+pub mod node_memory;
 pub mod quantize;
 pub mod shares;
 pub mod sparsity;
@@ -12,5 +17,6 @@ pub mod transpose;
 
 pub use error::ModelError;
 pub use hyperparameters::{GateKind, Hyperparameters};
+pub use load::Loader;
 pub use sparsity::Sparsity;
 pub use tensors::ModelTensors;

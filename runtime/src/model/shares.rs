@@ -14,7 +14,9 @@ pub struct NodeShare {
     pub kv_heads: Range<usize>,
     /// Rows of the attention's output projection; multiples of 16.
     pub output_rows: Range<usize>,
-    /// Neurons: whole groups of consecutive ids.
+    /// Groups of neurons, of the [`FFN_GROUPS`] of a layer.
+    pub groups: Range<usize>,
+    /// Neurons of these groups.
     pub neurons: Range<usize>,
     /// Rows of the head; multiples of 16.
     pub head_rows: Range<usize>,
@@ -44,13 +46,15 @@ pub fn divide(
         .map(|node| NodeShare {
             kv_heads: kv_heads[node]..kv_heads[node + 1],
             output_rows: output_rows[node]..output_rows[node + 1],
+            groups: groups[node]..groups[node + 1],
             neurons: group_ends[groups[node]]..group_ends[groups[node + 1]],
             head_rows: head_rows[node]..head_rows[node + 1],
         })
         .collect()
 }
 
-/// Boundaries of the 16 neuron groups, from 0 to `n_ff`: the nearest multiples of `multiple`.
+/// Boundaries of the 16 neuron groups, from 0 to `n_ff`: each the multiple of `multiple` nearest to equal groups, or
+/// `n_ff` itself. Groups of a small layer may be empty.
 pub fn neuron_groups(n_ff: usize, multiple: usize) -> [usize; FFN_GROUPS + 1] {
     std::array::from_fn(|group| nearest((group, FFN_GROUPS), n_ff, multiple))
 }
@@ -74,4 +78,23 @@ fn nearest((numerator, denominator): (usize, usize), count: usize, multiple: usi
     }
     let step = denominator * multiple;
     ((numerator * count + step / 2) / step * multiple).min(count)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn groups_end_at_multiples_and_cover_every_neuron() {
+        for multiple in [16, 32, 256] {
+            for n_ff in [1, 15, 16, 17, 31, 48, 100, 512, 1536, 1537, 11_008, 28_672] {
+                let ends = neuron_groups(n_ff, multiple);
+                assert_eq!((ends[0], ends[FFN_GROUPS]), (0, n_ff));
+                assert!(ends.is_sorted(), "{n_ff} by {multiple}: {ends:?}");
+                let whole = |end: &usize| end.is_multiple_of(multiple) || *end == n_ff;
+                assert!(ends.iter().all(whole), "{n_ff} by {multiple}: {ends:?}");
+            }
+        }
+        assert_eq!(neuron_groups(1536, 16)[1..3], [96, 192]);
+    }
 }

@@ -4,7 +4,6 @@ use std::path::{Path, PathBuf};
 use std::time::Duration;
 
 use pi_actors::faults::Faults;
-use pi_actors::weights::SparsityMode;
 use pi_actors::{Engine, EngineOptions, Teams};
 use pi_kernels::Cpu;
 use pi_kernels::attention::KvType;
@@ -183,10 +182,6 @@ fn start_engine(
         EngineOptions {
             cpu: options.cpu,
             kv_type: options.kv_type,
-            sparsity: match sparsity.mode {
-                Sparsity::Off => SparsityMode::Off,
-                Sparsity::Exact => SparsityMode::Exact,
-            },
             n_ubatch: N_UBATCH,
             wait_limit: WAIT_LIMIT,
             faults: Faults::default(),

@@ -1,0 +1,337 @@
+//! The node's neurons: gate → skip → up → down, into the node's partial sums.
+//!
+//! One token, `exact`: every thread computes gates of its own neurons and lists those that are open,
+//! while it pulls their records towards the cache. Barrier. The lists together are cut into equal
+//! parts for up. Barrier. Each thread sums down over columns of its own. Gate and up may be
+//! divided in any way, since each value is one thread's; the sum over neurons has its fixed order.
+#![allow(unsafe_code)]
+
+use std::ops::Range;
+use std::sync::atomic::Ordering;
+
+use pi_kernels::elementwise::{relu_mul, silu_mul};
+use pi_kernels::ffn_sparse::{
+    GroupSpan, SUBTREES_MAX, down_active, down_tokens, gate_active, up_active, up_tokens,
+};
+use pi_kernels::gemm::gemv;
+use pi_kernels::quant::BLOCK;
+use pi_kernels::{ActWriter, Cpu, ROW_GROUP, StridedOut};
+
+use super::rows::multiply;
+use super::{Job, weights_read};
+use crate::counters::Counters;
+use crate::model::{group_neurons, sums_of};
+use crate::scratch::{NEURON_CHUNK, ThreadScratch};
+use crate::team::{Member, Team};
+use crate::weights::{FfnShare, GateActivation, Matrix, NeuronStore, UpRows};
+
+/// Runs the stage with the node's team.
+pub(super) fn run(job: Job<'_>, team: &mut Team) -> Counters {
+    let share = job.share;
+    if share.neurons.is_empty() {
+        return weights_read(0);
+    }
+    let n_tokens = job.step.n_tokens;
+    match (&share.ffn, n_tokens) {
+        (FfnShare::Neurons { up: UpRows::Paired, rows }, 1) => {
+            team.run(&|member| sparse_token(&job, rows, member));
+        }
+        (FfnShare::Neurons { up: UpRows::Paired, rows }, _) => {
+            team.run(&|member| sparse_tokens(&job, rows, member));
+        }
+        (FfnShare::Neurons { up: UpRows::Interleaved(up), rows }, _) => {
+            team.run(&|member| {
+                dense_gate_up(&job, up, &member);
+                member.barrier();
+                down_all(&job, rows, &member);
+            });
+        }
+        (FfnShare::Dense { up, down }, _) => {
+            // SAFETY: between jobs nobody else has it.
+            let writer = unsafe { job.scratch.act_rows.get_mut() }.writer();
+            team.run(&|member| {
+                dense_gate_up(&job, up, &member);
+                member.barrier();
+                plain_down(&job, down, &writer, &member);
+            });
+        }
+    }
+    count(&job)
+}
+
+fn count(job: &Job<'_>) -> Counters {
+    let share = job.share;
+    let neurons = share.neurons.len();
+    let rows_read = job.scratch.rows_read.load(Ordering::Relaxed) as usize;
+    let bytes = match &share.ffn {
+        FfnShare::Neurons { up: UpRows::Paired, rows } => rows_read * rows.record_bytes(),
+        FfnShare::Neurons { up: UpRows::Interleaved(up), rows } => up.bytes.len() + rows.bytes.len(),
+        FfnShare::Dense { up, down } => up.bytes.len() + down.bytes.len(),
+    };
+    let mut work = weights_read(share.gate.bytes.len() + bytes);
+    work.neurons = (neurons * job.step.n_tokens) as u64;
+    work.active_neurons = job.scratch.active.load(Ordering::Relaxed);
+    work
+}
+
+/// One token, active neurons only.
+fn sparse_token(job: &Job<'_>, rows: &NeuronStore, member: Member<'_>) {
+    let (model, scratch, share) = (job.model, job.scratch, job.share);
+    let cpu = model.cpu;
+    let up_rows = rows.up_rows().expect("records have up rows");
+    let part = member.part(share.neurons.len(), ROW_GROUP);
+    // SAFETY: `normed` was written before the message was sent; until the barrier, the neurons and
+    // the list are this thread's.
+    let x = unsafe {
+        let x = model.slots.normed.get().token(0);
+        let list = scratch.lists[member.thread].get_mut();
+        let gate = scratch.gate.write(part.clone());
+        gemv(cpu, share.gate.view(), x, part.clone(), gate);
+        list.clear();
+        let first = part.start as u32;
+        gate_active(gate, first, Some(up_rows), &mut list.ids, &mut list.gates);
+        x
+    };
+    member.barrier();
+    // SAFETY: each thread has its own.
+    let ThreadScratch { all, spans, .. } = unsafe { scratch.threads[member.thread].get_mut() };
+    all.clear();
+    for list in &scratch.lists {
+        // SAFETY: all lists are complete, and change only after this message is answered. In the
+        // order of threads they are ascending.
+        let list = unsafe { list.get() };
+        all.ids.extend_from_slice(&list.ids);
+        all.gates.extend_from_slice(&list.gates);
+    }
+    let n_active = all.ids.len();
+    let mine = member.part(n_active, 1);
+    // SAFETY: this part of the activations is this thread's.
+    unsafe {
+        let out = scratch.act.write(mine.clone());
+        up_active(cpu, up_rows, x, &all.ids[mine.clone()], &all.gates[mine], out);
+    }
+    if member.thread == 0 {
+        scratch.active.store(n_active as u64, Ordering::Relaxed);
+        scratch.rows_read.store(n_active as u64, Ordering::Relaxed);
+    }
+    member.barrier();
+    spans.clear();
+    let mut from = 0;
+    for (group, neurons) in group_neurons(&model.weights.neuron_groups, share) {
+        let to = from + all.ids[from..].partition_point(|&id| (id as usize) < neurons.end);
+        spans.push(GroupSpan { group, span: from..to });
+        from = to;
+    }
+    // SAFETY: all activations are written.
+    let act = unsafe { scratch.act.read(0..n_active) };
+    sum_token(job, rows, &all.ids, act, spans, &member);
+}
+
+/// The thread's columns of the partial sums of one token.
+fn sum_token(
+    job: &Job<'_>,
+    rows: &NeuronStore,
+    ids: &[u32],
+    act: &[f32],
+    spans: &[GroupSpan],
+    member: &Member<'_>,
+) {
+    let model = job.model;
+    let columns = member.part(model.shape().n_embd, BLOCK);
+    if columns.is_empty() {
+        return;
+    }
+    let n_sums = sums_of(job.share).len();
+    let mut sums: [&mut [f32]; SUBTREES_MAX] = Default::default();
+    for (n, sum) in sums[..n_sums].iter_mut().enumerate() {
+        let at = model.partial_offset(n);
+        // SAFETY: the columns are this thread's until the node's `Partial` is sent.
+        *sum = unsafe {
+            model.slots.partials[job.node].write(at + columns.start..at + columns.end)
+        };
+    }
+    down_active(model.cpu, rows.down_rows(), ids, act, spans, columns, &mut sums[..n_sums]);
+}
+
+/// Many tokens, the union of their active neurons only. A chunk of neurons is whoever's is free.
+fn sparse_tokens(job: &Job<'_>, rows: &NeuronStore, member: Member<'_>) {
+    let (model, scratch, share) = (job.model, job.scratch, job.share);
+    let n_neurons = share.neurons.len();
+    let n_tokens = job.step.n_tokens;
+    let up_rows = rows.up_rows().expect("records have up rows");
+    // SAFETY: each thread has its own.
+    let mine = unsafe { scratch.threads[member.thread].get_mut() };
+    let up_scratch = mine.up.as_mut().expect("scratch for paired rows");
+    // SAFETY: written before the message was sent.
+    let x = unsafe { model.slots.normed.get() };
+    while let Some(chunk) = job.take(n_neurons.div_ceil(NEURON_CHUNK)) {
+        let neurons = chunk * NEURON_CHUNK..((chunk + 1) * NEURON_CHUNK).min(n_neurons);
+        // SAFETY: the chunk's neurons are this thread's.
+        let mut act =
+            unsafe { scratch.act.columns(0, n_neurons, n_tokens, neurons.clone()) };
+        // SAFETY: as above; this output ends before `act` is used.
+        let out = unsafe { scratch.act.columns(0, n_neurons, n_tokens, neurons.clone()) };
+        multiply(model.cpu, &share.gate, x, n_tokens, neurons.clone(), out);
+        let active = close_gates(&mut act);
+        let read = up_tokens(model.cpu, up_rows, x, 0..n_tokens, neurons, &mut act, up_scratch);
+        scratch.active.fetch_add(active, Ordering::Relaxed);
+        scratch.rows_read.fetch_add(read as u64, Ordering::Relaxed);
+    }
+    member.barrier();
+    down_batch(job, rows, true, &member);
+}
+
+/// ReLU in place (NaN stays, so that it surfaces); returns how many gates are open.
+fn close_gates(gates: &mut StridedOut<'_>) -> u64 {
+    let mut active = 0;
+    for token in 0..gates.n_tokens() {
+        for gate in gates.row(token) {
+            let closed = *gate <= 0.0;
+            *gate = if closed { 0.0 } else { *gate };
+            active += u64::from(!closed);
+        }
+    }
+    active
+}
+
+/// Partial sums of many tokens over columns of the thread's own.
+fn down_batch(job: &Job<'_>, rows: &NeuronStore, skip_zeros: bool, member: &Member<'_>) {
+    let (model, scratch) = (job.model, job.scratch);
+    let (n_embd, n_tokens) = (model.shape().n_embd, job.step.n_tokens);
+    let n_neurons = job.share.neurons.len();
+    let columns = member.part(n_embd, BLOCK);
+    if columns.is_empty() {
+        return;
+    }
+    // SAFETY: each thread has its own.
+    let mine = unsafe { scratch.threads[member.thread].get_mut() };
+    mine.spans.clear();
+    let groups = group_neurons(&model.weights.neuron_groups, job.share);
+    mine.spans.extend(groups.map(|(group, span)| GroupSpan { group, span }));
+    let n_sums = sums_of(job.share).len();
+    let slot = &model.slots.partials[job.node];
+    let mut sums: [StridedOut<'_>; SUBTREES_MAX] = std::array::from_fn(|n| {
+        let used = n < n_sums;
+        let at = if used { model.partial_offset(n) } else { 0 };
+        let columns = if used { columns.clone() } else { 0..0 };
+        // SAFETY: the columns are this thread's until the node's `Partial` is sent; the unused
+        // outputs are empty.
+        unsafe { slot.columns(at, n_embd, n_tokens, columns) }
+    });
+    // SAFETY: all activations are written.
+    let act = unsafe { scratch.act.read(0..n_tokens * n_neurons) };
+    down_tokens(
+        model.cpu,
+        rows.down_rows(),
+        act,
+        n_neurons,
+        &mine.spans,
+        columns,
+        skip_zeros,
+        &mut mine.down,
+        &mut sums[..n_sums],
+    );
+}
+
+/// Gate and up of all neurons, and their product, into `act`.
+fn dense_gate_up(job: &Job<'_>, up: &Matrix, member: &Member<'_>) {
+    let (model, scratch, share) = (job.model, job.scratch, job.share);
+    let n_neurons = share.neurons.len();
+    let n_tokens = job.step.n_tokens;
+    // SAFETY: written before the message was sent.
+    let x = unsafe { model.slots.normed.get() };
+    if n_tokens == 1 {
+        let part = member.part(n_neurons, ROW_GROUP);
+        // SAFETY: these neurons are this thread's.
+        let (gate, up_out, act) = unsafe {
+            (
+                scratch.gate.write(part.clone()),
+                scratch.up.write(part.clone()),
+                scratch.act.write(part.clone()),
+            )
+        };
+        gemv(model.cpu, share.gate.view(), x.token(0), part.clone(), gate);
+        gemv(model.cpu, up.view(), x.token(0), part, up_out);
+        let active = activate(job, gate, up_out, act);
+        scratch.active.fetch_add(active, Ordering::Relaxed);
+        return;
+    }
+    // SAFETY: each thread has its own.
+    let mine = unsafe { scratch.threads[member.thread].get_mut() };
+    while let Some(chunk) = job.take(n_neurons.div_ceil(NEURON_CHUNK)) {
+        let neurons = chunk * NEURON_CHUNK..((chunk + 1) * NEURON_CHUNK).min(n_neurons);
+        let width = neurons.len();
+        for (matrix, out) in [(&share.gate, &mut mine.gate_chunk), (up, &mut mine.up_chunk)] {
+            let out = StridedOut::from_slice(out, width, n_tokens, 0..width);
+            multiply(model.cpu, matrix, x, n_tokens, neurons.clone(), out);
+        }
+        let mut active = 0;
+        // SAFETY: the chunk's neurons are this thread's.
+        let mut act = unsafe { scratch.act.columns(0, n_neurons, n_tokens, neurons) };
+        for token in 0..n_tokens {
+            let row = token * width..(token + 1) * width;
+            let (gate, up) = (&mine.gate_chunk[row.clone()], &mine.up_chunk[row]);
+            active += activate(job, gate, up, act.row(token));
+        }
+        scratch.active.fetch_add(active, Ordering::Relaxed);
+    }
+}
+
+/// Writes act(gate) · up to `out`; returns how many neurons contribute.
+fn activate(job: &Job<'_>, gate: &[f32], up: &[f32], out: &mut [f32]) -> u64 {
+    let cpu: Cpu = job.model.cpu;
+    match job.model.shape().gate_activation {
+        GateActivation::Relu => {
+            relu_mul(cpu, gate, up, out);
+            let closed = |gate: &f32| *gate <= 0.0;
+            gate.iter().map(|gate| u64::from(!closed(gate))).sum()
+        }
+        GateActivation::Silu => {
+            silu_mul(cpu, gate, up, out);
+            gate.len() as u64
+        }
+    }
+}
+
+/// Down of all neurons, stored neuron by neuron.
+fn down_all(job: &Job<'_>, rows: &NeuronStore, member: &Member<'_>) {
+    let (model, scratch) = (job.model, job.scratch);
+    if job.step.n_tokens > 1 {
+        return down_batch(job, rows, false, member);
+    }
+    // SAFETY: each thread has its own.
+    let mine = unsafe { scratch.threads[member.thread].get_mut() };
+    let n_neurons = job.share.neurons.len();
+    if mine.all.ids.len() != n_neurons {
+        mine.all.ids.clear();
+        mine.all.ids.extend(0..n_neurons as u32);
+    }
+    mine.spans.clear();
+    let groups = group_neurons(&model.weights.neuron_groups, job.share);
+    mine.spans.extend(groups.map(|(group, span)| GroupSpan { group, span }));
+    // SAFETY: all activations are written.
+    let act = unsafe { scratch.act.read(0..n_neurons) };
+    sum_token(job, rows, &mine.all.ids, act, &mine.spans, member);
+}
+
+/// Down as the file has it, read whole: rows of the output, the node's columns.
+fn plain_down(job: &Job<'_>, down: &Matrix, writer: &ActWriter<'_>, member: &Member<'_>) {
+    let (model, scratch) = (job.model, job.scratch);
+    let (n_embd, n_tokens) = (model.shape().n_embd, job.step.n_tokens);
+    let n_neurons = job.share.neurons.len();
+    for token in member.part(n_tokens, 1) {
+        // SAFETY: all activations are written; the token is this thread's.
+        unsafe {
+            let act = scratch.act.read(token * n_neurons..(token + 1) * n_neurons);
+            writer.set_with(model.cpu, token, |row| row.copy_from_slice(act));
+        }
+    }
+    member.barrier();
+    let rows: Range<usize> = member.part(n_embd, ROW_GROUP);
+    // SAFETY: all rows of activations are set; the columns are this thread's.
+    unsafe {
+        let slot = &model.slots.partials[job.node];
+        let out = slot.columns(0, n_embd, n_tokens, rows.clone());
+        multiply(model.cpu, down, scratch.act_rows.get(), n_tokens, rows, out);
+    }
+}

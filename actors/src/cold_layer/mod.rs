@@ -1,0 +1,105 @@
+//! `ColdLayer`: one node's part of one layer. It owns the node's neurons, and where the host is the
+//! device also the node's heads with their cache and its rows of the projections.
+
+mod attention;
+mod ffn;
+mod rows;
+
+use std::sync::Arc;
+use std::sync::atomic::Ordering;
+
+use crate::counters::{Cell, Counters};
+use crate::kv::KvStore;
+use crate::messages::{Compute, Message, Partial, Share, ShareDone, Stage};
+use crate::model::Model;
+use crate::scratch::NodeScratch;
+use crate::slots::StepInfo;
+use crate::team::Team;
+use crate::weights::LayerShare;
+
+/// The actor's state: nothing that another incarnation could not build again.
+#[derive(Debug)]
+pub(crate) struct ColdLayer {
+    layer: usize,
+    node: usize,
+    model: Arc<Model>,
+    kv: Arc<KvStore>,
+    cell: Arc<Cell>,
+}
+
+/// What a job of the team works on.
+#[derive(Clone, Copy)]
+struct Job<'a> {
+    model: &'a Model,
+    share: &'a LayerShare,
+    kv: &'a KvStore,
+    scratch: &'a NodeScratch,
+    layer: usize,
+    node: usize,
+    step: StepInfo,
+}
+
+impl ColdLayer {
+    /// The node's part of a layer.
+    pub fn new(
+        layer: usize,
+        node: usize,
+        model: Arc<Model>,
+        kv: Arc<KvStore>,
+        cell: Arc<Cell>,
+    ) -> Self {
+        Self { layer, node, model, kv, cell }
+    }
+
+    /// Computes a share with the node's team.
+    pub fn share(&mut self, message: Share, team: &mut Team, scratch: &NodeScratch) -> Message {
+        let job = self.job(scratch);
+        let work = match message.stage {
+            Stage::Attention => attention::run(job, team),
+            Stage::Output => rows::output(job, team),
+            Stage::Head { n_tokens } => rows::head(job, team, n_tokens),
+        };
+        self.cell.add(work);
+        let Share { step, layer, stage } = message;
+        Message::ShareDone(ShareDone { step, layer, stage, node: self.node, work })
+    }
+
+    /// Computes the node's neurons with its team.
+    pub fn compute(&mut self, message: Compute, team: &mut Team, scratch: &NodeScratch) -> Message {
+        let work = ffn::run(self.job(scratch), team);
+        self.cell.add(work);
+        let Compute { step, layer, .. } = message;
+        Message::Partial(Partial { step, layer, node: self.node, work })
+    }
+
+    #[allow(unsafe_code)]
+    fn job<'a>(&'a self, scratch: &'a NodeScratch) -> Job<'a> {
+        // SAFETY: the pipeline wrote it before the message that led here (table in slots.rs).
+        let step = unsafe { *self.model.slots.step.get() };
+        scratch.next.store(0, Ordering::Relaxed);
+        scratch.active.store(0, Ordering::Relaxed);
+        scratch.rows_read.store(0, Ordering::Relaxed);
+        Job {
+            model: &self.model,
+            share: self.model.share(self.layer, self.node),
+            kv: &self.kv,
+            scratch,
+            layer: self.layer,
+            node: self.node,
+            step,
+        }
+    }
+}
+
+impl Job<'_> {
+    /// Takes the next of `count` pieces of work, if there is one left: any thread may take any.
+    fn take(&self, count: usize) -> Option<usize> {
+        let piece = self.scratch.next.fetch_add(1, Ordering::Relaxed);
+        (piece < count).then_some(piece)
+    }
+}
+
+/// Work of one message that read so many bytes of weights.
+fn weights_read(weight_bytes: usize) -> Counters {
+    Counters { messages: 1, weight_bytes: weight_bytes as u64, ..Counters::default() }
+}

@@ -1,0 +1,95 @@
+//! What all actors of an engine share and never change.
+
+use std::ops::Range;
+
+use pi_kernels::Cpu;
+use pi_kernels::attention::KvType;
+use pi_kernels::ffn_sparse::{FFN_GROUPS, subtrees};
+use pi_kernels::rope::RopeTable;
+
+use crate::slots::{SlotSizes, Slots};
+use crate::weights::{FfnShare, LayerShare, ModelShape, ModelWeights};
+
+/// Tokens whose logits are computed together.
+pub(crate) const HEAD_TOKENS: usize = 16;
+
+/// Weights, constants and slots.
+#[derive(Debug)]
+pub(crate) struct Model {
+    pub weights: ModelWeights,
+    pub rope: RopeTable,
+    pub cpu: Cpu,
+    pub kv_type: KvType,
+    pub n_ubatch: usize,
+    pub slots: Slots,
+}
+
+impl Model {
+    /// Puts the parts together.
+    pub fn new(
+        weights: ModelWeights,
+        cpu: Cpu,
+        kv_type: KvType,
+        n_ubatch: usize,
+    ) -> Self {
+        let rope = RopeTable::new(weights.shape.rope.clone());
+        let sizes = SlotSizes {
+            mode: cpu.mode(),
+            n_ubatch,
+            n_embd: weights.shape.n_embd,
+            n_attn: weights.shape.n_attn(),
+            n_vocab: weights.shape.n_vocab,
+            rope_len: rope.row_len(),
+            n_head_tokens: HEAD_TOKENS.min(n_ubatch),
+        };
+        let nodes = 0..weights.head.len();
+        let n_sums = |node: usize| {
+            let shares = weights.layers.iter().map(|layer| &layer.shares[node]);
+            shares.map(|share| sums_of(share).len()).max().unwrap_or(0)
+        };
+        let n_sums: Vec<usize> = nodes.map(n_sums).collect();
+        let slots = Slots::new(sizes, &n_sums);
+        Self { weights, rope, cpu, kv_type, n_ubatch, slots }
+    }
+
+    /// Sizes and constants.
+    pub fn shape(&self) -> &ModelShape {
+        &self.weights.shape
+    }
+
+    /// Nodes.
+    pub fn n_nodes(&self) -> usize {
+        self.weights.head.len()
+    }
+
+    /// A node's share of a layer.
+    pub fn share(&self, layer: usize, node: usize) -> &LayerShare {
+        &self.weights.layers[layer].shares[node]
+    }
+
+    /// Where node `node`'s partial sum `sum` starts in its slot.
+    pub fn partial_offset(&self, sum: usize) -> usize {
+        sum * self.n_ubatch * self.shape().n_embd
+    }
+}
+
+/// The partial sums that a node sends for a layer, each named by the groups it covers. A plain
+/// `ffn_down` gives one sum over all of the node's neurons.
+pub(crate) fn sums_of(share: &LayerShare) -> Vec<Range<usize>> {
+    match share.ffn {
+        FfnShare::Neurons { .. } => subtrees(share.groups.clone()),
+        FfnShare::Dense { .. } if share.neurons.is_empty() => vec![],
+        FfnShare::Dense { .. } => vec![share.groups.clone()],
+    }
+}
+
+/// The neurons of each group of a share, counted from the share's first one.
+pub(crate) fn group_neurons(
+    boundaries: &[usize; FFN_GROUPS + 1],
+    share: &LayerShare,
+) -> impl Iterator<Item = (usize, Range<usize>)> {
+    let first = share.neurons.start;
+    share.groups.clone().map(move |group| {
+        (group, boundaries[group] - first..boundaries[group + 1] - first)
+    })
+}

@@ -1,0 +1,326 @@
+//! `Pipeline`: the token loop. It asks the feeder for tokens, takes them through the layers in
+//! pieces, and gives the logits back.
+#![allow(unsafe_code)]
+
+use std::ops::Range;
+use std::panic::{AssertUnwindSafe, catch_unwind};
+use std::sync::Arc;
+use std::sync::mpsc::SyncSender;
+
+use pi_kernels::MatrixRef;
+use pi_kernels::quant::dequantize_block;
+
+use crate::counters::{Cell, Counters, RunTotals};
+use crate::error::ActorError;
+use crate::executor::Posts;
+use crate::feeder::{Feeder, Next};
+use crate::messages::{ActorId, HeadDone, LayerDone, Message, RunHead, RunLayer, Step};
+use crate::model::Model;
+use crate::slots::StepInfo;
+use crate::team::{Team, panic_text};
+use crate::weights::{Embedding, ModelWeights};
+
+/// A feeder that has been served, and how.
+pub(crate) struct Served {
+    pub feeder: Box<dyn Feeder>,
+    pub totals: RunTotals,
+    pub outcome: Result<(), ActorError>,
+}
+
+/// A run under way: all that has to survive a restart of the pipeline.
+pub(crate) struct RunState {
+    pub feeder: Box<dyn Feeder>,
+    pub reply: SyncSender<Served>,
+    totals: RunTotals,
+    /// Tokens of the feed under way.
+    tokens: Vec<u32>,
+    /// Position of the first of them.
+    position: usize,
+    /// Those of them whose logits are wanted.
+    wanted: Range<usize>,
+    /// Those of them that are computed.
+    done: usize,
+    /// Those of them whose logits the feeder has, or does not want.
+    delivered: usize,
+    /// Whether nothing has been fed yet.
+    first_feed: bool,
+    /// Failed attempts at the step under way.
+    pub attempts: u32,
+}
+
+impl RunState {
+    /// A run that has not started; feeds have at most `n_ctx` tokens.
+    pub fn new(feeder: Box<dyn Feeder>, reply: SyncSender<Served>, n_ctx: usize) -> Self {
+        Self {
+            feeder,
+            reply,
+            totals: RunTotals::default(),
+            tokens: Vec::with_capacity(n_ctx),
+            position: 0,
+            wanted: 0..0,
+            done: 0,
+            delivered: 0,
+            first_feed: true,
+            attempts: 0,
+        }
+    }
+
+    /// Ends the run and gives the feeder back.
+    pub fn end(self, outcome: Result<(), ActorError>) {
+        let served = Served { feeder: self.feeder, totals: self.totals, outcome };
+        // whoever asked may have gone
+        let _ = self.reply.send(served);
+    }
+
+    fn feed_is_done(&self) -> bool {
+        self.done == self.tokens.len()
+    }
+
+    fn add_work(&mut self, work: Counters, n_tokens: usize) {
+        if self.first_feed || self.tokens.len() > 1 {
+            self.totals.prefill += work;
+            self.totals.prefill_tokens += n_tokens;
+        } else {
+            self.totals.decode += work;
+            self.totals.decode_tokens += n_tokens;
+        }
+    }
+}
+
+/// Whether a run goes on.
+pub(crate) enum Progress {
+    /// A message is under way.
+    Running,
+    /// The run has ended.
+    Ended(Result<(), ActorError>),
+}
+
+/// The actor's state: nothing that another incarnation could not build again.
+#[derive(Debug)]
+pub(crate) struct Pipeline {
+    model: Arc<Model>,
+    cell: Arc<Cell>,
+    /// Number of the step under way.
+    step: Step,
+    /// Tokens of the feed that are in the step.
+    in_step: Range<usize>,
+    /// What the step took so far.
+    work: Counters,
+}
+
+impl Pipeline {
+    /// The token loop of a model.
+    pub fn new(model: Arc<Model>, cell: Arc<Cell>) -> Self {
+        Self { model, cell, step: 0, in_step: 0..0, work: Counters::default() }
+    }
+
+    /// Asks for the next feed and starts it. `cached` is how many positions the cache holds.
+    pub fn next_feed(
+        &mut self,
+        run: &mut RunState,
+        cached: &mut usize,
+        step: Step,
+        team: &mut Team,
+        posts: &mut Posts<'_>,
+    ) -> Progress {
+        let feeder = &mut run.feeder;
+        let (tokens, position, wanted) = (&mut run.tokens, &mut run.position, &mut run.wanted);
+        let n_ctx = self.model.shape().n_ctx;
+        let n_vocab = self.model.shape().n_vocab;
+        let more = called(|| match feeder.next() {
+            Next::Done => Ok(false),
+            Next::Feed(feed) => {
+                check_feed(feed.tokens, feed.position, *cached, n_ctx, n_vocab)?;
+                tokens.clear();
+                tokens.extend_from_slice(feed.tokens);
+                *position = feed.position;
+                *wanted = feed.logits.range(feed.tokens.len());
+                Ok(true)
+            }
+        });
+        match more.and_then(|more| more) {
+            Err(error) => return Progress::Ended(Err(error)),
+            Ok(false) => return Progress::Ended(Ok(())),
+            Ok(true) => {}
+        }
+        *cached = run.position;
+        (run.done, run.delivered) = (0, run.wanted.start);
+        self.start_step(run, step, team, posts);
+        Progress::Running
+    }
+
+    /// Starts the next step of the feed, or repeats the one that failed.
+    pub fn start_step(
+        &mut self,
+        run: &mut RunState,
+        step: Step,
+        team: &mut Team,
+        posts: &mut Posts<'_>,
+    ) {
+        let n_tokens = (run.tokens.len() - run.done).min(self.model.n_ubatch);
+        self.in_step = run.done..run.done + n_tokens;
+        self.step = step;
+        self.work = Counters::default();
+        let info = StepInfo { position: run.position + run.done, n_tokens };
+        // SAFETY: no other actor works on a step now.
+        unsafe { *self.model.slots.step.get_mut() = info };
+        self.embed(&run.tokens[self.in_step.clone()], info, team);
+        self.run_layer(0, posts);
+    }
+
+    fn run_layer(&self, layer: usize, posts: &mut Posts<'_>) {
+        let message = Message::RunLayer(RunLayer { step: self.step, layer });
+        posts.post(ActorId::DeviceLayer { layer }, message);
+    }
+
+    /// Embeddings and rotations of the step's tokens, into `x` and `rope`.
+    fn embed(&mut self, tokens: &[u32], info: StepInfo, team: &mut Team) {
+        let model = &*self.model;
+        let (n_embd, rope_len) = (model.shape().n_embd, model.rope.row_len());
+        let embed = |token: usize| {
+            // SAFETY: the rows are this thread's, and no other actor works on a step now.
+            unsafe {
+                let x = model.slots.x.write(token * n_embd..(token + 1) * n_embd);
+                embedding_row(&model.weights, tokens[token] as usize, x);
+                let rope = model.slots.rope.write(token * rope_len..(token + 1) * rope_len);
+                model.rope.fill(info.position + token, rope);
+            }
+        };
+        if tokens.len() == 1 {
+            embed(0);
+        } else {
+            team.run(&|member| member.part(tokens.len(), 1).for_each(embed));
+        }
+        let row_bytes = embedding_row_bytes(&model.weights);
+        let weight_bytes = (tokens.len() * row_bytes) as u64;
+        self.count(Counters { weight_bytes, ..Counters::default() });
+    }
+
+    /// Counts work of the pipeline's own.
+    fn count(&mut self, own: Counters) {
+        self.cell.add(own);
+        self.work += own;
+    }
+
+    /// Takes a finished layer.
+    pub fn layer_done(
+        &mut self,
+        message: LayerDone,
+        run: &mut RunState,
+        posts: &mut Posts<'_>,
+    ) -> bool {
+        self.work += message.work;
+        self.count(Counters { messages: 1, ..Counters::default() });
+        if message.layer + 1 < self.model.shape().n_layer {
+            self.run_layer(message.layer + 1, posts);
+            return false;
+        }
+        self.run_head(run, posts)
+    }
+
+    /// Starts the head for the next tokens whose logits are wanted; true when there are none.
+    fn run_head(&mut self, run: &RunState, posts: &mut Posts<'_>) -> bool {
+        let first = run.delivered.max(self.in_step.start);
+        let end = run.wanted.end.min(self.in_step.end);
+        if first >= end {
+            return true;
+        }
+        let n_tokens = (end - first).min(self.model.slots.sizes.n_head_tokens);
+        let head = RunHead { step: self.step, first: first - self.in_step.start, n_tokens };
+        let layer = self.model.shape().n_layer - 1;
+        posts.post(ActorId::DeviceLayer { layer }, Message::RunHead(head));
+        false
+    }
+
+    /// Gives logits to the feeder; `Ok(true)` when the step is complete.
+    ///
+    /// # Errors
+    /// The feeder panicked.
+    pub fn head_done(
+        &mut self,
+        message: HeadDone,
+        run: &mut RunState,
+        posts: &mut Posts<'_>,
+    ) -> Result<bool, ActorError> {
+        self.work += message.work;
+        self.count(Counters { messages: 1, ..Counters::default() });
+        let n_vocab = self.model.shape().n_vocab;
+        let first = run.delivered.max(self.in_step.start);
+        let end = run.wanted.end.min(self.in_step.end);
+        let n_tokens = (end - first).min(self.model.slots.sizes.n_head_tokens);
+        for n in 0..n_tokens {
+            // SAFETY: the nodes have written the logits, and nobody does again before the next head.
+            let logits = unsafe { self.model.slots.logits.read(n * n_vocab..(n + 1) * n_vocab) };
+            let position = run.position + first + n;
+            run.delivered = first + n + 1;
+            called(|| run.feeder.logits(position, logits))?;
+        }
+        Ok(self.run_head(run, posts))
+    }
+
+    /// Notes a complete step; true when the feed is complete too.
+    pub fn finish_step(&mut self, run: &mut RunState, cached: &mut usize) -> bool {
+        run.done = self.in_step.end;
+        run.attempts = 0;
+        *cached = run.position + run.done;
+        run.add_work(self.work, self.in_step.len());
+        let complete = run.feed_is_done();
+        run.first_feed &= !complete;
+        complete
+    }
+}
+
+/// Calls the feeder, whose panics are its own and not the pipeline's.
+fn called<T>(feeder: impl FnOnce() -> T) -> Result<T, ActorError> {
+    catch_unwind(AssertUnwindSafe(feeder))
+        .map_err(|payload| ActorError::Feeder { reason: panic_text(payload.as_ref()) })
+}
+
+fn check_feed(
+    tokens: &[u32],
+    position: usize,
+    cached: usize,
+    n_ctx: usize,
+    n_vocab: usize,
+) -> Result<(), ActorError> {
+    if tokens.is_empty() {
+        return Err(ActorError::EmptyFeed);
+    }
+    if position > cached {
+        return Err(ActorError::Gap { position, cached });
+    }
+    if position + tokens.len() > n_ctx {
+        return Err(ActorError::ContextFull { n_ctx, position, n_tokens: tokens.len() });
+    }
+    match tokens.iter().find(|&&token| token as usize >= n_vocab) {
+        Some(&token) => Err(ActorError::UnknownToken { token, n_vocab }),
+        None => Ok(()),
+    }
+}
+
+fn embedding_row_bytes(weights: &ModelWeights) -> usize {
+    match &weights.embedding {
+        Embedding::Tied => weights.head[0].matrix.shape.row_bytes(),
+        Embedding::Rows(rows) => rows.quant.row_bytes(rows.n_embd),
+    }
+}
+
+/// Values of a token's embedding.
+fn embedding_row(weights: &ModelWeights, token: usize, out: &mut [f32]) {
+    match &weights.embedding {
+        Embedding::Tied => {
+            let holds = |share: &&crate::weights::HeadShare| share.rows.contains(&token);
+            let share = weights.head.iter().find(holds).expect("every row of the head is somewhere");
+            let matrix: MatrixRef<'_> = share.matrix.view();
+            matrix.dequantize_row(token - share.rows.start, out);
+        }
+        Embedding::Rows(rows) => {
+            let row_bytes = rows.quant.row_bytes(rows.n_embd);
+            let row = &rows.bytes[token * row_bytes..(token + 1) * row_bytes];
+            let blocks = row.chunks_exact(rows.quant.block_bytes());
+            for (block, out) in blocks.zip(out.chunks_exact_mut(rows.quant.block_values())) {
+                dequantize_block(rows.quant, block, out);
+            }
+        }
+    }
+}

@@ -1,0 +1,187 @@
+//! Slots: the preallocated buffers that actors hand to one another by message.
+//!
+//! # Protocol
+//! A slot has one writer side and one reader side at any time, and a message marks each change:
+//!
+//! | slot | written by | before | read by | until |
+//! |---|---|---|---|---|
+//! | `step`, `x`, `rope` | `Pipeline` | `RunLayer` of layer 0 | everybody | `LayerDone` of the last |
+//! | `x` within a layer | `DeviceLayer` | `LayerDone` | `DeviceLayer` | |
+//! | `normed` | `DeviceLayer` | `Share`, `Compute` | `ColdLayer`s | their reply |
+//! | `heads` | `ColdLayer`s, own columns | `ShareDone` | `DeviceLayer` | next `Share` |
+//! | `attn` | `DeviceLayer` | `Share` | `ColdLayer`s | their reply |
+//! | `projected`, `logits` | `ColdLayer`s, own columns | `ShareDone` | `DeviceLayer`, `Pipeline` | next `Share` |
+//! | `partials[node]` | `ColdLayer` of the node | `Partial` | `DeviceLayer` | next `Compute` |
+//!
+//! A message that changes executors goes through a doorbell (release, then acquire); one that stays
+//! is handled by the same thread; and a team's threads are ordered by its job's start and end. So
+//! every write happens before the reads that follow its message, and no two threads write the same
+//! columns between two messages.
+//!
+//! A step that fails breaks the chain: replies of the old attempt may still be under way. The
+//! pipeline starts the next attempt only after every node has said that it has nothing left of the
+//! old one (`Quiesce`), so the table holds for the new attempt as well.
+#![allow(unsafe_code)]
+
+use std::cell::UnsafeCell;
+use std::ops::Range;
+
+use pi_kernels::{ActBatch, ActivationMode, StridedOut};
+
+/// f32 values that several threads write and read in turns.
+#[derive(Debug)]
+pub(crate) struct SharedF32 {
+    start: *mut f32,
+    len: usize,
+}
+
+// SAFETY: all access is through unsafe functions whose contract keeps writers and readers apart.
+unsafe impl Send for SharedF32 {}
+// SAFETY: as above.
+unsafe impl Sync for SharedF32 {}
+
+impl SharedF32 {
+    /// Zeros; their pages are taken when they are first written.
+    pub fn new(len: usize) -> Self {
+        let values = vec![0.0f32; len].into_boxed_slice();
+        Self { start: Box::into_raw(values).cast(), len }
+    }
+
+    /// # Safety
+    /// Nobody writes these values while the slice lives.
+    pub unsafe fn read(&self, range: Range<usize>) -> &[f32] {
+        assert!(range.start <= range.end && range.end <= self.len, "{range:?} of {}", self.len);
+        // SAFETY: inside the allocation; this function's contract.
+        unsafe { std::slice::from_raw_parts(self.start.add(range.start), range.len()) }
+    }
+
+    /// # Safety
+    /// Nobody else touches these values while the slice lives.
+    #[allow(clippy::mut_from_ref)]
+    pub unsafe fn write(&self, range: Range<usize>) -> &mut [f32] {
+        assert!(range.start <= range.end && range.end <= self.len, "{range:?} of {}", self.len);
+        // SAFETY: inside the allocation; this function's contract.
+        unsafe { std::slice::from_raw_parts_mut(self.start.add(range.start), range.len()) }
+    }
+
+    /// Columns `columns` of rows of `stride` values: `n_tokens` rows from value `offset` on.
+    ///
+    /// # Safety
+    /// Nobody else touches these values while the output lives.
+    pub unsafe fn columns(
+        &self,
+        offset: usize,
+        stride: usize,
+        n_tokens: usize,
+        columns: Range<usize>,
+    ) -> StridedOut<'_> {
+        assert!(columns.start <= columns.end && columns.end <= stride, "{columns:?} of {stride}");
+        assert!(offset + n_tokens * stride <= self.len, "rows of {}", self.len);
+        // SAFETY: inside the allocation; this function's contract.
+        unsafe {
+            let start = self.start.add(offset + columns.start);
+            StridedOut::from_raw(start, stride, n_tokens, columns.len())
+        }
+    }
+}
+
+impl Drop for SharedF32 {
+    fn drop(&mut self) {
+        let values = std::ptr::slice_from_raw_parts_mut(self.start, self.len);
+        // SAFETY: it came from a box of this length.
+        drop(unsafe { Box::from_raw(values) });
+    }
+}
+
+/// A value that one thread writes and others read in turns.
+#[derive(Debug, Default)]
+pub(crate) struct Shared<T>(UnsafeCell<T>);
+
+// SAFETY: all access is through unsafe functions whose contract keeps writers and readers apart.
+unsafe impl<T: Send + Sync> Sync for Shared<T> {}
+
+impl<T> Shared<T> {
+    /// A first value.
+    pub fn new(value: T) -> Self {
+        Self(UnsafeCell::new(value))
+    }
+
+    /// # Safety
+    /// Nobody writes the value while the reference lives.
+    pub unsafe fn get(&self) -> &T {
+        // SAFETY: this function's contract.
+        unsafe { &*self.0.get() }
+    }
+
+    /// # Safety
+    /// Nobody else touches the value while the reference lives.
+    #[allow(clippy::mut_from_ref)]
+    pub unsafe fn get_mut(&self) -> &mut T {
+        // SAFETY: this function's contract.
+        unsafe { &mut *self.0.get() }
+    }
+}
+
+/// What a step is about.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+pub(crate) struct StepInfo {
+    /// Position of the first token.
+    pub position: usize,
+    /// Tokens.
+    pub n_tokens: usize,
+}
+
+/// Sizes of the slots.
+#[derive(Debug, Clone, Copy)]
+pub(crate) struct SlotSizes {
+    pub mode: ActivationMode,
+    pub n_ubatch: usize,
+    pub n_embd: usize,
+    pub n_attn: usize,
+    pub n_vocab: usize,
+    pub rope_len: usize,
+    pub n_head_tokens: usize,
+}
+
+/// All slots of an engine; see the module's table.
+#[derive(Debug)]
+pub(crate) struct Slots {
+    pub sizes: SlotSizes,
+    pub step: Shared<StepInfo>,
+    /// Residual stream, `[n_ubatch, n_embd]`.
+    pub x: SharedF32,
+    /// Rotations of the step's positions, `[n_ubatch, rope_len]`.
+    pub rope: SharedF32,
+    /// `[n_ubatch, n_embd]`
+    pub normed: Shared<ActBatch>,
+    /// Results of attention, `[n_ubatch, n_attn]`.
+    pub heads: SharedF32,
+    /// The same as activations.
+    pub attn: Shared<ActBatch>,
+    /// Result of the output projection, `[n_ubatch, n_embd]`.
+    pub projected: SharedF32,
+    /// For each node `[n_sums, n_ubatch, n_embd]`.
+    pub partials: Vec<SharedF32>,
+    /// `[n_head_tokens, n_vocab]`
+    pub logits: SharedF32,
+}
+
+impl Slots {
+    /// Slots for nodes that send `n_sums[node]` partial sums each.
+    pub fn new(sizes: SlotSizes, n_sums: &[usize]) -> Self {
+        let SlotSizes { mode, n_ubatch, n_embd, n_attn, .. } = sizes;
+        let partials = n_sums.iter().map(|n| SharedF32::new(n * n_ubatch * n_embd)).collect();
+        Self {
+            sizes,
+            step: Shared::default(),
+            x: SharedF32::new(n_ubatch * n_embd),
+            rope: SharedF32::new(n_ubatch * sizes.rope_len),
+            normed: Shared::new(ActBatch::new(mode, n_embd, n_ubatch)),
+            heads: SharedF32::new(n_ubatch * n_attn),
+            attn: Shared::new(ActBatch::new(mode, n_attn, n_ubatch)),
+            projected: SharedF32::new(n_ubatch * n_embd),
+            partials,
+            logits: SharedF32::new(sizes.n_head_tokens * sizes.n_vocab),
+        }
+    }
+}

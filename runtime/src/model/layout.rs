@@ -1,0 +1,261 @@
+//! What lies where in each node's arena, decided before anything is copied.
+
+use std::ops::Range;
+
+use pi_kernels::ffn_sparse::FFN_GROUPS;
+use pi_kernels::{Layout, MatrixShape, QuantType, ROW_GROUP};
+
+use super::hyperparameters::Hyperparameters;
+use super::shares::{NodeShare, divide, neuron_groups};
+use super::sparsity::{DownPlan, Sparsity, SparsityPlan};
+use super::tensors::{FileMatrix, LayerTensors, ModelTensors};
+
+/// Every matrix starts at a multiple of this: a cache line, and a vector of the widest kernels.
+pub(super) const ALIGNMENT_BYTES: usize = 64;
+
+/// A stretch of a node's arena, and what it is made from.
+#[derive(Debug, Clone)]
+pub(super) struct Placed<T> {
+    /// In the node's arena.
+    pub at: Range<usize>,
+    /// What lies there.
+    pub part: T,
+}
+
+/// Some rows, and some columns of them, of a matrix in the file; interleaved in memory.
+#[derive(Debug, Clone)]
+pub(super) struct MatrixPart<'a> {
+    pub source: &'a FileMatrix,
+    pub rows: Range<usize>,
+    pub cols: Range<usize>,
+}
+
+impl<'a> MatrixPart<'a> {
+    fn rows(source: &'a FileMatrix, rows: Range<usize>) -> Self {
+        let cols = 0..source.n_cols();
+        Self { source, rows, cols }
+    }
+
+    /// The packed matrix.
+    pub fn shape(&self) -> MatrixShape {
+        MatrixShape {
+            quant: self.source.quant,
+            n_rows: self.rows.len(),
+            n_cols: self.cols.len(),
+            layout: Layout::Interleaved,
+        }
+    }
+}
+
+/// Neurons' records: `[up row][down row]`, or `[down row]`.
+#[derive(Debug, Clone)]
+pub(super) struct RecordsPart<'a> {
+    /// Up rows, if they are in the records.
+    pub up: Option<&'a FileMatrix>,
+    pub down: &'a FileMatrix,
+    /// Type of the down rows in memory.
+    pub down_quant: QuantType,
+    /// Whether `down` is a plain matrix, which has to be transposed.
+    pub transposed: bool,
+    pub n_embd: usize,
+    pub neurons: Range<usize>,
+}
+
+impl RecordsPart<'_> {
+    pub fn up_row_bytes(&self) -> usize {
+        self.up.map_or(0, FileMatrix::row_bytes)
+    }
+
+    pub fn record_bytes(&self) -> usize {
+        self.up_row_bytes() + self.down_quant.row_bytes(self.n_embd)
+    }
+}
+
+/// Up and down weights of a node's neurons.
+#[derive(Debug, Clone)]
+pub(super) enum FfnLayout<'a> {
+    /// Up and down rows side by side.
+    Paired(Placed<RecordsPart<'a>>),
+    /// Up rows as a matrix, down rows one by one.
+    Apart {
+        up: Placed<MatrixPart<'a>>,
+        down: Placed<RecordsPart<'a>>,
+    },
+    /// Up rows and plain `ffn_down` as matrices.
+    Dense {
+        up: Placed<MatrixPart<'a>>,
+        down: Placed<MatrixPart<'a>>,
+    },
+}
+
+/// One node's part of a layer.
+#[derive(Debug, Clone)]
+pub(super) struct LayerLayout<'a> {
+    pub wq: Placed<MatrixPart<'a>>,
+    pub wk: Placed<MatrixPart<'a>>,
+    pub wv: Placed<MatrixPart<'a>>,
+    pub wo: Placed<MatrixPart<'a>>,
+    pub gate: Placed<MatrixPart<'a>>,
+    pub ffn: FfnLayout<'a>,
+}
+
+/// One node's arena.
+#[derive(Debug, Clone)]
+pub(super) struct NodeLayout<'a> {
+    pub share: NodeShare,
+    pub layers: Vec<LayerLayout<'a>>,
+    pub head: Placed<MatrixPart<'a>>,
+    /// Bytes of the arena.
+    pub bytes: usize,
+    /// Bytes of the arena that are filled: all but the gaps before aligned starts.
+    pub filled_bytes: usize,
+}
+
+/// The arenas of all nodes.
+#[derive(Debug, Clone)]
+pub(super) struct ModelLayout<'a> {
+    pub neuron_groups: [usize; FFN_GROUPS + 1],
+    pub nodes: Vec<NodeLayout<'a>>,
+}
+
+impl<'a> ModelLayout<'a> {
+    /// Divides a model over nodes with this many threads each.
+    pub fn new(
+        hyper: &Hyperparameters,
+        tensors: &'a ModelTensors,
+        plan: &SparsityPlan,
+        threads: &[usize],
+    ) -> Self {
+        let multiple = neuron_multiple(plan);
+        let nodes = divide(hyper, threads, multiple).into_iter();
+        Self {
+            neuron_groups: neuron_groups(hyper.n_ff, multiple),
+            nodes: nodes
+                .map(|share| NodeLayout::new(hyper, tensors, plan, share))
+                .collect(),
+        }
+    }
+}
+
+/// Neurons that no boundary may part: a group of gate rows, or a block of a plain down projection.
+fn neuron_multiple(plan: &SparsityPlan) -> usize {
+    let multiple = |down: &DownPlan| match down {
+        DownPlan::Dense(quant) => quant.block_values().max(ROW_GROUP),
+        DownPlan::NeuronRows(_) | DownPlan::Transposed { .. } => ROW_GROUP,
+    };
+    plan.down.iter().map(multiple).max().unwrap_or(ROW_GROUP)
+}
+
+impl<'a> NodeLayout<'a> {
+    fn new(
+        hyper: &Hyperparameters,
+        tensors: &'a ModelTensors,
+        plan: &SparsityPlan,
+        share: NodeShare,
+    ) -> Self {
+        let mut placing = Placing::default();
+        let layers = tensors.layers.iter().zip(&plan.down);
+        let layers = layers
+            .map(|(layer, down)| placing.layer(hyper, layer, plan.mode, *down, &share))
+            .collect();
+        let head = tensors.output.as_ref().unwrap_or(&tensors.token_embd);
+        let head = placing.matrix(MatrixPart::rows(head, share.head_rows.clone()));
+        Self {
+            share,
+            layers,
+            head,
+            bytes: placing.end,
+            filled_bytes: placing.filled,
+        }
+    }
+}
+
+/// Hands out an arena from its start to its end.
+#[derive(Default)]
+struct Placing {
+    end: usize,
+    filled: usize,
+}
+
+impl Placing {
+    fn place<T>(&mut self, part: T, bytes: usize) -> Placed<T> {
+        let start = self.end;
+        self.filled += bytes;
+        self.end = (start + bytes).next_multiple_of(ALIGNMENT_BYTES);
+        Placed {
+            at: start..start + bytes,
+            part,
+        }
+    }
+
+    fn matrix<'a>(&mut self, part: MatrixPart<'a>) -> Placed<MatrixPart<'a>> {
+        let bytes = part.shape().packed_bytes();
+        self.place(part, bytes)
+    }
+
+    fn records<'a>(&mut self, part: RecordsPart<'a>) -> Placed<RecordsPart<'a>> {
+        let bytes = part.neurons.len() * part.record_bytes();
+        self.place(part, bytes)
+    }
+
+    fn layer<'a>(
+        &mut self,
+        hyper: &Hyperparameters,
+        layer: &'a LayerTensors,
+        mode: Sparsity,
+        down: DownPlan,
+        share: &NodeShare,
+    ) -> LayerLayout<'a> {
+        let rows = |heads: &Range<usize>, heads_per_kv: usize| {
+            let rows_per_head = heads_per_kv * hyper.head_dim;
+            heads.start * rows_per_head..heads.end * rows_per_head
+        };
+        let q_rows = rows(&share.kv_heads, hyper.n_head / hyper.n_head_kv);
+        let kv_rows = rows(&share.kv_heads, 1);
+        LayerLayout {
+            wq: self.matrix(MatrixPart::rows(&layer.wq, q_rows)),
+            wk: self.matrix(MatrixPart::rows(&layer.wk, kv_rows.clone())),
+            wv: self.matrix(MatrixPart::rows(&layer.wv, kv_rows)),
+            wo: self.matrix(MatrixPart::rows(&layer.wo, share.output_rows.clone())),
+            gate: self.matrix(MatrixPart::rows(&layer.gate, share.neurons.clone())),
+            ffn: self.ffn(hyper.n_embd, layer, mode, down, share.neurons.clone()),
+        }
+    }
+
+    fn ffn<'a>(
+        &mut self,
+        n_embd: usize,
+        layer: &'a LayerTensors,
+        mode: Sparsity,
+        down: DownPlan,
+        neurons: Range<usize>,
+    ) -> FfnLayout<'a> {
+        let (down_quant, transposed) = match down {
+            DownPlan::NeuronRows(quant) => (quant, false),
+            DownPlan::Transposed { to, .. } => (to, true),
+            DownPlan::Dense(_) => {
+                let source = layer.down.matrix();
+                let (rows, cols) = (0..source.n_rows(), neurons.clone());
+                return FfnLayout::Dense {
+                    up: self.matrix(MatrixPart::rows(&layer.up, neurons)),
+                    down: self.matrix(MatrixPart { source, rows, cols }),
+                };
+            }
+        };
+        let records = RecordsPart {
+            up: (mode == Sparsity::Exact).then_some(&layer.up),
+            down: layer.down.matrix(),
+            down_quant,
+            transposed,
+            n_embd,
+            neurons: neurons.clone(),
+        };
+        match mode {
+            Sparsity::Exact => FfnLayout::Paired(self.records(records)),
+            Sparsity::Off => FfnLayout::Apart {
+                up: self.matrix(MatrixPart::rows(&layer.up, neurons)),
+                down: self.records(records),
+            },
+        }
+    }
+}

@@ -1,0 +1,274 @@
+//! From a file to weights in memory: divided over nodes, packed for the mode, copied by each node's own threads.
+//!
+//! Each node has one arena. Its threads fill it, so that the pages of it come from their node's memory (first touch),
+//! and the file's pages are given back as they are copied: the process holds about the size of the file at any time.
+
+use std::sync::Mutex;
+use std::sync::atomic::{AtomicU64, Ordering};
+
+use bytes::Bytes;
+use pi_actors::weights::{
+    Embedding, EmbeddingRows, FfnShare, GateActivation, HeadShare, LayerShare, LayerWeights,
+    Matrix, ModelShape, ModelWeights, NeuronStore, UpRows,
+};
+
+use super::copy_task::{CopyTask, PageDrop, copy_tasks};
+use super::error::ModelError;
+use super::hyperparameters::{GateKind, Hyperparameters};
+use super::layout::{FfnLayout, LayerLayout, MatrixPart, ModelLayout, Placed, RecordsPart};
+use super::node_memory::{Arena, NodeMemory, NodeThreads};
+use super::shares::NodeShare;
+use super::sparsity::SparsityPlan;
+use super::tensors::{ModelTensors, QkvBias};
+use crate::gguf::GgufFile;
+use crate::mapped_file::Access;
+
+/// Sizes and constants of a model with a context of `n_ctx` tokens, as the actors take them.
+///
+/// # Errors
+/// [`ModelError::ContextTooLong`] for more than the model knows, and rotations that are not supported.
+pub fn model_shape(
+    hyper: &Hyperparameters,
+    tensors: &ModelTensors,
+    n_ctx: usize,
+) -> Result<ModelShape, ModelError> {
+    if n_ctx > hyper.n_ctx_max {
+        return Err(ModelError::ContextTooLong {
+            asked: n_ctx,
+            limit: hyper.n_ctx_max,
+        });
+    }
+    Ok(ModelShape {
+        n_layer: hyper.n_layer,
+        n_embd: hyper.n_embd,
+        n_ff: hyper.n_ff,
+        n_head: hyper.n_head,
+        n_head_kv: hyper.n_head_kv,
+        head_dim: hyper.head_dim,
+        n_vocab: hyper.n_vocab,
+        n_ctx,
+        rms_eps: hyper.rms_eps,
+        gate_activation: match hyper.gate {
+            GateKind::Silu => GateActivation::Silu,
+            GateKind::Relu => GateActivation::Relu,
+        },
+        rope: hyper.rope.spec(tensors.rope_freqs.clone())?,
+        attn_scale: 1.0 / (hyper.head_dim as f32).sqrt(),
+    })
+}
+
+/// A model that is about to be loaded: what goes where is decided, nothing is copied yet.
+#[derive(Debug)]
+pub struct Loader<'a> {
+    file: &'a GgufFile,
+    tensors: &'a ModelTensors,
+    shape: ModelShape,
+    layout: ModelLayout<'a>,
+    /// Bytes of transposed copies.
+    transposed_bytes: u64,
+}
+
+impl<'a> Loader<'a> {
+    /// Divides a model over nodes with this many threads each, for a context of `n_ctx` tokens.
+    ///
+    /// # Errors
+    /// As [`model_shape`].
+    ///
+    /// # Panics
+    /// Without nodes, or with a node without threads.
+    pub fn new(
+        file: &'a GgufFile,
+        hyper: &Hyperparameters,
+        tensors: &'a ModelTensors,
+        plan: &SparsityPlan,
+        threads: &[usize],
+        n_ctx: usize,
+    ) -> Result<Self, ModelError> {
+        assert!(
+            !threads.is_empty() && !threads.contains(&0),
+            "every node has threads: {threads:?}"
+        );
+        Ok(Self {
+            file,
+            tensors,
+            shape: model_shape(hyper, tensors, n_ctx)?,
+            layout: ModelLayout::new(hyper, tensors, plan, threads),
+            transposed_bytes: plan.transposed_bytes(hyper.n_embd, hyper.n_ff),
+        })
+    }
+
+    /// Bytes of each node's arena.
+    pub fn node_bytes(&self) -> Vec<usize> {
+        self.layout.nodes.iter().map(|node| node.bytes).collect()
+    }
+
+    /// Bytes of all arenas but the gaps between matrices: what the progress counts up to.
+    pub fn copied_bytes(&self) -> u64 {
+        let nodes = self.layout.nodes.iter();
+        nodes.map(|node| node.filled_bytes as u64).sum()
+    }
+
+    /// Bytes in the arenas that are transposed copies of plain down projections.
+    pub fn transposed_bytes(&self) -> u64 {
+        self.transposed_bytes
+    }
+
+    /// Copies the weights into `memory` with `threads`, whose numbers must be those of [`Loader::new`].
+    ///
+    /// `progress` is called from all threads with the bytes copied so far.
+    ///
+    /// # Errors
+    /// Memory that the machine does not give, or a thread that failed.
+    pub fn load(
+        self,
+        threads: &dyn NodeThreads,
+        memory: &dyn NodeMemory,
+        progress: &(dyn Fn(u64) + Sync),
+    ) -> Result<ModelWeights, ModelError> {
+        let nodes = &self.layout.nodes;
+        assert_eq!(threads.n_threads().len(), nodes.len(), "a team per node");
+        if self.transposed_bytes > 0 {
+            tracing::warn!(
+                "transposing the down projections into {} MB; `pi-runtime pack` does it once and for all",
+                self.transposed_bytes.div_ceil(1_000_000)
+            );
+        }
+        let mut arenas: Vec<Box<dyn Arena>> = (nodes.iter().enumerate())
+            .map(|(node, layout)| memory.allocate(node, layout.bytes))
+            .collect::<Result<_, _>>()?;
+        self.fill(&mut arenas, threads, progress)?;
+        let arenas: Vec<Bytes> = arenas.into_iter().map(|arena| arena.freeze()).collect();
+        Ok(self.weights(&arenas))
+    }
+
+    fn fill(
+        &self,
+        arenas: &mut [Box<dyn Arena>],
+        threads: &dyn NodeThreads,
+        progress: &(dyn Fn(u64) + Sync),
+    ) -> Result<(), ModelError> {
+        let tasks: Vec<Vec<CopyTask<'_, '_>>> = (self.layout.nodes.iter().zip(arenas))
+            .map(|(node, arena)| copy_tasks(node, arena.as_mut_slice()))
+            .collect();
+        let pages = PageDrop::new(self.file, tasks.iter().flatten());
+        let queues: Vec<_> = (tasks.into_iter())
+            .map(|tasks| Mutex::new(tasks.into_iter()))
+            .collect();
+        let copied = AtomicU64::new(0);
+        self.advise(Access::Sequential);
+        threads.run(&|thread| {
+            let next = || {
+                let mut queue = queues[thread.node].lock().expect("no task panics in here");
+                queue.next()
+            };
+            while let Some(mut task) = next() {
+                let bytes = task.run() as u64;
+                pages.finished(&task);
+                progress(copied.fetch_add(bytes, Ordering::Relaxed) + bytes);
+            }
+        })?;
+        self.advise(Access::Normal);
+        Ok(())
+    }
+
+    /// Says how the file will be read from here on.
+    fn advise(&self, access: Access) {
+        if let Some(mapped) = self.file.mapped() {
+            mapped.advise(self.file.data_start()..self.file.len_bytes(), access);
+        }
+    }
+
+    fn weights(&self, arenas: &[Bytes]) -> ModelWeights {
+        let nodes = || self.layout.nodes.iter().zip(arenas);
+        let layers = (self.tensors.layers.iter().enumerate())
+            .map(|(index, layer)| LayerWeights {
+                attn_norm: layer.attn_norm.clone(),
+                ffn_norm: layer.ffn_norm.clone(),
+                shares: nodes()
+                    .map(|(node, arena)| {
+                        let bias = layer.qkv_bias.as_ref();
+                        self.layer_share(&node.share, &node.layers[index], bias, arena)
+                    })
+                    .collect(),
+            })
+            .collect();
+        let token_embd = &self.tensors.token_embd;
+        ModelWeights {
+            shape: self.shape.clone(),
+            neuron_groups: self.layout.neuron_groups,
+            layers,
+            output_norm: self.tensors.output_norm.clone(),
+            head: nodes()
+                .map(|(node, arena)| HeadShare {
+                    rows: node.share.head_rows.clone(),
+                    matrix: matrix(&node.head, arena),
+                })
+                .collect(),
+            embedding: match self.tensors.output {
+                None => Embedding::Tied,
+                Some(_) => Embedding::Rows(EmbeddingRows {
+                    quant: token_embd.quant,
+                    n_embd: token_embd.n_cols(),
+                    bytes: token_embd.bytes.clone(),
+                }),
+            },
+        }
+    }
+
+    fn layer_share(
+        &self,
+        share: &NodeShare,
+        layer: &LayerLayout<'_>,
+        bias: Option<&QkvBias>,
+        arena: &Bytes,
+    ) -> LayerShare {
+        let part =
+            |values: &[f32], rows: &Placed<MatrixPart<'_>>| values[rows.part.rows.clone()].to_vec();
+        LayerShare {
+            kv_heads: share.kv_heads.clone(),
+            wq: matrix(&layer.wq, arena),
+            wk: matrix(&layer.wk, arena),
+            wv: matrix(&layer.wv, arena),
+            bq: bias.map(|bias| part(&bias.q, &layer.wq)),
+            bk: bias.map(|bias| part(&bias.k, &layer.wk)),
+            bv: bias.map(|bias| part(&bias.v, &layer.wv)),
+            output_rows: share.output_rows.clone(),
+            wo: matrix(&layer.wo, arena),
+            groups: share.groups.clone(),
+            neurons: share.neurons.clone(),
+            gate: matrix(&layer.gate, arena),
+            ffn: match &layer.ffn {
+                FfnLayout::Paired(placed) => FfnShare::Neurons {
+                    up: UpRows::Paired,
+                    rows: records(placed, arena),
+                },
+                FfnLayout::Apart { up, down } => FfnShare::Neurons {
+                    up: UpRows::Interleaved(matrix(up, arena)),
+                    rows: records(down, arena),
+                },
+                FfnLayout::Dense { up, down } => FfnShare::Dense {
+                    up: matrix(up, arena),
+                    down: matrix(down, arena),
+                },
+            },
+        }
+    }
+}
+
+fn matrix(placed: &Placed<MatrixPart<'_>>, arena: &Bytes) -> Matrix {
+    Matrix {
+        shape: placed.part.shape(),
+        bytes: arena.slice(placed.at.clone()),
+    }
+}
+
+fn records(placed: &Placed<RecordsPart<'_>>, arena: &Bytes) -> NeuronStore {
+    let part = &placed.part;
+    NeuronStore {
+        up: part.up.map(|up| up.quant),
+        down: part.down_quant,
+        n_embd: part.n_embd,
+        n_neurons: part.neurons.len(),
+        bytes: arena.slice(placed.at.clone()),
+    }
+}
