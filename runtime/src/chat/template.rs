@@ -121,6 +121,34 @@ mod tests {
     }
 
     #[test]
+    fn the_demo_model_s_template_gives_its_format() {
+        let path = std::path::Path::new(env!("CARGO_MANIFEST_DIR"))
+            .join("../models/smollm2-135m-reglu-q4_0.gguf");
+        let file = crate::gguf::GgufFile::open(path).unwrap();
+        let source = file
+            .metadata()
+            .require_str("tokenizer.chat_template")
+            .unwrap();
+        let system = "<|im_start|>system\nYou are a helpful AI assistant named SmolLM, trained by Hugging Face\
+                      <|im_end|>\n";
+        let question = "<|im_start|>user\nHello<|im_end|>\n<|im_start|>assistant\n";
+        assert_eq!(
+            render(source, &hello()).unwrap(),
+            format!("{system}{question}")
+        );
+        let mut messages = hello();
+        messages.insert(0, Message::new(Role::System, "Be brief."));
+        messages.push(Message::new(Role::Assistant, "Hi."));
+        messages.push(Message::new(Role::User, "Bye"));
+        assert_eq!(
+            render(source, &messages).unwrap(),
+            "<|im_start|>system\nBe brief.<|im_end|>\n<|im_start|>user\nHello<|im_end|>\n\
+             <|im_start|>assistant\nHi.<|im_end|>\n<|im_start|>user\nBye<|im_end|>\n\
+             <|im_start|>assistant\n"
+        );
+    }
+
+    #[test]
     fn blocks_are_trimmed_as_hugging_face_does() {
         let source = "{% for m in messages %}\n    {% if m.role == 'user' %}\n[{{ m['content'] }}]\n    {% endif %}\n\
                       {% endfor %}\nend\n";

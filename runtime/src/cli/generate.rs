@@ -44,7 +44,13 @@ pub fn run(args: &RunArgs, start: Instant) -> Result<ExitCode, RuntimeError> {
     let timings = Timings::of(&answer, start, load, lossy);
     if args.json {
         Output::default().line(&to_json(&answer, &timings))?;
-    } else if !answer.finished.text.ends_with('\n') {
+    } else if answer
+        .finished
+        .text
+        .chars()
+        .next_back()
+        .is_some_and(|last| last != '\n')
+    {
         Output::default().line("")?;
     }
     tell_stop(answer.finished.stop, session.model());

@@ -9,3 +9,6 @@ pub use answer::{Answer, AnswerOptions, Session};
 pub use generation::{Finished, Generation, GenerationOptions, Stop, TextSink, hash_floats};
 pub use opening::{LoadObserver, LoadedModel, ModelOptions, N_UBATCH, Silent};
 pub use topology_file::TopologyFile;
+
+#[cfg(test)]
+mod tests;
