@@ -79,7 +79,7 @@ impl<'a> Packer<'a> {
         if own.all(|quant| !quant.is_quantised()) {
             choices = vec![self.tensors.layers[0].down.matrix().quant];
         }
-        choices.retain(|quant| self.hyper.n_embd % quant.block_values() == 0);
+        choices.retain(|quant| self.hyper.n_embd.is_multiple_of(quant.block_values()));
         choices
     }
 
@@ -167,7 +167,7 @@ impl<'a> Packer<'a> {
             .map(|(layer, tensors)| {
                 let plain = tensors.down.matrix();
                 let to = down_type.unwrap_or_else(|| transposed_type(plain.quant));
-                if self.hyper.n_embd % to.block_values() != 0 {
+                if !self.hyper.n_embd.is_multiple_of(to.block_values()) {
                     return Err(ModelError::PartialBlock {
                         n_values: self.hyper.n_embd,
                         quant: to.name(),

@@ -2,82 +2,12 @@
 
 mod common;
 
-use std::io::{Read, Write};
-use std::path::{Path, PathBuf};
+use std::io::Read;
 use std::process::{Command, Stdio};
 
+use common::demo_model;
+use common::running::{Folder, Ran, TEXT, json_of, run, run_with, tiny};
 use common::tiny_model::TinyModel;
-use common::{demo_model, program};
-use pi_kernels::QuantType;
-use serde_json::Value;
-
-/// What a finished program left.
-struct Ran {
-    code: i32,
-    out: String,
-    err: String,
-}
-
-fn run_with(args: &[&str], stdin: &str) -> Ran {
-    let output = program().args(args).write_stdin(stdin).output().unwrap();
-    Ran {
-        code: output.status.code().unwrap_or(-1),
-        out: String::from_utf8(output.stdout).unwrap(),
-        err: String::from_utf8(output.stderr).unwrap(),
-    }
-}
-
-fn run(args: &[&str]) -> Ran {
-    run_with(args, "")
-}
-
-/// Runs what has to succeed, and gives what it printed.
-fn text_of(args: &[&str]) -> String {
-    let ran = run(args);
-    assert_eq!(ran.code, 0, "{args:?}: {}", ran.err);
-    ran.out
-}
-
-fn json_of(args: &[&str]) -> Value {
-    serde_json::from_str(&text_of(args)).unwrap()
-}
-
-/// A folder with a model in it.
-struct Folder(tempfile::TempDir);
-
-impl Folder {
-    fn with(model: &TinyModel) -> Self {
-        let folder = Self(tempfile::tempdir().unwrap());
-        model.write(&folder.path("m.gguf"));
-        folder
-    }
-
-    fn path(&self, name: &str) -> PathBuf {
-        self.0.path().join(name)
-    }
-
-    fn name(&self, name: &str) -> String {
-        self.path(name).to_str().unwrap().to_owned()
-    }
-
-    fn file(&self, name: &str, text: &str) -> String {
-        std::fs::write(self.path(name), text).unwrap();
-        self.name(name)
-    }
-
-    fn names(&self) -> Vec<String> {
-        let entries = std::fs::read_dir(self.0.path()).unwrap();
-        let mut names: Vec<String> = entries
-            .map(|entry| entry.unwrap().file_name().into_string().unwrap())
-            .collect();
-        names.sort();
-        names
-    }
-}
-
-fn tiny() -> Folder {
-    Folder::with(&TinyModel::default())
-}
 
 fn with_template(template: &str) -> Folder {
     Folder::with(&TinyModel {
@@ -85,8 +15,6 @@ fn with_template(template: &str) -> Folder {
         ..TinyModel::default()
     })
 }
-
-const TEXT: &str = "The quick brown fox jumps over the lazy dog, and the dog wakes up. ";
 
 #[test]
 fn text_goes_to_stdout_and_the_rest_to_stderr() {
@@ -204,7 +132,10 @@ fn bad_input_gives_one_message_and_exit_code_2() {
             [&p[..], &["--no-such-flag"]].concat(),
             vec!["--no-such-flag"],
         ),
-        ([&p[..], &["-n", "many"]].concat(), vec!["many", "-n"]),
+        (
+            [&p[..], &["-n", "many"]].concat(),
+            vec!["many", "--predict"],
+        ),
         ([&p[..], &["-t", "0"]].concat(), vec!["0", "--threads"]),
         ([&p[..], &["-t", "9999"]].concat(), vec!["-t 9999"]),
         ([&p[..], &["-c", "257"]].concat(), vec!["257", "256", "-c"]),
@@ -419,196 +350,4 @@ fn chat_ends_normally_when_the_context_is_full() {
     );
     let too_long = run_with(&args, &format!("{TEXT}\n"));
     assert_eq!(too_long.code, 2, "{}", too_long.err);
-}
-
-#[test]
-fn perplexity_ends_with_llama_cpp_s_line() {
-    let folder = tiny();
-    let text = folder.file("text.txt", &TEXT.repeat(3));
-    let model = folder.name("m.gguf");
-    let args = ["perplexity", "-m", &model, "-f", &text, "-c", "32"];
-    let ran = run(&args);
-    assert_eq!(ran.code, 0, "{}", ran.err);
-    let numbers = ran
-        .out
-        .trim()
-        .strip_prefix("Final estimate: PPL = ")
-        .unwrap();
-    let (ppl, error) = numbers.split_once(" +/- ").unwrap();
-    let (ppl, error): (f64, f64) = (ppl.parse().unwrap(), error.parse().unwrap());
-    // a random model is about as good as any of 258 tokens
-    assert!(
-        (50.0..2000.0).contains(&ppl) && error > 0.0,
-        "{ppl} {error}"
-    );
-    assert!(
-        ran.err.contains("[1]") && ran.err.contains("[6]"),
-        "{}",
-        ran.err
-    );
-    let one = run(&[&args[..], &["--chunks", "1"]].concat());
-    assert!(
-        one.err.contains("[1]") && !one.err.contains("[2]"),
-        "{}",
-        one.err
-    );
-    let off = text_of(&[&args[..], &["--sparsity", "off"]].concat());
-    assert_eq!(off, ran.out);
-}
-
-#[test]
-fn bench_prints_a_row_for_every_test() {
-    let folder = tiny();
-    let model = folder.name("m.gguf");
-    let args = [
-        "bench", "-m", &model, "-p", "8", "-n", "4", "-d", "0,8", "-r", "2", "-t", "1", "-o",
-    ];
-    let rows = json_of(&[&args[..], &["json"]].concat());
-    let tests: Vec<[u64; 4]> = (rows.as_array().unwrap().iter())
-        .map(|row| {
-            ["n_prompt", "n_gen", "n_depth", "n_threads"].map(|key| row[key].as_u64().unwrap())
-        })
-        .collect();
-    assert_eq!(
-        tests,
-        [[8, 0, 0, 1], [0, 4, 0, 1], [8, 0, 8, 1], [0, 4, 8, 1]]
-    );
-    for row in rows.as_array().unwrap() {
-        assert!(row["avg_ts"].as_f64().unwrap() > 0.0, "{row}");
-        assert_eq!(row["samples_ns"].as_array().unwrap().len(), 2);
-    }
-    let (prefill, decode) = (&rows[0], &rows[1]);
-    assert!(prefill["bytes_per_token"].is_null());
-    assert!(
-        decode["percent_of_byte_limit"].as_f64().unwrap() > 0.0,
-        "{decode}"
-    );
-    assert!(rows[3]["bytes_per_token"].as_u64() > decode["bytes_per_token"].as_u64());
-    let table = text_of(&[&args[..], &["md", "--random-ids"]].concat());
-    assert_eq!(table.lines().count(), 6, "{table}");
-    assert!(table.contains("tg4 @ d8"), "{table}");
-    assert_eq!(text_of(&[&args[..], &["csv"]].concat()).lines().count(), 5);
-}
-
-#[test]
-fn packing_floats_changes_no_logit() {
-    let folder = Folder::with(&TinyModel {
-        neuron_major: false,
-        ..TinyModel::default()
-    });
-    let (plain, packed) = (folder.name("m.gguf"), folder.name("packed.gguf"));
-    let table = text_of(&["pack", &plain, "-o", &packed]);
-    assert!(
-        table.contains("as in the file (dense)") && table.contains("F32 (written)"),
-        "{table}"
-    );
-    let hash = |model: &str| {
-        let args = [
-            "-m",
-            model,
-            "-p",
-            "Hello",
-            "-n",
-            "8",
-            "--temp",
-            "0",
-            "--sparsity",
-            "exact",
-            "--json",
-        ];
-        json_of(&args)["logits_hash"].clone()
-    };
-    assert_eq!(hash(&plain), hash(&packed));
-    assert_eq!(folder.names(), ["m.gguf", "packed.gguf"]);
-}
-
-#[test]
-fn pack_shows_what_each_type_costs_and_leaves_nothing_else_behind() {
-    let folder = Folder::with(&TinyModel {
-        neuron_major: false,
-        quant: QuantType::Q4_0,
-        ..TinyModel::default()
-    });
-    let text = folder.file("text.txt", &TEXT.repeat(20));
-    let (plain, packed) = (folder.name("m.gguf"), folder.name("packed.gguf"));
-    let ran = run(&["pack", &plain, "-o", &packed, "-f", &text, "--chunks", "2"]);
-    assert_eq!(ran.code, 0, "{}", ran.err);
-    assert!(
-        ran.err.contains("% of the neurons are active on"),
-        "{}",
-        ran.err
-    );
-    let lines: Vec<&str> = ran.out.lines().collect();
-    assert_eq!(lines.len(), 6, "{}", ran.out);
-    assert!(
-        lines[1..].iter().all(|line| line.contains(" +/- ")),
-        "{}",
-        ran.out
-    );
-    assert!(ran.out.contains("Q5_0 (written)"), "{}", ran.out);
-    assert_eq!(folder.names(), ["m.gguf", "packed.gguf", "text.txt"]);
-    let plain = run(&["-m", &plain, "-p", "Hello", "-n", "2"]);
-    assert!(
-        plain.err.contains("hint: ") && plain.err.contains("pack"),
-        "{}",
-        plain.err
-    );
-    let packed = run(&["-m", &packed, "-p", "Hello", "-n", "2"]);
-    assert!(
-        packed.code == 0 && packed.err.contains("lossy: none"),
-        "{}",
-        packed.err
-    );
-}
-
-#[test]
-fn a_re_quantised_down_is_named_as_lossy() {
-    let folder = Folder::with(&TinyModel {
-        neuron_major: false,
-        quant: QuantType::Q4_0,
-        ..TinyModel::default()
-    });
-    let ran = run(&[
-        "-m",
-        &folder.name("m.gguf"),
-        "-p",
-        "Hello",
-        "-n",
-        "2",
-        "--sparsity",
-        "exact",
-    ]);
-    assert_eq!(ran.code, 0, "{}", ran.err);
-    assert!(
-        ran.err.contains("lossy: down re-quantised Q4_0 -> Q5_0"),
-        "{}",
-        ran.err
-    );
-}
-
-#[test]
-fn a_failed_packing_leaves_what_was_there() {
-    let folder = Folder::with(&TinyModel {
-        neuron_major: false,
-        ..TinyModel::default()
-    });
-    let output = folder.name("packed.gguf");
-    std::fs::File::create(Path::new(&output))
-        .unwrap()
-        .write_all(b"mine")
-        .unwrap();
-    let folder_as_output = run(&[
-        "pack",
-        &folder.name("m.gguf"),
-        "-o",
-        folder.0.path().to_str().unwrap(),
-    ]);
-    assert_eq!(folder_as_output.code, 2, "{}", folder_as_output.err);
-    let nowhere = folder.name("no/such/folder.gguf");
-    assert_ne!(
-        run(&["pack", &folder.name("m.gguf"), "-o", &nowhere]).code,
-        0
-    );
-    assert_eq!(std::fs::read(&output).unwrap(), b"mine");
-    assert_eq!(folder.names(), ["m.gguf", "packed.gguf"]);
 }
