@@ -285,6 +285,21 @@ fn plain_files_are_divided_by_columns_or_transposed() {
 }
 
 #[test]
+fn matrices_are_whole_that_several_tasks_copy() {
+    for neuron_major in [true, false] {
+        for mode in [Sparsity::Off, Sparsity::Exact] {
+            let model = TinyModel {
+                n_layer: 1,
+                n_ff: 2999,
+                neuron_major,
+                ..TinyModel::default()
+            };
+            assert_faithful(&load(&model, mode, &[2]), 16);
+        }
+    }
+}
+
+#[test]
 fn layers_and_heads_too_small_for_every_node_leave_some_empty() {
     for (neuron_major, n_ff) in [(true, 24), (false, 32)] {
         for mode in [Sparsity::Off, Sparsity::Exact] {

@@ -2,6 +2,7 @@
 
 use bytes::Bytes;
 use pi_actors::{ActorError, TeamThread, Teams};
+use pi_topology::Plan;
 
 use super::error::ModelError;
 
@@ -42,6 +43,26 @@ impl NodeThreads for Teams {
 
     fn run(&self, job: &(dyn Fn(TeamThread) + Sync)) -> Result<(), ActorError> {
         Teams::run(self, job)
+    }
+}
+
+/// Each node's own memory, in huge pages as planned.
+impl NodeMemory for Plan {
+    fn allocate(&self, node: usize, bytes: usize) -> Result<Box<dyn Arena>, ModelError> {
+        let numa = self.nodes[node].numa;
+        let arena = pi_topology::Arena::new(bytes, numa, self.huge_pages)
+            .map_err(|error| ModelError::Memory(error.to_string()))?;
+        Ok(Box::new(arena))
+    }
+}
+
+impl Arena for pi_topology::Arena {
+    fn as_mut_slice(&mut self) -> &mut [u8] {
+        pi_topology::Arena::as_mut_slice(self)
+    }
+
+    fn freeze(self: Box<Self>) -> Bytes {
+        pi_topology::Arena::freeze(*self)
     }
 }
 

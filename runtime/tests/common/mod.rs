@@ -1,6 +1,9 @@
 //! What several test binaries need; not every binary uses all of it.
 #![allow(dead_code)]
 
+pub mod engine;
+pub mod reference;
+pub mod running;
 pub mod threads;
 pub mod tiny_model;
 
