@@ -112,8 +112,8 @@ fn bad_models_are_refused_with_cause_and_cure() {
             &["llama.block_count"],
         ),
         (
-            with("llama.embedding_length", 63u32.into()),
-            &["shape", "63"],
+            with("llama.embedding_length", 72u32.into()),
+            &["shape", "72"],
         ),
         (
             with("llama.feed_forward_length", 256u32.into()),
