@@ -137,7 +137,8 @@ impl Engine {
         })
     }
 
-    fn teams(&self) -> &Teams {
+    /// The threads that the engine runs on; they take jobs between runs.
+    pub fn teams(&self) -> &Teams {
         self.teams.as_ref().expect("an engine has teams until it is dropped")
     }
 

@@ -400,6 +400,7 @@ impl Bench {
             None => {}
             Some(FaultPlace::Handler) => panic!("injected panic"),
             Some(FaultPlace::Worker { thread }) => team.inject_panic(thread),
+            Some(FaultPlace::Delay(delay)) => std::thread::sleep(delay),
         }
     }
 }

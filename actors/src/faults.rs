@@ -1,7 +1,8 @@
-//! Panics on request, so that tests can see that actors heal.
+//! Panics and delays on request, so that tests can see that actors heal and waits end.
 
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
+use std::time::Duration;
 
 use crate::messages::ActorId;
 
@@ -32,6 +33,8 @@ pub enum FaultPlace {
         /// Counted from 0.
         thread: usize,
     },
+    /// No panic: the actor's handler takes this much longer.
+    Delay(Duration),
 }
 
 #[derive(Debug)]

@@ -3,8 +3,12 @@
 use std::io;
 use std::path::PathBuf;
 
+use pi_actors::ActorError;
+use pi_kernels::KernelError;
+use pi_topology::TopologyError;
 use thiserror::Error;
 
+use crate::chat::ChatError;
 use crate::gguf::GgufError;
 use crate::inspect::InspectError;
 use crate::model::ModelError;
@@ -17,6 +21,9 @@ pub const BAD_INPUT_EXIT_CODE: u8 = 2;
 
 /// Exit code of a machine that does not do its part: memory, disk, threads.
 pub const ENVIRONMENT_EXIT_CODE: u8 = 1;
+
+/// Exit code of a program that Ctrl-C ended, as shells expect it.
+pub const INTERRUPTED_EXIT_CODE: u8 = 130;
 
 /// What ended the program.
 #[derive(Debug, Error)]
@@ -38,6 +45,60 @@ pub enum RuntimeError {
     /// A vocabulary or text that cannot be tokenised.
     #[error(transparent)]
     Tokenizer(#[from] TokenizerError),
+    /// A model whose vocabulary cannot be used.
+    #[error("{}: {source}", path.display())]
+    TokenizerOf {
+        /// Its file.
+        path: PathBuf,
+        /// Why.
+        source: TokenizerError,
+    },
+    /// A type that packed rows cannot have.
+    #[error(transparent)]
+    DownType(ModelError),
+    /// A conversation that cannot be put into the model's form.
+    #[error("{}: {source}", path.display())]
+    Chat {
+        /// The model's file.
+        path: PathBuf,
+        /// Why.
+        source: ChatError,
+    },
+    /// An instruction set that the machine lacks.
+    #[error("--tier: {0}")]
+    Tier(KernelError),
+    /// A topology file that cannot be read.
+    #[error("{}: cannot read the topology: {source}", path.display())]
+    ReadTopology {
+        /// The file.
+        path: PathBuf,
+        /// Why.
+        source: io::Error,
+    },
+    /// A topology file that says something wrong.
+    #[error("{}, line {line}: {problem}", path.display())]
+    TopologySyntax {
+        /// The file.
+        path: PathBuf,
+        /// Where, counted from 1.
+        line: usize,
+        /// The key, and what is wrong with it.
+        problem: String,
+    },
+    /// A topology file that asks for what the machine lacks.
+    #[error("{}: {source}", path.display())]
+    TopologyOf {
+        /// The file.
+        path: PathBuf,
+        /// What.
+        source: TopologyError,
+    },
+    /// A machine that cannot be used as asked.
+    #[error(transparent)]
+    Topology(#[from] TopologyError),
+    /// A step that failed, or an engine that does not start.
+    #[error(transparent)]
+    Actor(#[from] ActorError),
     /// `inspect` failed.
     #[error(transparent)]
     Inspect(InspectError),
@@ -120,6 +181,9 @@ pub enum RuntimeError {
         /// Why.
         source: io::Error,
     },
+    /// Ctrl-C ended it.
+    #[error("interrupted")]
+    Interrupted,
     /// Standard input failed.
     #[error("cannot read standard input: {source}")]
     InputFailed {
@@ -131,7 +195,9 @@ pub enum RuntimeError {
 impl RuntimeError {
     /// The code that the program ends with.
     pub fn exit_code(&self) -> u8 {
-        if self.is_environment() {
+        if matches!(self, RuntimeError::Interrupted) {
+            INTERRUPTED_EXIT_CODE
+        } else if self.is_environment() {
             ENVIRONMENT_EXIT_CODE
         } else {
             BAD_INPUT_EXIT_CODE
@@ -142,6 +208,8 @@ impl RuntimeError {
         match self {
             RuntimeError::Gguf(error) => error.is_environment(),
             RuntimeError::Model { source, .. } => source.is_environment(),
+            RuntimeError::Topology(error) => error.is_environment(),
+            RuntimeError::Actor(error) => error.is_environment(),
             RuntimeError::Inspect(InspectError::Gguf(error)) => error.is_environment(),
             RuntimeError::Inspect(InspectError::Output(_))
             | RuntimeError::OutputClosed

@@ -1,6 +1,7 @@
 //! GGUF models, tokenizer, sampler, sessions and the command line on top of the actor pipeline.
 
 pub mod bench;
+pub mod calendar;
 pub mod chat;
 pub mod cli;
 pub mod error;

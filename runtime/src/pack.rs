@@ -9,10 +9,10 @@ use pi_kernels::QuantType;
 
 use crate::gguf::{GgmlType, GgufFile, GgufWriter};
 use crate::model::hyperparameters::Hyperparameters;
-use crate::model::sparsity::transposed_type;
-use crate::model::tensors::{FileDown, ModelTensors};
+use crate::model::sparsity::{DownPlan, SparsityPlan, transposed_type};
+use crate::model::tensors::{FileDown, LayerTensors, ModelTensors};
 use crate::model::transpose::Transposer;
-use crate::model::{GateKind, ModelError};
+use crate::model::{GateKind, ModelError, Sparsity};
 
 /// A model that can be packed.
 #[derive(Debug)]
@@ -62,32 +62,67 @@ impl<'a> Packer<'a> {
         &self.tensors
     }
 
-    /// The types worth considering for the rows: one for files of floats or Q8_0, else those between 4 and 8 bits.
+    /// The types worth considering for the rows: one for files of floats, else those between 4 and 8 bits; only those
+    /// whose blocks fit.
     pub fn choices(&self) -> Vec<QuantType> {
-        let own: Vec<QuantType> = self
+        let mut own = self
             .tensors
             .layers
             .iter()
-            .map(|layer| layer.down.matrix().quant)
-            .collect();
-        if own.iter().all(|quant| !quant.is_quantised()) {
-            return vec![own[0]];
-        }
-        vec![
+            .map(|layer| layer.down.matrix().quant);
+        let mut choices = vec![
             QuantType::Q8_0,
             QuantType::Q5_1,
             QuantType::Q5_0,
             QuantType::Q4_0,
-        ]
+        ];
+        if own.all(|quant| !quant.is_quantised()) {
+            choices = vec![self.tensors.layers[0].down.matrix().quant];
+        }
+        choices.retain(|quant| self.hyper.n_embd.is_multiple_of(quant.block_values()));
+        choices
+    }
+
+    /// The type of all rows where none is asked for; none where layers differ.
+    pub fn default_type(&self) -> Option<QuantType> {
+        let mut types = self
+            .tensors
+            .layers
+            .iter()
+            .map(|layer| transposed_type(layer.down.matrix().quant));
+        let first = types.next()?;
+        types.all(|quant| quant == first).then_some(first)
+    }
+
+    /// How the packed model will run with rows of `down_type`.
+    pub fn plan(&self, down_type: Option<QuantType>) -> SparsityPlan {
+        let transposed = |layer: &LayerTensors| {
+            let from = layer.down.matrix().quant;
+            DownPlan::Transposed {
+                from,
+                to: down_type.unwrap_or_else(|| transposed_type(from)),
+            }
+        };
+        SparsityPlan {
+            mode: Sparsity::Exact,
+            down: self.tensors.layers.iter().map(transposed).collect(),
+            hint: None,
+        }
     }
 
     /// Writes the packed model to `path`, atomically: until it is whole, `path` stays as it was.
     ///
-    /// `down_type` overrides the type of all rows; by default each layer's is [`transposed_type`].
+    /// `down_type` overrides the type of all rows; by default each layer's is [`transposed_type`]. Between tensors
+    /// `stop` is asked whether to give up; the answer is whether the file was written.
     ///
     /// # Errors
     /// Rows that do not divide into blocks of the type, or what the file system refuses.
-    pub fn write(&self, path: &Path, down_type: Option<QuantType>) -> Result<(), ModelError> {
+    pub fn write(
+        &self,
+        path: &Path,
+        down_type: Option<QuantType>,
+        stop: &dyn Fn() -> bool,
+    ) -> Result<bool, ModelError> {
         let mut header = GgufWriter::new();
         header.copy_metadata(self.file.metadata(), |_| false)?;
         let downs = self.downs(down_type)?;
@@ -102,6 +137,9 @@ impl<'a> Packer<'a> {
         }
         let mut stream = header.create(path)?;
         for tensor in self.file.tensors() {
+            if stop() {
+                return Ok(false);
+            }
             match downs.iter().find(|down| down.plain_name == tensor.name()) {
                 Some(down) => {
                     let FileDown::Plain(matrix) = &self.tensors.layers[down.layer].down else {
@@ -119,7 +157,8 @@ impl<'a> Packer<'a> {
             }
             self.file.drop_tensor_pages(tensor);
         }
-        Ok(stream.finish()?)
+        stream.finish()?;
+        Ok(true)
     }
 
     fn downs(&self, down_type: Option<QuantType>) -> Result<Vec<PackedDown>, ModelError> {
@@ -128,7 +167,7 @@ impl<'a> Packer<'a> {
             .map(|(layer, tensors)| {
                 let plain = tensors.down.matrix();
                 let to = down_type.unwrap_or_else(|| transposed_type(plain.quant));
-                if self.hyper.n_embd % to.block_values() != 0 {
+                if !self.hyper.n_embd.is_multiple_of(to.block_values()) {
                     return Err(ModelError::PartialBlock {
                         n_values: self.hyper.n_embd,
                         quant: to.name(),

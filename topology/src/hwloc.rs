@@ -16,6 +16,7 @@ use hwlocality::topology::builder::BuildFlags;
 
 use crate::error::TopologyError;
 use crate::machine::{Core, MachineNode};
+use crate::memory::total_memory_bytes;
 
 /// How binding an area of memory to a node ended.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -57,7 +58,12 @@ pub(crate) fn system_nodes() -> Result<Vec<MachineNode>, TopologyError> {
         .map_err(|error| fail(error.to_string()))?
         .build()
         .map_err(|error| fail(error.to_string()))?;
-    Ok(nodes(&topology))
+    let mut nodes = nodes(&topology);
+    // A virtual machine's only node can count less than the system has (memory balloons).
+    if let ([node], false) = (nodes.as_mut_slice(), has_several_nodes()?) {
+        node.memory_bytes = total_memory_bytes().unwrap_or(node.memory_bytes);
+    }
+    Ok(nodes)
 }
 
 /// Nodes of the machine that hwloc makes of a description.

@@ -20,7 +20,7 @@ use pi_kernels::{ActWriter, Cpu, ROW_GROUP, StridedOut};
 use super::rows::multiply;
 use super::{Job, weights_read};
 use crate::counters::Counters;
-use crate::model::{group_neurons, sums_of};
+use crate::model::group_neurons;
 use crate::scratch::{NEURON_CHUNK, ThreadScratch};
 use crate::team::{Member, Team};
 use crate::weights::{FfnShare, GateActivation, Matrix, NeuronStore, UpRows};
@@ -141,7 +141,7 @@ fn sum_token(
     if columns.is_empty() {
         return;
     }
-    let n_sums = sums_of(job.share).len();
+    let n_sums = job.n_sums;
     let mut sums: [&mut [f32]; SUBTREES_MAX] = Default::default();
     for (n, sum) in sums[..n_sums].iter_mut().enumerate() {
         let at = model.partial_offset(n);
@@ -208,7 +208,7 @@ fn down_batch(job: &Job<'_>, rows: &NeuronStore, skip_zeros: bool, member: &Memb
     mine.spans.clear();
     let groups = group_neurons(&model.weights.neuron_groups, job.share);
     mine.spans.extend(groups.map(|(group, span)| GroupSpan { group, span }));
-    let n_sums = sums_of(job.share).len();
+    let n_sums = job.n_sums;
     let slot = &model.slots.partials[job.node];
     let mut sums: [StridedOut<'_>; SUBTREES_MAX] = std::array::from_fn(|n| {
         let used = n < n_sums;

@@ -11,7 +11,7 @@ use std::sync::atomic::Ordering;
 use crate::counters::{Cell, Counters};
 use crate::kv::KvStore;
 use crate::messages::{Compute, Message, Partial, Share, ShareDone, Stage};
-use crate::model::Model;
+use crate::model::{Model, sums_of};
 use crate::scratch::NodeScratch;
 use crate::slots::StepInfo;
 use crate::team::Team;
@@ -25,6 +25,8 @@ pub(crate) struct ColdLayer {
     model: Arc<Model>,
     kv: Arc<KvStore>,
     cell: Arc<Cell>,
+    /// Partial sums that the node sends.
+    n_sums: usize,
 }
 
 /// What a job of the team works on.
@@ -36,6 +38,7 @@ struct Job<'a> {
     scratch: &'a NodeScratch,
     layer: usize,
     node: usize,
+    n_sums: usize,
     step: StepInfo,
 }
 
@@ -48,7 +51,8 @@ impl ColdLayer {
         kv: Arc<KvStore>,
         cell: Arc<Cell>,
     ) -> Self {
-        Self { layer, node, model, kv, cell }
+        let n_sums = sums_of(model.share(layer, node)).len();
+        Self { layer, node, model, kv, cell, n_sums }
     }
 
     /// Computes a share with the node's team.
@@ -86,6 +90,7 @@ impl ColdLayer {
             scratch,
             layer: self.layer,
             node: self.node,
+            n_sums: self.n_sums,
             step,
         }
     }

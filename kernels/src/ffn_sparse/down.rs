@@ -3,7 +3,7 @@
 use std::ops::Range;
 
 use super::NeuronRows;
-use super::tree::{SUBTREES_MAX, TreeStack, subtrees};
+use super::tree::{SUBTREES_MAX, TreeStack, n_subtrees};
 use crate::cpu::{Cpu, Tier};
 use crate::matrix::StridedOut;
 use crate::quant::BLOCK;
@@ -36,7 +36,7 @@ fn check(down: &NeuronRows<'_>, groups: &[GroupSpan], cols: &Range<usize>, n_sum
     );
     let owned = owned(groups);
     assert_eq!(owned.len(), groups.len(), "consecutive groups");
-    assert_eq!(subtrees(owned).len(), n_sums, "one output per subtree");
+    assert_eq!(n_subtrees(owned), n_sums, "one output per subtree");
 }
 
 /// Writes `Σ a[j] · down[ids[j]]` over columns `cols` (multiples of 32), one sum per complete

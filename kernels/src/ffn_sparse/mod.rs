@@ -11,7 +11,7 @@ use crate::matrix::{Layout, MatrixRef, MatrixShape};
 use crate::quant::QuantType;
 
 pub use down::{DownScratch, GroupSpan, down_active, down_tokens};
-pub use tree::{FFN_GROUPS, SUBTREES_MAX, join_subtrees, subtrees};
+pub use tree::{FFN_GROUPS, SUBTREES_MAX, join_subtrees, n_subtrees, subtrees};
 pub use up::{UpScratch, up_active, up_tokens};
 
 /// One of the two rows (`up`, or `down` = a row of `ffn_down_t`) of each neuron, `[n_neurons,

@@ -39,6 +39,19 @@ pub fn subtrees(groups: Range<usize>) -> Vec<Range<usize>> {
     trees
 }
 
+/// How many subtrees [`subtrees`] gives, without allocating.
+///
+/// # Panics
+/// As [`subtrees`].
+pub fn n_subtrees(groups: Range<usize>) -> usize {
+    assert!(groups.end <= FFN_GROUPS, "groups {groups:?} of {FFN_GROUPS}");
+    let mut stack = TreeStack::new();
+    for group in groups {
+        stack.push(group..group + 1);
+    }
+    stack.len
+}
+
 /// Which sums wait for their other half, while sums arrive in ascending order.
 ///
 /// The caller keeps the values of the same stack: after a push, it joins its two topmost values
@@ -128,6 +141,11 @@ mod tests {
         assert_eq!(subtrees(5..11), [5..6, 6..8, 8..10, 10..11]);
         assert_eq!(subtrees(1..15).len(), 6);
         assert_eq!(subtrees(3..3), []);
+        for first in 0..=FFN_GROUPS {
+            for end in first..=FFN_GROUPS {
+                assert_eq!(n_subtrees(first..end), subtrees(first..end).len());
+            }
+        }
     }
 
     #[test]

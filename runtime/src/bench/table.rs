@@ -255,7 +255,7 @@ mod tests {
             "{text}"
         );
         assert!(
-            lines[2].contains("| tg128 @ d1536 |") && lines[2].contains("123.46 ± 1.00"),
+            lines[2].contains(" tg128 @ d1536 |") && lines[2].contains("123.46 ± 1.00"),
             "{text}"
         );
     }

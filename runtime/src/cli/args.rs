@@ -97,7 +97,7 @@ pub struct RunArgs {
     /// Choice of each token.
     #[command(flatten)]
     pub sampler: SamplerParams,
-    /// Go on past the model's end-of-text token
+    /// Never choose a token that ends the text, so that the answer goes on
     #[arg(long)]
     pub ignore_eos: bool,
     /// Print one JSON object instead of streaming text

@@ -3,8 +3,7 @@
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 
-/// Exit code of a program that Ctrl-C ended, as shells expect it.
-pub const INTERRUPTED_EXIT_CODE: u8 = 130;
+use crate::error::INTERRUPTED_EXIT_CODE;
 
 /// Whether an answer is under way, and whether it should end. Clones share their state.
 #[derive(Debug, Clone, Default)]

@@ -1,6 +1,6 @@
 //! Texts that flags name.
 
-use std::io::Read;
+use std::io::{BufRead, Read};
 use std::path::Path;
 
 use crate::error::RuntimeError;
@@ -14,10 +14,7 @@ pub fn read(path: &Path) -> Result<String, RuntimeError> {
         path: path.to_path_buf(),
         source,
     })?;
-    let mut text = String::from_utf8(bytes).map_err(|error| RuntimeError::NotUtf8 {
-        path: path.to_path_buf(),
-        offset: error.utf8_error().valid_up_to(),
-    })?;
+    let mut text = utf8(bytes, path)?;
     if text.ends_with('\n') {
         text.pop();
     }
@@ -29,10 +26,38 @@ pub fn read(path: &Path) -> Result<String, RuntimeError> {
 /// # Errors
 /// It cannot be read or is not UTF-8.
 pub fn read_stdin() -> Result<String, RuntimeError> {
-    let mut text = String::new();
+    let mut bytes = Vec::new();
     std::io::stdin()
         .lock()
-        .read_to_string(&mut text)
+        .read_to_end(&mut bytes)
         .map_err(|source| RuntimeError::InputFailed { source })?;
-    Ok(text)
+    utf8(bytes, Path::new(STDIN))
+}
+
+/// The next line of standard input, without its end; none where it has ended.
+///
+/// # Errors
+/// It cannot be read or is not UTF-8.
+pub fn read_line() -> Result<Option<String>, RuntimeError> {
+    let mut bytes = Vec::new();
+    let n_read = std::io::stdin()
+        .lock()
+        .read_until(b'\n', &mut bytes)
+        .map_err(|source| RuntimeError::InputFailed { source })?;
+    if n_read == 0 {
+        return Ok(None);
+    }
+    let mut line = utf8(bytes, Path::new(STDIN))?;
+    line.truncate(line.trim_end_matches(['\n', '\r']).len());
+    Ok(Some(line))
+}
+
+/// Standard input in messages.
+const STDIN: &str = "standard input";
+
+fn utf8(bytes: Vec<u8>, path: &Path) -> Result<String, RuntimeError> {
+    String::from_utf8(bytes).map_err(|error| RuntimeError::NotUtf8 {
+        path: path.to_path_buf(),
+        offset: error.utf8_error().valid_up_to(),
+    })
 }

@@ -1,9 +1,12 @@
 //! The line of timings after an answer, and its JSON form.
 
 use std::fmt;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
+use pi_actors::counters::RunTotals;
 use serde_json::{Value, json};
+
+use crate::session::Answer;
 
 /// What an answer took, and what it read.
 #[derive(Debug, Clone, Default, PartialEq)]
@@ -24,11 +27,36 @@ pub struct Timings {
     pub active_share: Option<f64>,
     /// Weight bytes read for a decoded token; none when nothing was decoded.
     pub bytes_per_token: Option<u64>,
+    /// Bytes of cached keys and values read for a decoded token; none when nothing was decoded.
+    pub kv_bytes_per_token: Option<u64>,
     /// Every part that changes the output, in words.
     pub lossy: Vec<String>,
 }
 
 impl Timings {
+    /// The times and counts of `answer`, of a program that began at `start` and had its model after `load`.
+    pub fn of(answer: &Answer, start: Instant, load: Duration, lossy: Vec<String>) -> Self {
+        let finished = &answer.finished;
+        let RunTotals {
+            decode,
+            decode_tokens,
+            ..
+        } = answer.totals;
+        let per_token = |bytes: u64| bytes.checked_div(decode_tokens as u64);
+        Self {
+            load,
+            first_token: finished.first_logits.map(|at| at.duration_since(start)),
+            n_prompt: finished.n_prompt,
+            prompt: finished.prompt,
+            n_decoded: finished.n_decoded,
+            decode: finished.decode,
+            active_share: decode.active_share(),
+            bytes_per_token: per_token(decode.weight_bytes),
+            kv_bytes_per_token: per_token(decode.kv_bytes),
+            lossy,
+        }
+    }
+
     /// Adds another answer of the same session; load, first token and lossy parts stay.
     pub fn add(&mut self, other: &Timings) {
         let (n_self, n_other) = (self.n_decoded as f64, other.n_decoded as f64);
@@ -37,9 +65,12 @@ impl Timings {
             (a, b) => a.or(b),
         };
         self.active_share = mean(self.active_share, other.active_share);
-        let bytes = |bytes: Option<u64>| bytes.map(|bytes| bytes as f64);
-        self.bytes_per_token = mean(bytes(self.bytes_per_token), bytes(other.bytes_per_token))
-            .map(|bytes| bytes.round() as u64);
+        let mean_bytes = |a: Option<u64>, b: Option<u64>| {
+            let mean = mean(a.map(|a| a as f64), b.map(|b| b as f64));
+            mean.map(|bytes| bytes.round() as u64)
+        };
+        self.bytes_per_token = mean_bytes(self.bytes_per_token, other.bytes_per_token);
+        self.kv_bytes_per_token = mean_bytes(self.kv_bytes_per_token, other.kv_bytes_per_token);
         self.n_prompt += other.n_prompt;
         self.prompt += other.prompt;
         self.n_decoded += other.n_decoded;
@@ -59,6 +90,7 @@ impl Timings {
             "predicted_per_second": per_second(self.n_decoded, self.decode),
             "active_share": self.active_share,
             "bytes_per_token": self.bytes_per_token,
+            "kv_bytes_per_token": self.kv_bytes_per_token,
             "lossy": self.lossy,
         })
     }
@@ -81,6 +113,9 @@ impl fmt::Display for Timings {
         }
         if let Some(bytes) = self.bytes_per_token {
             write!(f, " | {:.1} MB/token", bytes as f64 / 1e6)?;
+        }
+        if let Some(bytes) = self.kv_bytes_per_token {
+            write!(f, " and {:.1} MB of cache", bytes as f64 / 1e6)?;
         }
         let lossy = if self.lossy.is_empty() {
             "none".into()
@@ -113,6 +148,7 @@ mod tests {
             decode: Duration::from_millis(100),
             active_share: Some(0.1),
             bytes_per_token: Some(60_000_000),
+            kv_bytes_per_token: Some(1_200_000),
             lossy: vec![],
         }
     }
@@ -122,7 +158,7 @@ mod tests {
         assert_eq!(
             timings().to_string(),
             "load 210 ms, first token after 240 ms | prompt 5 tokens, 250.0 tok/s | decode 10 tokens, 100.0 tok/s \
-             | active 10.0 % | 60.0 MB/token | lossy: none"
+             | active 10.0 % | 60.0 MB/token and 1.2 MB of cache | lossy: none"
         );
         let nothing = Timings {
             lossy: vec!["down re-quantised Q4_0 -> Q5_0".into()],

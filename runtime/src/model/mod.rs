@@ -2,6 +2,7 @@
 
 pub mod architecture;
 mod copy_task;
+pub mod description;
 pub mod error;
 pub mod footprint;
 pub mod hyperparameters;

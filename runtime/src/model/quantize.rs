@@ -38,10 +38,10 @@ pub fn quantize_row(quant: QuantType, row: &[f32], out: &mut [u8]) {
         QuantType::F16 => write_floats(row, out, |value| f16::from_f32(value).to_le_bytes()),
         QuantType::BF16 => write_floats(row, out, |value| bf16::from_f32(value).to_le_bytes()),
         QuantType::Q8_0 => write_blocks(row, out, 34, block_q8_0),
-        QuantType::Q4_0 => write_blocks(row, out, 18, |x, y| block_symmetric::<4>(x, y)),
-        QuantType::Q5_0 => write_blocks(row, out, 22, |x, y| block_symmetric::<5>(x, y)),
-        QuantType::Q4_1 => write_blocks(row, out, 20, |x, y| block_affine::<4>(x, y)),
-        QuantType::Q5_1 => write_blocks(row, out, 24, |x, y| block_affine::<5>(x, y)),
+        QuantType::Q4_0 => write_blocks(row, out, 18, block_symmetric::<4>),
+        QuantType::Q5_0 => write_blocks(row, out, 22, block_symmetric::<5>),
+        QuantType::Q4_1 => write_blocks(row, out, 20, block_affine::<4>),
+        QuantType::Q5_1 => write_blocks(row, out, 24, block_affine::<5>),
         other => panic!("no rounding to {} is offered", other.name()),
     }
 }

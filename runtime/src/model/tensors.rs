@@ -222,7 +222,7 @@ impl Finder<'_> {
         let info = self.file.require_tensor(name)?;
         info.expect_shape(&[n_cols, n_rows])?;
         let quant = info.require_quant()?;
-        if n_cols % quant.block_values() != 0 {
+        if !n_cols.is_multiple_of(quant.block_values()) {
             return Err(ModelError::PartialBlock {
                 n_values: n_cols,
                 quant: quant.name(),

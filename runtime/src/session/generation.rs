@@ -4,6 +4,7 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{Duration, Instant};
 
+use pi_actors::{Feed, Feeder, LogitsWanted, Next};
 use xxhash_rust::xxh3::Xxh3;
 
 use crate::error::RuntimeError;
@@ -42,8 +43,10 @@ pub type TextSink = Box<dyn FnMut(&str) -> Result<(), RuntimeError> + Send>;
 pub struct GenerationOptions {
     /// Tokens at most; none: until something else stops it.
     pub n_predict: Option<usize>,
-    /// Positions free in the context, the prompt's included.
-    pub n_free: usize,
+    /// Positions of the context.
+    pub n_ctx: usize,
+    /// Tokens at the prompt's beginning that the cache holds already; fewer than the prompt has.
+    pub n_reused: usize,
     /// Whether to hash all logits.
     pub hash_logits: bool,
     /// Set by Ctrl-C.
@@ -55,7 +58,7 @@ pub struct GenerationOptions {
 /// An answer on its way.
 pub struct Generation {
     prompt: Vec<u32>,
-    /// Tokens of the prompt given out.
+    /// Tokens of the prompt that are in the cache or given out.
     n_given: usize,
     sampler: Sampler,
     vocabulary: Arc<Vocabulary>,
@@ -67,20 +70,6 @@ pub struct Generation {
     tokens: Vec<u32>,
     stop: Option<Stop>,
     failure: Option<RuntimeError>,
-}
-
-/// What to compute next.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum Next<'a> {
-    /// Feed these tokens; `logits` says whether the last one's logits are wanted.
-    Feed {
-        /// Ids.
-        tokens: &'a [u32],
-        /// Whether the last token's logits are wanted.
-        logits: bool,
-    },
-    /// The answer has ended.
-    Done,
 }
 
 /// When what happened.
@@ -105,7 +94,7 @@ impl Clock {
 const PROMPT_STEP: usize = 512;
 
 impl Generation {
-    /// An answer to `prompt`, which must not be empty and must fit into the free positions.
+    /// An answer to `prompt`, which must not be empty and must fit into the context.
     pub fn new(
         prompt: Vec<u32>,
         sampler: Sampler,
@@ -113,18 +102,21 @@ impl Generation {
         options: GenerationOptions,
     ) -> Self {
         assert!(
-            !prompt.is_empty() && prompt.len() <= options.n_free,
-            "prompt fits"
+            options.n_reused < prompt.len() && prompt.len() <= options.n_ctx,
+            "a prompt of {} tokens with {} reused in a context of {}",
+            prompt.len(),
+            options.n_reused,
+            options.n_ctx
         );
         let mut generation = Self {
-            n_given: 0,
+            n_given: options.n_reused,
             sampler,
             vocabulary: Arc::clone(tokenizer.vocabulary()),
             stream: tokenizer.stream(),
             hash: options.hash_logits.then(|| Box::new(Xxh3::new())),
             clock: Clock::default(),
             text: String::new(),
-            tokens: Vec::with_capacity(options.n_predict.unwrap_or(0).min(options.n_free) + 1),
+            tokens: Vec::with_capacity(options.n_predict.unwrap_or(0).min(options.n_ctx) + 1),
             stop: (options.n_predict == Some(0)).then_some(Stop::Limit),
             failure: None,
             prompt,
@@ -136,41 +128,18 @@ impl Generation {
         generation
     }
 
-    /// Whether the prompt is computed and the first token sampled.
-    pub fn prompt_done(&self) -> bool {
-        self.clock.n_logits > 0
-    }
-
     /// Whether there is nothing more to compute.
     pub fn is_done(&self) -> bool {
         self.stop.is_some() || self.failure.is_some()
     }
 
-    /// Takes the logits `[n_vocab]` of what was fed last, if they were wanted, and says what to feed next.
-    pub fn next(&mut self, logits: Option<&[f32]>) -> Next<'_> {
-        self.clock.start.get_or_insert_with(Instant::now);
-        if let Some(logits) = logits {
-            self.clock.logits_came();
-            self.take_logits(logits);
-        }
-        if !self.is_done() && self.options.interrupt.load(Ordering::Acquire) {
-            self.stop = Some(Stop::Interrupted);
-        }
-        if self.is_done() {
-            return Next::Done;
-        }
-        if self.n_given < self.prompt.len() {
-            let start = self.n_given;
-            self.n_given = (start + PROMPT_STEP).min(self.prompt.len());
-            let tokens = &self.prompt[start..self.n_given];
-            return Next::Feed {
-                tokens,
-                logits: self.n_given == self.prompt.len(),
-            };
-        }
-        Next::Feed {
-            tokens: &self.tokens[self.tokens.len() - 1..],
-            logits: true,
+    /// How many tokens of the prompt come next: never one alone at its end, which would count as decoded.
+    fn prompt_step(&self) -> usize {
+        let left = self.prompt.len() - self.n_given;
+        if left == PROMPT_STEP + 1 {
+            PROMPT_STEP - 1
+        } else {
+            left.min(PROMPT_STEP)
         }
     }
 
@@ -189,7 +158,7 @@ impl Generation {
             self.stop = Some(Stop::EndOfText);
         } else if self.options.n_predict == Some(self.tokens.len()) {
             self.stop = Some(Stop::Limit);
-        } else if self.prompt.len() + self.tokens.len() > self.options.n_free {
+        } else if self.prompt.len() + self.tokens.len() > self.options.n_ctx {
             self.stop = Some(Stop::ContextFull);
         }
         if self.stop != Some(Stop::EndOfText)
@@ -218,11 +187,8 @@ impl Generation {
                 &self.tokens[..self.clock.n_logits.saturating_sub(1)],
             ]
             .concat(),
-            n_prompt: if self.clock.n_logits > 0 {
-                self.prompt.len()
-            } else {
-                0
-            },
+            n_prompt: self.n_given - self.options.n_reused,
+            n_reused: self.options.n_reused,
             prompt: between(self.clock.start, self.clock.first_logits),
             first_logits: self.clock.first_logits,
             n_decoded: self.clock.n_logits.saturating_sub(1),
@@ -233,6 +199,42 @@ impl Generation {
             tokens: self.tokens,
             failure: self.failure,
         }
+    }
+}
+
+impl Feeder for Generation {
+    fn next(&mut self) -> Next<'_> {
+        self.clock.start.get_or_insert_with(Instant::now);
+        if !self.is_done() && self.options.interrupt.load(Ordering::Acquire) {
+            self.stop = Some(Stop::Interrupted);
+        }
+        if self.is_done() {
+            return Next::Done;
+        }
+        if self.n_given < self.prompt.len() {
+            let start = self.n_given;
+            self.n_given += self.prompt_step();
+            return Next::Feed(Feed {
+                tokens: &self.prompt[start..self.n_given],
+                position: start,
+                logits: if self.n_given == self.prompt.len() {
+                    LogitsWanted::Last
+                } else {
+                    LogitsWanted::None
+                },
+            });
+        }
+        let last = self.tokens.len() - 1;
+        Next::Feed(Feed {
+            tokens: &self.tokens[last..],
+            position: self.prompt.len() + last,
+            logits: LogitsWanted::Last,
+        })
+    }
+
+    fn logits(&mut self, _position: usize, logits: &[f32]) {
+        self.clock.logits_came();
+        self.take_logits(logits);
     }
 }
 
@@ -264,6 +266,8 @@ pub struct Finished {
     pub failure: Option<RuntimeError>,
     /// Tokens of the prompt that were computed.
     pub n_prompt: usize,
+    /// Tokens of the prompt that were in the cache already.
+    pub n_reused: usize,
     /// Time that these took.
     pub prompt: Duration,
     /// When the first token's logits came.

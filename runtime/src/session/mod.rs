@@ -1,5 +1,14 @@
 //! A conversation with a model: prompts in, text out, the key-value cache kept in between.
 
+mod answer;
 mod generation;
+mod opening;
+mod topology_file;
 
-pub use generation::{Generation, GenerationOptions, Stop};
+pub use answer::{Answer, AnswerOptions, Session};
+pub use generation::{Finished, Generation, GenerationOptions, Stop, TextSink, hash_floats};
+pub use opening::{LoadObserver, LoadedModel, ModelOptions, N_UBATCH, Silent};
+pub use topology_file::TopologyFile;
+
+#[cfg(test)]
+mod tests;

@@ -3,6 +3,7 @@
 
 pub mod engine;
 pub mod reference;
+pub mod running;
 pub mod threads;
 pub mod tiny_model;
 

@@ -45,10 +45,11 @@ impl Default for TinyModel {
     }
 }
 
-/// Tokens: 256 bytes and these.
+/// Tokens: 256 bytes, these, and the result of the one merge that a vocabulary has to have.
 const SPECIAL: [&str; 2] = ["<|bos|>", "<|eos|>"];
+const MERGE: (&str, &str) = ("q z", "qz");
 /// Tokens in the vocabulary.
-pub const N_VOCAB: usize = 256 + SPECIAL.len();
+pub const N_VOCAB: usize = 256 + SPECIAL.len() + 1;
 
 impl TinyModel {
     /// Writes the model's file.
@@ -97,13 +98,20 @@ impl TinyModel {
         let tokens: Vec<String> = byte_tokens()
             .into_iter()
             .chain(SPECIAL.map(String::from))
+            .chain([MERGE.1.to_owned()])
             .collect();
         header.put("tokenizer.ggml.tokens", tokens)?;
         let kinds: Vec<i32> = (0..N_VOCAB)
-            .map(|id| if id < 256 { 1 } else { 3 })
+            .map(|id| {
+                if (256..256 + SPECIAL.len()).contains(&id) {
+                    3
+                } else {
+                    1
+                }
+            })
             .collect();
         header.put("tokenizer.ggml.token_type", kinds)?;
-        header.put("tokenizer.ggml.merges", Vec::<String>::new())?;
+        header.put("tokenizer.ggml.merges", vec![MERGE.0.to_owned()])?;
         header.put("tokenizer.ggml.bos_token_id", 256u32)?;
         header.put("tokenizer.ggml.eos_token_id", 257u32)?;
         for (key, value) in &self.keys {

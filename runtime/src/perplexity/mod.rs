@@ -3,7 +3,11 @@
 //! The text's tokens are cut into chunks of `n_ctx`; each chunk starts with an empty context (its first token replaced
 //! by the begin-of-text token where the model wants one), and the tokens of its second half are scored.
 
+mod scorer;
+
 use thiserror::Error;
+
+pub use scorer::{ChunkScorer, Report};
 
 /// Why a text cannot be scored.
 #[derive(Debug, Error, PartialEq)]
@@ -18,6 +22,17 @@ pub enum PerplexityError {
         n_tokens: usize,
         /// Tokens of a chunk.
         n_ctx: usize,
+    },
+    /// Scores of which no error can be told.
+    #[error(
+        "{n_scored} tokens are scored with a perplexity of {ppl:.4}: too few, or no numbers, to tell its error; \
+         raise -c or --chunks, or check the model"
+    )]
+    NoEstimate {
+        /// Tokens scored.
+        n_scored: usize,
+        /// Their perplexity.
+        ppl: f64,
     },
 }
 
@@ -54,6 +69,11 @@ impl Chunks {
             n_ctx,
             bos,
         })
+    }
+
+    /// Tokens of a chunk.
+    pub fn n_ctx(&self) -> usize {
+        self.n_ctx
     }
 
     /// Number of chunks.
@@ -107,20 +127,32 @@ impl Score {
         self.count += 1;
     }
 
+    /// Tokens scored.
+    pub fn count(&self) -> usize {
+        self.count
+    }
+
     /// Perplexity so far; NaN before the first token.
     pub fn ppl(&self) -> f64 {
         (self.nll / self.count as f64).exp()
     }
 
-    /// Perplexity and its standard error; none where the error cannot be told.
-    pub fn estimate(&self) -> Option<Estimate> {
+    /// Perplexity and its standard error.
+    ///
+    /// # Errors
+    /// [`PerplexityError::NoEstimate`] where the error cannot be told.
+    pub fn estimate(&self) -> Result<Estimate, PerplexityError> {
         let count = self.count as f64;
         let mean = self.nll / count;
         let variance = self.nll_squared / count - mean * mean;
         let ppl = mean.exp();
-        (variance > 0.0).then(|| Estimate {
+        let error = (variance / (count - 1.0)).sqrt() * ppl;
+        if variance > 0.0 && error.is_finite() {
+            return Ok(Estimate { ppl, error });
+        }
+        Err(PerplexityError::NoEstimate {
+            n_scored: self.count,
             ppl,
-            error: (variance / (count - 1.0)).sqrt() * ppl,
         })
     }
 }
@@ -176,6 +208,20 @@ mod tests {
             score.add(&[1.5; 8], token);
         }
         assert!((score.ppl() - 8.0).abs() < 1e-9);
+    }
+
+    #[test]
+    fn too_few_scores_have_no_error() {
+        let mut score = Score::default();
+        assert!(score.estimate().is_err());
+        score.add(&[0.0, 0.0], 0);
+        let error = score.estimate().unwrap_err().to_string();
+        assert!(
+            error.contains("1 tokens") && error.contains("2.0000"),
+            "{error}"
+        );
+        score.add(&[f32::NAN, 0.0], 0);
+        assert!(score.estimate().is_err());
     }
 
     #[test]

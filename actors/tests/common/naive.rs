@@ -1,0 +1,104 @@
+//! The model computed by plain loops in f64: no kernel of the project takes part.
+
+use pi_actors::weights::GateActivation;
+
+use super::{HEAD_DIM, N_EMBD, N_FF, N_HEAD, N_HEAD_KV, N_VOCAB, PlainLayer, PlainModel};
+
+type Rows = Vec<Vec<f64>>;
+
+/// Logits of every position, and how many neurons are active in all.
+pub fn logits(model: &PlainModel, tokens: &[u32]) -> (Rows, usize) {
+    let mut caches: Vec<(Rows, Rows)> = model.layers.iter().map(|_| (vec![], vec![])).collect();
+    let (mut all, mut active) = (vec![], 0);
+    for (position, &token) in tokens.iter().enumerate() {
+        let at = token as usize * N_EMBD;
+        let mut x: Vec<f64> =
+            model.embedding[at..at + N_EMBD].iter().map(|&v| f64::from(v)).collect();
+        for (layer, cache) in model.layers.iter().zip(&mut caches) {
+            attention(layer, cache, position, &mut x);
+            active += ffn(layer, model.activation, &mut x);
+        }
+        let x = norm(&x, &model.output_norm);
+        all.push(product(&model.head, &x, N_VOCAB));
+    }
+    (all, active)
+}
+
+fn norm(x: &[f64], weight: &[f32]) -> Vec<f64> {
+    let mean = x.iter().map(|v| v * v).sum::<f64>() / x.len() as f64;
+    let scale = 1.0 / (mean + 1e-5).sqrt();
+    x.iter().zip(weight).map(|(v, &w)| v * scale * f64::from(w)).collect()
+}
+
+fn product(matrix: &[f32], x: &[f64], n_rows: usize) -> Vec<f64> {
+    let row = |r: usize| &matrix[r * x.len()..(r + 1) * x.len()];
+    (0..n_rows).map(|r| row(r).iter().zip(x).map(|(&w, v)| f64::from(w) * v).sum()).collect()
+}
+
+fn with_bias(mut values: Vec<f64>, bias: &[f32]) -> Vec<f64> {
+    values.iter_mut().zip(bias).for_each(|(v, &b)| *v += f64::from(b));
+    values
+}
+
+fn rotate(heads: &mut [f64], position: usize) {
+    for head in heads.chunks_exact_mut(HEAD_DIM) {
+        for pair in 0..HEAD_DIM / 2 {
+            let frequency = 10_000f64.powf(-2.0 * pair as f64 / HEAD_DIM as f64);
+            let (sin, cos) = (position as f64 * frequency).sin_cos();
+            let (a, b) = (head[2 * pair], head[2 * pair + 1]);
+            head[2 * pair] = a * cos - b * sin;
+            head[2 * pair + 1] = a * sin + b * cos;
+        }
+    }
+}
+
+fn attention(layer: &PlainLayer, cache: &mut (Rows, Rows), position: usize, x: &mut [f64]) {
+    let h = norm(x, &layer.attn_norm);
+    let mut q = with_bias(product(&layer.wq, &h, N_HEAD * HEAD_DIM), &layer.bq);
+    let mut k = with_bias(product(&layer.wk, &h, N_HEAD_KV * HEAD_DIM), &layer.bk);
+    let v = with_bias(product(&layer.wv, &h, N_HEAD_KV * HEAD_DIM), &layer.bv);
+    rotate(&mut q, position);
+    rotate(&mut k, position);
+    cache.0.push(k);
+    cache.1.push(v);
+    let mut heads = vec![0.0; N_HEAD * HEAD_DIM];
+    for head in 0..N_HEAD {
+        let kv = head / (N_HEAD / N_HEAD_KV) * HEAD_DIM;
+        let query = &q[head * HEAD_DIM..(head + 1) * HEAD_DIM];
+        let score = |k: &Vec<f64>| {
+            let key = &k[kv..kv + HEAD_DIM];
+            let dot: f64 = query.iter().zip(key).map(|(a, b)| a * b).sum();
+            dot / (HEAD_DIM as f64).sqrt()
+        };
+        let scores: Vec<f64> = cache.0.iter().map(score).collect();
+        let max = scores.iter().copied().fold(f64::NEG_INFINITY, f64::max);
+        let weights: Vec<f64> = scores.iter().map(|s| (s - max).exp()).collect();
+        let sum: f64 = weights.iter().sum();
+        for (weight, value) in weights.iter().zip(&cache.1) {
+            for d in 0..HEAD_DIM {
+                heads[head * HEAD_DIM + d] += weight / sum * value[kv + d];
+            }
+        }
+    }
+    let out = product(&layer.wo, &heads, N_EMBD);
+    x.iter_mut().zip(out).for_each(|(x, o)| *x += o);
+}
+
+fn ffn(layer: &PlainLayer, activation: GateActivation, x: &mut [f64]) -> usize {
+    let h = norm(x, &layer.ffn_norm);
+    let gate = product(&layer.gate, &h, N_FF);
+    let up = product(&layer.up, &h, N_FF);
+    let mut active = 0;
+    for neuron in 0..N_FF {
+        let a = match activation {
+            GateActivation::Relu => gate[neuron].max(0.0),
+            GateActivation::Silu => gate[neuron] / (1.0 + (-gate[neuron]).exp()),
+        };
+        active += usize::from(a != 0.0);
+        let row = &layer.down_t[neuron * N_EMBD..(neuron + 1) * N_EMBD];
+        for (x, &w) in x.iter_mut().zip(row) {
+            *x += a * up[neuron] * f64::from(w);
+        }
+    }
+    active
+}

@@ -1,0 +1,89 @@
+//! Runs tests on one loaded model: fills the context, warms up, repeats.
+
+use pi_actors::ActorError;
+use pi_actors::counters::Counters;
+
+use super::feeder::BenchFeeder;
+use super::row::{BenchTest, Samples};
+use super::token_source::TokenSource;
+use crate::session::LoadedModel;
+
+/// A model under test, and what its cache holds.
+#[derive(Debug)]
+pub struct Runner<'a> {
+    model: &'a LoadedModel,
+    source: &'a TokenSource,
+    /// Tokens of the source in the cache, from position 0.
+    n_filled: usize,
+}
+
+/// What a test gave.
+#[derive(Debug, Clone, PartialEq)]
+pub struct Measured {
+    /// Times of the repetitions.
+    pub samples: Samples,
+    /// Work of all repetitions.
+    pub work: Counters,
+    /// Tokens of all repetitions.
+    pub n_tokens: usize,
+}
+
+impl<'a> Runner<'a> {
+    /// Tests `model` with the tokens of `source`.
+    pub fn new(model: &'a LoadedModel, source: &'a TokenSource) -> Self {
+        Self {
+            model,
+            source,
+            n_filled: 0,
+        }
+    }
+
+    /// Runs `test` once to warm up and then `repetitions` times.
+    ///
+    /// # Errors
+    /// A step that failed.
+    pub fn run(&mut self, test: BenchTest, repetitions: usize) -> Result<Measured, ActorError> {
+        let n_tokens = test.n_prompt + test.n_gen;
+        let tokenizer = &self.model.tokenizer;
+        let bos = tokenizer.bos().filter(|_| tokenizer.adds_bos());
+        let mut tokens = self.source.take(test.n_depth + n_tokens, bos);
+        let measured = tokens.split_off(test.n_depth);
+        self.fill(tokens)?;
+        self.once(test, measured.clone())?;
+        let mut samples_ns = Vec::with_capacity(repetitions);
+        let mut work = Counters::default();
+        for _ in 0..repetitions {
+            let (ns, counters) = self.once(test, measured.clone())?;
+            samples_ns.push(ns);
+            work += counters;
+        }
+        Ok(Measured {
+            samples: Samples::new(n_tokens, samples_ns),
+            work,
+            n_tokens: n_tokens * repetitions,
+        })
+    }
+
+    /// Puts `tokens` into the cache, unless they are there: every test begins behind its depth.
+    fn fill(&mut self, tokens: Vec<u32>) -> Result<(), ActorError> {
+        let depth = tokens.len();
+        if depth != self.n_filled && depth > 0 {
+            self.model.engine.run(BenchFeeder::fill(tokens))?.outcome?;
+        }
+        self.n_filled = depth;
+        Ok(())
+    }
+
+    /// One repetition: its time in ns, and its work.
+    fn once(&self, test: BenchTest, tokens: Vec<u32>) -> Result<(u64, Counters), ActorError> {
+        let feeder = if test.n_gen == 0 {
+            BenchFeeder::prefill(tokens, test.n_depth)
+        } else {
+            BenchFeeder::decode(tokens, test.n_depth)
+        };
+        let run = self.model.engine.run(feeder)?;
+        run.outcome?;
+        let ns = u64::try_from(run.feeder.elapsed().as_nanos()).unwrap_or(u64::MAX);
+        Ok((ns, run.totals.prefill + run.totals.decode))
+    }
+}

@@ -1,0 +1,31 @@
+//! Why a conversation cannot be put into a model's form.
+
+use thiserror::Error;
+
+/// What is wrong with a chat template.
+#[derive(Debug, Clone, PartialEq, Eq, Error)]
+pub enum ChatError {
+    /// The file has none.
+    #[error(
+        "the model has no chat template (metadata key tokenizer.chat_template): it was not made for chat; \
+         use -p without -cnv"
+    )]
+    NoTemplate,
+    /// The template is no template.
+    #[error(
+        "tokenizer.chat_template cannot be parsed: {problem}: use -p without -cnv, or convert the model again"
+    )]
+    Syntax {
+        /// Where and why.
+        problem: String,
+    },
+    /// The template refuses the conversation, or fails at it.
+    #[error(
+        "tokenizer.chat_template fails: {problem}: chat as it allows (does it know a system prompt?), or use -p \
+         without -cnv"
+    )]
+    Render {
+        /// Where and why.
+        problem: String,
+    },
+}

@@ -1,0 +1,166 @@
+//! `pi-runtime bench`.
+
+use std::collections::HashSet;
+
+use pi_topology::{Plan, read_bandwidth};
+
+use super::args::{BenchArgs, OutputFormat};
+use super::output::{Output, output_error};
+use super::progress::LoadBar;
+use crate::bench::environment::cpu_name;
+use crate::bench::table::{Csv, Json, Markdown, RowWriter};
+use crate::bench::token_source::TEXT;
+use crate::bench::{BenchRow, BenchTest, Measured, Runner, TokenSource};
+use crate::calendar::DateTime;
+use crate::error::RuntimeError;
+use crate::session::{LoadedModel, ModelOptions, N_UBATCH};
+use crate::tokenizer::EncodeOptions;
+
+/// Runs every test and prints its row when it is done.
+///
+/// # Errors
+/// The flags, the model, the machine or the output.
+pub fn run(args: &BenchArgs) -> Result<(), RuntimeError> {
+    let plans = plans(args)?;
+    let n_threads: Vec<usize> = plans.iter().map(Plan::n_threads).collect();
+    let tests = BenchTest::matrix(&args.n_prompt, &args.n_gen, &args.n_depth, &n_threads);
+    let n_ctx = tests
+        .iter()
+        .map(|test| test.n_depth + test.n_prompt + test.n_gen)
+        .max()
+        .ok_or_else(|| RuntimeError::Flag {
+            flag: "-p and -n",
+            value: "0".into(),
+            problem: "there is nothing to measure: give one of them more than 0".into(),
+        })?;
+    let options = args.model.options(n_ctx)?;
+    let mut writer: Box<dyn RowWriter> = match args.output {
+        OutputFormat::Md => Box::new(Markdown),
+        OutputFormat::Json => Box::new(Json::default()),
+        OutputFormat::Csv => Box::new(Csv::default()),
+    };
+    let mut out = Output::default();
+    for (index, plan) in plans.iter().enumerate() {
+        let tests = tests
+            .iter()
+            .filter(|test| test.n_threads == plan.n_threads());
+        let bench = PlanBench::open(args, &options, plan, tests.clone())?;
+        let mut runner = Runner::new(&bench.model, &bench.source);
+        if index == 0 {
+            writer.header(out.stream()).map_err(output_error)?;
+        }
+        for &test in tests {
+            let time = DateTime::now().iso();
+            let measured = runner.run(test, args.repetitions.into())?;
+            let row = bench.row(test, &measured, time);
+            writer.row(out.stream(), &row).map_err(output_error)?;
+        }
+    }
+    writer.footer(out.stream()).map_err(output_error)
+}
+
+/// A plan for each number of threads asked for, each once.
+fn plans(args: &BenchArgs) -> Result<Vec<Plan>, RuntimeError> {
+    if args.threads.is_empty() {
+        return Ok(vec![args.model.plan(None)?]);
+    }
+    let mut seen = HashSet::new();
+    args.threads
+        .iter()
+        .filter(|threads| seen.insert(**threads))
+        .map(|threads| args.model.plan(Some(*threads)))
+        .collect()
+}
+
+/// A model on the threads of one plan.
+struct PlanBench {
+    model: LoadedModel,
+    source: TokenSource,
+    options: ModelOptions,
+    /// Bytes per second that the threads can read; none where no test needs it.
+    bandwidth: Option<f64>,
+    cpu_name: String,
+}
+
+impl PlanBench {
+    fn open<'t>(
+        args: &BenchArgs,
+        options: &ModelOptions,
+        plan: &Plan,
+        mut tests: impl Iterator<Item = &'t BenchTest>,
+    ) -> Result<Self, RuntimeError> {
+        // before the engine has the threads
+        let bandwidth = match tests.any(|test| test.n_gen > 0) {
+            true => Some(read_bandwidth(plan)?),
+            false => None,
+        };
+        let model = LoadedModel::open(options, plan, &LoadBar::default())?;
+        let source = if args.random_ids {
+            TokenSource::Random {
+                n_vocab: model.tokenizer.n_vocab() as u32,
+            }
+        } else {
+            TokenSource::Text(model.tokenizer.encode(TEXT, EncodeOptions::TEXT)?)
+        };
+        Ok(Self {
+            model,
+            source,
+            options: options.clone(),
+            bandwidth,
+            cpu_name: cpu_name(),
+        })
+    }
+
+    fn row(&self, test: BenchTest, measured: &Measured, test_time: String) -> BenchRow {
+        let work = measured.work;
+        let (avg_ns, stddev_ns) = measured.samples.ns_summary();
+        let (avg_ts, stddev_ts) = measured.samples.ts_summary();
+        let bytes_per_token = (work.weight_bytes + work.kv_bytes)
+            .checked_div(measured.n_tokens as u64)
+            .filter(|_| test.n_gen > 0);
+        let gb_per_s = bytes_per_token.map(|bytes| bytes as f64 * avg_ts / 1e9);
+        let bandwidth = self
+            .bandwidth
+            .map(|bytes| bytes / 1e9)
+            .filter(|_| test.n_gen > 0);
+        let kv_type = self.options.kv_type.to_string();
+        BenchRow {
+            build_commit: env!("CARGO_PKG_VERSION").into(),
+            build_number: 0,
+            cpu_info: self.cpu_name.clone(),
+            gpu_info: String::new(),
+            backends: "CPU".into(),
+            model_filename: self.model.path.display().to_string(),
+            model_type: self.model.description.name.clone(),
+            model_size: self.model.description.size_bytes,
+            model_n_params: self.model.description.n_params,
+            n_batch: self.model.n_ctx,
+            n_ubatch: N_UBATCH,
+            n_threads: test.n_threads,
+            type_k: kv_type.clone(),
+            type_v: kv_type,
+            n_gpu_layers: 0,
+            n_prompt: test.n_prompt,
+            n_gen: test.n_gen,
+            n_depth: test.n_depth,
+            test_time,
+            avg_ns,
+            stddev_ns,
+            avg_ts,
+            stddev_ts,
+            samples_ns: measured.samples.ns.clone(),
+            samples_ts: measured.samples.ts.clone(),
+            tier: self.options.cpu.tier().name().into(),
+            activations: self.options.cpu.mode().to_string(),
+            sparsity: self.model.sparsity.mode.name().into(),
+            token_source: self.source.name().into(),
+            active_share: work.active_share().unwrap_or(0.0),
+            bytes_per_token,
+            gb_per_s,
+            bandwidth_gb_per_s: bandwidth,
+            percent_of_byte_limit: gb_per_s
+                .zip(bandwidth)
+                .map(|(used, limit)| used / limit * 100.0),
+        }
+    }
+}

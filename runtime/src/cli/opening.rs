@@ -1,0 +1,64 @@
+//! From the flags that name a model to the model.
+
+use pi_kernels::attention::KvType;
+use pi_kernels::{Cpu, Tier};
+use pi_topology::Plan;
+
+use super::args::{KvArg, ModelArgs, SparsityArg};
+use super::demo_model;
+use super::progress::LoadBar;
+use crate::error::RuntimeError;
+use crate::model::Sparsity;
+use crate::session::{LoadedModel, ModelOptions, TopologyFile};
+
+impl ModelArgs {
+    /// What the flags ask for, with a context of `n_ctx` tokens (0: the model's own).
+    ///
+    /// # Errors
+    /// No model is named or found, or the machine lacks the tier.
+    pub fn options(&self, n_ctx: usize) -> Result<ModelOptions, RuntimeError> {
+        let tier = self.tier.unwrap_or_else(Tier::detect);
+        Ok(ModelOptions {
+            path: demo_model::or_demo(self.model.as_deref())?,
+            n_ctx,
+            sparsity: self.sparsity.map(|mode| match mode {
+                SparsityArg::Off => Sparsity::Off,
+                SparsityArg::Exact => Sparsity::Exact,
+            }),
+            cpu: Cpu::new(tier, self.activations).map_err(RuntimeError::Tier)?,
+            kv_type: match self.kv {
+                KvArg::F16 => KvType::F16,
+                KvArg::F32 => KvType::F32,
+            },
+        })
+    }
+
+    /// The topology file's plan, or the discovered machine's, for `threads`.
+    ///
+    /// # Errors
+    /// As [`TopologyFile::read`] and [`TopologyFile::plan`].
+    pub fn plan(&self, threads: Option<u16>) -> Result<Plan, RuntimeError> {
+        TopologyFile::read(self.topology.as_deref())?.plan(threads.map(usize::from))
+    }
+
+    /// Opens the model, and says on stderr what a user may want to know of it.
+    ///
+    /// # Errors
+    /// As [`ModelArgs::options`], [`ModelArgs::plan`] and [`LoadedModel::open`].
+    pub fn open(&self, n_ctx: usize, threads: Option<u16>) -> Result<LoadedModel, RuntimeError> {
+        let options = self.options(n_ctx)?;
+        let plan = self.plan(threads)?;
+        let model = LoadedModel::open(&options, &plan, &LoadBar::default())?;
+        if let Some(hint) = &model.sparsity.hint {
+            eprintln!("hint: {hint}");
+        }
+        tracing::info!(
+            model = %model.path.display(),
+            tier = options.cpu.tier().name(),
+            sparsity = model.sparsity.mode.name(),
+            n_ctx = model.n_ctx,
+            "ready"
+        );
+        Ok(model)
+    }
+}

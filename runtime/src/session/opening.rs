@@ -1,0 +1,220 @@
+//! From a file's name to a model that is ready: the one place where file, machine, loader and engine meet.
+
+use std::path::{Path, PathBuf};
+use std::time::Duration;
+
+use pi_actors::faults::Faults;
+use pi_actors::{Engine, EngineOptions, Teams};
+use pi_kernels::Cpu;
+use pi_kernels::attention::KvType;
+use pi_topology::Plan;
+
+use crate::chat::SpecialTexts;
+use crate::error::RuntimeError;
+use crate::gguf::GgufFile;
+use crate::model::description::Description;
+use crate::model::footprint::Footprint;
+use crate::model::sparsity::SparsityPlan;
+use crate::model::{Hyperparameters, Loader, ModelError, ModelTensors, Sparsity};
+use crate::tokenizer::{Tokenizer, TokenizerError};
+
+/// Context without `-c`, where the model knows a longer one: a larger cache has to be asked for.
+const N_CTX_DEFAULT_MAX: usize = 4096;
+
+/// Most tokens that go through the layers together.
+pub const N_UBATCH: usize = 512;
+
+/// Longest wait for an actor; a step of a large model from a cold disk takes seconds.
+const WAIT_LIMIT: Duration = Duration::from_secs(60);
+
+/// How a model is to be opened.
+#[derive(Debug, Clone)]
+pub struct ModelOptions {
+    /// Its file.
+    pub path: PathBuf,
+    /// Tokens of the context; 0: the model's own, at most 4096.
+    pub n_ctx: usize,
+    /// The mode; none: `exact` where it is free.
+    pub sparsity: Option<Sparsity>,
+    /// Instruction set and activation arithmetic.
+    pub cpu: Cpu,
+    /// Format of the key-value cache.
+    pub kv_type: KvType,
+}
+
+/// Watches a model being loaded.
+pub trait LoadObserver: Sync {
+    /// Copying begins: so many bytes.
+    fn begin(&self, _total_bytes: u64) {}
+
+    /// So many bytes are copied so far; called from several threads.
+    fn copied(&self, _bytes: u64) {}
+
+    /// Copying has ended.
+    fn end(&self) {}
+}
+
+/// Watches and says nothing.
+#[derive(Debug, Clone, Copy, Default)]
+pub struct Silent;
+
+impl LoadObserver for Silent {}
+
+/// A model that is ready to compute.
+#[derive(Debug)]
+pub struct LoadedModel {
+    /// Its file.
+    pub path: PathBuf,
+    /// What computes it.
+    pub engine: Engine,
+    /// Its tokenizer.
+    pub tokenizer: Tokenizer,
+    /// Its name and size.
+    pub description: Description,
+    /// Its numbers.
+    pub hyper: Hyperparameters,
+    /// Tokens of the context.
+    pub n_ctx: usize,
+    /// Source of its chat template, if it has one.
+    pub chat_template: Option<String>,
+    /// The mode it runs in.
+    pub sparsity: SparsityPlan,
+    /// Weight bytes of a token.
+    pub footprint: Footprint,
+}
+
+impl LoadedModel {
+    /// Opens a model on the planned threads. The tokenizer is built on a thread of its own meanwhile.
+    ///
+    /// # Errors
+    /// The file, the model, its tokenizer, or what the machine refuses; all name the file or what is missing.
+    pub fn open(
+        options: &ModelOptions,
+        plan: &Plan,
+        observer: &dyn LoadObserver,
+    ) -> Result<Self, RuntimeError> {
+        let file = GgufFile::open(&options.path)?;
+        let in_file = |source| model_error(&options.path, source);
+        let hyper = Hyperparameters::read(&file).map_err(in_file)?;
+        let (tokenizer, engine) = std::thread::scope(|scope| {
+            let tokenizer = scope.spawn(|| Tokenizer::from_metadata(file.metadata()));
+            let engine = start_engine(options, plan, &file, &hyper, observer);
+            let tokenizer = tokenizer
+                .join()
+                .unwrap_or_else(|panic| std::panic::resume_unwind(panic));
+            (tokenizer, engine)
+        });
+        let tokenizer = tokenizer.map_err(|source| tokenizer_error(&options.path, source))?;
+        let Started {
+            engine,
+            sparsity,
+            footprint,
+            n_ctx,
+        } = engine?;
+        check_vocabulary(&tokenizer, &hyper).map_err(in_file)?;
+        let chat_template = file
+            .metadata()
+            .get_str("tokenizer.chat_template")?
+            .map(str::to_owned);
+        Ok(Self {
+            path: options.path.clone(),
+            engine,
+            tokenizer,
+            description: Description::of(&file),
+            hyper,
+            n_ctx,
+            chat_template,
+            sparsity,
+            footprint,
+        })
+    }
+
+    /// Texts of the begin- and end-of-text tokens, as templates write them.
+    pub fn special_texts(&self) -> SpecialTexts {
+        let text = |id: Option<u32>| {
+            id.map_or_else(String::new, |id| {
+                self.tokenizer.vocabulary().piece_text(id).into_owned()
+            })
+        };
+        SpecialTexts {
+            bos: text(self.tokenizer.bos()),
+            eos: text(self.tokenizer.eos()),
+        }
+    }
+}
+
+/// What [`start_engine`] makes.
+struct Started {
+    engine: Engine,
+    sparsity: SparsityPlan,
+    footprint: Footprint,
+    n_ctx: usize,
+}
+
+/// Starts the teams, loads the weights with them and gives both to an engine.
+fn start_engine(
+    options: &ModelOptions,
+    plan: &Plan,
+    file: &GgufFile,
+    hyper: &Hyperparameters,
+    observer: &dyn LoadObserver,
+) -> Result<Started, RuntimeError> {
+    let in_file = |source| model_error(&options.path, source);
+    let tensors = ModelTensors::find(file, hyper).map_err(in_file)?;
+    let sparsity = SparsityPlan::resolve(options.sparsity, hyper.gate, &tensors.stored_downs())
+        .map_err(in_file)?;
+    let n_ctx = match options.n_ctx {
+        0 => hyper.n_ctx_max.min(N_CTX_DEFAULT_MAX),
+        n_ctx => n_ctx,
+    };
+    let threads: Vec<usize> = plan.nodes.iter().map(|node| node.cpus.len()).collect();
+    let loader = Loader::new(file, hyper, &tensors, &sparsity, &threads, n_ctx).map_err(in_file)?;
+    let teams = Teams::start(plan)?;
+    observer.begin(loader.copied_bytes());
+    let weights = loader.load(&teams, plan, &|bytes| observer.copied(bytes));
+    observer.end();
+    let engine = Engine::start(
+        teams,
+        weights.map_err(in_file)?,
+        EngineOptions {
+            cpu: options.cpu,
+            kv_type: options.kv_type,
+            n_ubatch: N_UBATCH,
+            wait_limit: WAIT_LIMIT,
+            faults: Faults::default(),
+        },
+    )?;
+    let footprint = Footprint::of(hyper, &tensors, &sparsity);
+    Ok(Started {
+        engine,
+        sparsity,
+        footprint,
+        n_ctx,
+    })
+}
+
+/// A token that the model has no row for would be read beside its embedding.
+fn check_vocabulary(tokenizer: &Tokenizer, hyper: &Hyperparameters) -> Result<(), ModelError> {
+    if tokenizer.n_vocab() == hyper.n_vocab {
+        return Ok(());
+    }
+    Err(ModelError::BadKey {
+        key: "tokenizer.ggml.tokens".into(),
+        value: format!("a list of {}", tokenizer.n_vocab()),
+        needed: format!("token_embd.weight has {} rows", hyper.n_vocab),
+    })
+}
+
+fn model_error(path: &Path, source: ModelError) -> RuntimeError {
+    RuntimeError::Model {
+        path: path.to_path_buf(),
+        source,
+    }
+}
+
+fn tokenizer_error(path: &Path, source: TokenizerError) -> RuntimeError {
+    RuntimeError::TokenizerOf {
+        path: path.to_path_buf(),
+        source,
+    }
+}

@@ -1,0 +1,132 @@
+//! Where threads and memory go: a topology file, or the machine as it is found.
+
+use std::path::{Path, PathBuf};
+
+use pi_topology::{Machine, Plan, TopologyConfig};
+
+use crate::error::RuntimeError;
+
+/// What is asked of the machine, and the file that asks.
+#[derive(Debug, Clone, Default)]
+pub struct TopologyFile {
+    path: Option<PathBuf>,
+    config: TopologyConfig,
+}
+
+impl TopologyFile {
+    /// Reads the file at `path`; without one the discovered machine is used as it is.
+    ///
+    /// # Errors
+    /// The file cannot be read or says something wrong: the message names file, line and key.
+    pub fn read(path: Option<&Path>) -> Result<Self, RuntimeError> {
+        let Some(path) = path else {
+            return Ok(Self::default());
+        };
+        let text = std::fs::read_to_string(path).map_err(|source| RuntimeError::ReadTopology {
+            path: path.to_path_buf(),
+            source,
+        })?;
+        Ok(Self {
+            path: Some(path.to_path_buf()),
+            config: parse(&text).map_err(|(line, problem)| RuntimeError::TopologySyntax {
+                path: path.to_path_buf(),
+                line,
+                problem,
+            })?,
+        })
+    }
+
+    /// Fits it to the machine that this runs on, with `threads` over all nodes in place of the file's.
+    ///
+    /// # Errors
+    /// The machine lacks what is asked for.
+    pub fn plan(&self, threads: Option<usize>) -> Result<Plan, RuntimeError> {
+        let plan = Machine::discover()
+            .and_then(|machine| Plan::new(&self.config, &machine, threads))
+            .map_err(|source| match &self.path {
+                Some(path) if !source.is_environment() => RuntimeError::TopologyOf {
+                    path: path.clone(),
+                    source,
+                },
+                _ => RuntimeError::Topology(source),
+            })?;
+        tracing::info!(
+            name = self.config.name.as_deref().unwrap_or("discovered machine"),
+            nodes = plan.nodes.len(),
+            threads = plan.n_threads(),
+            "planned"
+        );
+        Ok(plan)
+    }
+}
+
+/// Parses a topology; an error is a line, counted from 1, and what is wrong with which key there.
+fn parse(text: &str) -> Result<TopologyConfig, (usize, String)> {
+    toml::from_str(text).map_err(|error| {
+        let start = error.span().map_or(0, |span| span.start).min(text.len());
+        let line = 1 + text.as_bytes()[..start]
+            .iter()
+            .filter(|byte| **byte == b'\n')
+            .count();
+        let message = error.message().trim().replace('\n', ", ");
+        let problem = match key_on(text.lines().nth(line - 1).unwrap_or_default()) {
+            Some(key) if !message.contains(&format!("`{key}`")) => format!("{key}: {message}"),
+            _ => message,
+        };
+        (line, problem)
+    })
+}
+
+/// The key or table that a line of TOML is about.
+fn key_on(line: &str) -> Option<&str> {
+    let line = line.trim();
+    let key = if line.starts_with('[') {
+        line.split(['#', ']'])
+            .next()?
+            .trim_start_matches('[')
+            .trim()
+    } else {
+        line.split_once('=')?.0.trim()
+    };
+    (!key.is_empty()).then_some(key)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn problem(text: &str) -> (usize, String) {
+        parse(text).unwrap_err()
+    }
+
+    #[test]
+    fn errors_carry_line_and_key() {
+        let (line, text) = problem("name = \"x\"\n\n[host]\nthreads = \"many\"\n");
+        assert_eq!(line, 4);
+        assert!(text.contains("threads") && text.contains("many"), "{text}");
+        let (line, text) = problem("[memory]\nhuge_page = \"try\"\n");
+        assert_eq!(line, 2);
+        assert!(text.contains("`huge_page`"), "{text}");
+        let (line, text) = problem("[host]\nthreads = 0\n");
+        assert!(line == 2 && text.contains("threads"), "{line} {text}");
+        let (line, text) = problem("name = \n");
+        assert!(line == 1 && text.starts_with("name"), "{line} {text}");
+    }
+
+    #[test]
+    fn shipped_topologies_are_read() {
+        let folder = Path::new(env!("CARGO_MANIFEST_DIR")).join("../configs");
+        let mut n_files = 0;
+        for entry in std::fs::read_dir(folder).unwrap() {
+            let path = entry.unwrap().path();
+            if path
+                .extension()
+                .is_some_and(|extension| extension == "toml")
+            {
+                TopologyFile::read(Some(&path)).unwrap();
+                n_files += 1;
+            }
+        }
+        assert!(n_files > 0);
+    }
+}
