@@ -1,4 +1,8 @@
-//! Inputs that the benchmarks share.
+//! Inputs that the benchmarks share, and the loop without actors that the pipeline is compared with.
+
+mod plain_loop;
+
+pub use plain_loop::PlainLoop;
 
 use pi_kernels::{Layout, MatrixShape, QuantType};
 

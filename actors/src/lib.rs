@@ -20,7 +20,8 @@ pub mod messages;
 mod model;
 mod pipeline;
 mod scratch;
-mod slots;
+#[doc(hidden)]
+pub mod slots;
 mod team;
 mod teams;
 mod wait;

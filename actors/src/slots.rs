@@ -30,7 +30,7 @@ use pi_kernels::{ActBatch, ActivationMode, StridedOut};
 
 /// f32 values that several threads write and read in turns.
 #[derive(Debug)]
-pub(crate) struct SharedF32 {
+pub struct SharedF32 {
     start: *mut f32,
     len: usize,
 }
@@ -95,7 +95,7 @@ impl Drop for SharedF32 {
 
 /// A value that one thread writes and others read in turns.
 #[derive(Debug, Default)]
-pub(crate) struct Shared<T>(UnsafeCell<T>);
+pub struct Shared<T>(UnsafeCell<T>);
 
 // SAFETY: all access is through unsafe functions whose contract keeps writers and readers apart.
 unsafe impl<T: Send + Sync> Sync for Shared<T> {}

@@ -6,7 +6,7 @@
 mod common;
 
 use std::path::{Path, PathBuf};
-use std::sync::Arc;
+use std::sync::{Arc, Mutex};
 
 use common::engine::{Forced, Setup, argmax};
 use common::reference::{Prompt, Reference};
@@ -45,6 +45,11 @@ const Q8: Tolerance = Tolerance {
     logit: 0.9,
     ppl: 0.01,
 };
+
+/// The SiLU model's fourth prompt starts with a token whose activations are far larger than all others. By numpy,
+/// rounding its 8-bit activations differently at ties alone moves that prompt's logits by 0.5 to 1.2 (llama.cpp's
+/// path: 0.61), so the logit bound of the demo model cannot hold here; all others do.
+const Q8_SILU: Tolerance = Tolerance { logit: 1.3, ..Q8 };
 
 fn tokenizer(model: &Path) -> Tokenizer {
     Tokenizer::from_metadata(GgufFile::open(model).unwrap().metadata()).unwrap()
@@ -98,7 +103,7 @@ impl Findings {
         );
         assert!(compared >= tolerance.compared, "{compared} compared");
         assert!(agreement >= tolerance.agreement, "{agreement} agree");
-        assert!(self.logit_difference <= tolerance.logit);
+        assert!(self.logit_difference <= tolerance.logit, "logits");
     }
 }
 
@@ -131,7 +136,7 @@ fn compare(
             ..setup.clone()
         }
         .start(model);
-        let findings = Arc::new(std::sync::Mutex::new(Findings::default()));
+        let findings = Arc::new(Mutex::new(Findings::default()));
         let (reference, noted) = (Arc::clone(&reference), Arc::clone(&findings));
         let look = move |sequence: usize, position: usize, logits: &[f32]| {
             let prompt = &reference.prompts()[sequence];
@@ -181,7 +186,7 @@ fn silu_model() -> Option<(PathBuf, PathBuf)> {
 fn a_silu_model_decides_as_its_reference() {
     if let Some((model, reference)) = silu_model() {
         compare(&model, &reference, &Setup::f32(), &[Sparsity::Off], &F32);
-        compare(&model, &reference, &Setup::q8(), &[Sparsity::Off], &Q8);
+        compare(&model, &reference, &Setup::q8(), &[Sparsity::Off], &Q8_SILU);
     }
 }
 
@@ -194,7 +199,7 @@ fn perplexity(model: &Path, text: &str, n_chunks: Option<usize>, setup: &Setup) 
     let sequences: Vec<_> = (0..chunks.len())
         .map(|chunk| (chunks.fed(chunk), chunks.first_scored()))
         .collect();
-    let score = Arc::new(std::sync::Mutex::new(Score::default()));
+    let score = Arc::new(Mutex::new(Score::default()));
     let (fed, noted) = (sequences.clone(), Arc::clone(&score));
     let look = move |sequence: usize, position: usize, logits: &[f32]| {
         if let Some(next) = fed[sequence].0.get(position + 1) {
@@ -202,8 +207,7 @@ fn perplexity(model: &Path, text: &str, n_chunks: Option<usize>, setup: &Setup) 
         }
     };
     Forced::new(sequences, look).run(&setup.start(model));
-    let ppl = score.lock().unwrap().ppl();
-    ppl
+    score.lock().unwrap().ppl()
 }
 
 fn check_perplexity(name: &str, found: f64, expected: f64, tolerance: &Tolerance) {
@@ -228,13 +232,22 @@ fn check_bench_text(model: &Path, expected: f64, setup: &Setup, tolerance: &Tole
     check_perplexity(&name, found, expected, tolerance);
 }
 
+/// With f32 activations one mode does: the other gives the same bits (`invariants.rs`).
 #[test]
 fn perplexity_is_the_reference_s() {
-    for sparsity in BOTH.map(Some) {
-        for (setup, tolerance) in [(Setup::f32(), &F32), (Setup::q8(), &Q8)] {
-            let setup = Setup { sparsity, ..setup };
-            check_bench_text(&demo_model(), 37.3638, &setup, tolerance);
-        }
+    let runs = [
+        (Sparsity::Exact, Setup::f32(), &F32),
+        (Sparsity::Exact, Setup::q8(), &Q8),
+        (Sparsity::Off, Setup::q8(), &Q8),
+    ];
+    for (sparsity, setup, tolerance) in runs {
+        let sparsity = Some(sparsity);
+        check_bench_text(
+            &demo_model(),
+            37.3638,
+            &Setup { sparsity, ..setup },
+            tolerance,
+        );
     }
 }
 
@@ -249,17 +262,25 @@ fn perplexity_of_a_silu_model_is_its_reference_s() {
     }
 }
 
-/// The reference's perplexity on wikitext-2 valid, 100 chunks of 512; the text is on development machines only.
-#[test]
-#[ignore = "takes minutes"]
-fn perplexity_of_wikitext_is_the_reference_s() {
+/// wikitext-2 valid, 100 chunks of 512, against llama.cpp's perplexity; the text is on development machines only.
+fn check_wikitext(setup: &Setup, tolerance: &Tolerance) {
     let path = workspace().join("../shared/text/wikitext-2-valid.txt");
     let Ok(text) = std::fs::read_to_string(&path) else {
         println!("skipped: there is no {}", path.display());
         return;
     };
-    for (setup, tolerance) in [(Setup::q8(), &Q8), (Setup::f32(), &F32)] {
-        let found = perplexity(&demo_model(), &text, Some(100), &setup);
-        check_perplexity(&setup.activations.to_string(), found, 23.6926, tolerance);
-    }
+    let found = perplexity(&demo_model(), &text, Some(100), setup);
+    check_perplexity(&setup.activations.to_string(), found, 23.6926, tolerance);
+}
+
+#[test]
+#[ignore = "takes minutes"]
+fn perplexity_of_wikitext_is_the_reference_s_with_q8_activations() {
+    check_wikitext(&Setup::q8(), &Q8);
+}
+
+#[test]
+#[ignore = "takes minutes"]
+fn perplexity_of_wikitext_is_the_reference_s_with_f32_activations() {
+    check_wikitext(&Setup::f32(), &F32);
 }

@@ -2,7 +2,7 @@
 
 mod common;
 
-use common::tiny_model::TinyModel;
+use common::tiny_model::{N_VOCAB, TinyModel};
 use pi_kernels::QuantType;
 use pi_kernels::rope::{RopePairs, RopeScaling};
 use pi_runtime::gguf::GgufFile;
@@ -31,7 +31,7 @@ fn sizes_and_defaults_are_read() {
     .unwrap();
     assert_eq!(
         (hyper.n_layer, hyper.n_embd, hyper.n_ff, hyper.n_vocab),
-        (2, 64, 512, 258)
+        (2, 64, 512, N_VOCAB)
     );
     assert_eq!((hyper.n_head, hyper.n_head_kv, hyper.head_dim), (4, 2, 16));
     assert_eq!((hyper.gate, hyper.n_ctx_max), (GateKind::Silu, 256));
@@ -105,15 +105,15 @@ fn bad_models_are_refused_with_cause_and_cure() {
         ),
         (
             with("llama.block_count", 3u32.into()),
-            &["blk.2.attn", "missing"],
+            &["blk.2.ffn_down", "missing"],
         ),
         (
             with("llama.block_count", u32::MAX.into()),
             &["llama.block_count"],
         ),
         (
-            with("llama.embedding_length", 63u32.into()),
-            &["shape", "63"],
+            with("llama.embedding_length", 72u32.into()),
+            &["shape", "72"],
         ),
         (
             with("llama.feed_forward_length", 256u32.into()),
@@ -154,7 +154,7 @@ fn bad_models_are_refused_with_cause_and_cure() {
         ),
         (
             with("llama.vocab_size", 300u32.into()),
-            &["vocab_size", "258 rows"],
+            &["vocab_size", "259 rows"],
         ),
         (
             with("llama.context_length", "long".into()),

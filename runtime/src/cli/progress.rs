@@ -1,41 +1,59 @@
 //! The bar that shows a model being loaded.
 
 use std::io::{IsTerminal, stderr};
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::time::{Duration, Instant};
 
 use indicatif::{ProgressBar, ProgressDrawTarget, ProgressStyle};
 
 use crate::session::LoadObserver;
 
+/// Loads that take no longer show no bar: drawing it would be a good part of their time.
+const QUIET: Duration = Duration::from_millis(500);
+
 /// A bar on stderr; hidden where that is no terminal.
 #[derive(Debug)]
-pub struct LoadBar(ProgressBar);
+pub struct LoadBar {
+    bar: ProgressBar,
+    start: Instant,
+    total_bytes: AtomicU64,
+}
 
 impl Default for LoadBar {
     fn default() -> Self {
         let target = if stderr().is_terminal() {
-            ProgressDrawTarget::stderr()
+            ProgressDrawTarget::stderr_with_hz(10)
         } else {
             ProgressDrawTarget::hidden()
         };
         let bar = ProgressBar::with_draw_target(None, target);
         let style = ProgressStyle::with_template("loading {bar:40} {bytes} of {total_bytes}");
-        Self(match style {
-            Ok(style) => bar.with_style(style),
-            Err(_) => bar,
-        })
+        Self {
+            bar: match style {
+                Ok(style) => bar.with_style(style),
+                Err(_) => bar,
+            },
+            start: Instant::now(),
+            total_bytes: AtomicU64::new(0),
+        }
     }
 }
 
 impl LoadObserver for LoadBar {
     fn begin(&self, total_bytes: u64) {
-        self.0.set_length(total_bytes);
+        // the bar itself would be drawn with its length
+        self.total_bytes.store(total_bytes, Ordering::Relaxed);
     }
 
     fn copied(&self, bytes: u64) {
-        self.0.set_position(bytes);
+        if self.start.elapsed() > QUIET {
+            self.bar
+                .set_length(self.total_bytes.load(Ordering::Relaxed));
+            self.bar.set_position(bytes);
+        }
     }
 
     fn end(&self) {
-        self.0.finish_and_clear();
+        self.bar.finish_and_clear();
     }
 }

@@ -7,14 +7,13 @@ use pi_actors::faults::Faults;
 use pi_actors::{Engine, EngineOptions, Teams};
 use pi_kernels::Cpu;
 use pi_kernels::attention::KvType;
-use pi_topology::{Arena, Plan};
+use pi_topology::Plan;
 
 use crate::chat::SpecialTexts;
 use crate::error::RuntimeError;
 use crate::gguf::GgufFile;
 use crate::model::description::Description;
 use crate::model::footprint::Footprint;
-use crate::model::node_memory::{self, NodeMemory};
 use crate::model::sparsity::SparsityPlan;
 use crate::model::{Hyperparameters, Loader, ModelError, ModelTensors, Sparsity};
 use crate::tokenizer::{Tokenizer, TokenizerError};
@@ -172,9 +171,7 @@ fn start_engine(
     let loader = Loader::new(file, hyper, &tensors, &sparsity, &threads, n_ctx).map_err(in_file)?;
     let teams = Teams::start(plan)?;
     observer.begin(loader.copied_bytes());
-    let weights = loader.load(&teams, &PlannedMemory(plan), &|bytes| {
-        observer.copied(bytes)
-    });
+    let weights = loader.load(&teams, plan, &|bytes| observer.copied(bytes));
     observer.end();
     let engine = Engine::start(
         teams,
@@ -219,33 +216,5 @@ fn tokenizer_error(path: &Path, source: TokenizerError) -> RuntimeError {
     RuntimeError::TokenizerOf {
         path: path.to_path_buf(),
         source,
-    }
-}
-
-/// Memory on the plan's nodes.
-struct PlannedMemory<'a>(&'a Plan);
-
-impl NodeMemory for PlannedMemory<'_> {
-    fn allocate(
-        &self,
-        node: usize,
-        bytes: usize,
-    ) -> Result<Box<dyn node_memory::Arena>, ModelError> {
-        let arena = Arena::new(bytes, self.0.nodes[node].numa, self.0.huge_pages)
-            .map_err(|error| ModelError::Memory(error.to_string()))?;
-        Ok(Box::new(NodeArena(arena)))
-    }
-}
-
-/// A node's memory while it is filled.
-struct NodeArena(Arena);
-
-impl node_memory::Arena for NodeArena {
-    fn as_mut_slice(&mut self) -> &mut [u8] {
-        self.0.as_mut_slice()
-    }
-
-    fn freeze(self: Box<Self>) -> bytes::Bytes {
-        self.0.freeze()
     }
 }

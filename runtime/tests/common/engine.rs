@@ -1,6 +1,8 @@
 //! An engine for a model file, and feeders that note what it computes.
 
+use std::ops::Deref;
 use std::path::Path;
+use std::sync::{Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
 use pi_actors::faults::Faults;
@@ -50,8 +52,11 @@ impl Setup {
         }
     }
 
-    /// Loads the model and starts its actors.
-    pub fn start(&self, path: &Path) -> Engine {
+    /// Loads the model and starts its actors, as soon as no other test runs an engine.
+    ///
+    /// A thread that has one must drop it before it starts another.
+    pub fn start(&self, path: &Path) -> LoneEngine {
+        let turn = TURN.lock().unwrap_or_else(PoisonError::into_inner);
         let file = GgufFile::open(path).unwrap();
         let hyper = Hyperparameters::read(&file).unwrap();
         let tensors = ModelTensors::find(&file, &hyper).unwrap();
@@ -76,7 +81,27 @@ impl Setup {
             wait_limit: Duration::from_secs(60),
             faults: Faults::default(),
         };
-        Engine::start(teams, weights, options).unwrap()
+        LoneEngine {
+            engine: Engine::start(teams, weights, options).unwrap(),
+            _turn: turn,
+        }
+    }
+}
+
+/// Whose turn it is: engines are pinned to the same CPUs, and two at once would wait for one another at every step.
+static TURN: Mutex<()> = Mutex::new(());
+
+/// The only engine that runs.
+pub struct LoneEngine {
+    engine: Engine,
+    _turn: MutexGuard<'static, ()>,
+}
+
+impl Deref for LoneEngine {
+    type Target = Engine;
+
+    fn deref(&self) -> &Engine {
+        &self.engine
     }
 }
 
