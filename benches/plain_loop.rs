@@ -88,9 +88,13 @@ impl<'a> PlainLoop<'a> {
         let n_kv = shape.n_head_kv * shape.head_dim;
         let cache = || Shared::new(vec![0; 2 * KvType::F16.row_bytes(n_kv) * shape.n_ctx]);
         let rope = RopeTable::new(shape.rope.clone());
-        let states = shape.n_head * shape.n_ctx.div_ceil(CHUNK_POSITIONS) * state_len(shape.head_dim);
+        let states =
+            shape.n_head * shape.n_ctx.div_ceil(CHUNK_POSITIONS) * state_len(shape.head_dim);
         let list = || {
-            Shared::new((Vec::with_capacity(shape.n_ff), Vec::with_capacity(shape.n_ff)))
+            Shared::new((
+                Vec::with_capacity(shape.n_ff),
+                Vec::with_capacity(shape.n_ff),
+            ))
         };
         Self {
             weights,
@@ -157,7 +161,8 @@ impl<'a> PlainLoop<'a> {
             // SAFETY: see above.
             unsafe {
                 self.embed(token as usize);
-                self.rope.fill(position, self.rotation.write(0..self.rope.row_len()));
+                self.rope
+                    .fill(position, self.rotation.write(0..self.rope.row_len()));
                 self.norm(&self.weights.layers[0].attn_norm);
             }
         }
@@ -177,7 +182,13 @@ impl<'a> PlainLoop<'a> {
                 self.meet();
                 let rows = self.part(thread, shape.n_embd, ROW_GROUP);
                 let out = self.projected.write(rows.clone());
-                gemv(self.cpu, share.wo.view(), self.attn.get().token(0), rows, out);
+                gemv(
+                    self.cpu,
+                    share.wo.view(),
+                    self.attn.get().token(0),
+                    rows,
+                    out,
+                );
                 self.meet();
                 if thread == 0 {
                     self.add(&self.projected);
@@ -243,8 +254,11 @@ impl<'a> PlainLoop<'a> {
     /// # Safety
     /// `normed` is written; the thread's rows of `q`, `k` and `v` are its own.
     unsafe fn project(&self, thread: usize, share: &LayerShare) {
-        let parts: [(&Matrix, &SharedF32); 3] =
-            [(&share.wq, &self.q), (&share.wk, &self.k), (&share.wv, &self.v)];
+        let parts: [(&Matrix, &SharedF32); 3] = [
+            (&share.wq, &self.q),
+            (&share.wk, &self.k),
+            (&share.wv, &self.v),
+        ];
         let groups = |matrix: &Matrix| matrix.shape.n_rows.div_ceil(ROW_GROUP);
         let mine = self.part(thread, parts.iter().map(|part| groups(part.0)).sum(), 1);
         let mut first = 0;
@@ -289,13 +303,17 @@ impl<'a> PlainLoop<'a> {
                 };
                 append(self.cpu, KvType::F16, k, row(keys));
                 append(self.cpu, KvType::F16, self.v.read(kv), row(values));
-                let seen = |start: *mut u8| {
-                    std::slice::from_raw_parts(start, (position + 1) * row_bytes)
+                let seen =
+                    |start: *mut u8| std::slice::from_raw_parts(start, (position + 1) * row_bytes);
+                let kv = KvHead {
+                    kv_type: KvType::F16,
+                    head_dim,
+                    k: seen(keys),
+                    v: seen(values),
                 };
-                let kv = KvHead { kv_type: KvType::F16, head_dim, k: seen(keys), v: seen(values) };
-                let states = self.states.write(
-                    head * n_chunks * states_len..(head + 1) * n_chunks * states_len,
-                );
+                let states = self
+                    .states
+                    .write(head * n_chunks * states_len..(head + 1) * n_chunks * states_len);
                 reset_states(states, head_dim);
                 let queries_of = Queries {
                     values: q,
@@ -353,7 +371,14 @@ impl<'a> PlainLoop<'a> {
             }
             let mine = self.part(thread, all.0.len(), 1);
             let out = self.act.write(mine.clone());
-            up_active(self.cpu, up_rows, x, &all.0[mine.clone()], &all.1[mine], out);
+            up_active(
+                self.cpu,
+                up_rows,
+                x,
+                &all.0[mine.clone()],
+                &all.1[mine],
+                out,
+            );
             self.meet();
             self.down(thread, rows, &all.0);
         }
@@ -366,7 +391,10 @@ impl<'a> PlainLoop<'a> {
         // SAFETY: the thread's neurons are its own until it meets the others.
         unsafe {
             let x = self.normed.get().token(0);
-            let (gate, up_out) = (self.gate.write(neurons.clone()), self.up.write(neurons.clone()));
+            let (gate, up_out) = (
+                self.gate.write(neurons.clone()),
+                self.up.write(neurons.clone()),
+            );
             gemv(self.cpu, share.gate.view(), x, neurons.clone(), gate);
             gemv(self.cpu, up.view(), x, neurons.clone(), up_out);
             relu_mul(self.cpu, gate, up_out, self.act.write(neurons));
@@ -396,7 +424,15 @@ impl<'a> PlainLoop<'a> {
         unsafe {
             let act = self.act.read(0..ids.len());
             let out = self.sum.write(columns.clone());
-            down_active(self.cpu, rows.down_rows(), ids, act, &spans, columns, &mut [out]);
+            down_active(
+                self.cpu,
+                rows.down_rows(),
+                ids,
+                act,
+                &spans,
+                columns,
+                &mut [out],
+            );
         }
     }
 }

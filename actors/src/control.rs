@@ -38,7 +38,10 @@ pub(crate) struct Blueprint {
 impl Blueprint {
     fn send(&self, node: usize, control: Control) {
         if self.outboxes[node].send(Letter::Control(control)).is_err() {
-            tracing::error!("{}: the executor of node {node} takes no messages", self.actor);
+            tracing::error!(
+                "{}: the executor of node {node} takes no messages",
+                self.actor
+            );
         }
     }
 }
@@ -70,7 +73,8 @@ impl Actor for Counterpart {
         reason: ActorStopReason,
     ) -> Result<(), Infallible> {
         if matches!(reason, ActorStopReason::Normal) {
-            self.0.send(self.0.actor.executor(), Control::Remove(self.0.actor));
+            self.0
+                .send(self.0.actor.executor(), Control::Remove(self.0.actor));
         }
         Ok(())
     }

@@ -120,7 +120,11 @@ impl Cell {
             kv_bytes: get(&self.kv_bytes),
         };
         let restarts = self.starts.load(Ordering::Relaxed).saturating_sub(1);
-        ActorCounters { actor, restarts, counters }
+        ActorCounters {
+            actor,
+            restarts,
+            counters,
+        }
     }
 }
 

@@ -46,7 +46,15 @@ impl DeviceLayer {
                 sums.push((node, n));
             }
         }
-        Self { layer, model, cell, pending: 0, work: Counters::default(), subtrees, sums }
+        Self {
+            layer,
+            model,
+            cell,
+            pending: 0,
+            work: Counters::default(),
+            subtrees,
+            sums,
+        }
     }
 
     /// Nodes that the actor waits for, a bit each.
@@ -59,7 +67,11 @@ impl DeviceLayer {
         self.work = Counters::default();
         self.count_message(true);
         let step = self.step();
-        self.norm(&self.model.weights.layers[self.layer].attn_norm, 0..step.n_tokens, team);
+        self.norm(
+            &self.model.weights.layers[self.layer].attn_norm,
+            0..step.n_tokens,
+            team,
+        );
         self.send_shares(message.step, Stage::Attention, posts);
     }
 
@@ -68,7 +80,13 @@ impl DeviceLayer {
         self.work = Counters::default();
         self.count_message(true);
         self.norm(&self.model.weights.output_norm, message.tokens(), team);
-        self.send_shares(message.step, Stage::Head { n_tokens: message.n_tokens }, posts);
+        self.send_shares(
+            message.step,
+            Stage::Head {
+                n_tokens: message.n_tokens,
+            },
+            posts,
+        );
     }
 
     /// Takes a node's share.
@@ -87,7 +105,10 @@ impl DeviceLayer {
                 self.send_compute(message.step, posts);
             }
             Stage::Head { .. } => {
-                let done = HeadDone { step: message.step, work: self.work };
+                let done = HeadDone {
+                    step: message.step,
+                    work: self.work,
+                };
                 posts.post(ActorId::Pipeline, Message::HeadDone(done));
             }
         }
@@ -100,7 +121,11 @@ impl DeviceLayer {
             return;
         }
         self.add_partials(team);
-        let done = LayerDone { step: message.step, layer: self.layer, work: self.work };
+        let done = LayerDone {
+            step: message.step,
+            layer: self.layer,
+            work: self.work,
+        };
         posts.post(ActorId::Pipeline, Message::LayerDone(done));
     }
 
@@ -108,7 +133,11 @@ impl DeviceLayer {
     fn count_message(&mut self, norm: bool) {
         let norm_bytes = self.model.shape().n_embd * size_of::<f32>();
         let weight_bytes = if norm { norm_bytes as u64 } else { 0 };
-        let own = Counters { messages: 1, weight_bytes, ..Counters::default() };
+        let own = Counters {
+            messages: 1,
+            weight_bytes,
+            ..Counters::default()
+        };
         self.cell.add(own);
         self.work += own;
     }
@@ -131,8 +160,12 @@ impl DeviceLayer {
     }
 
     fn send_compute(&mut self, step: Step, posts: &mut Posts<'_>) {
-        let compute =
-            Compute { step, layer: self.layer, ids: NeuronIds::All, x_slot: SlotId::Normed };
+        let compute = Compute {
+            step,
+            layer: self.layer,
+            ids: NeuronIds::All,
+            x_slot: SlotId::Normed,
+        };
         self.send_to_nodes(Message::Compute(compute), posts);
     }
 
@@ -141,7 +174,13 @@ impl DeviceLayer {
         let n_nodes = self.model.n_nodes();
         self.pending = (1 << n_nodes) - 1;
         for node in (0..n_nodes).rev() {
-            posts.post(ActorId::ColdLayer { layer: self.layer, node }, message);
+            posts.post(
+                ActorId::ColdLayer {
+                    layer: self.layer,
+                    node,
+                },
+                message,
+            );
         }
     }
 
@@ -156,7 +195,9 @@ impl DeviceLayer {
             // SAFETY: the row is this thread's; `x` is the device's.
             unsafe {
                 let x = model.slots.x.read(token * n_embd..(token + 1) * n_embd);
-                writer.set_with(model.cpu, row, |out| rms_norm(model.cpu, x, weight, eps, out));
+                writer.set_with(model.cpu, row, |out| {
+                    rms_norm(model.cpu, x, weight, eps, out)
+                });
             }
         });
     }
@@ -189,7 +230,9 @@ impl DeviceLayer {
             unsafe {
                 let x = model.slots.x.write(row.clone());
                 add_assign(model.cpu, x, model.slots.projected.read(row));
-                writer.set_with(model.cpu, token, |out| rms_norm(model.cpu, x, weight, eps, out));
+                writer.set_with(model.cpu, token, |out| {
+                    rms_norm(model.cpu, x, weight, eps, out)
+                });
             }
         });
     }

@@ -12,7 +12,9 @@ use pi_kernels::attention::KvType;
 use tokio::runtime::{Builder, Runtime};
 
 use crate::cold_layer::ColdLayer;
-use crate::control::{self, Blueprint, Build, Counterpart, Died, Panic, ReadAll, Stats, Supervisor};
+use crate::control::{
+    self, Blueprint, Build, Counterpart, Died, Panic, ReadAll, Stats, Supervisor,
+};
 use crate::counters::{ActorCounters, RunTotals};
 use crate::device_layer::DeviceLayer;
 use crate::error::ActorError;
@@ -76,7 +78,9 @@ pub struct Engine {
 
 impl std::fmt::Debug for Engine {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        f.debug_struct("Engine").field("shape", self.shape()).finish_non_exhaustive()
+        f.debug_struct("Engine")
+            .field("shape", self.shape())
+            .finish_non_exhaustive()
     }
 }
 
@@ -94,8 +98,18 @@ impl Engine {
         options: EngineOptions,
     ) -> Result<Self, ActorError> {
         let n_nodes = teams.plan().nodes.len();
-        assert_eq!(weights.head.len(), n_nodes, "weights are divided over the teams' nodes");
-        let EngineOptions { cpu, kv_type, n_ubatch, wait_limit, faults } = options;
+        assert_eq!(
+            weights.head.len(),
+            n_nodes,
+            "weights are divided over the teams' nodes"
+        );
+        let EngineOptions {
+            cpu,
+            kv_type,
+            n_ubatch,
+            wait_limit,
+            faults,
+        } = options;
         let n_ubatch = n_ubatch.clamp(1, weights.shape.n_ctx);
         let model = Arc::new(Model::new(weights, cpu, kv_type, n_ubatch));
         let caches = caches(&teams, &model)?;
@@ -123,7 +137,10 @@ impl Engine {
         let supervisor = control.block_on(async { Supervisor::spawn(()) });
         let counterparts = start_actors(&control, &supervisor, &teams, &model, &caches, &cells);
         *lock(&table) = counterparts.clone();
-        let mut listed: Vec<_> = counterparts.iter().map(|(id, actor)| (*id, actor.clone())).collect();
+        let mut listed: Vec<_> = counterparts
+            .iter()
+            .map(|(id, actor)| (*id, actor.clone()))
+            .collect();
         listed.sort_by_key(|(id, _)| *id);
         let stats = control.block_on(async { Stats::spawn(Stats(listed)) });
         Ok(Self {
@@ -139,11 +156,15 @@ impl Engine {
 
     /// The threads that the engine runs on; they take jobs between runs.
     pub fn teams(&self) -> &Teams {
-        self.teams.as_ref().expect("an engine has teams until it is dropped")
+        self.teams
+            .as_ref()
+            .expect("an engine has teams until it is dropped")
     }
 
     fn control(&self) -> &Runtime {
-        self.control.as_ref().expect("an engine has a control plane until it is dropped")
+        self.control
+            .as_ref()
+            .expect("an engine has a control plane until it is dropped")
     }
 
     /// Sizes and constants of the model.
@@ -163,7 +184,11 @@ impl Engine {
         let served = served.recv().map_err(|_| ActorError::Gone)?;
         let feeder: Box<dyn Any> = served.feeder;
         let feeder = feeder.downcast().map_err(|_| ActorError::Gone)?;
-        Ok(Run { feeder: *feeder, totals: served.totals, outcome: served.outcome })
+        Ok(Run {
+            feeder: *feeder,
+            totals: served.totals,
+            outcome: served.outcome,
+        })
     }
 
     /// The counters of every actor that is not stopped, asked from each through its mailbox.
@@ -172,7 +197,9 @@ impl Engine {
     /// The control plane does not answer.
     pub fn counters(&self) -> Result<Vec<ActorCounters>, ActorError> {
         let ask = self.stats.ask(ReadAll);
-        self.control().block_on(async { ask.await }).map_err(|_| ActorError::Gone)
+        self.control()
+            .block_on(async { ask.await })
+            .map_err(|_| ActorError::Gone)
     }
 
     /// Stops an actor for good: the next token that needs it fails with an error that names it.
@@ -180,8 +207,10 @@ impl Engine {
     /// # Errors
     /// There is no such actor.
     pub fn stop_actor(&self, actor: ActorId) -> Result<(), ActorError> {
-        let counterpart =
-            self.counterparts.get(&actor).ok_or(ActorError::NoSuchActor { actor })?;
+        let counterpart = self
+            .counterparts
+            .get(&actor)
+            .ok_or(ActorError::NoSuchActor { actor })?;
         self.control().block_on(async {
             // one that is stopped already is as it should be
             let _ = counterpart.stop_gracefully().await;
@@ -258,7 +287,9 @@ fn start_actors(
     let outboxes: Arc<[_]> = teams.outboxes().into();
     let mut counterparts = HashMap::new();
     for actor in cells.actors() {
-        let Some(cell) = cells.get(actor).cloned() else { continue };
+        let Some(cell) = cells.get(actor).cloned() else {
+            continue;
+        };
         let blueprint = Blueprint {
             actor,
             cell: Arc::clone(&cell),
@@ -293,7 +324,8 @@ fn build(
         ActorId::ColdLayer { layer, node } => {
             let cache = Arc::clone(&caches[node]);
             Arc::new(move || {
-                let (model, cache, cell) = (Arc::clone(&model), Arc::clone(&cache), Arc::clone(&cell));
+                let (model, cache, cell) =
+                    (Arc::clone(&model), Arc::clone(&cache), Arc::clone(&cell));
                 Incarnation::ColdLayer(ColdLayer::new(layer, node, model, cache, cell))
             })
         }

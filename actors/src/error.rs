@@ -9,7 +9,9 @@ use crate::messages::ActorId;
 #[derive(Debug, Error)]
 pub enum ActorError {
     /// The context has no room for the tokens.
-    #[error("the context of {n_ctx} tokens is full: {n_tokens} more at position {position} do not fit; raise -c")]
+    #[error(
+        "the context of {n_ctx} tokens is full: {n_tokens} more at position {position} do not fit; raise -c"
+    )]
     ContextFull {
         /// Positions of the cache.
         n_ctx: usize,
@@ -22,7 +24,9 @@ pub enum ActorError {
     #[error("a feed has no tokens: the feeder has to give at least one, or end")]
     EmptyFeed,
     /// A feed that leaves positions out.
-    #[error("a feed starts at position {position}, but the cache ends at {cached}: feed what lies between")]
+    #[error(
+        "a feed starts at position {position}, but the cache ends at {cached}: feed what lies between"
+    )]
     Gap {
         /// Position of the feed.
         position: usize,
@@ -30,7 +34,9 @@ pub enum ActorError {
         cached: usize,
     },
     /// A token that the model does not know.
-    #[error("token {token} is not in the model's vocabulary of {n_vocab}: the text was tokenised for another model")]
+    #[error(
+        "token {token} is not in the model's vocabulary of {n_vocab}: the text was tokenised for another model"
+    )]
     UnknownToken {
         /// Its id.
         token: u32,
@@ -60,7 +66,9 @@ pub enum ActorError {
         reason: String,
     },
     /// Somebody did not answer in time.
-    #[error("no answer within {seconds} s from {late}: the machine is overloaded, or an actor hangs")]
+    #[error(
+        "no answer within {seconds} s from {late}: the machine is overloaded, or an actor hangs"
+    )]
     Late {
         /// Who, in words.
         late: String,

@@ -41,9 +41,15 @@ pub(crate) enum Control {
     /// Nothing.
     Nothing,
     /// Run a job on the team.
-    Job { job: JobRef, done: SyncSender<Result<(), String>> },
+    Job {
+        job: JobRef,
+        done: SyncSender<Result<(), String>>,
+    },
     /// Make room for a model's actors.
-    Attach { attachment: Box<Attachment>, done: SyncSender<()> },
+    Attach {
+        attachment: Box<Attachment>,
+        done: SyncSender<()>,
+    },
     /// An actor, new or restarted.
     Install(ActorId, Box<Incarnation>),
     /// An actor that has been stopped.
@@ -101,7 +107,11 @@ pub(crate) struct Cells {
 impl Cells {
     /// For a model of so many layers and nodes.
     pub fn new(n_layer: usize, n_nodes: usize) -> Self {
-        let cells = || (0..n_layer).map(|_| Arc::default()).collect::<Vec<Arc<Cell>>>();
+        let cells = || {
+            (0..n_layer)
+                .map(|_| Arc::default())
+                .collect::<Vec<Arc<Cell>>>()
+        };
         Self {
             pipeline: Arc::default(),
             devices: cells(),
@@ -124,9 +134,14 @@ impl Cells {
         let devices = layers.clone().map(|layer| ActorId::DeviceLayer { layer });
         let nodes = 0..self.cold.len();
         let cold = nodes.flat_map(|node| {
-            layers.clone().map(move |layer| ActorId::ColdLayer { layer, node })
+            layers
+                .clone()
+                .map(move |layer| ActorId::ColdLayer { layer, node })
         });
-        std::iter::once(ActorId::Pipeline).chain(devices).chain(cold).collect()
+        std::iter::once(ActorId::Pipeline)
+            .chain(devices)
+            .chain(cold)
+            .collect()
     }
 }
 
@@ -144,7 +159,11 @@ impl<'a> Posts<'a> {
         local: &'a mut VecDeque<Envelope>,
         outboxes: &'a [Outbox<Letter>],
     ) -> Self {
-        Self { node, local, outboxes }
+        Self {
+            node,
+            local,
+            outboxes,
+        }
     }
 
     /// Posts a message.
@@ -154,7 +173,11 @@ impl<'a> Posts<'a> {
     pub fn post(&mut self, to: ActorId, message: Message) {
         let envelope = Envelope { to, message };
         if to.executor() == self.node {
-            assert!(self.local.len() < MAILBOX_CAPACITY, "the queue of node {} is full", self.node);
+            assert!(
+                self.local.len() < MAILBOX_CAPACITY,
+                "the queue of node {} is full",
+                self.node
+            );
             self.local.push_back(envelope);
         } else if let Err(undelivered) =
             self.outboxes[to.executor()].send(Letter::Message(envelope))
@@ -195,7 +218,15 @@ impl Executor {
         patience: Patience,
     ) -> Self {
         let local = VecDeque::with_capacity(MAILBOX_CAPACITY);
-        Self { node, team, mailbox, outboxes, local, patience, bench: None }
+        Self {
+            node,
+            team,
+            mailbox,
+            outboxes,
+            local,
+            patience,
+            bench: None,
+        }
     }
 
     /// Handles messages until it is told to end.
@@ -207,7 +238,10 @@ impl Executor {
             }
             let running = self.bench.as_ref().filter(|bench| bench.host.is_running());
             let limit = running.map(|bench| bench.attachment.wait_limit);
-            match self.mailbox.receive(Patience { limit, ..self.patience }) {
+            match self.mailbox.receive(Patience {
+                limit,
+                ..self.patience
+            }) {
                 Some(Letter::Message(envelope)) => self.handle(envelope),
                 Some(Letter::Control(Control::Shutdown)) => return,
                 Some(Letter::Control(control)) => self.control(control),
@@ -218,20 +252,34 @@ impl Executor {
 
     /// Lets the addressee handle a message.
     fn handle(&mut self, envelope: Envelope) {
-        let Self { node, team, outboxes, local, bench, .. } = self;
+        let Self {
+            node,
+            team,
+            outboxes,
+            local,
+            bench,
+            ..
+        } = self;
         let Some(bench) = bench else { return };
         if *node == 0 && bench.host.is_stale(envelope.message.step()) {
             return;
         }
         let mut posts = Posts::new(*node, local, outboxes);
-        let outcome =
-            catch_unwind(AssertUnwindSafe(|| bench.dispatch(envelope, team, &mut posts)));
+        let outcome = catch_unwind(AssertUnwindSafe(|| {
+            bench.dispatch(envelope, team, &mut posts)
+        }));
         match outcome {
             Ok(true) => {}
-            Ok(false) => self.failed(Failure { actor: envelope.to, reason: None }),
+            Ok(false) => self.failed(Failure {
+                actor: envelope.to,
+                reason: None,
+            }),
             Err(payload) => {
                 let reason = Some(panic_text(payload.as_ref()));
-                self.failed(Failure { actor: envelope.to, reason });
+                self.failed(Failure {
+                    actor: envelope.to,
+                    reason,
+                });
             }
         }
     }
@@ -244,7 +292,10 @@ impl Executor {
         let notice = failure.reason.clone().map(|reason| (failure.actor, reason));
         if self.node == 0 {
             self.host_failed(failure);
-        } else if self.outboxes[0].send(Letter::Control(Control::Failed(failure))).is_err() {
+        } else if self.outboxes[0]
+            .send(Letter::Control(Control::Failed(failure)))
+            .is_err()
+        {
             tracing::error!("node 0 cannot be told of a failure");
         }
         if let (Some((actor, reason)), Some(bench)) = (notice, &self.bench) {
@@ -262,10 +313,18 @@ impl Executor {
     fn late(&mut self) {
         let Some(bench) = &mut self.bench else { return };
         let pending = bench.devices.iter().flatten().enumerate();
-        let late = pending.filter(|(_, device)| device.pending() != 0).flat_map(|(layer, device)| {
-            let nodes = (0..u32::BITS).filter(|node| device.pending() >> node & 1 == 1);
-            nodes.map(move |node| ActorId::ColdLayer { layer, node: node as usize }.to_string())
-        });
+        let late = pending
+            .filter(|(_, device)| device.pending() != 0)
+            .flat_map(|(layer, device)| {
+                let nodes = (0..u32::BITS).filter(|node| device.pending() >> node & 1 == 1);
+                nodes.map(move |node| {
+                    ActorId::ColdLayer {
+                        layer,
+                        node: node as usize,
+                    }
+                    .to_string()
+                })
+            });
         let late = late.collect();
         self.local.clear();
         bench.host.late(late, bench.attachment.wait_limit);
@@ -293,7 +352,10 @@ impl Executor {
                 }
             }
             Control::Quiesce(epoch) => {
-                let answer = Control::Quiesced { node: self.node, epoch };
+                let answer = Control::Quiesced {
+                    node: self.node,
+                    epoch,
+                };
                 if self.outboxes[0].send(Letter::Control(answer)).is_err() {
                     tracing::error!("node 0 cannot be told that node {} is quiet", self.node);
                 }
@@ -310,16 +372,27 @@ impl Executor {
 
     /// Changes the host's state, and goes on with the run if nothing stands in its way.
     fn host(&mut self, change: impl FnOnce(&mut Host)) {
-        let Self { node, team, outboxes, local, bench, .. } = self;
+        let Self {
+            node,
+            team,
+            outboxes,
+            local,
+            bench,
+            ..
+        } = self;
         let Some(bench) = bench else { return };
         change(&mut bench.host);
         let mut posts = Posts::new(*node, local, outboxes);
         let Bench { host, pipeline, .. } = bench;
-        let outcome =
-            catch_unwind(AssertUnwindSafe(|| host.go_on(pipeline.as_mut(), team, &mut posts)));
+        let outcome = catch_unwind(AssertUnwindSafe(|| {
+            host.go_on(pipeline.as_mut(), team, &mut posts)
+        }));
         if let Err(payload) = outcome {
             let reason = Some(panic_text(payload.as_ref()));
-            self.failed(Failure { actor: ActorId::Pipeline, reason });
+            self.failed(Failure {
+                actor: ActorId::Pipeline,
+                reason,
+            });
         }
     }
 }
@@ -365,14 +438,25 @@ impl Bench {
     fn dispatch(&mut self, envelope: Envelope, team: &mut Team, posts: &mut Posts<'_>) -> bool {
         let Envelope { to, message } = envelope;
         self.inject_fault(to, team);
-        let Self { scratch, cold, devices, pipeline, host, .. } = self;
+        let Self {
+            scratch,
+            cold,
+            devices,
+            pipeline,
+            host,
+            ..
+        } = self;
         match to {
             ActorId::Pipeline => {
-                let Some(pipeline) = pipeline else { return false };
+                let Some(pipeline) = pipeline else {
+                    return false;
+                };
                 host.handle(message, pipeline, team, posts);
             }
             ActorId::DeviceLayer { layer } => {
-                let Some(device) = &mut devices[layer] else { return false };
+                let Some(device) = &mut devices[layer] else {
+                    return false;
+                };
                 match message {
                     Message::RunLayer(message) => device.run_layer(message, team, posts),
                     Message::RunHead(message) => device.run_head(message, team, posts),
@@ -382,7 +466,9 @@ impl Bench {
                 }
             }
             ActorId::ColdLayer { layer, .. } => {
-                let Some(cold) = &mut cold[layer] else { return false };
+                let Some(cold) = &mut cold[layer] else {
+                    return false;
+                };
                 let reply = match message {
                     Message::Share(message) => cold.share(message, team, scratch),
                     Message::Compute(message) => cold.compute(message, team, scratch),
@@ -395,7 +481,9 @@ impl Bench {
     }
 
     fn inject_fault(&self, actor: ActorId, team: &Team) {
-        let Some(cell) = self.attachment.cells.get(actor) else { return };
+        let Some(cell) = self.attachment.cells.get(actor) else {
+            return;
+        };
         match self.attachment.faults.due(actor, cell.messages()) {
             None => {}
             Some(FaultPlace::Handler) => panic!("injected panic"),

@@ -46,8 +46,10 @@ struct Planned {
 impl Faults {
     /// These panics.
     pub fn new(faults: impl IntoIterator<Item = Fault>) -> Self {
-        let planned =
-            faults.into_iter().map(|fault| Planned { fault, happened: AtomicBool::new(false) });
+        let planned = faults.into_iter().map(|fault| Planned {
+            fault,
+            happened: AtomicBool::new(false),
+        });
         Self(Some(Arc::new(planned.collect())))
     }
 
@@ -66,6 +68,8 @@ impl Faults {
     /// Whether all of them have happened.
     pub fn all_happened(&self) -> bool {
         let happened = |planned: &Planned| planned.happened.load(Ordering::Relaxed);
-        self.0.as_ref().is_none_or(|planned| planned.iter().all(happened))
+        self.0
+            .as_ref()
+            .is_none_or(|planned| planned.iter().all(happened))
     }
 }

@@ -88,7 +88,14 @@ impl Host {
         run.attempts += 1;
         if run.attempts >= ATTEMPTS_MAX {
             let attempts = run.attempts;
-            return self.end(Err(ActorError::KeepsFailing { actor, attempts, reason }), true);
+            return self.end(
+                Err(ActorError::KeepsFailing {
+                    actor,
+                    attempts,
+                    reason,
+                }),
+                true,
+            );
         }
         self.recover(Some(actor), outboxes);
     }
@@ -102,11 +109,17 @@ impl Host {
         let mut unquiet = 0;
         for node in 1..self.n_nodes {
             unquiet |= 1 << node;
-            if outboxes[node].send(Letter::Control(Control::Quiesce(self.epoch))).is_err() {
+            if outboxes[node]
+                .send(Letter::Control(Control::Quiesce(self.epoch)))
+                .is_err()
+            {
                 tracing::error!("node {node} cannot be asked to be quiet");
             }
         }
-        self.recovery = Some(Recovery { restarting: actor.into_iter().collect(), unquiet });
+        self.recovery = Some(Recovery {
+            restarting: actor.into_iter().collect(),
+            unquiet,
+        });
     }
 
     /// Notes that an actor runs again.
@@ -142,7 +155,12 @@ impl Host {
         let recovered = self.recovery.take().is_some();
         self.unquiet &= !recovered;
         let Some(pipeline) = pipeline else {
-            return self.end(Err(ActorError::Stopped { actor: ActorId::Pipeline }), false);
+            return self.end(
+                Err(ActorError::Stopped {
+                    actor: ActorId::Pipeline,
+                }),
+                false,
+            );
         };
         if !self.started {
             self.started = true;
@@ -195,13 +213,26 @@ impl Host {
     /// Ends the run because nobody answers.
     pub fn late(&mut self, mut late: Vec<String>, limit: Duration) {
         if let Some(recovery) = &self.recovery {
-            let restarting = recovery.restarting.iter().map(|actor| format!("{actor}'s restart"));
+            let restarting = recovery
+                .restarting
+                .iter()
+                .map(|actor| format!("{actor}'s restart"));
             late.extend(restarting);
             let nodes = (0..u32::BITS).filter(|node| recovery.unquiet >> node & 1 == 1);
             late.extend(nodes.map(|node| format!("node {node}")));
         }
-        let late = if late.is_empty() { "the pipeline".to_owned() } else { late.join(", ") };
-        self.end(Err(ActorError::Late { late, seconds: limit.as_secs_f64() }), true);
+        let late = if late.is_empty() {
+            "the pipeline".to_owned()
+        } else {
+            late.join(", ")
+        };
+        self.end(
+            Err(ActorError::Late {
+                late,
+                seconds: limit.as_secs_f64(),
+            }),
+            true,
+        );
     }
 
     fn end(&mut self, outcome: Result<(), ActorError>, unquiet: bool) {

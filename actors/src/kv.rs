@@ -45,7 +45,15 @@ impl KvStore {
         // small pages: a large one would take memory for positions that are never reached
         let mut arena = Arena::new(bytes.max(1), numa, HugePages::Off)?;
         let start = arena.as_mut_slice().as_mut_ptr();
-        Ok(Self { _arena: arena, start, kv_type, head_dim, n_ctx, heads, n_layer })
+        Ok(Self {
+            _arena: arena,
+            start,
+            kv_type,
+            head_dim,
+            n_ctx,
+            heads,
+            n_layer,
+        })
     }
 
     fn matrix_bytes(&self) -> usize {
@@ -54,7 +62,10 @@ impl KvStore {
 
     /// Offset of the keys of a head (the model's number) in a layer.
     fn offset(&self, layer: usize, head: usize) -> usize {
-        assert!(layer < self.n_layer && self.heads.contains(&head), "layer {layer}, head {head}");
+        assert!(
+            layer < self.n_layer && self.heads.contains(&head),
+            "layer {layer}, head {head}"
+        );
         (layer * self.heads.len() + head - self.heads.start) * 2 * self.matrix_bytes()
     }
 
@@ -82,7 +93,11 @@ impl KvStore {
     /// Nobody else touches this position while the result lives.
     #[allow(clippy::mut_from_ref)]
     pub unsafe fn row(&self, layer: usize, head: usize, position: usize) -> [&mut [u8]; 2] {
-        assert!(position < self.n_ctx, "position {position} of {}", self.n_ctx);
+        assert!(
+            position < self.n_ctx,
+            "position {position} of {}",
+            self.n_ctx
+        );
         let len = self.kv_type.row_bytes(self.head_dim);
         let keys = self.offset(layer, head) + position * len;
         // SAFETY: inside the arena; this function's contract.

@@ -39,14 +39,20 @@ pub(crate) struct Outbox<T> {
 
 impl<T> Clone for Outbox<T> {
     fn clone(&self) -> Self {
-        Self { queue: self.queue.clone(), bell: Arc::clone(&self.bell) }
+        Self {
+            queue: self.queue.clone(),
+            bell: Arc::clone(&self.bell),
+        }
     }
 }
 
 /// A message that could not be sent, given back.
 pub(crate) struct Undelivered<T> {
     /// The message.
-    #[cfg_attr(not(test), expect(dead_code, reason = "no sender repeats a message yet"))]
+    #[cfg_attr(
+        not(test),
+        expect(dead_code, reason = "no sender repeats a message yet")
+    )]
     pub message: T,
     /// Whether the receiver is gone: trying again is then of no use.
     pub gone: bool,
@@ -54,7 +60,11 @@ pub(crate) struct Undelivered<T> {
 
 impl<T> fmt::Debug for Undelivered<T> {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.write_str(if self.gone { "the receiver is gone" } else { "the mailbox is full" })
+        f.write_str(if self.gone {
+            "the receiver is gone"
+        } else {
+            "the mailbox is full"
+        })
     }
 }
 
@@ -66,9 +76,22 @@ pub(crate) fn mailbox<T>(capacity: usize, filler: impl Fn() -> T) -> (Outbox<T>,
         assert!(sender.try_send(filler()).is_ok(), "room for the capacity");
     }
     while receiver.try_recv().is_ok() {}
-    let bell = Arc::new(Doorbell { rung: Padded::default(), waiter: OnceLock::new() });
-    let outbox = Outbox { queue: sender, bell: Arc::clone(&bell) };
-    (outbox, Mailbox { queue: receiver, bell, answered: 0 })
+    let bell = Arc::new(Doorbell {
+        rung: Padded::default(),
+        waiter: OnceLock::new(),
+    });
+    let outbox = Outbox {
+        queue: sender,
+        bell: Arc::clone(&bell),
+    };
+    (
+        outbox,
+        Mailbox {
+            queue: receiver,
+            bell,
+            answered: 0,
+        },
+    )
 }
 
 impl<T> Outbox<T> {
@@ -78,8 +101,14 @@ impl<T> Outbox<T> {
     /// The mailbox is full or its receiver is gone; the message comes back.
     pub fn send(&self, message: T) -> Result<(), Undelivered<T>> {
         self.queue.try_send(message).map_err(|error| match error {
-            flume::TrySendError::Full(message) => Undelivered { message, gone: false },
-            flume::TrySendError::Disconnected(message) => Undelivered { message, gone: true },
+            flume::TrySendError::Full(message) => Undelivered {
+                message,
+                gone: false,
+            },
+            flume::TrySendError::Disconnected(message) => Undelivered {
+                message,
+                gone: true,
+            },
         })?;
         self.bell.rung.0.fetch_add(1, Ordering::SeqCst);
         if let Some(waiter) = self.bell.waiter.get() {
@@ -95,7 +124,9 @@ impl<T> Mailbox<T> {
     pub fn receive(&mut self, patience: Patience) -> Option<T> {
         let waiter = self.bell.waiter.get_or_init(Waiter::current);
         let answered = self.answered;
-        if !waiter.wait(patience, || self.bell.rung.0.load(Ordering::Acquire) > answered) {
+        if !waiter.wait(patience, || {
+            self.bell.rung.0.load(Ordering::Acquire) > answered
+        }) {
             return None;
         }
         self.answered += 1;
@@ -109,8 +140,10 @@ mod tests {
     use super::*;
     use std::time::Duration;
 
-    const PATIENT: Patience =
-        Patience { spin: Duration::from_micros(50), limit: Some(Duration::from_secs(60)) };
+    const PATIENT: Patience = Patience {
+        spin: Duration::from_micros(50),
+        limit: Some(Duration::from_secs(60)),
+    };
 
     #[test]
     fn messages_of_each_sender_arrive_in_order() {
@@ -136,7 +169,9 @@ mod tests {
             assert_eq!(n, next[sender]);
             next[sender] += 1;
         }
-        senders.into_iter().for_each(|sender| sender.join().unwrap());
+        senders
+            .into_iter()
+            .for_each(|sender| sender.join().unwrap());
     }
 
     #[test]
@@ -153,7 +188,10 @@ mod tests {
     #[test]
     fn nothing_received_within_the_limit_is_nothing() {
         let (_outbox, mut mailbox) = mailbox(1, || 0);
-        let patience = Patience { spin: Duration::ZERO, limit: Some(Duration::from_millis(5)) };
+        let patience = Patience {
+            spin: Duration::ZERO,
+            limit: Some(Duration::from_millis(5)),
+        };
         assert_eq!(mailbox.receive(patience), None);
     }
 }

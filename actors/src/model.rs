@@ -26,12 +26,7 @@ pub(crate) struct Model {
 
 impl Model {
     /// Puts the parts together.
-    pub fn new(
-        weights: ModelWeights,
-        cpu: Cpu,
-        kv_type: KvType,
-        n_ubatch: usize,
-    ) -> Self {
+    pub fn new(weights: ModelWeights, cpu: Cpu, kv_type: KvType, n_ubatch: usize) -> Self {
         let rope = RopeTable::new(weights.shape.rope.clone());
         let sizes = SlotSizes {
             mode: cpu.mode(),
@@ -49,7 +44,14 @@ impl Model {
         };
         let n_sums: Vec<usize> = nodes.map(n_sums).collect();
         let slots = Slots::new(sizes, &n_sums);
-        Self { weights, rope, cpu, kv_type, n_ubatch, slots }
+        Self {
+            weights,
+            rope,
+            cpu,
+            kv_type,
+            n_ubatch,
+            slots,
+        }
     }
 
     /// Sizes and constants.
@@ -90,6 +92,9 @@ pub(crate) fn group_neurons(
 ) -> impl Iterator<Item = (usize, Range<usize>)> {
     let first = share.neurons.start;
     share.groups.clone().map(move |group| {
-        (group, boundaries[group] - first..boundaries[group + 1] - first)
+        (
+            group,
+            boundaries[group] - first..boundaries[group + 1] - first,
+        )
     })
 }

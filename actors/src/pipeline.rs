@@ -67,7 +67,11 @@ impl RunState {
 
     /// Ends the run and gives the feeder back.
     pub fn end(self, outcome: Result<(), ActorError>) {
-        let served = Served { feeder: self.feeder, totals: self.totals, outcome };
+        let served = Served {
+            feeder: self.feeder,
+            totals: self.totals,
+            outcome,
+        };
         // whoever asked may have gone
         let _ = self.reply.send(served);
     }
@@ -111,7 +115,13 @@ pub(crate) struct Pipeline {
 impl Pipeline {
     /// The token loop of a model.
     pub fn new(model: Arc<Model>, cell: Arc<Cell>) -> Self {
-        Self { model, cell, step: 0, in_step: 0..0, work: Counters::default() }
+        Self {
+            model,
+            cell,
+            step: 0,
+            in_step: 0..0,
+            work: Counters::default(),
+        }
     }
 
     /// Asks for the next feed and starts it. `cached` is how many positions the cache holds.
@@ -161,7 +171,10 @@ impl Pipeline {
         self.in_step = run.done..run.done + n_tokens;
         self.step = step;
         self.work = Counters::default();
-        let info = StepInfo { position: run.position + run.done, n_tokens };
+        let info = StepInfo {
+            position: run.position + run.done,
+            n_tokens,
+        };
         // SAFETY: no other actor works on a step now.
         unsafe { *self.model.slots.step.get_mut() = info };
         self.embed(&run.tokens[self.in_step.clone()], info, team);
@@ -169,7 +182,10 @@ impl Pipeline {
     }
 
     fn run_layer(&self, layer: usize, posts: &mut Posts<'_>) {
-        let message = Message::RunLayer(RunLayer { step: self.step, layer });
+        let message = Message::RunLayer(RunLayer {
+            step: self.step,
+            layer,
+        });
         posts.post(ActorId::DeviceLayer { layer }, message);
     }
 
@@ -182,7 +198,10 @@ impl Pipeline {
             unsafe {
                 let x = model.slots.x.write(token * n_embd..(token + 1) * n_embd);
                 embedding_row(&model.weights, tokens[token] as usize, x);
-                let rope = model.slots.rope.write(token * rope_len..(token + 1) * rope_len);
+                let rope = model
+                    .slots
+                    .rope
+                    .write(token * rope_len..(token + 1) * rope_len);
                 model.rope.fill(info.position + token, rope);
             }
         };
@@ -193,7 +212,10 @@ impl Pipeline {
         }
         let row_bytes = embedding_row_bytes(&model.weights);
         let weight_bytes = (tokens.len() * row_bytes) as u64;
-        self.count(Counters { weight_bytes, ..Counters::default() });
+        self.count(Counters {
+            weight_bytes,
+            ..Counters::default()
+        });
     }
 
     /// Counts work of the pipeline's own.
@@ -210,7 +232,10 @@ impl Pipeline {
         posts: &mut Posts<'_>,
     ) -> bool {
         self.work += message.work;
-        self.count(Counters { messages: 1, ..Counters::default() });
+        self.count(Counters {
+            messages: 1,
+            ..Counters::default()
+        });
         if message.layer + 1 < self.model.shape().n_layer {
             self.run_layer(message.layer + 1, posts);
             return false;
@@ -226,7 +251,11 @@ impl Pipeline {
             return true;
         }
         let n_tokens = (end - first).min(self.model.slots.sizes.n_head_tokens);
-        let head = RunHead { step: self.step, first: first - self.in_step.start, n_tokens };
+        let head = RunHead {
+            step: self.step,
+            first: first - self.in_step.start,
+            n_tokens,
+        };
         let layer = self.model.shape().n_layer - 1;
         posts.post(ActorId::DeviceLayer { layer }, Message::RunHead(head));
         false
@@ -243,7 +272,10 @@ impl Pipeline {
         posts: &mut Posts<'_>,
     ) -> Result<bool, ActorError> {
         self.work += message.work;
-        self.count(Counters { messages: 1, ..Counters::default() });
+        self.count(Counters {
+            messages: 1,
+            ..Counters::default()
+        });
         let n_vocab = self.model.shape().n_vocab;
         let first = run.delivered.max(self.in_step.start);
         let end = run.wanted.end.min(self.in_step.end);
@@ -272,8 +304,9 @@ impl Pipeline {
 
 /// Calls the feeder, whose panics are its own and not the pipeline's.
 fn called<T>(feeder: impl FnOnce() -> T) -> Result<T, ActorError> {
-    catch_unwind(AssertUnwindSafe(feeder))
-        .map_err(|payload| ActorError::Feeder { reason: panic_text(payload.as_ref()) })
+    catch_unwind(AssertUnwindSafe(feeder)).map_err(|payload| ActorError::Feeder {
+        reason: panic_text(payload.as_ref()),
+    })
 }
 
 fn check_feed(
@@ -290,7 +323,11 @@ fn check_feed(
         return Err(ActorError::Gap { position, cached });
     }
     if position + tokens.len() > n_ctx {
-        return Err(ActorError::ContextFull { n_ctx, position, n_tokens: tokens.len() });
+        return Err(ActorError::ContextFull {
+            n_ctx,
+            position,
+            n_tokens: tokens.len(),
+        });
     }
     match tokens.iter().find(|&&token| token as usize >= n_vocab) {
         Some(&token) => Err(ActorError::UnknownToken { token, n_vocab }),
@@ -310,7 +347,11 @@ fn embedding_row(weights: &ModelWeights, token: usize, out: &mut [f32]) {
     match &weights.embedding {
         Embedding::Tied => {
             let holds = |share: &&crate::weights::HeadShare| share.rows.contains(&token);
-            let share = weights.head.iter().find(holds).expect("every row of the head is somewhere");
+            let share = weights
+                .head
+                .iter()
+                .find(holds)
+                .expect("every row of the head is somewhere");
             let matrix: MatrixRef<'_> = share.matrix.view();
             matrix.dequantize_row(token - share.rows.start, out);
         }

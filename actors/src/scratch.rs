@@ -59,7 +59,10 @@ pub(crate) struct ActiveList {
 
 impl ActiveList {
     fn new(n_neurons: usize) -> Self {
-        Self { ids: Vec::with_capacity(n_neurons), gates: Vec::with_capacity(n_neurons) }
+        Self {
+            ids: Vec::with_capacity(n_neurons),
+            gates: Vec::with_capacity(n_neurons),
+        }
     }
 
     /// Empties the list.
@@ -114,7 +117,9 @@ impl NodeScratch {
             up: SharedF32::new(n_neurons),
             act: SharedF32::new(n * n_neurons),
             act_rows: Shared::new(ActBatch::new(model.cpu.mode(), n_dense, n)),
-            lists: (0..n_threads).map(|_| Shared::new(ActiveList::new(n_neurons))).collect(),
+            lists: (0..n_threads)
+                .map(|_| Shared::new(ActiveList::new(n_neurons)))
+                .collect(),
             threads: (0..n_threads).map(|_| thread()).collect(),
             next: AtomicUsize::new(0),
             active: AtomicU64::new(0),
@@ -128,13 +133,21 @@ impl ThreadScratch {
         let shape = model.shape();
         let heads = shape.heads_per_kv();
         let n = model.n_ubatch;
-        let paired = model.weights.layers.iter().filter_map(|layer| {
-            match &layer.shares[node].ffn {
-                FfnShare::Neurons { up: UpRows::Paired, rows } => Some(rows.up_row_bytes()),
-                _ => None,
-            }
-        });
-        let up = paired.max().map(|bytes| UpScratch::new(n, NEURON_CHUNK, bytes));
+        let paired =
+            model
+                .weights
+                .layers
+                .iter()
+                .filter_map(|layer| match &layer.shares[node].ffn {
+                    FfnShare::Neurons {
+                        up: UpRows::Paired,
+                        rows,
+                    } => Some(rows.up_row_bytes()),
+                    _ => None,
+                });
+        let up = paired
+            .max()
+            .map(|bytes| UpScratch::new(n, NEURON_CHUNK, bytes));
         Self {
             all: ActiveList::new(n_neurons),
             spans: Vec::with_capacity(FFN_GROUPS),

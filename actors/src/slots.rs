@@ -44,13 +44,20 @@ impl SharedF32 {
     /// Zeros; their pages are taken when they are first written.
     pub fn new(len: usize) -> Self {
         let values = vec![0.0f32; len].into_boxed_slice();
-        Self { start: Box::into_raw(values).cast(), len }
+        Self {
+            start: Box::into_raw(values).cast(),
+            len,
+        }
     }
 
     /// # Safety
     /// Nobody writes these values while the slice lives.
     pub unsafe fn read(&self, range: Range<usize>) -> &[f32] {
-        assert!(range.start <= range.end && range.end <= self.len, "{range:?} of {}", self.len);
+        assert!(
+            range.start <= range.end && range.end <= self.len,
+            "{range:?} of {}",
+            self.len
+        );
         // SAFETY: inside the allocation; this function's contract.
         unsafe { std::slice::from_raw_parts(self.start.add(range.start), range.len()) }
     }
@@ -59,7 +66,11 @@ impl SharedF32 {
     /// Nobody else touches these values while the slice lives.
     #[allow(clippy::mut_from_ref)]
     pub unsafe fn write(&self, range: Range<usize>) -> &mut [f32] {
-        assert!(range.start <= range.end && range.end <= self.len, "{range:?} of {}", self.len);
+        assert!(
+            range.start <= range.end && range.end <= self.len,
+            "{range:?} of {}",
+            self.len
+        );
         // SAFETY: inside the allocation; this function's contract.
         unsafe { std::slice::from_raw_parts_mut(self.start.add(range.start), range.len()) }
     }
@@ -75,8 +86,15 @@ impl SharedF32 {
         n_tokens: usize,
         columns: Range<usize>,
     ) -> StridedOut<'_> {
-        assert!(columns.start <= columns.end && columns.end <= stride, "{columns:?} of {stride}");
-        assert!(offset + n_tokens * stride <= self.len, "rows of {}", self.len);
+        assert!(
+            columns.start <= columns.end && columns.end <= stride,
+            "{columns:?} of {stride}"
+        );
+        assert!(
+            offset + n_tokens * stride <= self.len,
+            "rows of {}",
+            self.len
+        );
         // SAFETY: inside the allocation; this function's contract.
         unsafe {
             let start = self.start.add(offset + columns.start);
@@ -169,8 +187,17 @@ pub(crate) struct Slots {
 impl Slots {
     /// Slots for nodes that send `n_sums[node]` partial sums each.
     pub fn new(sizes: SlotSizes, n_sums: &[usize]) -> Self {
-        let SlotSizes { mode, n_ubatch, n_embd, n_attn, .. } = sizes;
-        let partials = n_sums.iter().map(|n| SharedF32::new(n * n_ubatch * n_embd)).collect();
+        let SlotSizes {
+            mode,
+            n_ubatch,
+            n_embd,
+            n_attn,
+            ..
+        } = sizes;
+        let partials = n_sums
+            .iter()
+            .map(|n| SharedF32::new(n * n_ubatch * n_embd))
+            .collect();
         Self {
             sizes,
             step: Shared::default(),

@@ -96,7 +96,11 @@ impl Member<'_> {
         if in_time {
             resume_unwind(Box::new(LeftPoisoned));
         }
-        panic!("{} did not come to a barrier of {}", shared.late(self.thread), shared.name);
+        panic!(
+            "{} did not come to a barrier of {}",
+            shared.late(self.thread),
+            shared.name
+        );
     }
 
     /// The part of `0..count` that is this thread's when all get equal parts, in whole multiples of
@@ -141,7 +145,10 @@ impl Shared {
     fn poison(&self, thread: usize, payload: &(dyn Any + Send)) {
         if !payload.is::<LeftPoisoned>() {
             let reason = format!("thread {thread} of {}: {}", self.name, panic_text(payload));
-            let mut first = self.reason.lock().unwrap_or_else(|broken| broken.into_inner());
+            let mut first = self
+                .reason
+                .lock()
+                .unwrap_or_else(|broken| broken.into_inner());
             first.get_or_insert(reason);
         }
         self.poisoned.store(true, Ordering::SeqCst);
@@ -149,7 +156,11 @@ impl Shared {
     }
 
     fn work(&self, thread: usize, job: &Job<'_>) {
-        let member = Member { thread, n_threads: self.n_threads, shared: self };
+        let member = Member {
+            thread,
+            n_threads: self.n_threads,
+            shared: self,
+        };
         let result = catch_unwind(AssertUnwindSafe(|| {
             if self.fault.load(Ordering::Relaxed) == thread {
                 self.fault.store(NO_THREAD, Ordering::Relaxed);
@@ -211,7 +222,10 @@ impl Team {
             stop: AtomicBool::new(false),
             waiters: OnceLock::new(),
         });
-        let mut team = Self { shared, workers: Vec::with_capacity(n_threads) };
+        let mut team = Self {
+            shared,
+            workers: Vec::with_capacity(n_threads),
+        };
         let (tell, told) = std::sync::mpsc::channel();
         for thread in 1..n_threads {
             let (shared, prepare) = (Arc::clone(&team.shared), prepare.clone());
@@ -226,12 +240,16 @@ impl Team {
                 }
             };
             let builder = std::thread::Builder::new().name(format!("{name}-{thread}"));
-            team.workers.push(builder.spawn(body).map_err(&cannot_start)?);
+            team.workers
+                .push(builder.spawn(body).map_err(&cannot_start)?);
         }
         for _ in 1..n_threads {
             told.recv().expect("every worker tells")?;
         }
-        let workers = team.workers.iter().map(|worker| Waiter::new(worker.thread().clone()));
+        let workers = team
+            .workers
+            .iter()
+            .map(|worker| Waiter::new(worker.thread().clone()));
         let waiters = std::iter::once(Waiter::current()).chain(workers).collect();
         team.shared.waiters.set(waiters).expect("a new team");
         Ok(team)
@@ -244,7 +262,9 @@ impl Team {
 
     /// Lets the given thread panic in the next job, for tests.
     pub fn inject_panic(&self, thread: usize) {
-        self.shared.fault.store(thread.min(self.n_threads() - 1), Ordering::Relaxed);
+        self.shared
+            .fault
+            .store(thread.min(self.n_threads() - 1), Ordering::Relaxed);
     }
 
     /// Runs `job` on all threads, the calling leader included, until all have left it.
@@ -260,7 +280,13 @@ impl Team {
     /// # Panics
     /// As [`Team::run`].
     pub fn run_long(&mut self, job: &Job<'_>) {
-        self.run_within(Patience { limit: None, ..self.shared.patience }, job);
+        self.run_within(
+            Patience {
+                limit: None,
+                ..self.shared.patience
+            },
+            job,
+        );
     }
 
     fn run_within(&mut self, patience: Patience, job: &Job<'_>) {
@@ -283,7 +309,10 @@ impl Team {
         if shared.poisoned.load(Ordering::Acquire) {
             shared.arrived.0.store(0, Ordering::Relaxed);
             shared.poisoned.store(false, Ordering::Relaxed);
-            let mut reason = shared.reason.lock().unwrap_or_else(|broken| broken.into_inner());
+            let mut reason = shared
+                .reason
+                .lock()
+                .unwrap_or_else(|broken| broken.into_inner());
             let reason = reason.take().unwrap_or_default();
             resume_unwind(Box::new(reason));
         }
@@ -296,7 +325,10 @@ impl Team {
         let all_done = || shared.done.0.load(Ordering::Acquire) == shared.n_threads - 1;
         if !shared.waiter(0).wait(patience, all_done) {
             let late = shared.late(0);
-            eprintln!("error: {late} of {} does not finish its work: giving up", shared.name);
+            eprintln!(
+                "error: {late} of {} does not finish its work: giving up",
+                shared.name
+            );
             std::process::abort();
         }
     }
@@ -318,13 +350,19 @@ fn work_until_stopped(shared: &Shared, thread: usize) {
     let me = Waiter::current();
     let mut epoch = 0;
     // until the leader has published the waiters, nobody wakes this thread but the clock
-    let patience = Patience { limit: Some(Duration::from_millis(1)), ..shared.patience };
+    let patience = Patience {
+        limit: Some(Duration::from_millis(1)),
+        ..shared.patience
+    };
     while shared.waiters.get().is_none() && !shared.stop.load(Ordering::Acquire) {
         me.wait(patience, || {
             shared.waiters.get().is_some() || shared.stop.load(Ordering::Acquire)
         });
     }
-    let forever = Patience { limit: None, ..shared.patience };
+    let forever = Patience {
+        limit: None,
+        ..shared.patience
+    };
     while !shared.stop.load(Ordering::Acquire) {
         let waiter = shared.waiter(thread);
         waiter.wait(forever, || shared.epoch.0.load(Ordering::Acquire) != epoch);
@@ -349,7 +387,10 @@ mod tests {
     use crate::wait::SPIN;
 
     fn team(n_threads: usize, spin: Duration) -> Team {
-        let patience = Patience { spin, limit: Some(Duration::from_secs(60)) };
+        let patience = Patience {
+            spin,
+            limit: Some(Duration::from_secs(60)),
+        };
         Team::start("test", n_threads, patience, |_| Ok::<(), ()>(()), |_| ()).unwrap()
     }
 
@@ -362,7 +403,11 @@ mod tests {
                 team.run(&|member| {
                     cells[member.thread].store(round, Ordering::Relaxed);
                     member.barrier();
-                    assert!(cells.iter().all(|cell| cell.load(Ordering::Relaxed) == round));
+                    assert!(
+                        cells
+                            .iter()
+                            .all(|cell| cell.load(Ordering::Relaxed) == round)
+                    );
                     member.barrier();
                 });
             }
@@ -380,7 +425,10 @@ mod tests {
                 });
             }));
             let words = panic_text(result.unwrap_err().as_ref());
-            assert!(words.contains(&format!("thread {culprit} of test")), "{words}");
+            assert!(
+                words.contains(&format!("thread {culprit} of test")),
+                "{words}"
+            );
             let count = AtomicUsize::new(0);
             team.run(&|member| {
                 member.barrier();
@@ -408,7 +456,10 @@ mod tests {
 
     #[test]
     fn a_team_whose_thread_cannot_be_prepared_is_an_error() {
-        let patience = Patience { spin: SPIN, limit: None };
+        let patience = Patience {
+            spin: SPIN,
+            limit: None,
+        };
         let prepare = |thread| if thread == 2 { Err("no cpu") } else { Ok(()) };
         let error = Team::start("test", 3, patience, prepare, |_| "spawn").unwrap_err();
         assert_eq!(error, "no cpu");

@@ -48,7 +48,11 @@ impl JobRef {
         let outcome = catch_unwind(AssertUnwindSafe(|| {
             team.run_long(&|member| {
                 let (thread, n_threads) = (member.thread, member.n_threads);
-                job(TeamThread { node, thread, n_threads });
+                job(TeamThread {
+                    node,
+                    thread,
+                    n_threads,
+                });
             });
         }));
         outcome.map_err(|payload| panic_text(payload.as_ref()))
@@ -64,7 +68,9 @@ pub struct Teams {
 
 impl std::fmt::Debug for Teams {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        f.debug_struct("Teams").field("plan", &self.plan).finish_non_exhaustive()
+        f.debug_struct("Teams")
+            .field("plan", &self.plan)
+            .finish_non_exhaustive()
     }
 }
 
@@ -77,14 +83,21 @@ impl Teams {
         let (outboxes, mailboxes): (Vec<_>, Vec<_>) = (0..plan.nodes.len())
             .map(|_| mailbox(MAILBOX_CAPACITY, || Letter::Control(Control::Nothing)))
             .unzip();
-        let mut teams = Self { plan: plan.clone(), outboxes, leaders: Vec::new() };
+        let mut teams = Self {
+            plan: plan.clone(),
+            outboxes,
+            leaders: Vec::new(),
+        };
         let spin = if shares_cpus(plan) { SPIN_SHARED } else { SPIN };
         let (tell, told) = sync_channel(plan.nodes.len());
         for (node, mailbox) in mailboxes.into_iter().enumerate() {
             let (node_plan, outboxes) = (plan.nodes[node].clone(), teams.outboxes.clone());
             let tell = tell.clone();
             let lead = move || {
-                let patience = Patience { spin, limit: Some(TEAM_LIMIT) };
+                let patience = Patience {
+                    spin,
+                    limit: Some(TEAM_LIMIT),
+                };
                 match start_team(node, &node_plan, patience) {
                     Ok(team) => {
                         // the starter waits for it
@@ -96,8 +109,9 @@ impl Teams {
                 }
             };
             let builder = std::thread::Builder::new().name(format!("pi-node{node}"));
-            let leader =
-                builder.spawn(lead).map_err(|source| ActorError::Thread { node, source })?;
+            let leader = builder
+                .spawn(lead)
+                .map_err(|source| ActorError::Thread { node, source })?;
             teams.leaders.push(leader);
         }
         for _ in 0..plan.nodes.len() {
@@ -126,7 +140,9 @@ impl Teams {
     /// # Errors
     /// It is gone, or does not take anything any more.
     pub(crate) fn send(&self, node: usize, control: Control) -> Result<(), ActorError> {
-        self.outboxes[node].send(Letter::Control(control)).map_err(|_| ActorError::Gone)
+        self.outboxes[node]
+            .send(Letter::Control(control))
+            .map_err(|_| ActorError::Gone)
     }
 
     /// Runs `job` once on every thread of every node and returns when all are done: loading and
@@ -142,7 +158,13 @@ impl Teams {
             let erased: *const Job<'static> =
                 unsafe { std::mem::transmute::<&Job<'_>, &'static Job<'static>>(job) };
             let (done, answer) = sync_channel(1);
-            match self.send(node, Control::Job { job: JobRef(erased), done }) {
+            match self.send(
+                node,
+                Control::Job {
+                    job: JobRef(erased),
+                    done,
+                },
+            ) {
                 Ok(()) => answers.push((node, answer)),
                 Err(error) => outcome = Err(error),
             }
@@ -173,7 +195,11 @@ impl Drop for Teams {
 
 /// Whether two threads of the plan have one CPU.
 fn shares_cpus(plan: &Plan) -> bool {
-    let mut cpus: Vec<usize> = plan.nodes.iter().flat_map(|node| node.cpus.clone()).collect();
+    let mut cpus: Vec<usize> = plan
+        .nodes
+        .iter()
+        .flat_map(|node| node.cpus.clone())
+        .collect();
     let n = cpus.len();
     cpus.sort_unstable();
     cpus.dedup();
@@ -185,7 +211,13 @@ fn start_team(node: usize, plan: &NodePlan, patience: Patience) -> Result<Team, 
     let cpus = plan.cpus.clone();
     let prepare = move |thread: usize| pin_thread(cpus[thread]).map_err(ActorError::from);
     let cannot_start = |source| ActorError::Thread { node, source };
-    Team::start(&format!("pi-node{node}"), plan.cpus.len(), patience, prepare, cannot_start)
+    Team::start(
+        &format!("pi-node{node}"),
+        plan.cpus.len(),
+        patience,
+        prepare,
+        cannot_start,
+    )
 }
 
 fn lead_team(
@@ -195,6 +227,9 @@ fn lead_team(
     outboxes: Vec<Outbox<Letter>>,
     patience: Patience,
 ) {
-    let idle = Patience { limit: None, ..patience };
+    let idle = Patience {
+        limit: None,
+        ..patience
+    };
     Executor::new(node, team, mailbox, outboxes, idle).run();
 }

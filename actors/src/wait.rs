@@ -41,7 +41,10 @@ impl Waiter {
 
     /// Of `thread`.
     pub fn new(thread: Thread) -> Self {
-        Self { parked: AtomicBool::new(false), thread }
+        Self {
+            parked: AtomicBool::new(false),
+            thread,
+        }
     }
 
     /// Waits on the waiter's own thread until `ready`; false when the limit has passed.
@@ -66,7 +69,11 @@ impl Waiter {
     }
 
     fn park(&self, limit: Option<Duration>, ready: &impl Fn() -> bool) {
-        debug_assert_eq!(std::thread::current().id(), self.thread.id(), "only for its own thread");
+        debug_assert_eq!(
+            std::thread::current().id(),
+            self.thread.id(),
+            "only for its own thread"
+        );
         self.parked.store(true, Ordering::SeqCst);
         fence(Ordering::SeqCst);
         if !ready() {
@@ -96,7 +103,10 @@ mod tests {
     fn ping_pong(spin: Duration) {
         const ROUNDS: usize = 2_000;
         let turn = Arc::new(AtomicUsize::new(0));
-        let patience = Patience { spin, limit: Some(Duration::from_secs(60)) };
+        let patience = Patience {
+            spin,
+            limit: Some(Duration::from_secs(60)),
+        };
         let main = Arc::new(Waiter::current());
         let (theirs, to_main) = (Arc::clone(&turn), Arc::clone(&main));
         let (tell, told) = std::sync::mpsc::channel();
@@ -128,7 +138,10 @@ mod tests {
     fn a_wait_that_is_never_answered_ends_at_its_limit() {
         let limit = Duration::from_millis(20);
         let start = Instant::now();
-        let patience = Patience { spin: Duration::from_millis(1), limit: Some(limit) };
+        let patience = Patience {
+            spin: Duration::from_millis(1),
+            limit: Some(limit),
+        };
         assert!(!Waiter::current().wait(patience, || false));
         assert!(start.elapsed() >= limit);
     }

@@ -17,7 +17,15 @@ fn counters_of_all_actors_are_the_run_s_totals() {
         (4, Form::Neurons(SparsityMode::Off)),
         (2, Form::Dense),
     ] {
-        let engine = engine(&model, Setup { n_nodes, form, n_ubatch: 16, ..Setup::default() });
+        let engine = engine(
+            &model,
+            Setup {
+                n_nodes,
+                form,
+                n_ubatch: 16,
+                ..Setup::default()
+            },
+        );
         let mut sum_of_runs = Counters::default();
         for pieces in [vec![40, 1, 1, 1, 17], vec![1; 60]] {
             let run = run(&engine, Collector::in_pieces(&tokens, pieces));
@@ -25,7 +33,9 @@ fn counters_of_all_actors_are_the_run_s_totals() {
             sum_of_runs += run.totals.prefill + run.totals.decode;
             let all = engine.counters().unwrap();
             assert_eq!(all.len(), 1 + N_LAYER + N_LAYER * n_nodes);
-            let sum = all.iter().fold(Counters::default(), |sum, actor| sum + actor.counters);
+            let sum = all
+                .iter()
+                .fold(Counters::default(), |sum, actor| sum + actor.counters);
             assert_eq!(sum, sum_of_runs, "{n_nodes} nodes, {form:?}");
         }
     }
@@ -36,7 +46,13 @@ fn totals_tell_prefill_from_decode_and_count_what_is_read() {
     let model = PlainModel::random(32, GateActivation::Relu);
     let tokens = tokens(30);
     let exact = Form::Neurons(SparsityMode::Exact);
-    let engine = engine(&model, Setup { form: exact, ..Setup::default() });
+    let engine = engine(
+        &model,
+        Setup {
+            form: exact,
+            ..Setup::default()
+        },
+    );
     let totals = {
         let mut pieces = vec![20];
         pieces.extend([1; 10]);
@@ -50,21 +66,38 @@ fn totals_tell_prefill_from_decode_and_count_what_is_read() {
     // an active neuron's up and down rows are read, another's are not
     let dense = {
         let off = Form::Neurons(SparsityMode::Off);
-        let engine = crate::engine(&model, Setup { form: off, ..Setup::default() });
+        let engine = crate::engine(
+            &model,
+            Setup {
+                form: off,
+                ..Setup::default()
+            },
+        );
         let mut pieces = vec![20];
         pieces.extend([1; 10]);
         run(&engine, Collector::in_pieces(&tokens, pieces)).totals
     };
     let skipped = totals.decode.neurons - totals.decode.active_neurons;
     let row_pair_bytes = 2 * 64 * 4;
-    assert_eq!(dense.decode.weight_bytes - totals.decode.weight_bytes, skipped * row_pair_bytes);
+    assert_eq!(
+        dense.decode.weight_bytes - totals.decode.weight_bytes,
+        skipped * row_pair_bytes
+    );
 }
 
 #[test]
 fn every_cold_layer_handles_three_messages_a_token_and_the_last_four() {
     let model = PlainModel::random(33, GateActivation::Relu);
-    let engine = engine(&model, Setup { n_nodes: 2, ..Setup::default() });
-    run(&engine, Collector::new(&tokens(10), true)).outcome.unwrap();
+    let engine = engine(
+        &model,
+        Setup {
+            n_nodes: 2,
+            ..Setup::default()
+        },
+    );
+    run(&engine, Collector::new(&tokens(10), true))
+        .outcome
+        .unwrap();
     for counters in engine.counters().unwrap() {
         let messages = counters.counters.messages;
         match counters.actor {

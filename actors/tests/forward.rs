@@ -12,14 +12,21 @@ const OFF: Form = Form::Neurons(SparsityMode::Off);
 #[test]
 fn logits_and_active_neurons_are_those_of_plain_loops() {
     let tokens = tokens(40);
-    for (activation, forms) in
-        [(GateActivation::Relu, vec![EXACT, OFF, Form::Dense]), (GateActivation::Silu, vec![OFF, Form::Dense])]
-    {
+    for (activation, forms) in [
+        (GateActivation::Relu, vec![EXACT, OFF, Form::Dense]),
+        (GateActivation::Silu, vec![OFF, Form::Dense]),
+    ] {
         let model = PlainModel::random(5, activation);
         let (want, active) = naive::logits(&model, &tokens);
         for form in forms {
             for one_by_one in [true, false] {
-                let engine = engine(&model, Setup { form, ..Setup::default() });
+                let engine = engine(
+                    &model,
+                    Setup {
+                        form,
+                        ..Setup::default()
+                    },
+                );
                 let run = run(&engine, Collector::new(&tokens, one_by_one));
                 run.outcome.unwrap();
                 let total = run.totals.prefill + run.totals.decode;
@@ -40,18 +47,30 @@ fn logits_and_active_neurons_are_those_of_plain_loops() {
 fn bits_do_not_depend_on_nodes_threads_mode_or_batch() {
     let model = PlainModel::random(6, GateActivation::Relu);
     let tokens = tokens(300);
-    let reference = run(&engine(&model, Setup::default()), Collector::new(&tokens, true));
+    let reference = run(
+        &engine(&model, Setup::default()),
+        Collector::new(&tokens, true),
+    );
     let want = reference.feeder.bits();
     for (n_nodes, n_threads) in [(1, 1), (1, 2), (1, 3), (2, 1), (2, 2), (4, 1)] {
         for form in [EXACT, OFF] {
             for n_ubatch in [7, 64] {
-                let setup = Setup { n_nodes, n_threads, form, n_ubatch, ..Setup::default() };
+                let setup = Setup {
+                    n_nodes,
+                    n_threads,
+                    form,
+                    n_ubatch,
+                    ..Setup::default()
+                };
                 let engine = engine(&model, setup);
                 let pieces = vec![1, 100, 1, 1, 97, 100];
                 let run = run(&engine, Collector::in_pieces(&tokens, pieces));
                 run.outcome.unwrap();
                 let same = run.feeder.bits() == want;
-                assert!(same, "{n_nodes} × {n_threads}, {form:?}, batches of {n_ubatch}");
+                assert!(
+                    same,
+                    "{n_nodes} × {n_threads}, {form:?}, batches of {n_ubatch}"
+                );
             }
         }
     }
@@ -62,8 +81,14 @@ fn a_plain_down_gives_the_same_bits_for_any_number_of_threads() {
     let model = PlainModel::random(7, GateActivation::Silu);
     let tokens = tokens(30);
     let bits = |n_threads, one_by_one| {
-        let setup = Setup { n_threads, form: Form::Dense, ..Setup::default() };
-        run(&engine(&model, setup), Collector::new(&tokens, one_by_one)).feeder.bits()
+        let setup = Setup {
+            n_threads,
+            form: Form::Dense,
+            ..Setup::default()
+        };
+        run(&engine(&model, setup), Collector::new(&tokens, one_by_one))
+            .feeder
+            .bits()
     };
     assert_eq!(bits(1, true), bits(3, true));
     assert_eq!(bits(1, true), bits(2, false));
@@ -73,8 +98,20 @@ fn a_plain_down_gives_the_same_bits_for_any_number_of_threads() {
 fn many_positions_cross_chunks_of_the_cache() {
     let model = PlainModel::random(8, GateActivation::Relu);
     let tokens = tokens(N_CTX);
-    let one = run(&engine(&model, Setup::default()), Collector::new(&tokens, true));
-    let many = run(&engine(&model, Setup { n_nodes: 2, ..Setup::default() }), Collector::new(&tokens, false));
+    let one = run(
+        &engine(&model, Setup::default()),
+        Collector::new(&tokens, true),
+    );
+    let many = run(
+        &engine(
+            &model,
+            Setup {
+                n_nodes: 2,
+                ..Setup::default()
+            },
+        ),
+        Collector::new(&tokens, false),
+    );
     assert!(one.feeder.bits() == many.feeder.bits());
     let (want, _) = naive::logits(&model, &tokens);
     let (position, logits) = one.feeder.logits.last().unwrap();
@@ -102,16 +139,30 @@ fn going_back_forgets_what_lay_behind() {
 #[test]
 fn only_the_logits_that_are_wanted_are_given() {
     let model = PlainModel::random(9, GateActivation::Relu);
-    let engine = engine(&model, Setup { n_ubatch: 8, ..Setup::default() });
+    let engine = engine(
+        &model,
+        Setup {
+            n_ubatch: 8,
+            ..Setup::default()
+        },
+    );
     let tokens = tokens(30);
     for (wanted, positions) in [
         (LogitsWanted::None, vec![]),
         (LogitsWanted::Last, vec![29]),
         (LogitsWanted::From(6), (6..30).collect()),
     ] {
-        let collector = Collector { wanted, ..Collector::new(&tokens, false) };
+        let collector = Collector {
+            wanted,
+            ..Collector::new(&tokens, false)
+        };
         let run = run(&engine, collector);
-        let got: Vec<usize> = run.feeder.logits.iter().map(|(position, _)| *position).collect();
+        let got: Vec<usize> = run
+            .feeder
+            .logits
+            .iter()
+            .map(|(position, _)| *position)
+            .collect();
         assert_eq!(got, positions, "{wanted:?}");
     }
 }
@@ -121,9 +172,24 @@ fn impossible_feeds_end_the_run_with_the_reason_and_the_engine_goes_on() {
     let model = PlainModel::random(9, GateActivation::Relu);
     let engine = engine(&model, Setup::default());
     let cases: Vec<(Vec<u32>, Vec<usize>, usize, &str)> = vec![
-        (vec![1; N_CTX + 1], vec![N_CTX + 1], 0, "context of 700 tokens is full"),
-        (vec![1; 10], vec![4], 6, "starts at position 6, but the cache ends at 0"),
-        (vec![5000], vec![1], 0, "token 5000 is not in the model's vocabulary of 112"),
+        (
+            vec![1; N_CTX + 1],
+            vec![N_CTX + 1],
+            0,
+            "context of 700 tokens is full",
+        ),
+        (
+            vec![1; 10],
+            vec![4],
+            6,
+            "starts at position 6, but the cache ends at 0",
+        ),
+        (
+            vec![5000],
+            vec![1],
+            0,
+            "token 5000 is not in the model's vocabulary of 112",
+        ),
         (vec![1], vec![0], 0, "a feed has no tokens"),
     ];
     for (tokens, pieces, position, words) in cases {
@@ -133,5 +199,7 @@ fn impossible_feeds_end_the_run_with_the_reason_and_the_engine_goes_on() {
         let text = common::error_text(&run);
         assert!(text.contains(words), "{text}");
     }
-    run(&engine, Collector::new(&tokens(3), true)).outcome.unwrap();
+    run(&engine, Collector::new(&tokens(3), true))
+        .outcome
+        .unwrap();
 }

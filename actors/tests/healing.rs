@@ -30,16 +30,33 @@ fn model() -> PlainModel {
 fn messages_per_token(actor: ActorId) -> u64 {
     match actor {
         ActorId::Pipeline => 4,
-        ActorId::DeviceLayer { layer } => if layer == 2 { 10 } else { 7 },
-        ActorId::ColdLayer { layer, .. } => if layer == 2 { 4 } else { 3 },
+        ActorId::DeviceLayer { layer } => {
+            if layer == 2 {
+                10
+            } else {
+                7
+            }
+        }
+        ActorId::ColdLayer { layer, .. } => {
+            if layer == 2 {
+                4
+            } else {
+                3
+            }
+        }
     }
 }
 
 #[test]
 fn a_panic_anywhere_in_a_token_changes_no_bit() {
     let (model, tokens) = (model(), tokens(12));
-    let setup = || Setup { n_nodes: 2, ..Setup::default() };
-    let want = run(&engine(&model, setup()), Collector::new(&tokens, true)).feeder.bits();
+    let setup = || Setup {
+        n_nodes: 2,
+        ..Setup::default()
+    };
+    let want = run(&engine(&model, setup()), Collector::new(&tokens, true))
+        .feeder
+        .bits();
     let handler = FaultPlace::Handler;
     for (actor, place) in [
         (PIPELINE, handler),
@@ -54,9 +71,20 @@ fn a_panic_anywhere_in_a_token_changes_no_bit() {
         // each message of the sixth token, one run each
         for nth in 0..messages_per_token(actor) {
             let after_messages = 5 * messages_per_token(actor) + nth;
-            let fault = Fault { actor, after_messages, place, once: true };
+            let fault = Fault {
+                actor,
+                after_messages,
+                place,
+                once: true,
+            };
             let faults = Faults::new([fault]);
-            let engine = engine(&model, Setup { faults: faults.clone(), ..setup() });
+            let engine = engine(
+                &model,
+                Setup {
+                    faults: faults.clone(),
+                    ..setup()
+                },
+            );
             let run = run(&engine, Collector::new(&tokens, true));
             assert_eq!(error_text(&run), "no error", "{fault:?}");
             assert!(faults.all_happened(), "{fault:?}");
@@ -72,21 +100,46 @@ fn a_panic_anywhere_in_a_token_changes_no_bit() {
 #[test]
 fn a_panic_in_a_prompt_and_two_at_once_change_no_bit() {
     let (model, tokens) = (model(), tokens(50));
-    let setup = || Setup { n_nodes: 2, n_ubatch: 16, ..Setup::default() };
-    let want = run(&engine(&model, setup()), Collector::new(&tokens, false)).feeder.bits();
+    let setup = || Setup {
+        n_nodes: 2,
+        n_ubatch: 16,
+        ..Setup::default()
+    };
+    let want = run(&engine(&model, setup()), Collector::new(&tokens, false))
+        .feeder
+        .bits();
     let fault = |actor, after_messages| Fault {
         actor,
         after_messages,
         place: FaultPlace::Handler,
         once: true,
     };
-    let faults = Faults::new([fault(cold(1, 0), 4), fault(cold(1, 1), 4), fault(device(1), 9)]);
-    let engine = engine(&model, Setup { faults: faults.clone(), ..setup() });
+    let faults = Faults::new([
+        fault(cold(1, 0), 4),
+        fault(cold(1, 1), 4),
+        fault(device(1), 9),
+    ]);
+    let engine = engine(
+        &model,
+        Setup {
+            faults: faults.clone(),
+            ..setup()
+        },
+    );
     let run = run(&engine, Collector::new(&tokens, false));
     assert_eq!(error_text(&run), "no error");
     assert!(faults.all_happened());
-    let positions: Vec<usize> = run.feeder.logits.iter().map(|(position, _)| *position).collect();
-    assert_eq!(positions, (0..50).collect::<Vec<_>>(), "no logits are given twice");
+    let positions: Vec<usize> = run
+        .feeder
+        .logits
+        .iter()
+        .map(|(position, _)| *position)
+        .collect();
+    assert_eq!(
+        positions,
+        (0..50).collect::<Vec<_>>(),
+        "no logits are given twice"
+    );
     assert!(run.feeder.bits() == want);
 }
 
@@ -96,7 +149,9 @@ fn actors_of_the_control_plane_go_on_after_a_panic() {
     let engine = engine(&model, Setup::default());
     for actor in [ControlActor::Stats, ControlActor::Supervisor] {
         engine.panic_control_actor(actor);
-        run(&engine, Collector::new(&tokens(3), true)).outcome.unwrap();
+        run(&engine, Collector::new(&tokens(3), true))
+            .outcome
+            .unwrap();
         assert_eq!(engine.counters().unwrap().len(), 1 + 3 + 3);
     }
 }
@@ -111,9 +166,17 @@ fn the_supervisor_restarts_actors_after_its_own_panic() {
         once: true,
     };
     let faults = Faults::new([fault]);
-    let engine = engine(&model, Setup { faults: faults.clone(), ..Setup::default() });
+    let engine = engine(
+        &model,
+        Setup {
+            faults: faults.clone(),
+            ..Setup::default()
+        },
+    );
     engine.panic_control_actor(ControlActor::Supervisor);
-    run(&engine, Collector::new(&tokens(3), true)).outcome.unwrap();
+    run(&engine, Collector::new(&tokens(3), true))
+        .outcome
+        .unwrap();
     assert!(faults.all_happened());
 }
 
@@ -126,11 +189,18 @@ fn an_actor_that_keeps_failing_ends_the_token_with_its_name_and_reason() {
         place: FaultPlace::Handler,
         once: false,
     };
-    let setup = Setup { n_nodes: 2, faults: Faults::new([fault]), ..Setup::default() };
+    let setup = Setup {
+        n_nodes: 2,
+        faults: Faults::new([fault]),
+        ..Setup::default()
+    };
     let engine = engine(&model, setup);
     let run = run(&engine, Collector::new(&tokens(8), true));
     let text = error_text(&run);
-    assert!(text.contains("ColdLayer 1 on node 1 failed 4 times in one step"), "{text}");
+    assert!(
+        text.contains("ColdLayer 1 on node 1 failed 4 times in one step"),
+        "{text}"
+    );
     assert!(text.contains("injected panic"), "{text}");
     assert_eq!(run.feeder.logits.len(), 3, "tokens before it are there");
 }
@@ -139,8 +209,16 @@ fn an_actor_that_keeps_failing_ends_the_token_with_its_name_and_reason() {
 fn a_stopped_cold_layer_ends_the_token_with_its_name() {
     let model = model();
     for stopped in [cold(0, 0), cold(2, 0), cold(1, 1)] {
-        let engine = engine(&model, Setup { n_nodes: 2, ..Setup::default() });
-        run(&engine, Collector::new(&tokens(2), true)).outcome.unwrap();
+        let engine = engine(
+            &model,
+            Setup {
+                n_nodes: 2,
+                ..Setup::default()
+            },
+        );
+        run(&engine, Collector::new(&tokens(2), true))
+            .outcome
+            .unwrap();
         engine.stop_actor(stopped).unwrap();
         for _ in 0..2 {
             let text = error_text(&run(&engine, Collector::new(&tokens(2), true)));
@@ -151,7 +229,10 @@ fn a_stopped_cold_layer_ends_the_token_with_its_name() {
     }
     let engine = engine(&model, Setup::default());
     let error = engine.stop_actor(cold(0, 5)).unwrap_err().to_string();
-    assert!(error.contains("there is no ColdLayer 0 on node 5"), "{error}");
+    assert!(
+        error.contains("there is no ColdLayer 0 on node 5"),
+        "{error}"
+    );
 }
 
 #[test]
@@ -171,10 +252,19 @@ fn a_late_node_is_named_and_the_engine_goes_on_once_it_answers() {
     };
     let engine = engine(&model, setup);
     let text = error_text(&run(&engine, Collector::new(&tokens(5), true)));
-    assert!(text.contains("no answer within 0.5 s from ColdLayer 1 on node 1"), "{text}");
+    assert!(
+        text.contains("no answer within 0.5 s from ColdLayer 1 on node 1"),
+        "{text}"
+    );
     // the next runs wait until the node is quiet, or fail in the same way; at last one succeeds
     let want = {
-        let engine = crate::engine(&model, Setup { n_nodes: 2, ..Setup::default() });
+        let engine = crate::engine(
+            &model,
+            Setup {
+                n_nodes: 2,
+                ..Setup::default()
+            },
+        );
         run(&engine, Collector::new(&tokens(5), true)).feeder.bits()
     };
     let last = (0..10)
@@ -189,7 +279,11 @@ struct Panics;
 
 impl Feeder for Panics {
     fn next(&mut self) -> Next<'_> {
-        Next::Feed(Feed { tokens: &[1], position: 0, logits: LogitsWanted::Last })
+        Next::Feed(Feed {
+            tokens: &[1],
+            position: 0,
+            logits: LogitsWanted::Last,
+        })
     }
 
     fn logits(&mut self, _: usize, _: &[f32]) {
@@ -204,6 +298,14 @@ fn a_panic_of_the_feeder_ends_its_run_only() {
     let outcome = engine.run(Panics).unwrap().outcome;
     let text = outcome.unwrap_err().to_string();
     assert!(text.contains("cannot bear these logits"), "{text}");
-    run(&engine, Collector::new(&tokens(2), true)).outcome.unwrap();
-    assert!(engine.counters().unwrap().iter().all(|counters| counters.restarts == 0));
+    run(&engine, Collector::new(&tokens(2), true))
+        .outcome
+        .unwrap();
+    assert!(
+        engine
+            .counters()
+            .unwrap()
+            .iter()
+            .all(|counters| counters.restarts == 0)
+    );
 }

@@ -23,7 +23,10 @@ static TEAM: [AtomicI32; THREADS_MAX] = [const { AtomicI32::new(0) }; THREADS_MA
 fn count() {
     if TOKEN_UNDER_WAY.load(Ordering::SeqCst) {
         let me = gettid();
-        if TEAM.iter().any(|thread| thread.load(Ordering::SeqCst) == me) {
+        if TEAM
+            .iter()
+            .any(|thread| thread.load(Ordering::SeqCst) == me)
+        {
             ALLOCATIONS.fetch_add(1, Ordering::SeqCst);
         }
     }
@@ -70,7 +73,11 @@ impl Feeder for Silent {
         self.position += len;
         let tokens = &self.tokens[position..position + len];
         TOKEN_UNDER_WAY.store(position > 0, Ordering::SeqCst);
-        Next::Feed(Feed { tokens, position, logits: LogitsWanted::Last })
+        Next::Feed(Feed {
+            tokens,
+            position,
+            logits: LogitsWanted::Last,
+        })
     }
 
     fn logits(&mut self, _: usize, _: &[f32]) {
@@ -81,12 +88,17 @@ impl Feeder for Silent {
 const N_TOKENS: usize = 100;
 
 fn silent() -> Silent {
-    Silent { tokens: tokens(N_TOKENS + 20), position: 0, prompt: 20 }
+    Silent {
+        tokens: tokens(N_TOKENS + 20),
+        position: 0,
+        prompt: 20,
+    }
 }
 
 fn remember_threads(engine: &Engine) {
     let next = AtomicUsize::new(0);
-    TEAM.iter().for_each(|thread| thread.store(0, Ordering::SeqCst));
+    TEAM.iter()
+        .for_each(|thread| thread.store(0, Ordering::SeqCst));
     let remember = |_| TEAM[next.fetch_add(1, Ordering::SeqCst)].store(gettid(), Ordering::SeqCst);
     engine.teams().run(&remember).unwrap();
 }
@@ -101,13 +113,23 @@ fn team_threads_allocate_nothing_and_call_nothing_but_futex() {
     }
     let model = PlainModel::random(41, GateActivation::Relu);
     for (n_nodes, n_threads) in TEAMS {
-        let engine = engine(&model, Setup { n_nodes, n_threads, ..Setup::default() });
+        let engine = engine(
+            &model,
+            Setup {
+                n_nodes,
+                n_threads,
+                ..Setup::default()
+            },
+        );
         remember_threads(&engine);
         let run = engine.run(silent()).unwrap();
         run.outcome.unwrap();
         assert_eq!(run.totals.decode_tokens, N_TOKENS);
         let allocations = ALLOCATIONS.swap(0, Ordering::SeqCst);
-        assert_eq!(allocations, 0, "{n_nodes} × {n_threads} threads, {N_TOKENS} tokens");
+        assert_eq!(
+            allocations, 0,
+            "{n_nodes} × {n_threads} threads, {N_TOKENS} tokens"
+        );
     }
     no_system_call_but_futex();
 }
@@ -118,7 +140,11 @@ const CHILD: &str = "PI_QUIET_CHILD";
 /// A filter cannot be taken off a thread again, so a child process gets it.
 fn no_system_call_but_futex() {
     let child = std::process::Command::new(std::env::current_exe().unwrap())
-        .args(["--exact", "team_threads_allocate_nothing_and_call_nothing_but_futex", "--nocapture"])
+        .args([
+            "--exact",
+            "team_threads_allocate_nothing_and_call_nothing_but_futex",
+            "--nocapture",
+        ])
         .env(CHILD, "1")
         .output()
         .unwrap();
@@ -128,8 +154,15 @@ fn no_system_call_but_futex() {
         return;
     }
     let code = child.status.code();
-    assert_eq!(code, Some(0), "a team thread made system call number {code:?}\n{said}");
-    assert!(said.contains("tokens decoded under the filter: 300"), "{said}");
+    assert_eq!(
+        code,
+        Some(0),
+        "a team thread made system call number {code:?}\n{said}"
+    );
+    assert!(
+        said.contains("tokens decoded under the filter: 300"),
+        "{said}"
+    );
 }
 
 fn decode_under_filter() {
@@ -137,7 +170,14 @@ fn decode_under_filter() {
     let engines: Vec<Engine> = TEAMS
         .iter()
         .map(|&(n_nodes, n_threads)| {
-            engine(&model, Setup { n_nodes, n_threads, ..Setup::default() })
+            engine(
+                &model,
+                Setup {
+                    n_nodes,
+                    n_threads,
+                    ..Setup::default()
+                },
+            )
         })
         .collect();
     let mut n_tokens = 0;
@@ -194,8 +234,10 @@ mod filter {
             op(RETURN, 0, 0, ALLOW),
             op(RETURN, 0, 0, TRAP),
         ];
-        let filter =
-            libc::sock_fprog { len: program.len() as u16, filter: program.as_mut_ptr() };
+        let filter = libc::sock_fprog {
+            len: program.len() as u16,
+            filter: program.as_mut_ptr(),
+        };
         // SAFETY: the handler only ends the process; the program outlives the call.
         unsafe {
             let mut action: libc::sigaction = std::mem::zeroed();

@@ -19,7 +19,10 @@ use pi_runtime::model::sparsity::SparsityPlan;
 use pi_runtime::model::{Hyperparameters, ModelTensors, Sparsity};
 use pi_topology::{HugePages, Machine, NodePlan, Plan};
 
-const MODEL: &str = concat!(env!("CARGO_MANIFEST_DIR"), "/../models/smollm2-135m-reglu-q4_0.gguf");
+const MODEL: &str = concat!(
+    env!("CARGO_MANIFEST_DIR"),
+    "/../models/smollm2-135m-reglu-q4_0.gguf"
+);
 const TEXT: &str = include_str!("../../tests/fixtures/reference/smollm2-135m-reglu-q4_0.json");
 const N_TOKENS: usize = 200;
 const ROUNDS: usize = 9;
@@ -49,13 +52,19 @@ fn main() {
 /// Tokens of the longest reference prompt, a piece of an encyclopedia.
 fn tokens() -> Vec<u32> {
     let reference: serde_json::Value = serde_json::from_str(TEXT).expect("a JSON file");
-    let prompts = reference["variants"]["F32_dequant"]["prompts"].as_array().expect("prompts");
+    let prompts = reference["variants"]["F32_dequant"]["prompts"]
+        .as_array()
+        .expect("prompts");
     let ids = prompts
         .iter()
         .filter_map(|prompt| prompt["prompt_tokens"].as_array())
         .max_by_key(|ids| ids.len())
         .expect("a prompt");
-    ids.iter().filter_map(|id| id.as_u64()).map(|id| id as u32).take(N_TOKENS).collect()
+    ids.iter()
+        .filter_map(|id| id.as_u64())
+        .map(|id| id as u32)
+        .take(N_TOKENS)
+        .collect()
 }
 
 fn load(file: &GgufFile, sparsity: Sparsity, teams: &Teams) -> ModelWeights {
@@ -73,7 +82,10 @@ fn plan(n_nodes: usize, n_threads: usize, cpus: &[usize]) -> Plan {
         numa: None,
         cpus: cpus[node * n_threads..(node + 1) * n_threads].to_vec(),
     };
-    Plan { nodes: (0..n_nodes).map(node).collect(), huge_pages: HugePages::Try }
+    Plan {
+        nodes: (0..n_nodes).map(node).collect(),
+        huge_pages: HugePages::Try,
+    }
 }
 
 fn compare(
@@ -148,7 +160,14 @@ struct Clock {
 impl Clock {
     fn new(tokens: &[u32]) -> Self {
         let tokens = tokens.to_vec();
-        Self { tokens, position: 0, start: None, last: None, n_timed: 0, sum: 0.0 }
+        Self {
+            tokens,
+            position: 0,
+            start: None,
+            last: None,
+            n_timed: 0,
+            sum: 0.0,
+        }
     }
 
     fn begin(&mut self) {
@@ -181,7 +200,11 @@ impl Feeder for Clock {
         }
         self.position += 1;
         let tokens = &self.tokens[position..position + 1];
-        Next::Feed(Feed { tokens, position, logits: LogitsWanted::Last })
+        Next::Feed(Feed {
+            tokens,
+            position,
+            logits: LogitsWanted::Last,
+        })
     }
 
     fn logits(&mut self, _: usize, logits: &[f32]) {

@@ -36,7 +36,12 @@ pub(super) fn run(job: Job<'_>, team: &mut Team) -> Counters {
     }
     let end = job.step.position + job.step.n_tokens;
     let row_bytes = job.model.kv_type.row_bytes(job.model.shape().head_dim);
-    let mut work = weights_read([&share.wq, &share.wk, &share.wv].map(|m| m.bytes.len()).iter().sum());
+    let mut work = weights_read(
+        [&share.wq, &share.wk, &share.wv]
+            .map(|m| m.bytes.len())
+            .iter()
+            .sum(),
+    );
     work.kv_bytes = (2 * end * share.kv_heads.len() * row_bytes) as u64;
     work
 }
@@ -59,7 +64,13 @@ impl Heads {
         let shape = job.model.shape();
         let (head_dim, per_kv) = (shape.head_dim, shape.heads_per_kv());
         let n_kv = job.share.kv_heads.len();
-        Self { head_dim, per_kv, n_kv, q_len: n_kv * per_kv * head_dim, kv_len: n_kv * head_dim }
+        Self {
+            head_dim,
+            per_kv,
+            n_kv,
+            q_len: n_kv * per_kv * head_dim,
+            kv_len: n_kv * head_dim,
+        }
     }
 
     /// Columns of a node's key/value head in `q`, and, shifted by the node's first, in `heads`.
@@ -119,7 +130,10 @@ unsafe fn append_token(job: &Job<'_>, heads: &Heads, head: usize, token: usize) 
     let rope_len = model.rope.row_len();
     // SAFETY: this function's contract; the rotations were written with the step.
     unsafe {
-        let rope = model.slots.rope.read(token * rope_len..(token + 1) * rope_len);
+        let rope = model
+            .slots
+            .rope
+            .read(token * rope_len..(token + 1) * rope_len);
         let key = scratch.k.write(at + columns.start..at + columns.end);
         let value = scratch.v.read(at + columns.start..at + columns.end);
         model.rope.apply(model.cpu, rope, key, heads.head_dim);
@@ -142,8 +156,9 @@ fn one_token(job: &Job<'_>, member: Member<'_>) {
     let n_chunks = end.div_ceil(CHUNK_POSITIONS);
     let states_len = heads.per_kv * state_len(heads.head_dim);
     // SAFETY: each thread has its own.
-    let ThreadScratch { queries: rotated, .. } =
-        unsafe { scratch.threads[member.thread].get_mut() };
+    let ThreadScratch {
+        queries: rotated, ..
+    } = unsafe { scratch.threads[member.thread].get_mut() };
     let mut rotated_head = None;
     for piece in member.part(heads.n_kv * n_chunks, 1) {
         let (head, chunk) = (piece / n_chunks, piece % n_chunks);
@@ -160,9 +175,17 @@ fn one_token(job: &Job<'_>, member: Member<'_>) {
             if last {
                 append_token(job, &heads, head, 0);
             }
-            let seen = if last { end } else { (chunk + 1) * CHUNK_POSITIONS };
-            let kv = job.kv.head(job.layer, job.share.kv_heads.start + head, seen);
-            let states = scratch.states.write(piece * states_len..(piece + 1) * states_len);
+            let seen = if last {
+                end
+            } else {
+                (chunk + 1) * CHUNK_POSITIONS
+            };
+            let kv = job
+                .kv
+                .head(job.layer, job.share.kv_heads.start + head, seen);
+            let states = scratch
+                .states
+                .write(piece * states_len..(piece + 1) * states_len);
             reset_states(states, heads.head_dim);
             let queries = Queries {
                 values: rotated,
@@ -172,7 +195,14 @@ fn one_token(job: &Job<'_>, member: Member<'_>) {
                 first_position: job.step.position,
                 window: None,
             };
-            attend_chunk(model.cpu, kv, queries, chunk, model.shape().attn_scale, states);
+            attend_chunk(
+                model.cpu,
+                kv,
+                queries,
+                chunk,
+                model.shape().attn_scale,
+                states,
+            );
         }
     }
     // with one chunk a thread's pieces are the heads that it joins
@@ -186,7 +216,10 @@ fn one_token(job: &Job<'_>, member: Member<'_>) {
         // SAFETY: all chunks of the head are done: by this thread, or before the barrier; the
         // columns are the head's.
         unsafe {
-            let out = model.slots.heads.write(first + columns.start..first + columns.end);
+            let out = model
+                .slots
+                .heads
+                .write(first + columns.start..first + columns.end);
             join_chunks(model.cpu, heads.head_dim, scratch.states.write(chunks), out);
         }
     }
@@ -201,8 +234,13 @@ fn many_tokens(job: &Job<'_>, member: Member<'_>) {
     for token in member.part(n_tokens, 1) {
         // SAFETY: the barrier ordered the projections before; the token is this thread's.
         unsafe {
-            let rope = model.slots.rope.read(token * rope_len..(token + 1) * rope_len);
-            let q = scratch.q.write(token * heads.q_len..(token + 1) * heads.q_len);
+            let rope = model
+                .slots
+                .rope
+                .read(token * rope_len..(token + 1) * rope_len);
+            let q = scratch
+                .q
+                .write(token * heads.q_len..(token + 1) * heads.q_len);
             model.rope.apply(model.cpu, rope, q, heads.head_dim);
             for head in 0..heads.n_kv {
                 append_token(job, &heads, head, token);
@@ -238,7 +276,10 @@ fn block_attention(
         let kv = job.kv.head(job.layer, job.share.kv_heads.start + head, end);
         let from = tokens.start * heads.q_len + columns.start;
         let queries = Queries {
-            values: job.scratch.q.read(from..(tokens.end - 1) * heads.q_len + columns.end),
+            values: job
+                .scratch
+                .q
+                .read(from..(tokens.end - 1) * heads.q_len + columns.end),
             stride: heads.q_len,
             n_tokens: tokens.len(),
             n_heads: heads.per_kv,
@@ -247,7 +288,17 @@ fn block_attention(
         };
         let columns = first + columns.start..first + columns.end;
         let mut out: StridedOut<'_> =
-            model.slots.heads.columns(tokens.start * n_attn, n_attn, tokens.len(), columns);
-        attend(model.cpu, kv, queries, model.shape().attn_scale, states, &mut out);
+            model
+                .slots
+                .heads
+                .columns(tokens.start * n_attn, n_attn, tokens.len(), columns);
+        attend(
+            model.cpu,
+            kv,
+            queries,
+            model.shape().attn_scale,
+            states,
+            &mut out,
+        );
     }
 }

@@ -33,13 +33,31 @@ pub(super) fn run(job: Job<'_>, team: &mut Team) -> Counters {
     }
     let n_tokens = job.step.n_tokens;
     match (&share.ffn, n_tokens) {
-        (FfnShare::Neurons { up: UpRows::Paired, rows }, 1) => {
+        (
+            FfnShare::Neurons {
+                up: UpRows::Paired,
+                rows,
+            },
+            1,
+        ) => {
             team.run(&|member| sparse_token(&job, rows, member));
         }
-        (FfnShare::Neurons { up: UpRows::Paired, rows }, _) => {
+        (
+            FfnShare::Neurons {
+                up: UpRows::Paired,
+                rows,
+            },
+            _,
+        ) => {
             team.run(&|member| sparse_tokens(&job, rows, member));
         }
-        (FfnShare::Neurons { up: UpRows::Interleaved(up), rows }, _) => {
+        (
+            FfnShare::Neurons {
+                up: UpRows::Interleaved(up),
+                rows,
+            },
+            _,
+        ) => {
             team.run(&|member| {
                 dense_gate_up(&job, up, &member);
                 member.barrier();
@@ -64,8 +82,14 @@ fn count(job: &Job<'_>) -> Counters {
     let neurons = share.neurons.len();
     let rows_read = job.scratch.rows_read.load(Ordering::Relaxed) as usize;
     let bytes = match &share.ffn {
-        FfnShare::Neurons { up: UpRows::Paired, rows } => rows_read * rows.record_bytes(),
-        FfnShare::Neurons { up: UpRows::Interleaved(up), rows } => up.bytes.len() + rows.bytes.len(),
+        FfnShare::Neurons {
+            up: UpRows::Paired,
+            rows,
+        } => rows_read * rows.record_bytes(),
+        FfnShare::Neurons {
+            up: UpRows::Interleaved(up),
+            rows,
+        } => up.bytes.len() + rows.bytes.len(),
         FfnShare::Dense { up, down } => up.bytes.len() + down.bytes.len(),
     };
     let mut work = weights_read(share.gate.bytes.len() + bytes);
@@ -108,7 +132,14 @@ fn sparse_token(job: &Job<'_>, rows: &NeuronStore, member: Member<'_>) {
     // SAFETY: this part of the activations is this thread's.
     unsafe {
         let out = scratch.act.write(mine.clone());
-        up_active(cpu, up_rows, x, &all.ids[mine.clone()], &all.gates[mine], out);
+        up_active(
+            cpu,
+            up_rows,
+            x,
+            &all.ids[mine.clone()],
+            &all.gates[mine],
+            out,
+        );
     }
     if member.thread == 0 {
         scratch.active.store(n_active as u64, Ordering::Relaxed);
@@ -119,7 +150,10 @@ fn sparse_token(job: &Job<'_>, rows: &NeuronStore, member: Member<'_>) {
     let mut from = 0;
     for (group, neurons) in group_neurons(&model.weights.neuron_groups, share) {
         let to = from + all.ids[from..].partition_point(|&id| (id as usize) < neurons.end);
-        spans.push(GroupSpan { group, span: from..to });
+        spans.push(GroupSpan {
+            group,
+            span: from..to,
+        });
         from = to;
     }
     // SAFETY: all activations are written.
@@ -146,11 +180,18 @@ fn sum_token(
     for (n, sum) in sums[..n_sums].iter_mut().enumerate() {
         let at = model.partial_offset(n);
         // SAFETY: the columns are this thread's until the node's `Partial` is sent.
-        *sum = unsafe {
-            model.slots.partials[job.node].write(at + columns.start..at + columns.end)
-        };
+        *sum =
+            unsafe { model.slots.partials[job.node].write(at + columns.start..at + columns.end) };
     }
-    down_active(model.cpu, rows.down_rows(), ids, act, spans, columns, &mut sums[..n_sums]);
+    down_active(
+        model.cpu,
+        rows.down_rows(),
+        ids,
+        act,
+        spans,
+        columns,
+        &mut sums[..n_sums],
+    );
 }
 
 /// Many tokens, the union of their active neurons only. A chunk of neurons is whoever's is free.
@@ -167,13 +208,20 @@ fn sparse_tokens(job: &Job<'_>, rows: &NeuronStore, member: Member<'_>) {
     while let Some(chunk) = job.take(n_neurons.div_ceil(NEURON_CHUNK)) {
         let neurons = chunk * NEURON_CHUNK..((chunk + 1) * NEURON_CHUNK).min(n_neurons);
         // SAFETY: the chunk's neurons are this thread's.
-        let mut act =
-            unsafe { scratch.act.columns(0, n_neurons, n_tokens, neurons.clone()) };
+        let mut act = unsafe { scratch.act.columns(0, n_neurons, n_tokens, neurons.clone()) };
         // SAFETY: as above; this output ends before `act` is used.
         let out = unsafe { scratch.act.columns(0, n_neurons, n_tokens, neurons.clone()) };
         multiply(model.cpu, &share.gate, x, n_tokens, neurons.clone(), out);
         let active = close_gates(&mut act);
-        let read = up_tokens(model.cpu, up_rows, x, 0..n_tokens, neurons, &mut act, up_scratch);
+        let read = up_tokens(
+            model.cpu,
+            up_rows,
+            x,
+            0..n_tokens,
+            neurons,
+            &mut act,
+            up_scratch,
+        );
         scratch.active.fetch_add(active, Ordering::Relaxed);
         scratch.rows_read.fetch_add(read as u64, Ordering::Relaxed);
     }
@@ -207,7 +255,8 @@ fn down_batch(job: &Job<'_>, rows: &NeuronStore, skip_zeros: bool, member: &Memb
     let mine = unsafe { scratch.threads[member.thread].get_mut() };
     mine.spans.clear();
     let groups = group_neurons(&model.weights.neuron_groups, job.share);
-    mine.spans.extend(groups.map(|(group, span)| GroupSpan { group, span }));
+    mine.spans
+        .extend(groups.map(|(group, span)| GroupSpan { group, span }));
     let n_sums = job.n_sums;
     let slot = &model.slots.partials[job.node];
     let mut sums: [StridedOut<'_>; SUBTREES_MAX] = std::array::from_fn(|n| {
@@ -261,7 +310,10 @@ fn dense_gate_up(job: &Job<'_>, up: &Matrix, member: &Member<'_>) {
     while let Some(chunk) = job.take(n_neurons.div_ceil(NEURON_CHUNK)) {
         let neurons = chunk * NEURON_CHUNK..((chunk + 1) * NEURON_CHUNK).min(n_neurons);
         let width = neurons.len();
-        for (matrix, out) in [(&share.gate, &mut mine.gate_chunk), (up, &mut mine.up_chunk)] {
+        for (matrix, out) in [
+            (&share.gate, &mut mine.gate_chunk),
+            (up, &mut mine.up_chunk),
+        ] {
             let out = StridedOut::from_slice(out, width, n_tokens, 0..width);
             multiply(model.cpu, matrix, x, n_tokens, neurons.clone(), out);
         }
@@ -308,7 +360,8 @@ fn down_all(job: &Job<'_>, rows: &NeuronStore, member: &Member<'_>) {
     }
     mine.spans.clear();
     let groups = group_neurons(&model.weights.neuron_groups, job.share);
-    mine.spans.extend(groups.map(|(group, span)| GroupSpan { group, span }));
+    mine.spans
+        .extend(groups.map(|(group, span)| GroupSpan { group, span }));
     // SAFETY: all activations are written.
     let act = unsafe { scratch.act.read(0..n_neurons) };
     sum_token(job, rows, &mine.all.ids, act, &mine.spans, member);

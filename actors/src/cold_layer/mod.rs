@@ -52,7 +52,14 @@ impl ColdLayer {
         cell: Arc<Cell>,
     ) -> Self {
         let n_sums = sums_of(model.share(layer, node)).len();
-        Self { layer, node, model, kv, cell, n_sums }
+        Self {
+            layer,
+            node,
+            model,
+            kv,
+            cell,
+            n_sums,
+        }
     }
 
     /// Computes a share with the node's team.
@@ -65,7 +72,13 @@ impl ColdLayer {
         };
         self.cell.add(work);
         let Share { step, layer, stage } = message;
-        Message::ShareDone(ShareDone { step, layer, stage, node: self.node, work })
+        Message::ShareDone(ShareDone {
+            step,
+            layer,
+            stage,
+            node: self.node,
+            work,
+        })
     }
 
     /// Computes the node's neurons with its team.
@@ -73,7 +86,12 @@ impl ColdLayer {
         let work = ffn::run(self.job(scratch), team);
         self.cell.add(work);
         let Compute { step, layer, .. } = message;
-        Message::Partial(Partial { step, layer, node: self.node, work })
+        Message::Partial(Partial {
+            step,
+            layer,
+            node: self.node,
+            work,
+        })
     }
 
     #[allow(unsafe_code)]
@@ -106,5 +124,9 @@ impl Job<'_> {
 
 /// Work of one message that read so many bytes of weights.
 fn weights_read(weight_bytes: usize) -> Counters {
-    Counters { messages: 1, weight_bytes: weight_bytes as u64, ..Counters::default() }
+    Counters {
+        messages: 1,
+        weight_bytes: weight_bytes as u64,
+        ..Counters::default()
+    }
 }

@@ -41,8 +41,17 @@ pub(super) fn output(job: Job<'_>, team: &mut Team) -> Counters {
         // SAFETY: the device wrote `attn` before it sent the share; these columns are this node's
         // and, of them, this thread's.
         unsafe {
-            let out = slots.projected.columns(0, n_embd, job.step.n_tokens, columns);
-            multiply(job.model.cpu, &share.wo, slots.attn.get(), job.step.n_tokens, rows, out);
+            let out = slots
+                .projected
+                .columns(0, n_embd, job.step.n_tokens, columns);
+            multiply(
+                job.model.cpu,
+                &share.wo,
+                slots.attn.get(),
+                job.step.n_tokens,
+                rows,
+                out,
+            );
         }
     });
     weights_read(share.wo.bytes.len())
@@ -59,7 +68,14 @@ pub(super) fn head(job: Job<'_>, team: &mut Team, n_tokens: usize) -> Counters {
         // node's and, of them, this thread's.
         unsafe {
             let out = slots.logits.columns(0, n_vocab, n_tokens, columns);
-            multiply(job.model.cpu, &head.matrix, slots.normed.get(), n_tokens, rows, out);
+            multiply(
+                job.model.cpu,
+                &head.matrix,
+                slots.normed.get(),
+                n_tokens,
+                rows,
+                out,
+            );
         }
     });
     weights_read(head.matrix.bytes.len())

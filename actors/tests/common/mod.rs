@@ -33,7 +33,10 @@ pub struct Random(pub u64);
 
 impl Random {
     pub fn next(&mut self) -> f32 {
-        self.0 = self.0.wrapping_mul(6_364_136_223_846_793_005).wrapping_add(1);
+        self.0 = self
+            .0
+            .wrapping_mul(6_364_136_223_846_793_005)
+            .wrapping_add(1);
         (self.0 >> 40) as f32 / (1 << 23) as f32 - 1.0
     }
 
@@ -107,15 +110,26 @@ pub enum Form {
 }
 
 fn bytes_of(values: &[f32]) -> Vec<u8> {
-    values.iter().flat_map(|value| value.to_le_bytes()).collect()
+    values
+        .iter()
+        .flat_map(|value| value.to_le_bytes())
+        .collect()
 }
 
 fn interleaved(rows: &[f32], n_cols: usize) -> Matrix {
     let n_rows = rows.len() / n_cols;
-    let shape = MatrixShape { quant: QuantType::F32, n_rows, n_cols, layout: Layout::Interleaved };
+    let shape = MatrixShape {
+        quant: QuantType::F32,
+        n_rows,
+        n_cols,
+        layout: Layout::Interleaved,
+    };
     let mut bytes = vec![0; shape.packed_bytes()];
     shape.pack(&bytes_of(rows), 0, &mut bytes);
-    Matrix { shape, bytes: Bytes::from(bytes) }
+    Matrix {
+        shape,
+        bytes: Bytes::from(bytes),
+    }
 }
 
 /// Values of rows `rows` of a matrix.
@@ -152,12 +166,17 @@ pub fn weights(model: &PlainModel, n_nodes: usize, form: Form) -> ModelWeights {
     let layers = model.layers.iter().map(|layer| LayerWeights {
         attn_norm: layer.attn_norm.clone(),
         ffn_norm: layer.ffn_norm.clone(),
-        shares: (0..n_nodes).map(|node| share(layer, n_nodes, node, form)).collect(),
+        shares: (0..n_nodes)
+            .map(|node| share(layer, n_nodes, node, form))
+            .collect(),
     });
     let head = (0..n_nodes).map(|node| {
         let rows_of = part(N_VOCAB, n_nodes, node, 16);
         let matrix = interleaved(rows(&model.head, N_EMBD, rows_of.clone()), N_EMBD);
-        HeadShare { rows: rows_of, matrix }
+        HeadShare {
+            rows: rows_of,
+            matrix,
+        }
     });
     ModelWeights {
         shape,
@@ -180,9 +199,8 @@ fn share(layer: &PlainLayer, n_nodes: usize, node: usize, form: Form) -> LayerSh
     let groups = part(FFN_GROUPS, n_nodes, node, 1);
     let neurons = groups.start * N_FF / FFN_GROUPS..groups.end * N_FF / FFN_GROUPS;
     let output_rows = part(N_EMBD, n_nodes, node, 16);
-    let matrix = |m: &[f32], range: std::ops::Range<usize>| {
-        interleaved(rows(m, N_EMBD, range), N_EMBD)
-    };
+    let matrix =
+        |m: &[f32], range: std::ops::Range<usize>| interleaved(rows(m, N_EMBD, range), N_EMBD);
     LayerShare {
         kv_heads,
         wq: matrix(&layer.wq, q_rows.clone()),
@@ -192,7 +210,10 @@ fn share(layer: &PlainLayer, n_nodes: usize, node: usize, form: Form) -> LayerSh
         bk: Some(layer.bk[kv_rows.clone()].to_vec()),
         bv: Some(layer.bv[kv_rows].to_vec()),
         output_rows: output_rows.clone(),
-        wo: interleaved(rows(&layer.wo, N_HEAD * HEAD_DIM, output_rows), N_HEAD * HEAD_DIM),
+        wo: interleaved(
+            rows(&layer.wo, N_HEAD * HEAD_DIM, output_rows),
+            N_HEAD * HEAD_DIM,
+        ),
         groups,
         gate: matrix(&layer.gate, neurons.clone()),
         ffn: ffn(layer, neurons.clone(), form),
@@ -220,17 +241,23 @@ fn ffn(layer: &PlainLayer, neurons: std::ops::Range<usize>, form: Form) -> FfnSh
         }
     };
     match form {
-        Form::Neurons(SparsityMode::Off) => {
-            FfnShare::Neurons { up: UpRows::Interleaved(up()), rows: records(false) }
-        }
-        Form::Neurons(SparsityMode::Exact) => {
-            FfnShare::Neurons { up: UpRows::Paired, rows: records(true) }
-        }
+        Form::Neurons(SparsityMode::Off) => FfnShare::Neurons {
+            up: UpRows::Interleaved(up()),
+            rows: records(false),
+        },
+        Form::Neurons(SparsityMode::Exact) => FfnShare::Neurons {
+            up: UpRows::Paired,
+            rows: records(true),
+        },
         Form::Dense => {
             let n = neurons.len();
-            let plain: Vec<f32> =
-                (0..N_EMBD * n).map(|i| down[i % n * N_EMBD + i / n]).collect();
-            FfnShare::Dense { up: up(), down: interleaved(&plain, n) }
+            let plain: Vec<f32> = (0..N_EMBD * n)
+                .map(|i| down[i % n * N_EMBD + i / n])
+                .collect();
+            FfnShare::Dense {
+                up: up(),
+                down: interleaved(&plain, n),
+            }
         }
     }
 }
@@ -246,9 +273,14 @@ pub fn plan(n_nodes: usize, n_threads: usize) -> Plan {
     let cpu = |thread: usize| cpus[thread % cpus.len()];
     let nodes = (0..n_nodes).map(|node| NodePlan {
         numa: None,
-        cpus: (0..n_threads).map(|thread| cpu(node * n_threads + thread)).collect(),
+        cpus: (0..n_threads)
+            .map(|thread| cpu(node * n_threads + thread))
+            .collect(),
     });
-    Plan { nodes: nodes.collect(), huge_pages: HugePages::Off }
+    Plan {
+        nodes: nodes.collect(),
+        huge_pages: HugePages::Off,
+    }
 }
 
 pub struct Setup {
@@ -298,28 +330,47 @@ pub struct Collector {
 impl Collector {
     /// All tokens one by one, or in one piece; logits of all.
     pub fn new(tokens: &[u32], one_by_one: bool) -> Self {
-        let pieces = if one_by_one { vec![1; tokens.len()] } else { vec![tokens.len()] };
+        let pieces = if one_by_one {
+            vec![1; tokens.len()]
+        } else {
+            vec![tokens.len()]
+        };
         Self::in_pieces(tokens, pieces)
     }
 
     pub fn in_pieces(tokens: &[u32], mut pieces: Vec<usize>) -> Self {
         pieces.reverse();
         let tokens = tokens.to_vec();
-        Self { tokens, pieces, position: 0, wanted: LogitsWanted::From(0), logits: vec![] }
+        Self {
+            tokens,
+            pieces,
+            position: 0,
+            wanted: LogitsWanted::From(0),
+            logits: vec![],
+        }
     }
 
     pub fn bits(&self) -> Vec<u32> {
-        self.logits.iter().flat_map(|(_, logits)| logits.iter().map(|v| v.to_bits())).collect()
+        self.logits
+            .iter()
+            .flat_map(|(_, logits)| logits.iter().map(|v| v.to_bits()))
+            .collect()
     }
 }
 
 impl Feeder for Collector {
     fn next(&mut self) -> Next<'_> {
-        let Some(len) = self.pieces.pop() else { return Next::Done };
+        let Some(len) = self.pieces.pop() else {
+            return Next::Done;
+        };
         let position = self.position;
         self.position += len;
         let tokens = &self.tokens[position..position + len];
-        Next::Feed(Feed { tokens, position, logits: self.wanted })
+        Next::Feed(Feed {
+            tokens,
+            position,
+            logits: self.wanted,
+        })
     }
 
     fn logits(&mut self, position: usize, logits: &[f32]) {
@@ -334,7 +385,9 @@ pub fn run(engine: &Engine, collector: Collector) -> Run<Collector> {
 /// Some tokens.
 pub fn tokens(n: usize) -> Vec<u32> {
     let mut random = Random(77);
-    (0..n).map(|_| ((random.next() + 1.0) * 0.499 * N_VOCAB as f32) as u32).collect()
+    (0..n)
+        .map(|_| ((random.next() + 1.0) * 0.499 * N_VOCAB as f32) as u32)
+        .collect()
 }
 
 pub fn error_text(run: &Run<Collector>) -> String {

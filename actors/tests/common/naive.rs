@@ -12,8 +12,10 @@ pub fn logits(model: &PlainModel, tokens: &[u32]) -> (Rows, usize) {
     let (mut all, mut active) = (vec![], 0);
     for (position, &token) in tokens.iter().enumerate() {
         let at = token as usize * N_EMBD;
-        let mut x: Vec<f64> =
-            model.embedding[at..at + N_EMBD].iter().map(|&v| f64::from(v)).collect();
+        let mut x: Vec<f64> = model.embedding[at..at + N_EMBD]
+            .iter()
+            .map(|&v| f64::from(v))
+            .collect();
         for (layer, cache) in model.layers.iter().zip(&mut caches) {
             attention(layer, cache, position, &mut x);
             active += ffn(layer, model.activation, &mut x);
@@ -27,16 +29,24 @@ pub fn logits(model: &PlainModel, tokens: &[u32]) -> (Rows, usize) {
 fn norm(x: &[f64], weight: &[f32]) -> Vec<f64> {
     let mean = x.iter().map(|v| v * v).sum::<f64>() / x.len() as f64;
     let scale = 1.0 / (mean + 1e-5).sqrt();
-    x.iter().zip(weight).map(|(v, &w)| v * scale * f64::from(w)).collect()
+    x.iter()
+        .zip(weight)
+        .map(|(v, &w)| v * scale * f64::from(w))
+        .collect()
 }
 
 fn product(matrix: &[f32], x: &[f64], n_rows: usize) -> Vec<f64> {
     let row = |r: usize| &matrix[r * x.len()..(r + 1) * x.len()];
-    (0..n_rows).map(|r| row(r).iter().zip(x).map(|(&w, v)| f64::from(w) * v).sum()).collect()
+    (0..n_rows)
+        .map(|r| row(r).iter().zip(x).map(|(&w, v)| f64::from(w) * v).sum())
+        .collect()
 }
 
 fn with_bias(mut values: Vec<f64>, bias: &[f32]) -> Vec<f64> {
-    values.iter_mut().zip(bias).for_each(|(v, &b)| *v += f64::from(b));
+    values
+        .iter_mut()
+        .zip(bias)
+        .for_each(|(v, &b)| *v += f64::from(b));
     values
 }
 

@@ -32,6 +32,13 @@ pub(crate) struct RowPlanes {
 }
 
 impl RowPlanes {
+    /// Of no row: to be replaced.
+    pub(crate) const fn none() -> Self {
+        Self {
+            at: [std::ptr::null(); 5],
+        }
+    }
+
     /// # Safety
     /// `row` points to a packed row of `n_blocks` blocks of the format.
     #[inline(always)]
@@ -44,6 +51,21 @@ impl RowPlanes {
             bytes += n_blocks * plane.units * plane.unit_bytes;
         }
         Self { at }
+    }
+
+    /// Asks for what the sub-blocks `subs` need.
+    #[inline(always)]
+    pub(crate) fn prefetch(&self, quant: QuantType, subs: std::ops::Range<usize>) {
+        let per_block = quant.block_values();
+        let blocks = subs.start * BLOCK / per_block..(subs.end * BLOCK).div_ceil(per_block);
+        for (p, plane) in quant.planes().iter().enumerate() {
+            let bytes = plane.units * plane.unit_bytes;
+            let (from, to) = (blocks.start * bytes, blocks.end * bytes);
+            for at in (from..to).step_by(64).chain([to - 1]) {
+                // SAFETY: a hint, for any address.
+                unsafe { _mm_prefetch::<_MM_HINT_T0>(self.at[p].wrapping_add(at).cast()) };
+            }
+        }
     }
 
     /// First byte of the row.

@@ -44,7 +44,10 @@ pub fn subtrees(groups: Range<usize>) -> Vec<Range<usize>> {
 /// # Panics
 /// As [`subtrees`].
 pub fn n_subtrees(groups: Range<usize>) -> usize {
-    assert!(groups.end <= FFN_GROUPS, "groups {groups:?} of {FFN_GROUPS}");
+    assert!(
+        groups.end <= FFN_GROUPS,
+        "groups {groups:?} of {FFN_GROUPS}"
+    );
     let mut stack = TreeStack::new();
     for group in groups {
         stack.push(group..group + 1);

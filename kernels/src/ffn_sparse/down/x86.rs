@@ -153,7 +153,7 @@ struct Avx512;
 #[allow(clippy::undocumented_unsafe_blocks)]
 impl Columns for Avx2 {
     type Block = [__m256; 4];
-    const TILE: usize = 3;
+    const TILE: usize = 2;
 
     #[inline(always)]
     unsafe fn zero() -> Self::Block {
@@ -211,7 +211,7 @@ impl Columns for Avx2 {
 #[allow(clippy::undocumented_unsafe_blocks)]
 impl Columns for Avx512 {
     type Block = [__m512; 2];
-    const TILE: usize = 9;
+    const TILE: usize = 4;
 
     #[inline(always)]
     unsafe fn zero() -> Self::Block {
@@ -331,7 +331,10 @@ tier!(
     "avx2,fma,f16c,avx512f,avx512bw,avx512dq,avx512vl"
 );
 
-/// All columns, in tiles of equal size.
+/// Blocks of columns that are taken through all neurons together, at most.
+const STRIP: usize = 16;
+
+/// All columns, in strips of nearly equal size.
 ///
 /// # Safety
 /// The instructions of `C` exist; shapes were checked by the caller.
@@ -341,75 +344,148 @@ unsafe fn active<C: Columns, R: Source>(
     cols: Range<usize>,
     sums: &mut [&mut [f32]],
 ) {
-    let (mut block, end) = (cols.start / BLOCK, cols.end / BLOCK);
-    while block < end {
-        let n_tiles = (end - block).div_ceil(C::TILE);
-        let width = (end - block).div_ceil(n_tiles);
-        let at = (block - cols.start / BLOCK) * BLOCK;
-        // SAFETY: this function's contract; the tile's blocks are in the row.
+    let (first, end) = (cols.start / BLOCK, cols.end / BLOCK);
+    let n_strips = (end - first).div_ceil(STRIP);
+    for n in 0..n_strips {
+        let bound = |n: usize| first + (end - first) * n / n_strips;
+        // SAFETY: this function's contract; the strip's blocks are in the row.
         unsafe {
-            match width {
-                1 => tile::<C, R, 1>(list, block, at, sums),
-                2 => tile::<C, R, 2>(list, block, at, sums),
-                3 => tile::<C, R, 3>(list, block, at, sums),
-                4 if C::TILE >= 4 => tile::<C, R, 4>(list, block, at, sums),
-                5 if C::TILE >= 5 => tile::<C, R, 5>(list, block, at, sums),
-                6 if C::TILE >= 6 => tile::<C, R, 6>(list, block, at, sums),
-                7 if C::TILE >= 7 => tile::<C, R, 7>(list, block, at, sums),
-                8 if C::TILE >= 8 => tile::<C, R, 8>(list, block, at, sums),
-                9 if C::TILE >= 9 => tile::<C, R, 9>(list, block, at, sums),
-                _ => unreachable!("tiles have 1 to {} blocks", C::TILE),
-            }
-        }
-        block += width;
+            strip::<C, R>(
+                list,
+                bound(n)..bound(n + 1),
+                (bound(n) - first) * BLOCK,
+                sums,
+            )
+        };
     }
 }
 
-/// `B` blocks of columns from block `first` of the rows, to column `at` of `sums`.
+/// The blocks `blocks` (at most [`STRIP`]) of the rows, to column `at` of `sums`.
+///
+/// Some neurons at a time, so that their rows stay in the first cache while tiles of columns pass
+/// over them; the sums of a strip lie in memory in between.
 ///
 /// # Safety
 /// As [`active`]; the blocks are in the rows.
 #[inline(always)]
-unsafe fn tile<C: Columns, R: Source, const B: usize>(
+unsafe fn strip<C: Columns, R: Source>(
     list: Active<'_>,
-    first: usize,
+    blocks: Range<usize>,
     at: usize,
     sums: &mut [&mut [f32]],
 ) {
     let down = &list.down;
     let n_blocks = down.n_embd / R::QUANT.block_values();
-    // SAFETY: this function's contract.
-    unsafe {
-        let n_subs = down.n_embd / BLOCK;
-        let mut scales = [0.0; 16];
-        let mut stack = TreeStack::new();
-        let mut done = [[C::zero(); B]; SUBTREES_MAX + 1];
-        let mut len = 0;
-        for GroupSpan { group, span } in list.groups {
-            let mut y = [C::zero(); B];
-            for (&id, &a) in list.ids[span.clone()].iter().zip(&list.a[span.clone()]) {
-                let planes = RowPlanes::new(R::QUANT, down.row(id as usize).as_ptr(), n_blocks);
-                R::scales(&planes, first, n_subs, &mut scales);
-                for b in 0..B {
-                    y[b] = C::axpy(a, C::weights::<R>(&planes, first + b, scales[b]), y[b]);
+    let width = blocks.len() * BLOCK;
+    let mut stack = TreeStack::new();
+    let mut done = [[0.0f32; STRIP * BLOCK]; SUBTREES_MAX + 1];
+    let mut len = 0;
+    for GroupSpan { group, span } in list.groups {
+        let y = &mut done[len][..width];
+        y.fill(0.0);
+        for first in span.clone().step_by(NEURONS) {
+            let part = first..(first + NEURONS).min(span.end);
+            let (ids, a) = (&list.ids[part.clone()], &list.a[part]);
+            let mut rows = Rows {
+                planes: [RowPlanes::none(); NEURONS],
+                scales: [[0.0; STRIP]; NEURONS],
+            };
+            let next = list.ids.get(first + NEURONS..).unwrap_or(&[]);
+            // SAFETY: this function's contract: the rows are whole and hold the blocks.
+            unsafe {
+                for (n, &id) in ids.iter().enumerate() {
+                    if let Some(&next) = next.get(n) {
+                        let row = down.row(next as usize).as_ptr();
+                        RowPlanes::new(R::QUANT, row, n_blocks).prefetch(R::QUANT, blocks.clone());
+                    }
+                    let row = down.row(id as usize).as_ptr();
+                    rows.planes[n] = RowPlanes::new(R::QUANT, row, n_blocks);
+                    let n_subs = down.n_embd / BLOCK;
+                    R::scales(&rows.planes[n], blocks.start, n_subs, &mut rows.scales[n]);
                 }
-            }
-            done[len] = y;
-            len += 1;
-            for _ in 0..stack.push(*group..group + 1) {
-                len -= 1;
-                for b in 0..B {
-                    done[len - 1][b] = C::add(done[len - 1][b], done[len][b]);
-                }
+                tiles::<C, R>(&rows, a, blocks.clone(), y);
             }
         }
-        for (sum, y) in sums.iter_mut().zip(&done) {
-            let out = &mut sum[at..at + B * BLOCK];
-            for b in 0..B {
-                C::store(out.as_mut_ptr().add(b * BLOCK), y[b]);
+        len += 1;
+        for _ in 0..stack.push(*group..group + 1) {
+            len -= 1;
+            let (left, right) = done.split_at_mut(len);
+            for (left, right) in left[len - 1][..width].iter_mut().zip(&right[0]) {
+                *left += right;
             }
         }
     }
+    for (sum, y) in sums.iter_mut().zip(&done) {
+        sum[at..at + width].copy_from_slice(&y[..width]);
+    }
+}
+
+/// Some neurons' rows, and their scales from a strip's first block on.
+struct Rows {
+    planes: [RowPlanes; NEURONS],
+    scales: [[f32; STRIP]; NEURONS],
+}
+
+/// Adds neurons to a strip, `y` `[blocks.len() · 32]`, in tiles of columns.
+///
+/// # Safety
+/// As [`active`]; `rows` holds `a.len()` rows, and these the blocks.
+#[inline(always)]
+unsafe fn tiles<C: Columns, R: Source>(
+    rows: &Rows,
+    a: &[f32],
+    blocks: Range<usize>,
+    y: &mut [f32],
+) {
+    let mut done = 0;
+    while done < blocks.len() {
+        let left = blocks.len() - done;
+        let y = &mut y[done * BLOCK..];
+        // SAFETY: this function's contract.
+        done += unsafe {
+            if left >= C::TILE && C::TILE == 4 {
+                tile::<C, R, 4>(rows, a, blocks.start, done, y)
+            } else if left >= 2 {
+                tile::<C, R, 2>(rows, a, blocks.start, done, y)
+            } else {
+                tile::<C, R, 1>(rows, a, blocks.start, done, y)
+            }
+        };
+    }
+}
+
+/// `B` blocks from block `skip` of the strip on; returns `B`.
+///
+/// # Safety
+/// As [`tiles`].
+#[inline(always)]
+unsafe fn tile<C: Columns, R: Source, const B: usize>(
+    rows: &Rows,
+    a: &[f32],
+    first: usize,
+    skip: usize,
+    y: &mut [f32],
+) -> usize {
+    let y = &mut y[..B * BLOCK];
+    // SAFETY: this function's contract; `y` holds B blocks.
+    unsafe {
+        let mut sums = [C::zero(); B];
+        for b in 0..B {
+            sums[b] = C::load(y.as_ptr().add(b * BLOCK));
+        }
+        for (n, &a) in a.iter().enumerate() {
+            let planes = rows.planes.get_unchecked(n);
+            let scales = rows.scales.get_unchecked(n);
+            for b in 0..B {
+                let scale = *scales.get_unchecked(skip + b);
+                sums[b] = C::axpy(a, C::weights::<R>(planes, first + skip + b, scale), sums[b]);
+            }
+        }
+        for b in 0..B {
+            C::store(y.as_mut_ptr().add(b * BLOCK), sums[b]);
+        }
+    }
+    B
 }
 
 /// All columns for up to [`TOKENS`] tokens.
@@ -424,7 +500,7 @@ unsafe fn tokens<C: Columns, R: Source>(
     sums: &mut [StridedOut<'_>],
 ) {
     // registers hold the sums of one token beside the weights
-    let step = if C::TILE > 4 { COLUMNS } else { COLUMNS / 2 };
+    let step = if C::TILE == 4 { COLUMNS } else { COLUMNS / 2 };
     for first in cols.clone().step_by(step) {
         let columns = first..(first + step).min(cols.end);
         // SAFETY: this function's contract.
