@@ -61,9 +61,11 @@ impl RowPlanes {
         for (p, plane) in quant.planes().iter().enumerate() {
             let bytes = plane.units * plane.unit_bytes;
             let (from, to) = (blocks.start * bytes, blocks.end * bytes);
-            for at in (from..to).step_by(64).chain([to - 1]) {
+            let mut at = from;
+            while at < to {
                 // SAFETY: a hint, for any address.
                 unsafe { _mm_prefetch::<_MM_HINT_T0>(self.at[p].wrapping_add(at).cast()) };
+                at += 64;
             }
         }
     }
@@ -306,8 +308,15 @@ avx2_fn! {
         if let (Some(plane), true) = (U::SCALE_PLANE, first + 8 <= n_subs) {
             return _mm256_cvtph_ps(_mm_loadu_si128(planes.at[plane].add(2 * first).cast()));
         }
+        if let (Some(plane), true) = (U::SCALE_PLANE, n_subs >= 8) {
+            // the row's last eight, those before `first` shifted out
+            let missing = first + 8 - n_subs;
+            let last = planes.at[plane].add(2 * (n_subs - 8)).cast::<u128>().read_unaligned();
+            let last = if missing < 8 { last >> (16 * missing) } else { 0 };
+            return _mm256_cvtph_ps(std::mem::transmute::<u128, __m128i>(last));
+        }
         let mut scales = [0.0f32; 8];
-        for n in 0..(n_subs - first).min(8) {
+        for n in 0..n_subs.saturating_sub(first).min(8) {
             scales[n] = U::scale(planes, first + n);
         }
         _mm256_loadu_ps(scales.as_ptr())

@@ -4,9 +4,15 @@ use std::ops::Range;
 
 use super::NeuronRows;
 use super::tree::{SUBTREES_MAX, TreeStack, n_subtrees};
+use crate::activations::ActivationMode;
 use crate::cpu::{Cpu, Tier};
 use crate::matrix::StridedOut;
-use crate::quant::BLOCK;
+use crate::quant::{BLOCK, QuantType};
+
+/// Whether activations are rounded to 8 bits: see [`rounded`].
+fn is_rounded(cpu: Cpu, quant: QuantType) -> bool {
+    cpu.mode() == ActivationMode::Q8 && quant == QuantType::Q4_0
+}
 
 /// One group of neurons, as a range of a list of active ones or of neuron ids.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -69,6 +75,7 @@ pub fn down_active(
         // SAFETY: a `Cpu` exists only for tiers that the machine has.
         unsafe {
             match cpu.tier() {
+                _ if is_rounded(cpu, down.quant) => rounded::x86::active(list, cols, sums),
                 Tier::Avx2 => x86::active_avx2(list, cols, sums),
                 _ => x86::active_avx512(list, cols, sums),
             }
@@ -81,6 +88,15 @@ pub fn down_active(
     let mut join = Joiner::new();
     for GroupSpan { group, span } in groups {
         let mut y = zero.clone();
+        if is_rounded(cpu, down.quant) {
+            let span = GroupSpan {
+                group: *group,
+                span: span.clone(),
+            };
+            rounded::add_group(&down, ids, a, &span, cols.clone(), &mut y);
+            join.push(*group, y);
+            continue;
+        }
         for j in span.clone() {
             down.matrix(ids[j] as usize).dequantize_row(0, &mut row);
             for (y, &w) in y.iter_mut().zip(&row[cols.clone()]) {
@@ -183,9 +199,12 @@ pub fn down_tokens(
         }
         return;
     }
+    let rounded = is_rounded(cpu, down.quant);
     #[cfg(target_arch = "x86_64")]
-    for first in (0..n_tokens).step_by(TOKENS) {
-        let tokens = first..(first + TOKENS).min(n_tokens);
+    let step = if rounded { x86::TOKENS_ROUNDED } else { TOKENS };
+    #[cfg(target_arch = "x86_64")]
+    for first in (0..n_tokens).step_by(step) {
+        let tokens = first..(first + step).min(n_tokens);
         let act = &act[first * stride..];
         let batch = x86::Batch {
             down,
@@ -198,6 +217,7 @@ pub fn down_tokens(
         // SAFETY: a `Cpu` exists only for tiers that the machine has; not scalar here.
         unsafe {
             match cpu.tier() {
+                _ if rounded => rounded::x86::tokens(&batch, cols.clone(), scratch, sums),
                 Tier::Avx2 => x86::tokens_avx2(&batch, cols.clone(), scratch, sums),
                 _ => x86::tokens_avx512(&batch, cols.clone(), scratch, sums),
             }
@@ -205,5 +225,6 @@ pub fn down_tokens(
     }
 }
 
+mod rounded;
 #[cfg(target_arch = "x86_64")]
 mod x86;

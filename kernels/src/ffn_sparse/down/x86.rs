@@ -21,7 +21,6 @@ trait Columns {
     unsafe fn zero() -> Self::Block;
     /// a·w + y.
     unsafe fn axpy(a: f32, w: Self::Block, y: Self::Block) -> Self::Block;
-    unsafe fn add(a: Self::Block, b: Self::Block) -> Self::Block;
     unsafe fn load(p: *const f32) -> Self::Block;
     unsafe fn store(p: *mut f32, v: Self::Block);
     unsafe fn weights<R: Source>(planes: &RowPlanes, sub: usize, scale: f32) -> Self::Block;
@@ -33,8 +32,8 @@ trait Columns {
 /// The planes are a row's; sub-block `sub` is in it; AVX2 (AVX-512) exists.
 trait Source {
     const QUANT: QuantType;
-    /// Scales of the sub-blocks from `first` on (at most 16; `n_subs` in the row).
-    unsafe fn scales(planes: &RowPlanes, first: usize, n_subs: usize, out: &mut [f32; 16]);
+    /// Scales of the sub-blocks from `first` on (at most [`STRIP`]; `n_subs` in the row).
+    unsafe fn scales(planes: &RowPlanes, first: usize, n_subs: usize, out: &mut [f32; STRIP]);
     unsafe fn reals(planes: &RowPlanes, sub: usize, scale: f32) -> [__m256; 4];
     unsafe fn reals_512(planes: &RowPlanes, sub: usize, scale: f32) -> [__m512; 2];
 }
@@ -51,15 +50,17 @@ impl<U: RowUnpack> Source for U {
     const QUANT: QuantType = U::QUANT;
 
     #[inline(always)]
-    unsafe fn scales(planes: &RowPlanes, first: usize, n_subs: usize, out: &mut [f32; 16]) {
+    unsafe fn scales(planes: &RowPlanes, first: usize, n_subs: usize, out: &mut [f32; STRIP]) {
         unsafe {
             _mm256_storeu_ps(
                 out.as_mut_ptr(),
                 row::scales_of_eight::<U>(planes, first, n_subs),
             );
-            if first + 8 < n_subs {
-                let more = row::scales_of_eight::<U>(planes, first + 8, n_subs);
-                _mm256_storeu_ps(out.as_mut_ptr().add(8), more);
+            for at in (8..STRIP).step_by(8) {
+                if first + at < n_subs {
+                    let more = row::scales_of_eight::<U>(planes, first + at, n_subs);
+                    _mm256_storeu_ps(out.as_mut_ptr().add(at), more);
+                }
             }
         }
     }
@@ -116,7 +117,7 @@ macro_rules! float_source {
             const QUANT: QuantType = QuantType::$name;
 
             #[inline(always)]
-            unsafe fn scales(_: &RowPlanes, _: usize, _: usize, _: &mut [f32; 16]) {}
+            unsafe fn scales(_: &RowPlanes, _: usize, _: usize, _: &mut [f32; STRIP]) {}
 
             #[inline(always)]
             unsafe fn reals(planes: &RowPlanes, sub: usize, _scale: f32) -> [__m256; 4] {
@@ -172,17 +173,6 @@ impl Columns for Avx2 {
         }
     }
     #[inline(always)]
-    unsafe fn add(a: Self::Block, b: Self::Block) -> Self::Block {
-        unsafe {
-            [
-                _mm256_add_ps(a[0], b[0]),
-                _mm256_add_ps(a[1], b[1]),
-                _mm256_add_ps(a[2], b[2]),
-                _mm256_add_ps(a[3], b[3]),
-            ]
-        }
-    }
-    #[inline(always)]
     unsafe fn load(p: *const f32) -> Self::Block {
         unsafe {
             [
@@ -228,10 +218,6 @@ impl Columns for Avx512 {
         }
     }
     #[inline(always)]
-    unsafe fn add(a: Self::Block, b: Self::Block) -> Self::Block {
-        unsafe { [_mm512_add_ps(a[0], b[0]), _mm512_add_ps(a[1], b[1])] }
-    }
-    #[inline(always)]
     unsafe fn load(p: *const f32) -> Self::Block {
         unsafe { [_mm512_loadu_ps(p), _mm512_loadu_ps(p.add(16))] }
     }
@@ -257,7 +243,7 @@ pub(super) struct Active<'a> {
     pub(super) groups: &'a [GroupSpan],
 }
 
-/// What up to [`TOKENS`] tokens add.
+/// What some tokens add.
 pub(super) struct Batch<'a> {
     pub(super) down: NeuronRows<'a>,
     /// From the first token on.
@@ -332,7 +318,9 @@ tier!(
 );
 
 /// Blocks of columns that are taken through all neurons together, at most.
-const STRIP: usize = 16;
+pub(super) const STRIP: usize = 24;
+/// Tokens that are taken together where activations are rounded.
+pub(super) const TOKENS_ROUNDED: usize = TOKENS * COLUMNS / (STRIP * BLOCK);
 
 /// All columns, in strips of nearly equal size.
 ///
@@ -583,7 +571,7 @@ unsafe fn add_neurons<C: Columns, R: Source, const B: usize>(
     unsafe {
         for (neuron, row) in neurons.clone().zip(rows.chunks_exact_mut(B * BLOCK)) {
             let planes = RowPlanes::new(R::QUANT, down.row(neuron).as_ptr(), n_blocks);
-            let mut scales = [0.0; 16];
+            let mut scales = [0.0; STRIP];
             R::scales(&planes, column / BLOCK, down.n_embd / BLOCK, &mut scales);
             for b in 0..B {
                 let w = C::weights::<R>(&planes, column / BLOCK + b, scales[b]);
