@@ -13,6 +13,7 @@ use std::any::Any;
 use std::cell::UnsafeCell;
 use std::panic::{AssertUnwindSafe, catch_unwind, resume_unwind};
 use std::sync::atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering};
+use std::sync::mpsc::sync_channel;
 use std::sync::{Arc, Mutex, OnceLock};
 use std::thread::JoinHandle;
 use std::time::Duration;
@@ -226,7 +227,7 @@ impl Team {
             shared,
             workers: Vec::with_capacity(n_threads),
         };
-        let (tell, told) = std::sync::mpsc::channel();
+        let (tell, told) = sync_channel(n_threads);
         for thread in 1..n_threads {
             let (shared, prepare) = (Arc::clone(&team.shared), prepare.clone());
             let tell = tell.clone();

@@ -109,7 +109,7 @@ mod tests {
         };
         let main = Arc::new(Waiter::current());
         let (theirs, to_main) = (Arc::clone(&turn), Arc::clone(&main));
-        let (tell, told) = std::sync::mpsc::channel();
+        let (tell, told) = std::sync::mpsc::sync_channel(1);
         let other = std::thread::spawn(move || {
             let me = Arc::new(Waiter::current());
             tell.send(Arc::clone(&me)).unwrap();

@@ -2,7 +2,7 @@
 
 use std::hint::{black_box, spin_loop};
 use std::sync::atomic::{AtomicUsize, Ordering};
-use std::sync::mpsc::{Receiver, Sender, channel};
+use std::sync::mpsc::{Receiver, SyncSender, sync_channel};
 use std::thread::{Builder, yield_now};
 use std::time::{Duration, Instant};
 
@@ -68,7 +68,8 @@ fn measure(plan: &Plan, bytes: usize, n_passes: usize) -> Result<f64, TopologyEr
     let n_threads = plan.n_threads();
     let part_bytes = bytes / n_threads.max(1);
     let pass = AtomicUsize::new(0);
-    let (sender, receiver) = channel();
+    // No thread reports again before all reports of the pass before are taken.
+    let (sender, receiver) = sync_channel(n_threads);
     std::thread::scope(|scope| {
         // Whatever happens, no thread may be left waiting.
         let _stop = StopOnDrop(&pass);
@@ -129,7 +130,7 @@ fn read(
     bytes: usize,
     (numa, huge_pages): (Option<usize>, HugePages),
     pass: &AtomicUsize,
-    reports: &Sender<Report>,
+    reports: &SyncSender<Report>,
 ) {
     let prepared = pin_thread(cpu).and_then(|()| Arena::new(bytes, numa, huge_pages));
     let mut arena = match prepared {

@@ -36,7 +36,7 @@ pub fn mul(cpu: Cpu, a: &[f32], b: &[f32], out: &mut [f32]) {
 /// out\[i\] = silu(gate\[i\]) · up\[i\] with silu(x) = x / (1 + exp(−x)), all `[n]` f32.
 /// Overwrites `out`.
 ///
-/// silu(−∞) is NaN, so that an overflow surfaces.
+/// silu(−∞) is NaN, so that an overflow surfaces; below −88.7, where exp(−x) exceeds f32, it is −0.
 ///
 /// # Panics
 /// When the lengths differ.
@@ -102,7 +102,8 @@ pub fn exp_sum_in_place(cpu: Cpu, x: &mut [f32], max: f32) -> f32 {
 
 /// x\[i\] = exp(x\[i\] − max x) / Σ exp(x\[j\] − max x), `[n]` f32. Overwrites `x`.
 ///
-/// A NaN or +∞ anywhere makes all of it NaN.
+/// Within (⌈n / 16⌉ + 14) · 2⁻²⁴ of the value where that is no subnormal. A NaN or +∞ anywhere makes
+/// all of it NaN.
 pub fn softmax_in_place(cpu: Cpu, x: &mut [f32]) {
     let max = max(cpu, x);
     let sum = exp_sum_in_place(cpu, x, max);

@@ -118,7 +118,7 @@ fn yarn_blends_pairs_as_published() {
     ];
     let row = row(&table, 40);
     for (pair, frequency) in want {
-        let (sin, cos) = (40.0 * frequency as f64).sin_cos();
+        let (sin, cos) = (40.0_f64 * frequency).sin_cos();
         let got = (f64::from(row[pair]), f64::from(row[128 + 64 + pair]));
         let want = (cos * 1.2772588722, sin * 1.2772588722);
         assert!(

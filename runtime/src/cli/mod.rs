@@ -1,7 +1,9 @@
 //! The command line: what was asked for, done, and the exit code.
 //!
-//! Text goes to stdout, everything else to stderr. Exit codes: 0, [`BAD_INPUT_EXIT_CODE`] for what the user can
-//! mend, [`ENVIRONMENT_EXIT_CODE`] for what the machine refuses, 130 after Ctrl-C.
+//! Text goes to stdout, everything else to stderr. Exit codes: 0,
+//! [`BAD_INPUT_EXIT_CODE`](crate::error::BAD_INPUT_EXIT_CODE) for what the user can mend,
+//! [`ENVIRONMENT_EXIT_CODE`](crate::error::ENVIRONMENT_EXIT_CODE) for what the machine refuses, 130
+//! after Ctrl-C.
 
 pub mod args;
 mod bench;

@@ -1,9 +1,10 @@
 //! `pi-runtime tokenize`.
 
-use super::{demo_model, output, text_file};
+use super::output::output_error;
+use super::{demo_model, text_file};
 use crate::error::RuntimeError;
 use crate::gguf::GgufFile;
-use crate::tokenizer::{self, TokenizeArgs, Tokenizer, VocabData};
+use crate::tokenizer::{self, TokenizeArgs, TokenizeError, Tokenizer, VocabData};
 
 /// Opens the model, reads the text and prints its tokens.
 ///
@@ -18,13 +19,8 @@ pub fn run(args: &TokenizeArgs) -> Result<(), RuntimeError> {
         (None, None) => text_file::read_stdin()?,
     };
     let mut out = std::io::BufWriter::new(std::io::stdout().lock());
-    tokenizer::run(args, &tokenizer, &text, &mut out).map_err(|error| match error.downcast() {
-        Ok(failed) => output::output_error(failed),
-        Err(error) => match error.downcast() {
-            Ok(refused) => RuntimeError::Tokenizer(refused),
-            Err(other) => RuntimeError::OutputFailed {
-                source: std::io::Error::other(other),
-            },
-        },
+    tokenizer::run(args, &tokenizer, &text, &mut out).map_err(|error| match error {
+        TokenizeError::Text(error) => RuntimeError::Tokenizer(error),
+        TokenizeError::Output(error) => output_error(error),
     })
 }

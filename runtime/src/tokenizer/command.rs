@@ -5,7 +5,7 @@ use std::path::PathBuf;
 
 use serde::Serialize;
 
-use super::{EncodeOptions, Tokenizer};
+use super::{EncodeOptions, Tokenizer, TokenizerError};
 
 /// Flags of `tokenize`.
 #[derive(Debug, Clone, clap::Args)]
@@ -36,6 +36,17 @@ pub struct TokenizeArgs {
     pub no_special: bool,
 }
 
+/// Why `tokenize` failed.
+#[derive(Debug, thiserror::Error)]
+pub enum TokenizeError {
+    /// The text cannot be encoded.
+    #[error(transparent)]
+    Text(#[from] TokenizerError),
+    /// The output could not be written.
+    #[error("cannot write the output: {0}")]
+    Output(#[from] io::Error),
+}
+
 #[derive(Serialize)]
 struct TokenRow<'a> {
     id: u32,
@@ -57,7 +68,7 @@ pub fn run(
     tokenizer: &Tokenizer,
     text: &str,
     out: &mut dyn Write,
-) -> anyhow::Result<()> {
+) -> Result<(), TokenizeError> {
     let options = if args.no_special {
         EncodeOptions::TEXT
     } else {
@@ -65,7 +76,7 @@ pub fn run(
     };
     let ids = tokenizer.encode(text, options)?;
     if args.ids {
-        writeln!(out, "{}", serde_json::to_string(&ids)?)?;
+        write_ids(&ids, out)?;
     } else if args.json {
         write_json(tokenizer, &ids, out)?;
     } else {
@@ -75,6 +86,11 @@ pub fn run(
     }
     out.flush()?;
     Ok(())
+}
+
+fn write_ids(ids: &[u32], out: &mut dyn Write) -> io::Result<()> {
+    serde_json::to_writer(&mut *out, ids)?;
+    writeln!(out)
 }
 
 fn write_json(tokenizer: &Tokenizer, ids: &[u32], out: &mut dyn Write) -> io::Result<()> {

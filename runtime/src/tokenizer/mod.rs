@@ -18,7 +18,7 @@ use std::sync::Arc;
 
 use crate::gguf::Metadata;
 
-pub use command::{TokenizeArgs, run};
+pub use command::{TokenizeArgs, TokenizeError, run};
 pub use error::TokenizerError;
 pub use token_stream::TokenStream;
 pub use vocab_data::VocabData;
