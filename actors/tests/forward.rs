@@ -102,6 +102,13 @@ fn many_positions_cross_chunks_of_the_cache() {
         &engine(&model, Setup::default()),
         Collector::new(&tokens, true),
     );
+    // three threads and two heads: a head's chunks are on several threads
+    let three = Setup {
+        n_threads: 3,
+        ..Setup::default()
+    };
+    let three = run(&engine(&model, three), Collector::new(&tokens, true));
+    assert!(three.feeder.bits() == one.feeder.bits());
     let many = run(
         &engine(
             &model,
