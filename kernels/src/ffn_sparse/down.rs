@@ -227,4 +227,6 @@ pub fn down_tokens(
 
 mod rounded;
 #[cfg(target_arch = "x86_64")]
+mod strips;
+#[cfg(target_arch = "x86_64")]
 mod x86;

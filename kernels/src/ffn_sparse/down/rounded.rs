@@ -90,9 +90,10 @@ pub(super) mod x86 {
     use std::mem::MaybeUninit;
     use std::ops::Range;
 
-    use super::super::super::tree::{SUBTREES_MAX, TreeStack};
-    use super::super::x86::{Active, Batch, STRIP, TOKENS_ROUNDED};
-    use super::super::{DownScratch, GroupSpan};
+    use super::super::super::tree::SUBTREES_MAX;
+    use super::super::DownScratch;
+    use super::super::strips::{STRIP, strips, sum_groups};
+    use super::super::x86::{Active, Batch, TOKENS_ROUNDED};
     use super::{ROUNDED, runs};
     use crate::dot::row::{self, RowPlanes};
     use crate::matrix::StridedOut;
@@ -120,13 +121,10 @@ pub(super) mod x86 {
         cols: Range<usize>,
         sums: &mut [&mut [f32]],
     ) {
-        let (first, end) = (cols.start / BLOCK, cols.end / BLOCK);
-        let n_strips = (end - first).div_ceil(STRIP);
-        for n in 0..n_strips {
-            let bound = |n: usize| first + (end - first) * n / n_strips;
-            let at = (bound(n) - first) * BLOCK;
+        for blocks in strips(&cols) {
+            let at = blocks.start * BLOCK - cols.start;
             // SAFETY: this function's contract; the strip's blocks are in the row.
-            unsafe { strip(list, bound(n)..bound(n + 1), at, sums) };
+            unsafe { strip(list, blocks, at, sums) };
         }
     }
 
@@ -143,12 +141,9 @@ pub(super) mod x86 {
         };
         let width = blocks.len() * BLOCK;
         let mut rounded = Rounded::default();
-        let mut stack = TreeStack::new();
         let mut done = [[0.0f32; STRIP * BLOCK]; SUBTREES_MAX + 1];
-        let mut len = 0;
-        for GroupSpan { group, span } in list.groups {
-            let y = &mut done[len][..width];
-            y.fill(0.0);
+        let flat = done.as_flattened_mut();
+        sum_groups(list.groups, flat, STRIP * BLOCK, width, |span, y| {
             for run in runs(list.ids, span.clone()) {
                 for j in run.end..(run.end + run.len()).min(list.ids.len()) {
                     planes(j).prefetch(QuantType::Q4_0, blocks.clone());
@@ -170,15 +165,7 @@ pub(super) mod x86 {
                     );
                 };
             }
-            len += 1;
-            for _ in 0..stack.push(*group..group + 1) {
-                len -= 1;
-                let (left, right) = done.split_at_mut(len);
-                for (left, right) in left[len - 1][..width].iter_mut().zip(&right[0]) {
-                    *left += right;
-                }
-            }
-        }
+        });
         for (sum, y) in sums.iter_mut().zip(&done) {
             sum[at..at + width].copy_from_slice(&y[..width]);
         }
@@ -198,19 +185,12 @@ pub(super) mod x86 {
         let down = &batch.down;
         let n_blocks = down.n_embd / BLOCK;
         let n_tokens = batch.tokens.len();
-        let (first, end) = (cols.start / BLOCK, cols.end / BLOCK);
-        let n_strips = (end - first).div_ceil(STRIP);
         let size = TOKENS_ROUNDED * STRIP * BLOCK;
         let mut rounded = Rounded::default();
-        for n in 0..n_strips {
-            let bound = |n: usize| first + (end - first) * n / n_strips;
-            let blocks = bound(n)..bound(n + 1);
+        for blocks in strips(&cols) {
             let width = blocks.len() * BLOCK;
-            let mut stack = TreeStack::new();
-            let mut len = 0;
-            for GroupSpan { group, span } in batch.groups {
-                let y = &mut scratch.sums[len * size..][..n_tokens * width];
-                y.fill(0.0);
+            let done = &mut scratch.sums;
+            sum_groups(batch.groups, done, size, n_tokens * width, |span, y| {
                 let mut start = span.start;
                 while start < span.end {
                     let run = start..(start / ROUNDED * ROUNDED + ROUNDED).min(span.end);
@@ -238,16 +218,7 @@ pub(super) mod x86 {
                         };
                     }
                 }
-                len += 1;
-                for _ in 0..stack.push(*group..group + 1) {
-                    len -= 1;
-                    let (left, right) = scratch.sums.split_at_mut(len * size);
-                    let left = &mut left[(len - 1) * size..][..n_tokens * width];
-                    for (left, right) in left.iter_mut().zip(&right[..n_tokens * width]) {
-                        *left += right;
-                    }
-                }
-            }
+            });
             let at = blocks.start * BLOCK - cols.start;
             for (n, sum) in sums.iter_mut().enumerate() {
                 let y = &scratch.sums[n * size..][..n_tokens * width];

@@ -4,7 +4,8 @@ use std::arch::x86_64::*;
 use std::ops::Range;
 
 use super::super::NeuronRows;
-use super::super::tree::{SUBTREES_MAX, TreeStack};
+use super::super::tree::SUBTREES_MAX;
+use super::strips::{STRIP, strips, sum_groups};
 use super::{COLUMNS, DownScratch, GroupSpan, NEURONS, TOKENS};
 use crate::dot::row::{self, RowPlanes, RowUnpack};
 use crate::matrix::StridedOut;
@@ -317,8 +318,6 @@ tier!(
     "avx2,fma,f16c,avx512f,avx512bw,avx512dq,avx512vl"
 );
 
-/// Blocks of columns that are taken through all neurons together, at most.
-pub(super) const STRIP: usize = 24;
 /// Tokens that are taken together where activations are rounded.
 pub(super) const TOKENS_ROUNDED: usize = TOKENS * COLUMNS / (STRIP * BLOCK);
 
@@ -332,19 +331,10 @@ unsafe fn active<C: Columns, R: Source>(
     cols: Range<usize>,
     sums: &mut [&mut [f32]],
 ) {
-    let (first, end) = (cols.start / BLOCK, cols.end / BLOCK);
-    let n_strips = (end - first).div_ceil(STRIP);
-    for n in 0..n_strips {
-        let bound = |n: usize| first + (end - first) * n / n_strips;
+    for blocks in strips(&cols) {
+        let at = blocks.start * BLOCK - cols.start;
         // SAFETY: this function's contract; the strip's blocks are in the row.
-        unsafe {
-            strip::<C, R>(
-                list,
-                bound(n)..bound(n + 1),
-                (bound(n) - first) * BLOCK,
-                sums,
-            )
-        };
+        unsafe { strip::<C, R>(list, blocks, at, sums) };
     }
 }
 
@@ -365,12 +355,9 @@ unsafe fn strip<C: Columns, R: Source>(
     let down = &list.down;
     let n_blocks = down.n_embd / R::QUANT.block_values();
     let width = blocks.len() * BLOCK;
-    let mut stack = TreeStack::new();
     let mut done = [[0.0f32; STRIP * BLOCK]; SUBTREES_MAX + 1];
-    let mut len = 0;
-    for GroupSpan { group, span } in list.groups {
-        let y = &mut done[len][..width];
-        y.fill(0.0);
+    let flat = done.as_flattened_mut();
+    sum_groups(list.groups, flat, STRIP * BLOCK, width, |span, y| {
         for first in span.clone().step_by(NEURONS) {
             let part = first..(first + NEURONS).min(span.end);
             let (ids, a) = (&list.ids[part.clone()], &list.a[part]);
@@ -394,15 +381,7 @@ unsafe fn strip<C: Columns, R: Source>(
                 tiles::<C, R>(&rows, a, blocks.clone(), y);
             }
         }
-        len += 1;
-        for _ in 0..stack.push(*group..group + 1) {
-            len -= 1;
-            let (left, right) = done.split_at_mut(len);
-            for (left, right) in left[len - 1][..width].iter_mut().zip(&right[0]) {
-                *left += right;
-            }
-        }
-    }
+    });
     for (sum, y) in sums.iter_mut().zip(&done) {
         sum[at..at + width].copy_from_slice(&y[..width]);
     }
@@ -523,29 +502,18 @@ unsafe fn token_columns<C: Columns, R: Source, const B: usize>(
 ) {
     let n_tokens = batch.tokens.len();
     let size = TOKENS * COLUMNS;
-    let mut stack = TreeStack::new();
-    let mut len = 0;
-    for GroupSpan { group, span } in batch.groups {
-        let y = &mut scratch.sums[len * size..][..n_tokens * B * BLOCK];
-        y.fill(0.0);
+    let width = n_tokens * B * BLOCK;
+    let DownScratch { rows, sums: done } = scratch;
+    sum_groups(batch.groups, done, size, width, |span, y| {
         for first in span.clone().step_by(NEURONS) {
             let neurons = first..(first + NEURONS).min(span.end);
             // SAFETY: this function's contract.
-            unsafe { add_neurons::<C, R, B>(batch, neurons, columns.start, &mut scratch.rows, y) };
+            unsafe { add_neurons::<C, R, B>(batch, neurons, columns.start, rows, y) };
         }
-        len += 1;
-        for _ in 0..stack.push(*group..group + 1) {
-            len -= 1;
-            let (left, right) = scratch.sums.split_at_mut(len * size);
-            let left = &mut left[(len - 1) * size..][..n_tokens * B * BLOCK];
-            for (left, right) in left.iter_mut().zip(&right[..n_tokens * B * BLOCK]) {
-                *left += right;
-            }
-        }
-    }
+    });
     let at = columns.start - origin;
     for (n, sum) in sums.iter_mut().enumerate() {
-        let y = &scratch.sums[n * size..][..n_tokens * B * BLOCK];
+        let y = &done[n * size..][..width];
         for (t, y) in batch.tokens.clone().zip(y.chunks_exact(B * BLOCK)) {
             sum.row(t)[at..at + B * BLOCK].copy_from_slice(y);
         }
