@@ -62,6 +62,8 @@ impl Actor for Counterpart {
         if restarts > 0 {
             tracing::info!("{actor} restarted");
             blueprint.send(0, Control::Restarted(actor));
+        } else {
+            tracing::debug!("{actor} started");
         }
         Ok(Self(blueprint))
     }
@@ -75,6 +77,7 @@ impl Actor for Counterpart {
         if matches!(reason, ActorStopReason::Normal) {
             self.0
                 .send(self.0.actor.executor(), Control::Remove(self.0.actor));
+            tracing::debug!("{} stopped", self.0.actor);
         }
         Ok(())
     }

@@ -10,12 +10,12 @@ use pi_kernels::ffn_sparse::join_subtrees;
 use pi_kernels::norm::rms_norm;
 
 use crate::counters::{Cell, Counters};
-use crate::executor::Posts;
 use crate::messages::{
     ActorId, Compute, HeadDone, LayerDone, Message, NeuronIds, Partial, RunHead, RunLayer, Share,
     ShareDone, SlotId, Stage, Step,
 };
 use crate::model::{Model, sums_of};
+use crate::posts::Posts;
 use crate::slots::StepInfo;
 use crate::team::Team;
 use crate::weights::FfnShare;

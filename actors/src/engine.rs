@@ -26,6 +26,7 @@ use crate::messages::ActorId;
 use crate::model::Model;
 use crate::pipeline::{Pipeline, RunState};
 use crate::teams::Teams;
+use crate::trace::{Trace, TraceBounds};
 use crate::weights::{ModelShape, ModelWeights};
 
 /// How an engine computes.
@@ -41,6 +42,8 @@ pub struct EngineOptions {
     pub wait_limit: Duration,
     /// Panics to inject, for tests.
     pub faults: Faults,
+    /// How much of what the executors do is recorded; none: nothing.
+    pub trace: Option<TraceBounds>,
 }
 
 /// A feeder that has been served.
@@ -71,6 +74,7 @@ pub struct Engine {
     supervisor: ActorRef<Supervisor>,
     /// Held while a run is under way.
     running: Mutex<()>,
+    trace: Option<Arc<Trace>>,
     /// Declared before the teams: the control plane ends before the executors that it talks to.
     control: Option<Runtime>,
     teams: Option<Teams>,
@@ -109,10 +113,13 @@ impl Engine {
             n_ubatch,
             wait_limit,
             faults,
+            trace,
         } = options;
         let n_ubatch = n_ubatch.clamp(1, weights.shape.n_ctx);
         let model = Arc::new(Model::new(weights, cpu, kv_type, n_ubatch));
         let caches = caches(&teams, &model)?;
+        let n_layer = model.shape().n_layer;
+        let trace = trace.map(|bounds| Arc::new(Trace::new(bounds, n_layer, n_nodes)));
         let cells = Arc::new(Cells::new(model.shape().n_layer, n_nodes));
         let control = Builder::new_multi_thread()
             .worker_threads(1)
@@ -129,6 +136,7 @@ impl Engine {
                 cells: Arc::clone(&cells),
                 death_notice: death_notice(Arc::clone(&table)),
                 wait_limit,
+                trace: trace.clone(),
             });
             let (done, answer) = sync_channel(1);
             teams.send(node, Control::Attach { attachment, done })?;
@@ -149,6 +157,7 @@ impl Engine {
             stats,
             supervisor,
             running: Mutex::new(()),
+            trace,
             control: Some(control),
             teams: Some(teams),
         })
@@ -159,6 +168,11 @@ impl Engine {
         self.teams
             .as_ref()
             .expect("an engine has teams until it is dropped")
+    }
+
+    /// What the executors record, if they do.
+    pub fn trace(&self) -> Option<&Arc<Trace>> {
+        self.trace.as_ref()
     }
 
     fn control(&self) -> &Runtime {

@@ -19,9 +19,11 @@ use crate::mailbox::{Mailbox, Outbox};
 use crate::messages::{ActorId, Envelope, Message};
 use crate::model::Model;
 use crate::pipeline::{Pipeline, RunState};
+use crate::posts::Posts;
 use crate::scratch::NodeScratch;
 use crate::team::{Team, panic_text};
 use crate::teams::JobRef;
+use crate::trace::{Recorder, Trace};
 use crate::wait::Patience;
 
 /// Messages that a mailbox holds. A step has at most one message to or from each node under way;
@@ -93,6 +95,7 @@ pub(crate) struct Attachment {
     pub cells: Arc<Cells>,
     pub death_notice: DeathNotice,
     pub wait_limit: Duration,
+    pub trace: Option<Arc<Trace>>,
 }
 
 /// The counters of all actors.
@@ -145,48 +148,6 @@ impl Cells {
     }
 }
 
-/// Where actors post their messages.
-pub(crate) struct Posts<'a> {
-    node: usize,
-    local: &'a mut VecDeque<Envelope>,
-    outboxes: &'a [Outbox<Letter>],
-}
-
-impl<'a> Posts<'a> {
-    /// For actors of `node`.
-    pub fn new(
-        node: usize,
-        local: &'a mut VecDeque<Envelope>,
-        outboxes: &'a [Outbox<Letter>],
-    ) -> Self {
-        Self {
-            node,
-            local,
-            outboxes,
-        }
-    }
-
-    /// Posts a message.
-    ///
-    /// # Panics
-    /// When a mailbox is full or its executor gone: neither happens while the engine runs.
-    pub fn post(&mut self, to: ActorId, message: Message) {
-        let envelope = Envelope { to, message };
-        if to.executor() == self.node {
-            assert!(
-                self.local.len() < MAILBOX_CAPACITY,
-                "the queue of node {} is full",
-                self.node
-            );
-            self.local.push_back(envelope);
-        } else if let Err(undelivered) =
-            self.outboxes[to.executor()].send(Letter::Message(envelope))
-        {
-            panic!("a message to {to} cannot be delivered: {undelivered:?}");
-        }
-    }
-}
-
 /// The thread that leads a node's team.
 pub(crate) struct Executor {
     node: usize,
@@ -196,6 +157,7 @@ pub(crate) struct Executor {
     local: VecDeque<Envelope>,
     patience: Patience,
     bench: Option<Bench>,
+    recorder: Option<Recorder>,
 }
 
 /// The actors of one executor, and what they work with.
@@ -226,12 +188,14 @@ impl Executor {
             local,
             patience,
             bench: None,
+            recorder: None,
         }
     }
 
     /// Handles messages until it is told to end.
     pub fn run(mut self) {
         loop {
+            self.record_failed_step();
             if let Some(envelope) = self.local.pop_front() {
                 self.handle(envelope);
                 continue;
@@ -258,16 +222,24 @@ impl Executor {
             outboxes,
             local,
             bench,
+            mailbox,
+            recorder,
             ..
         } = self;
         let Some(bench) = bench else { return };
         if *node == 0 && bench.host.is_stale(envelope.message.step()) {
             return;
         }
-        let mut posts = Posts::new(*node, local, outboxes);
+        if let Some(recorder) = recorder {
+            recorder.begin_message(&envelope, local.len() + mailbox.waiting());
+        }
+        let mut posts = Posts::new(*node, local, outboxes, recorder.as_mut());
         let outcome = catch_unwind(AssertUnwindSafe(|| {
             bench.dispatch(envelope, team, &mut posts)
         }));
+        if let Some(recorder) = recorder {
+            recorder.end(!matches!(outcome, Ok(true)));
+        }
         match outcome {
             Ok(true) => {}
             Ok(false) => self.failed(Failure {
@@ -281,6 +253,15 @@ impl Executor {
                     reason,
                 });
             }
+        }
+    }
+
+    /// Records it if the step under way has been given up.
+    fn record_failed_step(&mut self) {
+        if let (Some(recorder), Some(bench)) = (&mut self.recorder, &self.bench)
+            && !bench.host.is_under_way()
+        {
+            recorder.fail_step();
         }
     }
 
@@ -338,6 +319,8 @@ impl Executor {
                 let _ = done.send(job.run(self.node, &mut self.team));
             }
             Control::Attach { attachment, done } => {
+                let trace = attachment.trace.as_ref();
+                self.recorder = trace.map(|trace| trace.recorder(self.node));
                 self.bench = Some(Bench::new(*attachment, self.node, self.team.n_threads()));
                 let _ = done.send(());
             }
@@ -378,15 +361,22 @@ impl Executor {
             outboxes,
             local,
             bench,
+            recorder,
             ..
         } = self;
         let Some(bench) = bench else { return };
         change(&mut bench.host);
-        let mut posts = Posts::new(*node, local, outboxes);
+        if let Some(recorder) = recorder {
+            recorder.begin_start();
+        }
+        let mut posts = Posts::new(*node, local, outboxes, recorder.as_mut());
         let Bench { host, pipeline, .. } = bench;
         let outcome = catch_unwind(AssertUnwindSafe(|| {
             host.go_on(pipeline.as_mut(), team, &mut posts)
         }));
+        if let Some(recorder) = recorder {
+            recorder.end(outcome.is_err());
+        }
         if let Err(payload) = outcome {
             let reason = Some(panic_text(payload.as_ref()));
             self.failed(Failure {

@@ -4,10 +4,11 @@
 use std::time::Duration;
 
 use crate::error::ActorError;
-use crate::executor::{Control, Failure, Letter, Posts};
+use crate::executor::{Control, Failure, Letter};
 use crate::mailbox::Outbox;
 use crate::messages::{ActorId, Message, Step};
 use crate::pipeline::{Pipeline, Progress, RunState};
+use crate::posts::Posts;
 use crate::team::Team;
 
 /// Attempts at one step before the run ends.
@@ -58,6 +59,11 @@ impl Host {
     /// Whether somebody waits for an answer.
     pub fn is_running(&self) -> bool {
         self.run.is_some()
+    }
+
+    /// Whether a step is under way that has not been given up.
+    pub fn is_under_way(&self) -> bool {
+        self.run.is_some() && self.recovery.is_none()
     }
 
     /// Whether a message is of a step that was given up.
@@ -135,6 +141,7 @@ impl Host {
             && epoch == self.epoch
         {
             recovery.unquiet &= !(1 << node);
+            tracing::debug!("node {node} is quiet");
         }
     }
 
@@ -190,12 +197,16 @@ impl Host {
         match complete {
             Err(error) => self.end(Err(error), false),
             Ok(false) => {}
-            Ok(true) if pipeline.finish_step(run, &mut self.cached) => {
-                self.next_feed(pipeline, team, posts);
-            }
             Ok(true) => {
-                self.step += 1;
-                pipeline.start_step(run, self.step, team, posts);
+                if let Some(recorder) = posts.recorder() {
+                    recorder.end_step();
+                }
+                if pipeline.finish_step(run, &mut self.cached) {
+                    self.next_feed(pipeline, team, posts);
+                } else {
+                    self.step += 1;
+                    pipeline.start_step(run, self.step, team, posts);
+                }
             }
         }
     }

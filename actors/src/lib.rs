@@ -19,11 +19,13 @@ mod mailbox;
 pub mod messages;
 mod model;
 mod pipeline;
+mod posts;
 mod scratch;
 #[doc(hidden)]
 pub mod slots;
 mod team;
 mod teams;
+pub mod trace;
 mod wait;
 pub mod weights;
 

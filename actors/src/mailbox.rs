@@ -119,6 +119,11 @@ impl<T> Outbox<T> {
 }
 
 impl<T> Mailbox<T> {
+    /// Messages that have been sent and not received.
+    pub fn waiting(&self) -> usize {
+        (self.bell.rung.0.load(Ordering::Relaxed) - self.answered) as usize
+    }
+
     /// The next message, for which the calling thread, always the same, waits; none when the limit
     /// has passed.
     pub fn receive(&mut self, patience: Patience) -> Option<T> {

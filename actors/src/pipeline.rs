@@ -12,12 +12,13 @@ use pi_kernels::quant::dequantize_block;
 
 use crate::counters::{Cell, Counters, RunTotals};
 use crate::error::ActorError;
-use crate::executor::Posts;
 use crate::feeder::{Feeder, Next};
 use crate::messages::{ActorId, HeadDone, LayerDone, Message, RunHead, RunLayer, Step};
 use crate::model::Model;
+use crate::posts::Posts;
 use crate::slots::StepInfo;
 use crate::team::{Team, panic_text};
+use crate::trace::Phase;
 use crate::weights::{Embedding, ModelWeights};
 
 /// A feeder that has been served, and how.
@@ -80,8 +81,13 @@ impl RunState {
         self.done == self.tokens.len()
     }
 
+    /// Whether the feed under way is of a prompt: several tokens, or the run's first.
+    fn is_prefill(&self) -> bool {
+        self.first_feed || self.tokens.len() > 1
+    }
+
     fn add_work(&mut self, work: Counters, n_tokens: usize) {
-        if self.first_feed || self.tokens.len() > 1 {
+        if self.is_prefill() {
             self.totals.prefill += work;
             self.totals.prefill_tokens += n_tokens;
         } else {
@@ -137,6 +143,7 @@ impl Pipeline {
         let (tokens, position, wanted) = (&mut run.tokens, &mut run.position, &mut run.wanted);
         let n_ctx = self.model.shape().n_ctx;
         let n_vocab = self.model.shape().n_vocab;
+        let feed_start = posts.recorder().map(|recorder| recorder.now());
         let more = called(|| match feeder.next() {
             Next::Done => Ok(false),
             Next::Feed(feed) => {
@@ -148,6 +155,9 @@ impl Pipeline {
                 Ok(true)
             }
         });
+        if let (Some(recorder), Some(start)) = (posts.recorder(), feed_start) {
+            recorder.phase(Phase::Feed, step, start);
+        }
         match more.and_then(|more| more) {
             Err(error) => return Progress::Ended(Err(error)),
             Ok(false) => return Progress::Ended(Ok(())),
@@ -177,7 +187,14 @@ impl Pipeline {
         };
         // SAFETY: no other actor works on a step now.
         unsafe { *self.model.slots.step.get_mut() = info };
+        let embed_start = posts.recorder().map(|recorder| {
+            recorder.begin_step(step, info.position, n_tokens, !run.is_prefill());
+            recorder.now()
+        });
         self.embed(&run.tokens[self.in_step.clone()], info, team);
+        if let (Some(recorder), Some(start)) = (posts.recorder(), embed_start) {
+            recorder.phase(Phase::Embed, step, start);
+        }
         self.run_layer(0, posts);
     }
 
@@ -285,7 +302,12 @@ impl Pipeline {
             let logits = unsafe { self.model.slots.logits.read(n * n_vocab..(n + 1) * n_vocab) };
             let position = run.position + first + n;
             run.delivered = first + n + 1;
-            called(|| run.feeder.logits(position, logits))?;
+            let sample_start = posts.recorder().map(|recorder| recorder.now());
+            let taken = called(|| run.feeder.logits(position, logits));
+            if let (Some(recorder), Some(start)) = (posts.recorder(), sample_start) {
+                recorder.phase(Phase::Sample, self.step, start);
+            }
+            taken?;
         }
         Ok(self.run_head(run, posts))
     }

@@ -9,6 +9,7 @@ use std::alloc::{GlobalAlloc, Layout, System};
 use std::sync::atomic::{AtomicBool, AtomicI32, AtomicUsize, Ordering};
 
 use common::{PlainModel, Setup, engine, tokens};
+use pi_actors::trace::TraceBounds;
 use pi_actors::weights::GateActivation;
 use pi_actors::{Engine, Feed, Feeder, LogitsWanted, Next};
 
@@ -103,8 +104,40 @@ fn remember_threads(engine: &Engine) {
     engine.teams().run(&remember).unwrap();
 }
 
-/// Nodes × threads of the engines that have to be quiet.
-const TEAMS: [(usize, usize); 3] = [(1, 2), (2, 1), (2, 2)];
+/// Nodes × threads of the engines that have to be quiet, and whether they are traced.
+const TEAMS: [(usize, usize, bool); 5] = [
+    (1, 2, false),
+    (2, 1, false),
+    (2, 2, false),
+    (1, 2, true),
+    (2, 2, true),
+];
+
+fn setup(n_nodes: usize, n_threads: usize, traced: bool) -> Setup {
+    let bounds = TraceBounds {
+        n_steps: 2 * N_TOKENS + 10,
+        node_bytes_max: 1 << 24,
+    };
+    Setup {
+        n_nodes,
+        n_threads,
+        trace: traced.then_some(bounds),
+        ..Setup::default()
+    }
+}
+
+/// Every step has been recorded.
+fn check_trace(engine: &Engine) {
+    let Some(trace) = engine.trace() else { return };
+    for node in trace.read() {
+        assert_eq!(node.lost, 0);
+        assert!(
+            node.events.len() > 3 * N_TOKENS,
+            "{} events",
+            node.events.len()
+        );
+    }
+}
 
 #[test]
 fn team_threads_allocate_nothing_and_call_nothing_but_futex() {
@@ -112,15 +145,8 @@ fn team_threads_allocate_nothing_and_call_nothing_but_futex() {
         return decode_under_filter();
     }
     let model = PlainModel::random(41, GateActivation::Relu);
-    for (n_nodes, n_threads) in TEAMS {
-        let engine = engine(
-            &model,
-            Setup {
-                n_nodes,
-                n_threads,
-                ..Setup::default()
-            },
-        );
+    for (n_nodes, n_threads, traced) in TEAMS {
+        let engine = engine(&model, setup(n_nodes, n_threads, traced));
         remember_threads(&engine);
         let run = engine.run(silent()).unwrap();
         run.outcome.unwrap();
@@ -128,8 +154,9 @@ fn team_threads_allocate_nothing_and_call_nothing_but_futex() {
         let allocations = ALLOCATIONS.swap(0, Ordering::SeqCst);
         assert_eq!(
             allocations, 0,
-            "{n_nodes} × {n_threads} threads, {N_TOKENS} tokens"
+            "{n_nodes} × {n_threads} threads, {N_TOKENS} tokens, traced: {traced}"
         );
+        check_trace(&engine);
     }
     no_system_call_but_futex();
 }
@@ -160,7 +187,7 @@ fn no_system_call_but_futex() {
         "a team thread made system call number {code:?}\n{said}"
     );
     assert!(
-        said.contains("tokens decoded under the filter: 300"),
+        said.contains("tokens decoded under the filter: 500"),
         "{said}"
     );
 }
@@ -169,16 +196,7 @@ fn decode_under_filter() {
     let model = PlainModel::random(41, GateActivation::Relu);
     let engines: Vec<Engine> = TEAMS
         .iter()
-        .map(|&(n_nodes, n_threads)| {
-            engine(
-                &model,
-                Setup {
-                    n_nodes,
-                    n_threads,
-                    ..Setup::default()
-                },
-            )
-        })
+        .map(|&(n_nodes, n_threads, traced)| engine(&model, setup(n_nodes, n_threads, traced)))
         .collect();
     let mut n_tokens = 0;
     for engine in &engines {
@@ -198,6 +216,7 @@ fn decode_under_filter() {
             return;
         }
         n_tokens += engine.run(silent()).unwrap().totals.decode_tokens;
+        check_trace(engine);
     }
     println!("tokens decoded under the filter: {n_tokens}");
     // the filtered threads cannot even end

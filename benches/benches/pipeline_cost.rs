@@ -111,6 +111,7 @@ fn compare(
         n_ubatch: 512,
         wait_limit: Duration::from_secs(60),
         faults: Faults::default(),
+        trace: None,
     };
     let engine = Engine::start(teams, weights, options).expect("an engine");
     let (mut ours, mut loops, mut ratios) = (vec![], vec![], vec![]);

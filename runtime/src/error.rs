@@ -15,6 +15,7 @@ use crate::model::ModelError;
 use crate::perplexity::PerplexityError;
 use crate::sampler::SamplerError;
 use crate::tokenizer::TokenizerError;
+use crate::trace::TraceError;
 
 /// Exit code of bad input: a file, flag, configuration or prompt.
 pub const BAD_INPUT_EXIT_CODE: u8 = 2;
@@ -184,6 +185,9 @@ pub enum RuntimeError {
     /// Ctrl-C ended it.
     #[error("interrupted")]
     Interrupted,
+    /// A trace that cannot be written.
+    #[error(transparent)]
+    Trace(#[from] TraceError),
     /// Standard input failed.
     #[error("cannot read standard input: {source}")]
     InputFailed {
@@ -210,6 +214,7 @@ impl RuntimeError {
             RuntimeError::Model { source, .. } => source.is_environment(),
             RuntimeError::Topology(error) => error.is_environment(),
             RuntimeError::Actor(error) => error.is_environment(),
+            RuntimeError::Trace(error) => error.is_environment(),
             RuntimeError::Inspect(InspectError::Gguf(error)) => error.is_environment(),
             RuntimeError::Inspect(InspectError::Output(_))
             | RuntimeError::OutputClosed

@@ -8,6 +8,7 @@ use std::time::Duration;
 
 use bytes::Bytes;
 use pi_actors::faults::Faults;
+use pi_actors::trace::TraceBounds;
 use pi_actors::weights::{
     Embedding, EmbeddingRows, FfnShare, GateActivation, HeadShare, LayerShare, LayerWeights,
     Matrix, ModelShape, ModelWeights, NeuronStore, SparsityMode, UpRows,
@@ -290,6 +291,7 @@ pub struct Setup {
     pub n_ubatch: usize,
     pub faults: Faults,
     pub wait_limit: Duration,
+    pub trace: Option<TraceBounds>,
 }
 
 impl Default for Setup {
@@ -301,6 +303,7 @@ impl Default for Setup {
             n_ubatch: 64,
             faults: Faults::default(),
             wait_limit: Duration::from_secs(60),
+            trace: None,
         }
     }
 }
@@ -313,6 +316,7 @@ pub fn engine(model: &PlainModel, setup: Setup) -> Engine {
         n_ubatch: setup.n_ubatch,
         wait_limit: setup.wait_limit,
         faults: setup.faults,
+        trace: setup.trace,
     };
     Engine::start(teams, weights(model, setup.n_nodes, setup.form), options).unwrap()
 }

@@ -5,6 +5,7 @@ use std::path::PathBuf;
 use clap::{Args, Parser, Subcommand, ValueEnum};
 use pi_kernels::{ActivationMode, Tier};
 
+use super::trace::TraceArgs;
 use crate::inspect::InspectArgs;
 use crate::sampler::SamplerParams;
 use crate::tokenizer::TokenizeArgs;
@@ -29,6 +30,17 @@ pub struct Cli {
     /// What to log on stderr: error, warn, info, debug, trace, or a filter such as pi_actors=debug
     #[arg(long, value_name = "LEVEL", default_value = "warn", global = true)]
     pub log_level: String,
+}
+
+impl Cli {
+    /// Whether a timeline is to be written.
+    pub(super) fn is_traced(&self) -> bool {
+        match &self.command {
+            None => self.run.trace.trace.is_some(),
+            Some(Command::Bench(args)) => args.trace.trace.is_some(),
+            Some(_) => false,
+        }
+    }
 }
 
 /// What else the program can do.
@@ -106,6 +118,9 @@ pub struct RunArgs {
     /// Chat: one line of stdin a turn, with the model's own template
     #[arg(long, visible_alias = "cnv")]
     pub conversation: bool,
+    /// Timeline.
+    #[command(flatten)]
+    pub trace: TraceArgs,
 }
 
 /// Flags of `pack`.
@@ -193,6 +208,9 @@ pub struct BenchArgs {
     /// Feed random token ids, as llama-bench does, instead of real text
     #[arg(long)]
     pub random_ids: bool,
+    /// Timeline.
+    #[command(flatten)]
+    pub trace: TraceArgs,
 }
 
 /// `--sparsity`

@@ -1,12 +1,15 @@
 //! `pi-runtime bench`.
 
 use std::collections::HashSet;
+use std::time::Instant;
 
 use pi_topology::{Plan, read_bandwidth};
 
 use super::args::{BenchArgs, OutputFormat};
+use super::interrupt::Interrupt;
 use super::output::{Output, output_error};
 use super::progress::LoadBar;
+use super::trace::Tracer;
 use crate::bench::environment::cpu_name;
 use crate::bench::table::{Csv, Json, Markdown, RowWriter};
 use crate::bench::token_source::TEXT;
@@ -15,12 +18,22 @@ use crate::calendar::DateTime;
 use crate::error::RuntimeError;
 use crate::session::{LoadedModel, ModelOptions, N_UBATCH};
 use crate::tokenizer::EncodeOptions;
+use crate::trace::ControlLog;
 
 /// Runs every test and prints its row when it is done.
 ///
 /// # Errors
 /// The flags, the model, the machine or the output.
-pub fn run(args: &BenchArgs) -> Result<(), RuntimeError> {
+pub fn run(args: &BenchArgs, control: &ControlLog) -> Result<(), RuntimeError> {
+    if args.trace.trace.is_none() {
+        return run_tests(args, &Tracer::default());
+    }
+    let interrupt = Interrupt::listen();
+    let tracer = Tracer::open(&args.trace, control, &interrupt)?;
+    tracer.close(run_tests(args, &tracer))
+}
+
+fn run_tests(args: &BenchArgs, tracer: &Tracer) -> Result<(), RuntimeError> {
     let plans = plans(args)?;
     let n_threads: Vec<usize> = plans.iter().map(Plan::n_threads).collect();
     let tests = BenchTest::matrix(&args.n_prompt, &args.n_gen, &args.n_depth, &n_threads);
@@ -33,7 +46,10 @@ pub fn run(args: &BenchArgs) -> Result<(), RuntimeError> {
             value: "0".into(),
             problem: "there is nothing to measure: give one of them more than 0".into(),
         })?;
-    let options = args.model.options(n_ctx)?;
+    let options = ModelOptions {
+        trace: args.trace.bounds(n_steps(args, &tests)),
+        ..args.model.options(n_ctx)?
+    };
     let mut writer: Box<dyn RowWriter> = match args.output {
         OutputFormat::Md => Box::new(Markdown),
         OutputFormat::Json => Box::new(Json::default()),
@@ -44,19 +60,32 @@ pub fn run(args: &BenchArgs) -> Result<(), RuntimeError> {
         let tests = tests
             .iter()
             .filter(|test| test.n_threads == plan.n_threads());
+        let load = Instant::now();
         let bench = PlanBench::open(args, &options, plan, tests.clone())?;
+        tracer.loaded(&bench.model, load)?;
         let mut runner = Runner::new(&bench.model, &bench.source);
         if index == 0 {
             writer.header(out.stream()).map_err(output_error)?;
         }
         for &test in tests {
             let time = DateTime::now().iso();
+            let start = Instant::now();
             let measured = runner.run(test, args.repetitions.into())?;
+            tracer.span("test", start);
             let row = bench.row(test, &measured, time);
             writer.row(out.stream(), &row).map_err(output_error)?;
         }
     }
     writer.footer(out.stream()).map_err(output_error)
+}
+
+/// Steps of all tests, warm-ups included.
+fn n_steps(args: &BenchArgs, tests: &[BenchTest]) -> usize {
+    let pieces = |n: usize| n.div_ceil(N_UBATCH);
+    let steps = tests
+        .iter()
+        .map(|test| pieces(test.n_depth) + pieces(test.n_prompt) + test.n_gen);
+    (usize::from(args.repetitions) + 1) * steps.sum::<usize>()
 }
 
 /// A plan for each number of threads asked for, each once.

@@ -10,6 +10,7 @@ use super::interrupt::Interrupt;
 use super::output::Output;
 use super::text_file;
 use super::timings::Timings;
+use super::trace::Tracer;
 use crate::chat::{ChatError, ChatTemplate, Message, Role};
 use crate::error::RuntimeError;
 use crate::session::{LoadedModel, Session};
@@ -19,14 +20,19 @@ use crate::tokenizer::EncodeOptions;
 ///
 /// # Errors
 /// The flags, the model or its template, a first line that does not fit, or the output.
-pub fn run(args: &RunArgs, start: Instant) -> Result<ExitCode, RuntimeError> {
-    let interrupt = Interrupt::listen();
-    let model = args.model.open(args.n_ctx as usize, args.threads)?;
-    let mut conversation = Conversation::new(args, model)?;
+pub fn run(
+    args: &RunArgs,
+    start: Instant,
+    interrupt: &Interrupt,
+    tracer: &Tracer,
+) -> Result<ExitCode, RuntimeError> {
+    let model = args.open()?;
+    tracer.loaded(&model, start)?;
+    let mut conversation = Conversation::new(args, model, tracer)?;
     let load = start.elapsed();
     let mut total: Option<Timings> = None;
     while let Some(line) = next_line()? {
-        match conversation.turn(line, &interrupt, start, load)? {
+        match conversation.turn(line, interrupt, start, load)? {
             Some(timings) => match &mut total {
                 Some(total) => total.add(&timings),
                 None => total = Some(timings),
@@ -59,11 +65,16 @@ struct Conversation<'a> {
     session: Session,
     template: ChatTemplate,
     history: Vec<Message>,
+    tracer: &'a Tracer,
 }
 
 impl<'a> Conversation<'a> {
     /// Begins with the system prompt, if there is one.
-    fn new(args: &'a RunArgs, model: LoadedModel) -> Result<Self, RuntimeError> {
+    fn new(
+        args: &'a RunArgs,
+        model: LoadedModel,
+        tracer: &'a Tracer,
+    ) -> Result<Self, RuntimeError> {
         let chat_error = |source| RuntimeError::Chat {
             path: model.path.clone(),
             source,
@@ -83,6 +94,7 @@ impl<'a> Conversation<'a> {
             template,
             history: system.collect(),
             session: Session::new(model),
+            tracer,
         })
     }
 
@@ -99,7 +111,9 @@ impl<'a> Conversation<'a> {
             .iter()
             .any(|message| message.role == Role::User);
         self.history.push(Message::new(Role::User, line));
+        let tokenise = Instant::now();
         let tokens = self.tokens()?;
+        self.tracer.span("tokenise", tokenise);
         match self.session.check(&tokens) {
             Err(RuntimeError::PromptTooLong {
                 n_prompt, n_ctx, ..
@@ -119,6 +133,7 @@ impl<'a> Conversation<'a> {
         let options = self.args.answer_options(interrupt, sink);
         let answer = self.session.answer(tokens, options)?;
         drop(answering);
+        self.tracer.answered(&answer);
         Output::default().line("")?;
         tell_stop(answer.finished.stop, self.session.model());
         let lossy = self.session.model().sparsity.lossy();

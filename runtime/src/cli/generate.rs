@@ -10,27 +10,45 @@ use super::chat;
 use super::interrupt::Interrupt;
 use super::output::Output;
 use super::timings::Timings;
+use super::trace::Tracer;
 use crate::error::{INTERRUPTED_EXIT_CODE, RuntimeError};
 use crate::session::{Answer, AnswerOptions, LoadedModel, Session, Stop, TextSink};
 use crate::tokenizer::EncodeOptions;
+use crate::trace::ControlLog;
 
 /// Continues the prompt, or chats.
 ///
 /// # Errors
 /// The flags, the model, the prompt or the output.
-pub fn run(args: &RunArgs, start: Instant) -> Result<ExitCode, RuntimeError> {
+pub fn run(args: &RunArgs, start: Instant, control: &ControlLog) -> Result<ExitCode, RuntimeError> {
     args.sampler.validate()?;
+    let interrupt = Interrupt::listen();
     if args.conversation {
-        return chat::run(args, start);
+        let tracer = Tracer::open(&args.trace, control, &interrupt)?;
+        return tracer.close(chat::run(args, start, &interrupt, &tracer));
     }
     let prompt = args.prompt.as_deref().ok_or(RuntimeError::NoPrompt)?;
-    let interrupt = Interrupt::listen();
-    let mut session = Session::new(args.model.open(args.n_ctx as usize, args.threads)?);
+    let tracer = Tracer::open(&args.trace, control, &interrupt)?;
+    tracer.close(complete(args, prompt, start, &interrupt, &tracer))
+}
+
+/// Continues `prompt`.
+fn complete(
+    args: &RunArgs,
+    prompt: &str,
+    start: Instant,
+    interrupt: &Interrupt,
+    tracer: &Tracer,
+) -> Result<ExitCode, RuntimeError> {
+    let mut session = Session::new(args.open()?);
     let load = start.elapsed();
+    tracer.loaded(session.model(), start)?;
+    let tokenise = Instant::now();
     let tokens = session
         .model()
         .tokenizer
         .encode(prompt, EncodeOptions::PROMPT)?;
+    tracer.span("tokenise", tokenise);
     let answering = interrupt.answer();
     let sink: TextSink = if args.json {
         Box::new(|_| Ok(()))
@@ -38,8 +56,9 @@ pub fn run(args: &RunArgs, start: Instant) -> Result<ExitCode, RuntimeError> {
         let mut out = Output::default();
         Box::new(move |text| out.text(text))
     };
-    let answer = session.answer(tokens, args.answer_options(&interrupt, sink))?;
+    let answer = session.answer(tokens, args.answer_options(interrupt, sink))?;
     drop(answering);
+    tracer.answered(&answer);
     let lossy = session.model().sparsity.lossy();
     let timings = Timings::of(&answer, start, load, lossy);
     if args.json {
@@ -62,6 +81,18 @@ pub fn run(args: &RunArgs, start: Instant) -> Result<ExitCode, RuntimeError> {
 }
 
 impl RunArgs {
+    /// Opens the model, which records its work if it is to be traced.
+    ///
+    /// # Errors
+    /// As [`ModelArgs::open`](super::args::ModelArgs::open).
+    pub(super) fn open(&self) -> Result<LoadedModel, RuntimeError> {
+        // a chat has several answers
+        let n_predict = usize::try_from(self.n_predict).ok();
+        let n_steps = n_predict.filter(|_| !self.conversation);
+        let trace = self.trace.bounds(n_steps.unwrap_or(usize::MAX));
+        self.model.open(self.n_ctx as usize, self.threads, trace)
+    }
+
     /// How each answer is made.
     pub(super) fn answer_options(&self, interrupt: &Interrupt, sink: TextSink) -> AnswerOptions {
         AnswerOptions {

@@ -1,15 +1,19 @@
 //! Ctrl-C: the first ends the answer, the next the program.
 
-use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::{Arc, OnceLock};
 
 use crate::error::INTERRUPTED_EXIT_CODE;
 
+/// What is left to do when Ctrl-C ends the program.
+type AtExit = Box<dyn Fn() + Send + Sync>;
+
 /// Whether an answer is under way, and whether it should end. Clones share their state.
-#[derive(Debug, Clone, Default)]
+#[derive(Clone, Default)]
 pub struct Interrupt {
     answering: Arc<AtomicBool>,
     requested: Arc<AtomicBool>,
+    at_exit: Arc<OnceLock<AtExit>>,
 }
 
 impl Interrupt {
@@ -43,8 +47,17 @@ impl Interrupt {
         let first = !self.requested.swap(true, Ordering::AcqRel);
         if !(first && self.answering.load(Ordering::Acquire)) {
             eprintln!();
+            if let Some(at_exit) = self.at_exit.get() {
+                at_exit();
+            }
             std::process::exit(INTERRUPTED_EXIT_CODE.into());
         }
+    }
+
+    /// Has `at_exit` called before Ctrl-C ends the program; the first one that is given counts.
+    pub fn at_exit(&self, at_exit: AtExit) {
+        // a second one is not called
+        let _ = self.at_exit.set(at_exit);
     }
 
     /// Marks an answer as under way until the guard is dropped; from here the next Ctrl-C ends only the answer.
@@ -66,7 +79,6 @@ impl Interrupt {
 }
 
 /// An answer under way.
-#[derive(Debug)]
 pub struct Answering<'a>(&'a Interrupt);
 
 impl Drop for Answering<'_> {

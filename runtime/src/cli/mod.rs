@@ -19,6 +19,7 @@ mod progress;
 mod text_file;
 mod timings;
 mod tokenize;
+mod trace;
 
 use std::ffi::OsString;
 use std::io::IsTerminal;
@@ -26,11 +27,13 @@ use std::process::ExitCode;
 use std::time::Instant;
 
 use clap::Parser;
-use tracing_subscriber::EnvFilter;
 use tracing_subscriber::filter::LevelFilter;
+use tracing_subscriber::prelude::*;
+use tracing_subscriber::{EnvFilter, fmt};
 
 use crate::error::{INTERRUPTED_EXIT_CODE, RuntimeError};
 use crate::inspect;
+use crate::trace::ControlLog;
 use args::{Cli, Command};
 
 pub use timings::Timings;
@@ -46,7 +49,9 @@ pub fn main(arguments: impl Iterator<Item = OsString>) -> ExitCode {
             return ExitCode::from(error.exit_code() as u8);
         }
     };
-    match start_log(&cli.log_level).and_then(|()| run(&cli, start)) {
+    let control = ControlLog::default();
+    let logs = start_log(&cli.log_level, cli.is_traced().then_some(&control));
+    match logs.and_then(|()| run(&cli, start, &control)) {
         Ok(code) => code,
         Err(RuntimeError::OutputClosed) => ExitCode::SUCCESS,
         Err(RuntimeError::Interrupted) => ExitCode::from(INTERRUPTED_EXIT_CODE),
@@ -57,7 +62,8 @@ pub fn main(arguments: impl Iterator<Item = OsString>) -> ExitCode {
     }
 }
 
-fn start_log(filter: &str) -> Result<(), RuntimeError> {
+/// Logs to stderr what `filter` lets pass, and to `control` what is for the timeline.
+fn start_log(filter: &str, control: Option<&ControlLog>) -> Result<(), RuntimeError> {
     let refused = || RuntimeError::LogLevel {
         text: filter.to_owned(),
     };
@@ -67,22 +73,25 @@ fn start_log(filter: &str) -> Result<(), RuntimeError> {
         return Err(refused());
     }
     let parsed = EnvFilter::try_new(filter).map_err(|_| refused())?;
-    tracing_subscriber::fmt()
-        .with_env_filter(parsed)
+    let lines = fmt::layer()
         .with_writer(std::io::stderr)
         .with_ansi(std::io::stderr().is_terminal() && std::env::var_os("NO_COLOR").is_none())
+        .with_filter(parsed);
+    tracing_subscriber::registry()
+        .with(lines)
+        .with(control.map(ControlLog::layer))
         .init();
     Ok(())
 }
 
-fn run(cli: &Cli, start: Instant) -> Result<ExitCode, RuntimeError> {
+fn run(cli: &Cli, start: Instant, control: &ControlLog) -> Result<ExitCode, RuntimeError> {
     match &cli.command {
-        None => return generate::run(&cli.run, start),
+        None => return generate::run(&cli.run, start, control),
         Some(Command::Inspect(args)) => inspect::run(args, &mut std::io::stdout().lock())?,
         Some(Command::Tokenize(args)) => tokenize::run(args)?,
         Some(Command::Pack(args)) => pack::run(args)?,
         Some(Command::Perplexity(args)) => perplexity::run(args)?,
-        Some(Command::Bench(args)) => bench::run(args)?,
+        Some(Command::Bench(args)) => bench::run(args, control)?,
     }
     Ok(ExitCode::SUCCESS)
 }

@@ -1,5 +1,6 @@
 //! From the flags that name a model to the model.
 
+use pi_actors::trace::TraceBounds;
 use pi_kernels::attention::KvType;
 use pi_kernels::{Cpu, Tier};
 use pi_topology::Plan;
@@ -30,6 +31,7 @@ impl ModelArgs {
                 KvArg::F16 => KvType::F16,
                 KvArg::F32 => KvType::F32,
             },
+            trace: None,
         })
     }
 
@@ -41,12 +43,20 @@ impl ModelArgs {
         TopologyFile::read(self.topology.as_deref())?.plan(threads.map(usize::from))
     }
 
-    /// Opens the model, and says on stderr what a user may want to know of it.
+    /// Opens the model, to record its work within `trace`, and says on stderr what a user may want to know of it.
     ///
     /// # Errors
     /// As [`ModelArgs::options`], [`ModelArgs::plan`] and [`LoadedModel::open`].
-    pub fn open(&self, n_ctx: usize, threads: Option<u16>) -> Result<LoadedModel, RuntimeError> {
-        let options = self.options(n_ctx)?;
+    pub fn open(
+        &self,
+        n_ctx: usize,
+        threads: Option<u16>,
+        trace: Option<TraceBounds>,
+    ) -> Result<LoadedModel, RuntimeError> {
+        let options = ModelOptions {
+            trace,
+            ..self.options(n_ctx)?
+        };
         let plan = self.plan(threads)?;
         let model = LoadedModel::open(&options, &plan, &LoadBar::default())?;
         if let Some(hint) = &model.sparsity.hint {

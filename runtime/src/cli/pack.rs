@@ -182,6 +182,7 @@ impl Packing<'_> {
             sparsity: Some(mode),
             cpu: Cpu::detect(ActivationMode::Q8),
             kv_type: KvType::F16,
+            trace: None,
         };
         LoadedModel::open(&options, &self.plan, &LoadBar::default())
     }

@@ -19,7 +19,7 @@ use crate::tokenizer::EncodeOptions;
 pub fn run(args: &PerplexityArgs) -> Result<(), RuntimeError> {
     let limit = chunk_limit(args.chunks)?;
     let text = text_file::read(&args.file)?;
-    let model = args.model.open(args.n_ctx as usize, args.threads)?;
+    let model = args.model.open(args.n_ctx as usize, args.threads, None)?;
     let estimate = score(&model, &text, &args.file, limit, &Arc::default())?;
     for lossy in model.sparsity.lossy() {
         eprintln!("lossy: {lossy}");

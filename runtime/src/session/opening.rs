@@ -4,6 +4,7 @@ use std::path::{Path, PathBuf};
 use std::time::Duration;
 
 use pi_actors::faults::Faults;
+use pi_actors::trace::TraceBounds;
 use pi_actors::{Engine, EngineOptions, Teams};
 use pi_kernels::Cpu;
 use pi_kernels::attention::KvType;
@@ -40,6 +41,8 @@ pub struct ModelOptions {
     pub cpu: Cpu,
     /// Format of the key-value cache.
     pub kv_type: KvType,
+    /// How much of what runs is recorded, `usize::MAX` steps for as many as the context takes; none: nothing.
+    pub trace: Option<TraceBounds>,
 }
 
 /// Watches a model being loaded.
@@ -182,6 +185,7 @@ fn start_engine(
             n_ubatch: N_UBATCH,
             wait_limit: WAIT_LIMIT,
             faults: Faults::default(),
+            trace: options.trace.map(|bounds| fit(bounds, n_ctx)),
         },
     )?;
     let footprint = Footprint::of(hyper, &tensors, &sparsity);
@@ -191,6 +195,19 @@ fn start_engine(
         footprint,
         n_ctx,
     })
+}
+
+/// Room for a prompt beside the steps; where nobody knows how many they are, for each position of the
+/// context.
+fn fit(bounds: TraceBounds, n_ctx: usize) -> TraceBounds {
+    let n_steps = match bounds.n_steps {
+        usize::MAX => n_ctx,
+        n_steps => n_steps,
+    };
+    TraceBounds {
+        n_steps: n_steps.saturating_add(n_ctx.div_ceil(N_UBATCH) + 1),
+        ..bounds
+    }
 }
 
 /// A token that the model has no row for would be read beside its embedding.

@@ -6,6 +6,7 @@ use std::sync::{Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
 use pi_actors::faults::Faults;
+use pi_actors::trace::TraceBounds;
 use pi_actors::{Engine, EngineOptions, Feed, Feeder, LogitsWanted, Next, Teams};
 use pi_kernels::attention::KvType;
 use pi_kernels::{ActivationMode, Cpu, Tier};
@@ -27,6 +28,8 @@ pub struct Setup {
     pub n_ctx: usize,
     /// Threads of each node. Nodes are made up: they share this machine's CPUs and memory.
     pub threads: Vec<usize>,
+    pub faults: Faults,
+    pub trace: Option<TraceBounds>,
 }
 
 impl Setup {
@@ -40,6 +43,8 @@ impl Setup {
             n_ubatch: 512,
             n_ctx: 640,
             threads: vec![cpus().len().min(2)],
+            faults: Faults::default(),
+            trace: None,
         }
     }
 
@@ -79,7 +84,8 @@ impl Setup {
             kv_type: self.kv_type,
             n_ubatch: self.n_ubatch,
             wait_limit: Duration::from_secs(60),
-            faults: Faults::default(),
+            faults: self.faults.clone(),
+            trace: self.trace,
         };
         LoneEngine {
             engine: Engine::start(teams, weights, options).unwrap(),

@@ -6,6 +6,7 @@ pub mod reference;
 pub mod running;
 pub mod threads;
 pub mod tiny_model;
+pub mod trace_file;
 
 use std::path::PathBuf;
 

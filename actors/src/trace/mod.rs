@@ -1,0 +1,98 @@
+//! The timeline: what each executor's thread did, and when.
+//!
+//! A [`Recorder`] on the executor's thread writes events of four words into a ring that is allocated
+//! before the first token: a store or two beside reading the clock, no allocation, no system call, no
+//! lock. Whoever holds the [`Trace`] reads all rings at any time. Without a trace an executor has no
+//! recorder, and each hook is a branch on that.
+
+mod clock;
+mod event;
+mod recorder;
+mod ring;
+
+use std::sync::{Arc, OnceLock};
+use std::time::Instant;
+
+pub use event::{ActorKind, Event, Label, MessageKind, Phase};
+pub(crate) use recorder::Recorder;
+
+use clock::Clock;
+use ring::{EVENT_BYTES, Ring};
+
+/// How much a trace may hold.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct TraceBounds {
+    /// Steps that are expected: tokens one by one, and pieces of prompts.
+    pub n_steps: usize,
+    /// Most memory of a node's events.
+    pub node_bytes_max: usize,
+}
+
+/// All that has been recorded of an engine.
+#[derive(Debug)]
+pub struct Trace {
+    clock: Clock,
+    capacity: usize,
+    /// By node; each is made by the node's executor, on its own thread.
+    rings: Vec<OnceLock<Arc<Ring>>>,
+}
+
+/// What one executor's thread did.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct NodeEvents {
+    /// In the order in which they ended.
+    pub events: Vec<Event>,
+    /// Later ones that there was no room for.
+    pub lost: u64,
+}
+
+impl Trace {
+    /// With room for the steps of `bounds` through `n_layer` layers on `n_nodes` nodes.
+    pub(crate) fn new(bounds: TraceBounds, n_layer: usize, n_nodes: usize) -> Self {
+        let wanted = bounds.n_steps.saturating_mul(step_events(n_layer, n_nodes));
+        Self {
+            clock: Clock::start(),
+            capacity: wanted.min(bounds.node_bytes_max / EVENT_BYTES),
+            rings: (0..n_nodes).map(|_| OnceLock::new()).collect(),
+        }
+    }
+
+    /// The moment from which events are timed.
+    pub fn started(&self) -> Instant {
+        self.clock.started()
+    }
+
+    /// A recorder of `node`, made by its executor's thread.
+    pub(crate) fn recorder(&self, node: usize) -> Recorder {
+        let ring = self.rings[node].get_or_init(|| Arc::new(Ring::new(self.capacity)));
+        Recorder::new(self.clock, Arc::clone(ring))
+    }
+
+    /// What each node's executor did so far.
+    pub fn read(&self) -> Vec<NodeEvents> {
+        let scale = self.clock.scale();
+        let read = |ring: &Arc<Ring>| NodeEvents {
+            events: ring
+                .events()
+                .filter_map(|words| Event::read(words, scale))
+                .collect(),
+            lost: ring.lost(),
+        };
+        let nothing = || NodeEvents {
+            events: Vec::new(),
+            lost: 0,
+        };
+        self.rings
+            .iter()
+            .map(|ring| ring.get().map_or_else(nothing, read))
+            .collect()
+    }
+}
+
+/// Events of one step of few logits on node 0, which has most: every message that it posts or
+/// handles, and the step's phases.
+fn step_events(n_layer: usize, n_nodes: usize) -> usize {
+    let layer = 6 * n_nodes + 10;
+    let head = 2 * n_nodes + 6;
+    n_layer * layer + head + 1 + Phase::ALL.len()
+}
