@@ -14,3 +14,4 @@ pub mod perplexity;
 pub mod sampler;
 pub mod session;
 pub mod tokenizer;
+pub mod unfinished_file;

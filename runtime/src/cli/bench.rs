@@ -13,7 +13,7 @@ use crate::bench::token_source::TEXT;
 use crate::bench::{BenchRow, BenchTest, Measured, Runner, TokenSource};
 use crate::calendar::DateTime;
 use crate::error::RuntimeError;
-use crate::session::{LoadedModel, ModelOptions, N_UBATCH};
+use crate::session::{LoadedModel, ModelOptions};
 use crate::tokenizer::EncodeOptions;
 
 /// Runs every test and prints its row when it is done.
@@ -135,7 +135,7 @@ impl PlanBench {
             model_size: self.model.description.size_bytes,
             model_n_params: self.model.description.n_params,
             n_batch: self.model.n_ctx,
-            n_ubatch: N_UBATCH,
+            n_ubatch: self.options.n_batch,
             n_threads: test.n_threads,
             type_k: kv_type.clone(),
             type_v: kv_type,

@@ -4,6 +4,7 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 
 use crate::error::INTERRUPTED_EXIT_CODE;
+use crate::unfinished_file;
 
 /// Whether an answer is under way, and whether it should end. Clones share their state.
 #[derive(Debug, Clone, Default)]
@@ -43,6 +44,7 @@ impl Interrupt {
         let first = !self.requested.swap(true, Ordering::AcqRel);
         if !(first && self.answering.load(Ordering::Acquire)) {
             eprintln!();
+            let _none_left = unfinished_file::remove_all();
             std::process::exit(INTERRUPTED_EXIT_CODE.into());
         }
     }

@@ -5,9 +5,11 @@
 //! [`ENVIRONMENT_EXIT_CODE`](crate::error::ENVIRONMENT_EXIT_CODE) for what the machine refuses, 130
 //! after Ctrl-C.
 
+pub mod answer_args;
 pub mod args;
 mod bench;
 mod chat;
+mod completions;
 mod demo_model;
 mod generate;
 mod interrupt;
@@ -19,9 +21,9 @@ mod progress;
 mod text_file;
 mod timings;
 mod tokenize;
+mod user_folder;
 
 use std::ffi::OsString;
-use std::io::IsTerminal;
 use std::process::ExitCode;
 use std::time::Instant;
 
@@ -70,7 +72,7 @@ fn start_log(filter: &str) -> Result<(), RuntimeError> {
     tracing_subscriber::fmt()
         .with_env_filter(parsed)
         .with_writer(std::io::stderr)
-        .with_ansi(std::io::stderr().is_terminal() && std::env::var_os("NO_COLOR").is_none())
+        .with_ansi(progress::is_shown() && std::env::var_os("NO_COLOR").is_none())
         .init();
     Ok(())
 }
@@ -83,6 +85,8 @@ fn run(cli: &Cli, start: Instant) -> Result<ExitCode, RuntimeError> {
         Some(Command::Pack(args)) => pack::run(args)?,
         Some(Command::Perplexity(args)) => perplexity::run(args)?,
         Some(Command::Bench(args)) => bench::run(args)?,
+        Some(Command::Completions(args)) => completions::run(args)?,
+        Some(Command::Man(args)) => completions::man(args)?,
     }
     Ok(ExitCode::SUCCESS)
 }

@@ -30,6 +30,7 @@ impl ModelArgs {
                 KvArg::F16 => KvType::F16,
                 KvArg::F32 => KvType::F32,
             },
+            n_batch: usize::from(self.batch_size),
         })
     }
 

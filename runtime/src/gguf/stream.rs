@@ -3,9 +3,9 @@
 use std::fs::{self, File};
 use std::io::{self, BufWriter, Write};
 use std::path::{Path, PathBuf};
-use std::sync::atomic::{AtomicU32, Ordering};
 
 use super::GgufError;
+use crate::unfinished_file::UnfinishedFile;
 
 /// Bytes gathered before they are written to the file.
 const BUFFER_BYTES: usize = 1 << 20;
@@ -29,7 +29,7 @@ pub struct GgufStream {
     path: PathBuf,
     // Before `temporary`, so that the file is closed when it is removed.
     out: BufWriter<File>,
-    temporary: TemporaryFile,
+    temporary: UnfinishedFile,
     slots: Vec<Slot>,
     /// The tensor that is being written, as an index into `slots`.
     current: usize,
@@ -51,7 +51,7 @@ impl GgufStream {
             }
             _ => {}
         }
-        let (temporary, file) = TemporaryFile::create_beside(path)
+        let (temporary, file) = UnfinishedFile::create_beside(path)
             .map_err(|cause| write_error(path, "create a file in its folder", cause))?;
         let mut stream = GgufStream {
             path: path.to_path_buf(),
@@ -159,60 +159,5 @@ fn wrong_data(tensor: &str, problem: String) -> GgufError {
     GgufError::WrongData {
         tensor: tensor.to_owned(),
         problem,
-    }
-}
-
-/// The path of an unfinished file, which is removed unless the file is given its final name.
-#[derive(Debug)]
-struct TemporaryFile {
-    path: PathBuf,
-    renamed: bool,
-}
-
-impl TemporaryFile {
-    /// Creates a new file in the folder of `path`.
-    fn create_beside(path: &Path) -> io::Result<(TemporaryFile, File)> {
-        static NEXT: AtomicU32 = AtomicU32::new(0);
-        let Some(name) = path.file_name() else {
-            return Err(io::Error::new(
-                io::ErrorKind::InvalidInput,
-                "the path names no file",
-            ));
-        };
-        loop {
-            let mut temporary = std::ffi::OsString::from(".");
-            temporary.push(name);
-            let number = NEXT.fetch_add(1, Ordering::Relaxed);
-            temporary.push(format!(".{}-{number}.part", std::process::id()));
-            let temporary = path.with_file_name(temporary);
-            match File::create_new(&temporary) {
-                Ok(file) => {
-                    return Ok((
-                        TemporaryFile {
-                            path: temporary,
-                            renamed: false,
-                        },
-                        file,
-                    ));
-                }
-                Err(error) if error.kind() == io::ErrorKind::AlreadyExists => {}
-                Err(error) => return Err(error),
-            }
-        }
-    }
-
-    fn rename_to(&mut self, path: &Path) -> io::Result<()> {
-        fs::rename(&self.path, path)?;
-        self.renamed = true;
-        Ok(())
-    }
-}
-
-impl Drop for TemporaryFile {
-    fn drop(&mut self) {
-        if !self.renamed {
-            // Nobody is left to hear of a failure.
-            let _ = fs::remove_file(&self.path);
-        }
     }
 }

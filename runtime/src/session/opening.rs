@@ -40,6 +40,8 @@ pub struct ModelOptions {
     pub cpu: Cpu,
     /// Format of the key-value cache.
     pub kv_type: KvType,
+    /// Tokens that go through the layers together, at most [`N_UBATCH`]; the results do not depend on it.
+    pub n_batch: usize,
 }
 
 /// Watches a model being loaded.
@@ -179,7 +181,7 @@ fn start_engine(
         EngineOptions {
             cpu: options.cpu,
             kv_type: options.kv_type,
-            n_ubatch: N_UBATCH,
+            n_ubatch: options.n_batch.min(N_UBATCH),
             wait_limit: WAIT_LIMIT,
             faults: Faults::default(),
         },
