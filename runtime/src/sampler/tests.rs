@@ -377,12 +377,12 @@ fn a_window_of_minus_one_is_the_whole_context() {
     };
     assert_eq!(whole.clone().in_context(300).repeat_last_n, 300);
     assert_eq!(SamplerParams::default().in_context(300).repeat_last_n, 64);
-    let mut s = sampler(whole, 2);
+    let mut s = sampler(whole, 3);
     s.accept(0);
     for _ in 0..1000 {
-        s.accept(1);
+        s.accept(2);
     }
-    assert_eq!(s.sample(&[0.5, 1000.0]), 0, "0 is still within the window");
+    assert_eq!(s.sample(&[1.0, 0.5, -9.0]), 1, "0 is still in the window");
     s.reset();
-    assert_eq!(s.sample(&[0.5, 1.0]), 1);
+    assert_eq!(s.sample(&[1.0, 0.5, -9.0]), 0);
 }
