@@ -128,7 +128,7 @@ pub enum RuntimeError {
         folder: PathBuf,
     },
     /// Nothing to continue.
-    #[error("no prompt: give one with -p TEXT, or chat with -cnv")]
+    #[error("no prompt: give one with -p TEXT or -f FILE, or chat with -cnv")]
     NoPrompt,
     /// An empty prompt for a model without a token to begin with.
     #[error(
@@ -146,6 +146,51 @@ pub enum RuntimeError {
         n_ctx: usize,
         /// The model's longest context.
         n_ctx_max: usize,
+    },
+    /// A conversation that leaves no room for another turn.
+    #[error(
+        "with this turn the conversation has {n_tokens} tokens, but the context holds {n_ctx}: begin anew with /clear, or \
+         start with --context-shift or a higher -c (this model: up to {n_ctx_max})"
+    )]
+    ConversationTooLong {
+        /// Tokens of the conversation.
+        n_tokens: usize,
+        /// Tokens of the context.
+        n_ctx: usize,
+        /// The model's longest context.
+        n_ctx_max: usize,
+    },
+    /// A line of a chat that begins with `/` and is no command.
+    #[error("{name}: {problem}")]
+    ChatCommand {
+        /// The command, with its slash.
+        name: String,
+        /// What is wrong and what would do.
+        problem: String,
+    },
+    /// A file that is no saved conversation.
+    #[error("{}: this is no conversation that /save wrote: {problem}", path.display())]
+    BadConversation {
+        /// The file.
+        path: PathBuf,
+        /// Where and why.
+        problem: String,
+    },
+    /// A conversation that cannot be written.
+    #[error("{}: cannot write the conversation: {source}", path.display())]
+    SaveConversation {
+        /// The file.
+        path: PathBuf,
+        /// Why.
+        source: io::Error,
+    },
+    /// Manual pages that cannot be written.
+    #[error("{}: cannot write manual pages: {source}", folder.display())]
+    WritePages {
+        /// The folder.
+        folder: PathBuf,
+        /// Why.
+        source: io::Error,
     },
     /// A text file that cannot be read.
     #[error("{}: cannot read the text: {source}", path.display())]

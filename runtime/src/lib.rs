@@ -13,6 +13,6 @@ pub mod pack;
 pub mod perplexity;
 pub mod sampler;
 pub mod session;
-mod temporary_file;
 pub mod tokenizer;
 pub mod trace;
+pub mod unfinished_file;

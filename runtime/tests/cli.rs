@@ -6,15 +6,7 @@ use std::io::Read;
 use std::process::{Command, Stdio};
 
 use common::demo_model;
-use common::running::{Folder, Ran, TEXT, json_of, run, run_with, tiny};
-use common::tiny_model::TinyModel;
-
-fn with_template(template: &str) -> Folder {
-    Folder::with(&TinyModel {
-        keys: vec![("tokenizer.chat_template", template.into())],
-        ..TinyModel::default()
-    })
-}
+use common::running::{TEXT, json_of, run, tiny};
 
 #[test]
 fn text_goes_to_stdout_and_the_rest_to_stderr() {
@@ -279,75 +271,4 @@ fn ctrl_c_ends_the_answer() {
         err.contains("interrupted") && err.contains("decode"),
         "{err}"
     );
-}
-
-#[test]
-fn chat_answers_each_line_and_feeds_only_what_is_new() {
-    let demo = demo_model();
-    let args = [
-        "-m",
-        demo.to_str().unwrap(),
-        "-cnv",
-        "--temp",
-        "0",
-        "-n",
-        "24",
-    ];
-    let one = run_with(&args, "Hello!\n");
-    let two = run_with(&args, "Hello!\n\nWhat is the capital of Italy?\n");
-    assert_eq!((one.code, two.code), (0, 0), "{}{}", one.err, two.err);
-    assert!(
-        one.out.trim().len() > 3 && !one.out.contains("im_end"),
-        "{}",
-        one.out
-    );
-    let second = two
-        .out
-        .strip_prefix(&one.out)
-        .expect("the first answer is the same");
-    assert!(second.contains("Rome"), "{second}");
-    let n_prompt = |ran: &Ran| -> usize {
-        let (_, rest) = ran.err.split_once("prompt ").unwrap();
-        rest.split(' ').next().unwrap().parse().unwrap()
-    };
-    assert!(
-        n_prompt(&two) < 2 * n_prompt(&one),
-        "{}{}",
-        one.err,
-        two.err
-    );
-}
-
-#[test]
-fn chat_takes_a_system_prompt_and_reports_a_template_that_refuses() {
-    let folder = with_template(
-        "{% if messages[0].role == 'system' %}{{ raise_exception('no system prompt') }}{% endif %}\
-         {{ messages[0].content }}",
-    );
-    let model = folder.name("m.gguf");
-    let args = ["-m", &model, "-cnv", "-n", "3", "--ignore-eos"];
-    assert_eq!(run_with(&args, "Hi\n").code, 0);
-    let refused = run_with(&[&args[..], &["-p", "Be brief."]].concat(), "Hi\n");
-    assert_eq!((refused.code, refused.out.as_str()), (2, ""));
-    assert!(refused.err.contains("no system prompt"), "{}", refused.err);
-    let folder = with_template("{% for %}");
-    let broken = run(&["-m", &folder.name("m.gguf"), "-cnv"]);
-    assert_eq!(broken.code, 2);
-    assert!(broken.err.contains("template:1"), "{}", broken.err);
-}
-
-#[test]
-fn chat_ends_normally_when_the_context_is_full() {
-    let folder = with_template("{% for message in messages %}{{ message.content }}|{% endfor %}");
-    let model = folder.name("m.gguf");
-    let args = ["-m", &model, "-cnv", "-c", "24", "--ignore-eos"];
-    let ran = run_with(&args, "Hello\nAgain\nNever read\n");
-    assert_eq!(ran.code, 0, "{}", ran.err);
-    assert!(
-        ran.err.contains("answer ends here") && ran.err.contains("chat ends here"),
-        "{}",
-        ran.err
-    );
-    let too_long = run_with(&args, &format!("{TEXT}\n"));
-    assert_eq!(too_long.code, 2, "{}", too_long.err);
 }

@@ -108,6 +108,82 @@ fn packing_floats_changes_no_logit() {
 }
 
 #[test]
+fn pack_measures_with_the_threads_that_it_is_given() {
+    let folder = Folder::with(&TinyModel {
+        neuron_major: false,
+        ..TinyModel::default()
+    });
+    let (plain, packed) = (folder.name("m.gguf"), folder.name("packed.gguf"));
+    let one = folder.file("one.toml", "[host]\nthreads = 1\n");
+    let bad = folder.file("bad.toml", "[host]\nthreads = 0\n");
+    let pack = |more: &[&str]| run(&[&["pack", &plain, "-o", &packed], more].concat());
+    for (more, word) in [
+        (["--topology", bad.as_str()], "bad.toml, line 2"),
+        (["-t", "9999"], "9999"),
+        (["-t", "0"], "--threads"),
+        (["--chunks", "0"], "--chunks"),
+    ] {
+        let ran = pack(&more);
+        assert_eq!((ran.code, ran.out.as_str()), (2, ""), "{}", ran.err);
+        assert!(ran.err.contains(word), "{}", ran.err);
+    }
+    assert_eq!(folder.names(), ["bad.toml", "m.gguf", "one.toml"]);
+    let ran = pack(&["-t", "1", "--log-level", "info"]);
+    assert!(
+        ran.code == 0 && ran.err.contains("threads=1"),
+        "{}",
+        ran.err
+    );
+    let ran = pack(&["--topology", &one, "--log-level", "info"]);
+    assert!(
+        ran.code == 0 && ran.err.contains("threads=1"),
+        "{}",
+        ran.err
+    );
+}
+
+/// Wherever the two presses meet it: the program ends, and only what was there before is there.
+#[cfg(unix)]
+#[test]
+fn ctrl_c_twice_leaves_no_unfinished_file_behind() {
+    use std::io::{BufRead, BufReader};
+    let folder = Folder::with(&TinyModel {
+        neuron_major: false,
+        quant: QuantType::Q4_0,
+        ..TinyModel::default()
+    });
+    let text = folder.file("text.txt", &TEXT.repeat(2000));
+    let mut child = std::process::Command::new(assert_cmd::cargo::cargo_bin!("pi-runtime"))
+        .args([
+            "pack",
+            &folder.name("m.gguf"),
+            "-o",
+            &folder.name("out.gguf"),
+        ])
+        .args(["-f", &text, "--chunks", "500"])
+        .stdin(std::process::Stdio::null())
+        .stdout(std::process::Stdio::null())
+        .stderr(std::process::Stdio::piped())
+        .spawn()
+        .unwrap();
+    let mut err = BufReader::new(child.stderr.take().unwrap());
+    let mut line = String::new();
+    while !line.contains("packing with") {
+        line.clear();
+        assert!(err.read_line(&mut line).unwrap() > 0, "it was to measure");
+    }
+    for _ in 0..2 {
+        let kill = std::process::Command::new("kill")
+            .args(["-INT", &child.id().to_string()])
+            .status();
+        assert!(kill.unwrap().success());
+    }
+    std::io::copy(&mut err, &mut std::io::sink()).unwrap();
+    assert_eq!(child.wait().unwrap().code(), Some(130));
+    assert_eq!(folder.names(), ["m.gguf", "text.txt"]);
+}
+
+#[test]
 fn pack_shows_what_each_type_costs_and_leaves_nothing_else_behind() {
     let folder = Folder::with(&TinyModel {
         neuron_major: false,

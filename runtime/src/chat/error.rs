@@ -7,13 +7,13 @@ use thiserror::Error;
 pub enum ChatError {
     /// The file has none.
     #[error(
-        "the model has no chat template (metadata key tokenizer.chat_template): it was not made for chat; \
-         use -p without -cnv"
+        "the model has no chat template (metadata key tokenizer.chat_template): it was not made for chat; use -p without \
+         -cnv, or name a template with --chat-template"
     )]
     NoTemplate,
     /// The template is no template.
     #[error(
-        "tokenizer.chat_template cannot be parsed: {problem}: use -p without -cnv, or convert the model again"
+        "the chat template cannot be parsed: {problem}: mend it, or name another with --chat-template"
     )]
     Syntax {
         /// Where and why.
@@ -21,8 +21,8 @@ pub enum ChatError {
     },
     /// The template refuses the conversation, or fails at it.
     #[error(
-        "tokenizer.chat_template fails: {problem}: chat as it allows (does it know a system prompt?), or use -p \
-         without -cnv"
+        "the chat template fails: {problem}: chat as it allows (does it know a system prompt?), or name another with \
+         --chat-template"
     )]
     Render {
         /// Where and why.

@@ -1,17 +1,18 @@
 //! Conversations: the model's own chat template, and a history rendered through it.
 
+pub mod builtin;
 mod error;
 mod functions;
 mod json;
 mod template;
 
-use serde::Serialize;
+use serde::{Deserialize, Serialize};
 
 pub use error::ChatError;
 pub use template::{ChatTemplate, SpecialTexts};
 
 /// Who says something.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "lowercase")]
 pub enum Role {
     /// Instructions for the whole conversation.
@@ -23,7 +24,7 @@ pub enum Role {
 }
 
 /// One turn, as templates see it.
-#[derive(Debug, Clone, PartialEq, Eq, Serialize)]
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Message {
     /// Who says it.
     pub role: Role,

@@ -184,7 +184,7 @@ mod tests {
         let refused = render("{{ raise_exception('no system prompt here') }}", &hello());
         let text = refused.unwrap_err().to_string();
         assert!(
-            text.contains("no system prompt here") && text.contains("tokenizer.chat_template"),
+            text.contains("no system prompt here") && text.contains("--chat-template"),
             "{text}"
         );
         let syntax = render("a\n{% if %}", &hello()).unwrap_err();

@@ -1,14 +1,35 @@
 //! The command line: flags with llama.cpp's names, their defaults and ranges.
 
+use std::ffi::OsString;
 use std::path::PathBuf;
 
 use clap::{Args, Parser, Subcommand, ValueEnum};
 use pi_kernels::{ActivationMode, Tier};
 
+use super::answer_args::{AnswerArgs, ChatArgs};
 use super::trace::TraceArgs;
 use crate::inspect::InspectArgs;
 use crate::sampler::SamplerParams;
+use crate::session::N_UBATCH;
 use crate::tokenizer::TokenizeArgs;
+
+/// What `--help` ends with.
+const AFTER_LONG_HELP: &str = "\
+Examples:
+  pi-runtime -p 'The capital of France is' -n 16 --temp 0
+          the likeliest continuation, with the demo model
+  pi-runtime -m FILE -f prompt.txt -n -1 --context-shift --keep -1
+          go on without end, with the whole prompt always in sight
+  pi-runtime -m FILE -cnv -sys 'You answer in one sentence.'
+          chat
+  pi-runtime -m FILE -cnv --chat-template chatml -st -p 'What is a neuron?'
+          one question and its answer
+  pi-runtime -p 'Q: 1+1? A:' -r 'Q:' --json
+          one object with the text up to the next question
+
+Flags of one dash and several letters (-cnv, -sys, -st, ...) are llama.cpp's. Text goes to stdout, everything else to
+stderr. The exit code is 0, 2 for something to mend (file, flag, prompt), 1 for what the machine refuses, 130 after
+Ctrl-C.";
 
 /// Runs sparse language models on this machine.
 #[derive(Debug, Parser)]
@@ -16,7 +37,8 @@ use crate::tokenizer::TokenizeArgs;
     name = "pi-runtime",
     version,
     about = "Run language models whose neurons mostly sleep, touching only those that fire",
-    after_help = "Text goes to stdout, everything else to stderr. Without -m the demo model is used.",
+    after_help = "Text goes to stdout, everything else to stderr. --help says more than -h.",
+    after_long_help = AFTER_LONG_HELP,
     args_conflicts_with_subcommands = true,
     disable_help_subcommand = true
 )]
@@ -56,10 +78,31 @@ pub enum Command {
     Perplexity(PerplexityArgs),
     /// Measure prefill and decode speed
     Bench(BenchArgs),
+    /// Print a script that completes the flags in a shell
+    Completions(CompletionsArgs),
+    /// Print the manual page, or write one for every subcommand
+    Man(ManArgs),
+}
+
+/// Flags of `completions`.
+#[derive(Debug, Clone, Args)]
+pub struct CompletionsArgs {
+    /// The shell
+    #[arg(value_enum, value_name = "SHELL")]
+    pub shell: clap_complete::Shell,
+}
+
+/// Flags of `man`.
+#[derive(Debug, Clone, Args)]
+pub struct ManArgs {
+    /// Folder to write a page for every subcommand into; default: the program's page to stdout
+    #[arg(value_name = "DIR")]
+    pub folder: Option<PathBuf>,
 }
 
 /// Flags shared by everything that loads a model.
 #[derive(Debug, Clone, Args)]
+#[command(next_help_heading = "Model and machine")]
 pub struct ModelArgs {
     /// Model file (GGUF); default: the demo model in models/ or the user's data folder
     #[arg(short = 'm', long = "model", value_name = "FILE")]
@@ -79,6 +122,16 @@ pub struct ModelArgs {
     /// Type of the key-value cache
     #[arg(long, value_enum, value_name = "TYPE", default_value_t = KvArg::F16)]
     pub kv: KvArg,
+    /// Tokens of a prompt that go through the layers together, at most 512; the result does not depend on it
+    #[arg(
+        short = 'b',
+        long,
+        visible_aliases = ["ubatch-size", "ub"],
+        value_name = "N",
+        default_value_t = N_UBATCH as u16,
+        value_parser = clap::value_parser!(u16).range(1..=N_UBATCH as i64)
+    )]
+    pub batch_size: u16,
 }
 
 /// Flags of text generation.
@@ -87,37 +140,80 @@ pub struct RunArgs {
     /// Model, machine and arithmetic.
     #[command(flatten)]
     pub model: ModelArgs,
-    /// Text to continue; with -cnv the system prompt
-    #[arg(short = 'p', long, value_name = "TEXT", allow_hyphen_values = true)]
+    /// Text to continue; with -cnv the first message
+    #[arg(
+        short = 'p',
+        long,
+        value_name = "TEXT",
+        allow_hyphen_values = true,
+        help_heading = "Text"
+    )]
     pub prompt: Option<String>,
-    /// Tokens to generate; -1: until the model ends or the context is full
+    /// Tokens to generate; -1: until the model ends or the context is full; -2: as -1, also with --context-shift
     #[arg(
         short = 'n',
         long = "predict",
+        visible_alias = "n-predict",
         value_name = "N",
         default_value_t = -1,
         allow_hyphen_values = true,
-        value_parser = clap::value_parser!(i32).range(-1..)
+        help_heading = "Text",
+        value_parser = clap::value_parser!(i32).range(-2..)
     )]
     pub n_predict: i32,
+    /// Where texts come from, and what ends an answer.
+    #[command(flatten)]
+    pub answer: AnswerArgs,
     /// Context in tokens; 0: the model's own, at most 4096
-    #[arg(short = 'c', long = "ctx-size", value_name = "N", default_value_t = 0)]
+    #[arg(
+        short = 'c',
+        long = "ctx-size",
+        value_name = "N",
+        default_value_t = 0,
+        help_heading = "Model and machine"
+    )]
     pub n_ctx: u32,
     /// Threads, over all nodes; default: one for every core of the plan
-    #[arg(short = 't', long, value_name = "N", value_parser = clap::value_parser!(u16).range(1..))]
+    #[arg(
+        short = 't',
+        long,
+        value_name = "N",
+        help_heading = "Model and machine",
+        value_parser = clap::value_parser!(u16).range(1..)
+    )]
     pub threads: Option<u16>,
     /// Choice of each token.
     #[command(flatten)]
     pub sampler: SamplerParams,
     /// Never choose a token that ends the text, so that the answer goes on
-    #[arg(long)]
+    #[arg(long, help_heading = "Choice of tokens")]
     pub ignore_eos: bool,
     /// Print one JSON object instead of streaming text
-    #[arg(long, conflicts_with = "conversation")]
+    #[arg(long, conflicts_with = "conversation", help_heading = "Text")]
     pub json: bool,
-    /// Chat: one line of stdin a turn, with the model's own template
-    #[arg(long, visible_alias = "cnv")]
+    /// Chat, with the model's own template
+    ///
+    /// At a terminal lines can be edited, and up and down go through those said before; a line that ends in \ goes on
+    /// in the next one. /help lists the commands. Ctrl-C ends the answer, and at an empty line the chat, as does Ctrl-D.
+    #[arg(
+        long,
+        visible_alias = "cnv",
+        overrides_with = "no_conversation",
+        help_heading = "Chat"
+    )]
     pub conversation: bool,
+    /// Do not chat (the default)
+    #[arg(
+        long,
+        visible_alias = "no-cnv",
+        overrides_with = "conversation",
+        hide_short_help = true,
+        help_heading = "Chat"
+    )]
+    pub no_conversation: bool,
+    /// How to chat.
+    #[command(flatten)]
+    pub chat: ChatArgs,
     /// Timeline.
     #[command(flatten)]
     pub trace: TraceArgs,
@@ -139,8 +235,14 @@ pub struct PackArgs {
     #[arg(short = 'f', long, value_name = "TEXT")]
     pub file: Option<PathBuf>,
     /// Chunks of the perplexity
-    #[arg(long, value_name = "N", default_value_t = 10)]
+    #[arg(long, value_name = "N", default_value_t = 10, value_parser = clap::value_parser!(u32).range(1..))]
     pub chunks: u32,
+    /// Topology file (TOML) with the teams that measure; default: the discovered machine
+    #[arg(long, value_name = "FILE")]
+    pub topology: Option<PathBuf>,
+    /// Threads that measure, over all nodes; default: one for every core of the plan
+    #[arg(short = 't', long, value_name = "N", value_parser = clap::value_parser!(u16).range(1..))]
+    pub threads: Option<u16>,
 }
 
 /// Flags of `perplexity`.
@@ -242,15 +344,73 @@ pub enum OutputFormat {
     Csv,
 }
 
-/// Rewrites llama.cpp's single-dash long flags (`-cnv`), which clap would take for a cluster of short ones.
-pub fn normalise(arguments: impl Iterator<Item = std::ffi::OsString>) -> Vec<std::ffi::OsString> {
-    arguments
-        .map(|argument| {
-            if argument == "-cnv" {
-                "--cnv".into()
-            } else {
+/// llama.cpp's flags of one dash and several letters, which clap would take for clusters of short ones.
+const SINGLE_DASH: [&str; 7] = ["-bf", "-cnv", "-no-cnv", "-st", "-sys", "-sysf", "-ub"];
+
+/// Rewrites llama.cpp's single-dash long flags.
+///
+/// What follows `--` stays as it is, and so does the value of a flag that takes any text (`-p -st` continues "-st").
+pub fn normalise(arguments: impl Iterator<Item = OsString>) -> Vec<OsString> {
+    let mut as_it_is = false;
+    let mut is_text = false;
+    let rewrite = |argument: OsString| {
+        as_it_is |= !is_text && argument == "--";
+        let flag = (!as_it_is && !is_text)
+            .then(|| SINGLE_DASH.iter().find(|flag| argument == **flag))
+            .flatten();
+        is_text = !is_text && TAKES_ANY_TEXT.iter().any(|flag| argument == **flag);
+        match flag {
+            Some(flag) => format!("-{flag}").into(),
+            None => argument,
+        }
+    };
+    arguments.map(rewrite).collect()
+}
+
+/// Flags whose value may look like a flag.
+const TAKES_ANY_TEXT: [&str; 7] = [
+    "-p",
+    "--prompt",
+    "-sys",
+    "--sys",
+    "--system-prompt",
+    "-r",
+    "--reverse-prompt",
+];
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn normalised(arguments: &[&str]) -> Vec<OsString> {
+        normalise(arguments.iter().map(OsString::from))
+    }
+
+    #[test]
+    fn only_flags_are_rewritten() {
+        assert_eq!(
+            normalised(&["pi", "-cnv", "-sys", "-st", "-st", "-b", "7", "-ub", "8"]),
+            [
+                "pi", "--cnv", "--sys", "-st", "--st", "-b", "7", "--ub", "8"
+            ]
+        );
+        assert_eq!(normalised(&["-p", "-cnv", "-cnv"]), ["-p", "-cnv", "--cnv"]);
+        assert_eq!(normalised(&["--", "-cnv"]), ["--", "-cnv"]);
+    }
+
+    #[test]
+    fn the_flags_are_consistent() {
+        use clap::CommandFactory;
+        Cli::command().debug_assert();
+        for flag in SINGLE_DASH {
+            let name = flag.trim_start_matches('-');
+            let command = Cli::command();
+            let known = command.get_arguments().any(|argument| {
                 argument
-            }
-        })
-        .collect()
+                    .get_long_and_visible_aliases()
+                    .is_some_and(|names| names.contains(&name))
+            });
+            assert!(known, "{flag}");
+        }
+    }
 }

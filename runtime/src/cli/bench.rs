@@ -16,7 +16,7 @@ use crate::bench::token_source::TEXT;
 use crate::bench::{BenchRow, BenchTest, Measured, Runner, TokenSource};
 use crate::calendar::DateTime;
 use crate::error::RuntimeError;
-use crate::session::{LoadedModel, ModelOptions, N_UBATCH};
+use crate::session::{LoadedModel, ModelOptions};
 use crate::tokenizer::EncodeOptions;
 use crate::trace::ControlLog;
 
@@ -81,7 +81,7 @@ fn run_tests(args: &BenchArgs, tracer: &Tracer) -> Result<(), RuntimeError> {
 
 /// Steps of all tests, warm-ups included.
 fn n_steps(args: &BenchArgs, tests: &[BenchTest]) -> usize {
-    let pieces = |n: usize| n.div_ceil(N_UBATCH);
+    let pieces = |n: usize| n.div_ceil(usize::from(args.model.batch_size));
     let steps = tests
         .iter()
         .map(|test| pieces(test.n_depth) + pieces(test.n_prompt) + test.n_gen);
@@ -164,7 +164,7 @@ impl PlanBench {
             model_size: self.model.description.size_bytes,
             model_n_params: self.model.description.n_params,
             n_batch: self.model.n_ctx,
-            n_ubatch: N_UBATCH,
+            n_ubatch: self.options.n_batch,
             n_threads: test.n_threads,
             type_k: kv_type.clone(),
             type_v: kv_type,

@@ -2,6 +2,7 @@
 
 use std::path::{Path, PathBuf};
 
+use super::user_folder;
 use crate::error::RuntimeError;
 
 /// File name of the demo model.
@@ -9,11 +10,11 @@ pub const DEMO_MODEL: &str = "smollm2-135m-reglu-q4_0.gguf";
 
 /// Where the demo model is looked for: `models/` in `starts` (the program's folder, the current one) and all folders
 /// above, nearest first, then the user's data folder.
-pub fn candidates(starts: &[PathBuf], data_home: Option<&Path>) -> Vec<PathBuf> {
+pub fn candidates(starts: &[PathBuf], data: Option<&Path>) -> Vec<PathBuf> {
     let mut folders: Vec<PathBuf> = starts
         .iter()
         .flat_map(|start| start.ancestors().map(|folder| folder.join("models")))
-        .chain(data_home.map(|home| home.join("pi-runtime").join("models")))
+        .chain(data.map(|folder| folder.join("models")))
         .map(|folder| folder.join(DEMO_MODEL))
         .collect();
     let mut seen = std::collections::HashSet::new();
@@ -37,28 +38,15 @@ pub fn or_demo(named: Option<&Path>) -> Result<PathBuf, RuntimeError> {
         .into_iter()
         .chain(program)
         .collect();
-    let data_home = data_home();
-    let paths = candidates(&starts, data_home.as_deref());
+    let data = user_folder::data();
+    let paths = candidates(&starts, data.as_deref());
     paths
         .into_iter()
         .find(|path| path.is_file())
         .ok_or_else(|| RuntimeError::NoModel {
             name: DEMO_MODEL,
-            folder: data_home
-                .unwrap_or_default()
-                .join("pi-runtime")
-                .join("models"),
+            folder: data.unwrap_or_default().join("models"),
         })
-}
-
-fn data_home() -> Option<PathBuf> {
-    let absolute = |name: &str| {
-        std::env::var_os(name)
-            .map(PathBuf::from)
-            .filter(|path| path.is_absolute())
-    };
-    absolute("XDG_DATA_HOME")
-        .or_else(|| absolute("HOME").map(|home| home.join(".local").join("share")))
 }
 
 #[cfg(test)]
@@ -69,7 +57,7 @@ mod tests {
     fn nearest_folder_first_user_s_data_last() {
         let paths = candidates(
             &["/a/b".into(), "/a/c".into()],
-            Some(Path::new("/home/u/.local/share")),
+            Some(Path::new("/home/u/.local/share/pi-runtime")),
         );
         let folders: Vec<&str> = paths
             .iter()

@@ -5,14 +5,16 @@ use std::time::Instant;
 
 use serde_json::json;
 
+use super::answer_args::AnswerArgs;
 use super::args::RunArgs;
 use super::chat;
 use super::interrupt::Interrupt;
 use super::output::Output;
+use super::text_file;
 use super::timings::Timings;
 use super::trace::Tracer;
 use crate::error::{INTERRUPTED_EXIT_CODE, RuntimeError};
-use crate::session::{Answer, AnswerOptions, LoadedModel, Session, Stop, TextSink};
+use crate::session::{Answer, AnswerOptions, ContextShift, LoadedModel, Session, Stop, TextSink};
 use crate::tokenizer::EncodeOptions;
 use crate::trace::ControlLog;
 
@@ -27,9 +29,9 @@ pub fn run(args: &RunArgs, start: Instant, control: &ControlLog) -> Result<ExitC
         let tracer = Tracer::open(&args.trace, control, &interrupt)?;
         return tracer.close(chat::run(args, start, &interrupt, &tracer));
     }
-    let prompt = args.prompt.as_deref().ok_or(RuntimeError::NoPrompt)?;
+    let prompt = args.text()?.ok_or(RuntimeError::NoPrompt)?;
     let tracer = Tracer::open(&args.trace, control, &interrupt)?;
-    tracer.close(complete(args, prompt, start, &interrupt, &tracer))
+    tracer.close(complete(args, &prompt, start, &interrupt, &tracer))
 }
 
 /// Continues `prompt`.
@@ -49,14 +51,19 @@ fn complete(
         .tokenizer
         .encode(prompt, EncodeOptions::PROMPT)?;
     tracer.span("tokenise", tokenise);
+    session.check(&tokens)?;
     let answering = interrupt.answer();
     let sink: TextSink = if args.json {
         Box::new(|_| Ok(()))
     } else {
         let mut out = Output::default();
+        if args.answer.display_prompt {
+            out.text(prompt)?;
+        }
         Box::new(move |text| out.text(text))
     };
-    let answer = session.answer(tokens, args.answer_options(interrupt, sink))?;
+    let options = args.answer_options(session.model(), interrupt, sink);
+    let answer = session.answer(tokens, options)?;
     drop(answering);
     tracer.answered(&answer);
     let lossy = session.model().sparsity.lossy();
@@ -81,24 +88,57 @@ fn complete(
 }
 
 impl RunArgs {
-    /// Opens the model, which records its work if it is to be traced.
+    /// The prompt, from wherever the flags say; none where they do not.
     ///
     /// # Errors
-    /// As [`ModelArgs::open`](super::args::ModelArgs::open).
+    /// Its file cannot be read or is not UTF-8.
+    pub(super) fn text(&self) -> Result<Option<String>, RuntimeError> {
+        let AnswerArgs {
+            file, binary_file, ..
+        } = &self.answer;
+        match (&self.prompt, file, binary_file) {
+            (Some(text), _, _) => Ok(Some(text.clone())),
+            (None, Some(path), _) => text_file::read(path).map(Some),
+            (None, None, Some(path)) => text_file::read_as_it_is(path).map(Some),
+            (None, None, None) => Ok(None),
+        }
+    }
+
+    /// Opens the model, which records its work if it is to be traced, and checks what only it knows.
+    ///
+    /// # Errors
+    /// As [`ModelArgs::open`](super::args::ModelArgs::open); a logit bias for a token that it does not have.
     pub(super) fn open(&self) -> Result<LoadedModel, RuntimeError> {
         // a chat has several answers
         let n_predict = usize::try_from(self.n_predict).ok();
         let n_steps = n_predict.filter(|_| !self.conversation);
         let trace = self.trace.bounds(n_steps.unwrap_or(usize::MAX));
-        self.model.open(self.n_ctx as usize, self.threads, trace)
+        let n_ctx = self.n_ctx as usize;
+        let model = self.model.open(n_ctx, self.threads, trace)?;
+        self.sampler.validate_biases(model.hyper.n_vocab)?;
+        Ok(model)
     }
 
     /// How each answer is made.
-    pub(super) fn answer_options(&self, interrupt: &Interrupt, sink: TextSink) -> AnswerOptions {
+    pub(super) fn answer_options(
+        &self,
+        model: &LoadedModel,
+        interrupt: &Interrupt,
+        sink: TextSink,
+    ) -> AnswerOptions {
+        let tokenizer = &model.tokenizer;
+        let n_bos = usize::from(tokenizer.adds_bos() && tokenizer.bos().is_some());
+        let keep = usize::try_from(self.answer.keep);
+        let shift = ContextShift {
+            n_keep: keep.map_or(usize::MAX, |n_keep| n_keep + n_bos),
+        };
+        let shifts = self.answer.context_shift && self.n_predict != UNTIL_FULL;
         AnswerOptions {
             sampler: self.sampler.clone(),
             n_predict: usize::try_from(self.n_predict).ok(),
             ignore_eos: self.ignore_eos,
+            shift: shifts.then_some(shift),
+            stop_texts: self.answer.reverse_prompt.clone(),
             hash_logits: self.json,
             interrupt: interrupt.flag(),
             sink,
@@ -106,20 +146,23 @@ impl RunArgs {
     }
 }
 
+/// `-n` until the context is full, whatever `--context-shift` says.
+const UNTIL_FULL: i32 = -2;
+
 /// Says on stderr why an answer ended where that is not plain from its text.
 pub(super) fn tell_stop(stop: Stop, model: &LoadedModel) {
     let n_ctx_max = model.hyper.n_ctx_max;
     match stop {
         Stop::ContextFull if model.n_ctx < n_ctx_max => eprintln!(
-            "the context of {} tokens is full, and the answer ends here: raise it with -c (this model: up to {n_ctx_max})",
+            "the context of {} tokens is full, and the answer ends here: raise it with -c (this model: up to {n_ctx_max}), or go on with --context-shift",
             model.n_ctx
         ),
         Stop::ContextFull => eprintln!(
-            "the context of {} tokens, this model's longest, is full, and the answer ends here",
+            "the context of {} tokens, this model's longest, is full, and the answer ends here: go on with --context-shift",
             model.n_ctx
         ),
         Stop::Interrupted => eprintln!("interrupted"),
-        Stop::EndOfText | Stop::Limit => {}
+        Stop::EndOfText | Stop::Limit | Stop::StopText => {}
     }
 }
 

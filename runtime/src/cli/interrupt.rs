@@ -4,6 +4,7 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, OnceLock};
 
 use crate::error::INTERRUPTED_EXIT_CODE;
+use crate::unfinished_file;
 
 /// What is left to do when Ctrl-C ends the program.
 type AtExit = Box<dyn Fn() + Send + Sync>;
@@ -50,6 +51,7 @@ impl Interrupt {
             if let Some(at_exit) = self.at_exit.get() {
                 at_exit();
             }
+            let _none_left = unfinished_file::remove_all();
             std::process::exit(INTERRUPTED_EXIT_CODE.into());
         }
     }

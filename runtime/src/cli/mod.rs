@@ -5,9 +5,11 @@
 //! [`ENVIRONMENT_EXIT_CODE`](crate::error::ENVIRONMENT_EXIT_CODE) for what the machine refuses, 130
 //! after Ctrl-C.
 
+pub mod answer_args;
 pub mod args;
 mod bench;
 mod chat;
+mod completions;
 mod demo_model;
 mod generate;
 mod interrupt;
@@ -20,9 +22,9 @@ mod text_file;
 mod timings;
 mod tokenize;
 mod trace;
+mod user_folder;
 
 use std::ffi::OsString;
-use std::io::IsTerminal;
 use std::process::ExitCode;
 use std::time::Instant;
 
@@ -75,7 +77,7 @@ fn start_log(filter: &str, control: Option<&ControlLog>) -> Result<(), RuntimeEr
     let parsed = EnvFilter::try_new(filter).map_err(|_| refused())?;
     let lines = fmt::layer()
         .with_writer(std::io::stderr)
-        .with_ansi(std::io::stderr().is_terminal() && std::env::var_os("NO_COLOR").is_none())
+        .with_ansi(progress::is_shown() && std::env::var_os("NO_COLOR").is_none())
         .with_filter(parsed);
     tracing_subscriber::registry()
         .with(lines)
@@ -92,6 +94,8 @@ fn run(cli: &Cli, start: Instant, control: &ControlLog) -> Result<ExitCode, Runt
         Some(Command::Pack(args)) => pack::run(args)?,
         Some(Command::Perplexity(args)) => perplexity::run(args)?,
         Some(Command::Bench(args)) => bench::run(args, control)?,
+        Some(Command::Completions(args)) => completions::run(args)?,
+        Some(Command::Man(args)) => completions::man(args)?,
     }
     Ok(ExitCode::SUCCESS)
 }

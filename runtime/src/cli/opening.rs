@@ -32,6 +32,7 @@ impl ModelArgs {
                 KvArg::F32 => KvType::F32,
             },
             trace: None,
+            n_batch: usize::from(self.batch_size),
         })
     }
 

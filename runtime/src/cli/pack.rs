@@ -1,6 +1,6 @@
 //! `pi-runtime pack`: what each type of down rows costs, then the file.
 
-use std::path::{Path, PathBuf};
+use std::path::Path;
 
 use pi_kernels::attention::KvType;
 use pi_kernels::{ActivationMode, Cpu, QuantType};
@@ -20,8 +20,9 @@ use crate::model::sparsity::{SparsityPlan, writable_type};
 use crate::model::{ModelError, Sparsity};
 use crate::pack::Packer;
 use crate::perplexity::Estimate;
-use crate::session::{LoadedModel, ModelOptions, TopologyFile};
+use crate::session::{LoadedModel, ModelOptions, N_UBATCH, TopologyFile};
 use crate::tokenizer::EncodeOptions;
+use crate::unfinished_file::UnfinishedFile;
 
 /// Share of active neurons where it cannot be measured.
 const ACTIVE_SHARE_ASSUMED: f64 = 0.15;
@@ -52,7 +53,7 @@ pub fn run(args: &PackArgs) -> Result<(), RuntimeError> {
         args,
         chosen,
         packer,
-        plan: TopologyFile::default().plan(None)?,
+        plan: TopologyFile::read(args.topology.as_deref())?.plan(args.threads.map(usize::from))?,
         interrupt: &interrupt,
     };
     packing.print_choices()?;
@@ -175,6 +176,14 @@ impl Packing<'_> {
         }
     }
 
+    fn output_error(&self, source: std::io::Error) -> RuntimeError {
+        RuntimeError::Flag {
+            flag: "-o",
+            value: self.args.output.display().to_string(),
+            problem: format!("{source}: give the name of a file"),
+        }
+    }
+
     fn open(&self, path: &Path, mode: Sparsity, n_ctx: usize) -> Result<LoadedModel, RuntimeError> {
         let options = ModelOptions {
             path: path.to_path_buf(),
@@ -183,6 +192,7 @@ impl Packing<'_> {
             cpu: Cpu::detect(ActivationMode::Q8),
             kv_type: KvType::F16,
             trace: None,
+            n_batch: N_UBATCH,
         };
         LoadedModel::open(&options, &self.plan, &LoadBar::default())
     }
@@ -220,9 +230,10 @@ impl Packing<'_> {
     ) -> Result<Estimate, RuntimeError> {
         let name = choice.map_or("by layer", QuantType::name);
         eprintln!("packing with {name} to measure it");
-        let temporary = TemporaryPath::beside(&self.args.output, name);
-        self.write(&temporary.0, choice)?;
-        self.perplexity(&temporary.0, Sparsity::Exact, text)
+        let temporary = UnfinishedFile::named_beside(&self.args.output, name)
+            .map_err(|source| self.output_error(source))?;
+        self.write(temporary.path(), choice)?;
+        self.perplexity(temporary.path(), Sparsity::Exact, text)
     }
 
     fn write(&self, path: &Path, choice: Option<QuantType>) -> Result<(), RuntimeError> {
@@ -245,23 +256,4 @@ fn cell(estimate: Option<Estimate>) -> Option<String> {
 fn table_line(name: &str, megabytes: &str, perplexity: Option<String>) -> String {
     let perplexity = perplexity.map_or_else(String::new, |text| format!("  {text}"));
     format!("{name:<24} {megabytes:>10}{perplexity}")
-}
-
-/// A file that is gone when this is.
-struct TemporaryPath(PathBuf);
-
-impl TemporaryPath {
-    fn beside(output: &Path, name: &str) -> Self {
-        let mut file = std::ffi::OsString::from(".");
-        file.push(output.file_name().unwrap_or_default());
-        file.push(format!(".{name}.{}.tmp", std::process::id()));
-        Self(output.with_file_name(file))
-    }
-}
-
-impl Drop for TemporaryPath {
-    fn drop(&mut self) {
-        // it may never have been written
-        let _ = std::fs::remove_file(&self.0);
-    }
 }

@@ -11,6 +11,11 @@ use crate::session::LoadObserver;
 /// Loads that take no longer show no bar: drawing it would be a good part of their time.
 const QUIET: Duration = Duration::from_millis(500);
 
+/// Whether stderr is a terminal that understands more than lines.
+pub fn is_shown() -> bool {
+    stderr().is_terminal() && std::env::var_os("TERM").is_some_and(|term| term != "dumb")
+}
+
 /// A bar on stderr; hidden where that is no terminal.
 #[derive(Debug)]
 pub struct LoadBar {
@@ -21,7 +26,7 @@ pub struct LoadBar {
 
 impl Default for LoadBar {
     fn default() -> Self {
-        let target = if stderr().is_terminal() {
+        let target = if is_shown() {
             ProgressDrawTarget::stderr_with_hz(10)
         } else {
             ProgressDrawTarget::hidden()

@@ -10,15 +10,23 @@ use crate::error::RuntimeError;
 /// # Errors
 /// The file cannot be read or is not UTF-8.
 pub fn read(path: &Path) -> Result<String, RuntimeError> {
-    let bytes = std::fs::read(path).map_err(|source| RuntimeError::ReadText {
-        path: path.to_path_buf(),
-        source,
-    })?;
-    let mut text = utf8(bytes, path)?;
+    let mut text = read_as_it_is(path)?;
     if text.ends_with('\n') {
         text.pop();
     }
     Ok(text)
+}
+
+/// The text in a file.
+///
+/// # Errors
+/// The file cannot be read or is not UTF-8.
+pub fn read_as_it_is(path: &Path) -> Result<String, RuntimeError> {
+    let bytes = std::fs::read(path).map_err(|source| RuntimeError::ReadText {
+        path: path.to_path_buf(),
+        source,
+    })?;
+    utf8(bytes, path)
 }
 
 /// All of standard input.

@@ -5,7 +5,7 @@ use std::io::{self, BufWriter, Write};
 use std::path::{Path, PathBuf};
 
 use super::GgufError;
-use crate::temporary_file::TemporaryFile;
+use crate::unfinished_file::UnfinishedFile;
 
 /// Bytes gathered before they are written to the file.
 const BUFFER_BYTES: usize = 1 << 20;
@@ -29,7 +29,7 @@ pub struct GgufStream {
     path: PathBuf,
     // Before `temporary`, so that the file is closed when it is removed.
     out: BufWriter<File>,
-    temporary: TemporaryFile,
+    temporary: UnfinishedFile,
     slots: Vec<Slot>,
     /// The tensor that is being written, as an index into `slots`.
     current: usize,
@@ -51,7 +51,7 @@ impl GgufStream {
             }
             _ => {}
         }
-        let (temporary, file) = TemporaryFile::create_beside(path)
+        let (temporary, file) = UnfinishedFile::create_beside(path)
             .map_err(|cause| write_error(path, "create a file in its folder", cause))?;
         let mut stream = GgufStream {
             path: path.to_path_buf(),

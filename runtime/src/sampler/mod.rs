@@ -119,4 +119,6 @@ impl Sampler {
 }
 
 #[cfg(test)]
+mod llama_cpp_tests;
+#[cfg(test)]
 mod tests;

@@ -7,7 +7,7 @@ use std::time::{SystemTime, UNIX_EPOCH};
 use serde::{Deserialize, Serialize};
 
 /// The longest window of the penalties, tokens.
-const REPEAT_LAST_N_MAX: usize = 1 << 20;
+pub(super) const REPEAT_LAST_N_MAX: i32 = 1 << 20;
 
 /// Why sampling parameters were refused.
 #[derive(Debug, thiserror::Error, PartialEq)]
@@ -99,10 +99,12 @@ impl fmt::Display for LogitBias {
 /// request. Either way [`SamplerParams::validate`] says what is out of range.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize, clap::Args)]
 #[serde(default, deny_unknown_fields)]
+#[command(next_help_heading = "Choice of tokens")]
 pub struct SamplerParams {
     /// Temperature; 0: always the likeliest token
     #[arg(
         long,
+        visible_alias = "temperature",
         value_name = "T",
         default_value_t = 0.8,
         allow_negative_numbers = true
@@ -135,6 +137,7 @@ pub struct SamplerParams {
     /// Sample among the most typical tokens that make up this probability; 1: all
     #[arg(
         long,
+        visible_alias = "typical-p",
         value_name = "P",
         default_value_t = 1.0,
         allow_negative_numbers = true
@@ -148,9 +151,14 @@ pub struct SamplerParams {
         allow_negative_numbers = true
     )]
     pub repeat_penalty: f32,
-    /// How many tokens back the penalties look; 0: off
-    #[arg(long, value_name = "N", default_value_t = 64)]
-    pub repeat_last_n: usize,
+    /// How many tokens back the penalties look; 0: off, -1: as many as the context has
+    #[arg(
+        long,
+        value_name = "N",
+        default_value_t = 64,
+        allow_negative_numbers = true
+    )]
+    pub repeat_last_n: i32,
     /// Subtract this from the logit of every recent token; 0: off
     #[arg(
         long,
@@ -168,7 +176,7 @@ pub struct SamplerParams {
     )]
     pub frequency_penalty: f32,
     /// Add a number to a token's logit: 15043+1.5, 15043-1.5, or 15043-inf; may be repeated
-    #[arg(long, value_name = "ID±X")]
+    #[arg(short = 'l', long, value_name = "ID±X")]
     pub logit_bias: Vec<LogitBias>,
     /// Seed of the random numbers; -1 or none: a new one each time
     #[arg(short, long, value_name = "N", allow_negative_numbers = true)]
@@ -200,6 +208,15 @@ impl SamplerParams {
             temp: 0.0,
             ..Self::default()
         }
+    }
+
+    /// Makes "the whole context" a number, for a context of `n_ctx` tokens.
+    pub fn in_context(mut self, n_ctx: usize) -> Self {
+        if self.repeat_last_n < 0 {
+            let n_ctx = i32::try_from(n_ctx).unwrap_or(REPEAT_LAST_N_MAX);
+            self.repeat_last_n = n_ctx.min(REPEAT_LAST_N_MAX);
+        }
+        self
     }
 
     /// Checks every value's range.
@@ -236,8 +253,8 @@ impl SamplerParams {
             let range = "a whole number from 0 (0: all tokens)";
             return refused("--top-k", self.top_k.to_string(), range);
         }
-        if self.repeat_last_n > REPEAT_LAST_N_MAX {
-            let range = "a whole number from 0 to 1048576";
+        if !(-1..=REPEAT_LAST_N_MAX).contains(&self.repeat_last_n) {
+            let range = "a whole number from 0 to 1048576 (-1: the whole context)";
             return refused("--repeat-last-n", self.repeat_last_n.to_string(), range);
         }
         if self
@@ -281,7 +298,7 @@ impl SamplerParams {
 
     /// Whether penalties have an effect.
     pub(super) fn penalises(&self) -> bool {
-        self.repeat_last_n > 0
+        self.repeat_last_n != 0
             && (self.repeat_penalty != 1.0
                 || self.presence_penalty != 0.0
                 || self.frequency_penalty != 0.0)

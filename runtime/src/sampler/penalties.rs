@@ -1,7 +1,7 @@
 //! Repetition, presence and frequency penalties over the last tokens.
 
 use super::logit_bias::LogitsById;
-use super::params::SamplerParams;
+use super::params::{REPEAT_LAST_N_MAX, SamplerParams};
 
 /// The last `repeat_last_n` tokens and what they cost.
 ///
@@ -26,7 +26,9 @@ impl Penalties {
     /// Penalties that are off allocate nothing.
     pub fn new(params: &SamplerParams, n_vocab: usize) -> Self {
         let on = params.penalises();
-        let capacity = if on { params.repeat_last_n } else { 0 };
+        // a window without a context to bound it is the longest one
+        let last_n = usize::try_from(params.repeat_last_n).unwrap_or(REPEAT_LAST_N_MAX as usize);
+        let capacity = if on { last_n } else { 0 };
         Self {
             repeat: params.repeat_penalty,
             presence: params.presence_penalty,
@@ -97,7 +99,7 @@ impl Penalties {
 mod tests {
     use super::*;
 
-    fn penalties(repeat: f32, frequency: f32, presence: f32, last_n: usize) -> Penalties {
+    fn penalties(repeat: f32, frequency: f32, presence: f32, last_n: i32) -> Penalties {
         let params = SamplerParams {
             repeat_penalty: repeat,
             frequency_penalty: frequency,

@@ -219,7 +219,7 @@ fn values_out_of_range_name_flag_and_range() {
         ),
         (
             SamplerParams {
-                repeat_last_n: usize::MAX,
+                repeat_last_n: -2,
                 ..d()
             },
             "--repeat-last-n",
@@ -330,4 +330,59 @@ fn parameters_come_from_json_and_from_flags() {
     assert!(serde_json::from_str::<SamplerParams>(r#"{"temperature": 0}"#).is_err());
     let negative = <Flags as clap::Parser>::try_parse_from(["x", "--temp", "-1"]).expect("parses");
     assert!(negative.sampler.validate().is_err());
+}
+
+#[test]
+fn a_top_k_beyond_the_vocabulary_keeps_all() {
+    let all = SamplerParams {
+        top_k: i32::MAX,
+        ..neutral()
+    };
+    let logits = [0.1, 0.2, 0.3];
+    let mut drawn = draws(&mut sampler(all, 3), &logits, 200);
+    drawn.sort_unstable();
+    drawn.dedup();
+    assert_eq!(drawn, [0, 1, 2]);
+}
+
+/// There is no right answer, but an id of the vocabulary, and the same one each time.
+#[test]
+fn with_every_token_forbidden_an_id_comes_out_all_the_same() {
+    let forbidden: Vec<LogitBias> = (0..3)
+        .map(|id| LogitBias {
+            id,
+            bias: f32::NEG_INFINITY,
+        })
+        .collect();
+    for params in [neutral(), SamplerParams::default(), SamplerParams::greedy()] {
+        let params = SamplerParams {
+            logit_bias: forbidden.clone(),
+            typical: 0.5,
+            seed: Some(7),
+            ..params
+        };
+        let first = draws(&mut sampler(params.clone(), 3), &[1.0, 2.0, 3.0], 5);
+        assert!(first.iter().all(|id| *id < 3), "{first:?}");
+        let second = draws(&mut sampler(params, 3), &[1.0, 2.0, 3.0], 5);
+        assert_eq!(first, second);
+    }
+}
+
+#[test]
+fn a_window_of_minus_one_is_the_whole_context() {
+    let whole = SamplerParams {
+        repeat_last_n: -1,
+        frequency_penalty: 1.0,
+        ..SamplerParams::greedy()
+    };
+    assert_eq!(whole.clone().in_context(300).repeat_last_n, 300);
+    assert_eq!(SamplerParams::default().in_context(300).repeat_last_n, 64);
+    let mut s = sampler(whole, 3);
+    s.accept(0);
+    for _ in 0..1000 {
+        s.accept(2);
+    }
+    assert_eq!(s.sample(&[1.0, 0.5, -9.0]), 1, "0 is still in the window");
+    s.reset();
+    assert_eq!(s.sample(&[1.0, 0.5, -9.0]), 0);
 }

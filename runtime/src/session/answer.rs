@@ -5,7 +5,7 @@ use std::sync::atomic::AtomicBool;
 
 use pi_actors::counters::RunTotals;
 
-use super::generation::{Finished, Generation, GenerationOptions, TextSink};
+use super::generation::{ContextShift, Finished, Generation, GenerationOptions, TextSink};
 use super::opening::LoadedModel;
 use crate::chat::common_prefix;
 use crate::error::RuntimeError;
@@ -27,6 +27,10 @@ pub struct AnswerOptions {
     pub n_predict: Option<usize>,
     /// Whether tokens that end a text are never chosen.
     pub ignore_eos: bool,
+    /// What to do when the context is full; none: the answer ends.
+    pub shift: Option<ContextShift>,
+    /// Texts that end the answer where it comes to them; none of them is empty.
+    pub stop_texts: Vec<String>,
     /// Whether to hash all logits.
     pub hash_logits: bool,
     /// Set by Ctrl-C.
@@ -96,6 +100,8 @@ impl Session {
                 n_predict: options.n_predict,
                 n_ctx: self.model.n_ctx,
                 n_reused,
+                shift: options.shift,
+                stop_texts: options.stop_texts,
                 hash_logits: options.hash_logits,
                 interrupt: options.interrupt,
                 sink: options.sink,
@@ -136,6 +142,7 @@ impl Session {
             let ends = self.model.tokenizer.vocabulary().end_ids();
             params.logit_bias.extend(ends.iter().map(never));
         }
+        let params = params.in_context(self.model.n_ctx);
         let sampler = Sampler::new(params, self.model.hyper.n_vocab)?;
         tracing::info!(seed = sampler.seed(), "sampling");
         Ok(sampler)

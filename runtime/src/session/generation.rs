@@ -7,6 +7,7 @@ use std::time::{Duration, Instant};
 use pi_actors::{Feed, Feeder, LogitsWanted, Next};
 use xxhash_rust::xxh3::Xxh3;
 
+use super::stop_texts::StopTexts;
 use crate::error::RuntimeError;
 use crate::sampler::Sampler;
 use crate::tokenizer::{TokenStream, Tokenizer, Vocabulary};
@@ -18,6 +19,8 @@ pub enum Stop {
     EndOfText,
     /// As many tokens as were asked for.
     Limit,
+    /// A text that was to end it.
+    StopText,
     /// No room for another token.
     ContextFull,
     /// Ctrl-C.
@@ -30,6 +33,7 @@ impl Stop {
         match self {
             Stop::EndOfText => "eos",
             Stop::Limit => "limit",
+            Stop::StopText => "word",
             Stop::ContextFull => "context",
             Stop::Interrupted => "interrupted",
         }
@@ -47,6 +51,10 @@ pub struct GenerationOptions {
     pub n_ctx: usize,
     /// Tokens at the prompt's beginning that the cache holds already; fewer than the prompt has.
     pub n_reused: usize,
+    /// What to do when the context is full; none: the answer ends.
+    pub shift: Option<ContextShift>,
+    /// Texts that end the answer where it comes to them; none of them is empty.
+    pub stop_texts: Vec<String>,
     /// Whether to hash all logits.
     pub hash_logits: bool,
     /// Set by Ctrl-C.
@@ -55,14 +63,30 @@ pub struct GenerationOptions {
     pub sink: TextSink,
 }
 
+/// Going on in a full context: some tokens at its beginning stay, and half of the others go.
+///
+/// What stays behind the gap is fed again at its new positions, and nothing in the cache is rotated: the result is, bit
+/// by bit, that of a fresh prompt of the tokens that are left.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct ContextShift {
+    /// Tokens of the prompt that always stay, from its beginning; at most all of them.
+    pub n_keep: usize,
+}
+
 /// An answer on its way.
 pub struct Generation {
-    prompt: Vec<u32>,
-    /// Tokens of the prompt that are in the cache or given out.
+    /// Tokens in the context by position: the prompt, then the answer; after a shift what is left of them.
+    context: Vec<u32>,
+    /// Tokens of the context that are in the cache or given out.
     n_given: usize,
+    /// Tokens of the prompt that have been given out.
+    n_prompt: usize,
+    /// Tokens that were fed again because the context was full.
+    n_refed: usize,
     sampler: Sampler,
     vocabulary: Arc<Vocabulary>,
     stream: TokenStream,
+    stop_texts: StopTexts,
     options: GenerationOptions,
     hash: Option<Box<Xxh3>>,
     clock: Clock,
@@ -99,8 +123,11 @@ impl Generation {
         prompt: Vec<u32>,
         sampler: Sampler,
         tokenizer: &Tokenizer,
-        options: GenerationOptions,
+        mut options: GenerationOptions,
     ) -> Self {
+        if let Some(shift) = &mut options.shift {
+            shift.n_keep = shift.n_keep.min(prompt.len());
+        }
         assert!(
             options.n_reused < prompt.len() && prompt.len() <= options.n_ctx,
             "a prompt of {} tokens with {} reused in a context of {}",
@@ -110,19 +137,22 @@ impl Generation {
         );
         let mut generation = Self {
             n_given: options.n_reused,
+            n_prompt: 0,
+            n_refed: 0,
             sampler,
             vocabulary: Arc::clone(tokenizer.vocabulary()),
             stream: tokenizer.stream(),
+            stop_texts: StopTexts::new(std::mem::take(&mut options.stop_texts)),
             hash: options.hash_logits.then(|| Box::new(Xxh3::new())),
             clock: Clock::default(),
             text: String::new(),
             tokens: Vec::with_capacity(options.n_predict.unwrap_or(0).min(options.n_ctx) + 1),
             stop: (options.n_predict == Some(0)).then_some(Stop::Limit),
             failure: None,
-            prompt,
+            context: prompt,
             options,
         };
-        for id in &generation.prompt {
+        for id in &generation.context {
             generation.sampler.accept(*id);
         }
         generation
@@ -133,9 +163,9 @@ impl Generation {
         self.stop.is_some() || self.failure.is_some()
     }
 
-    /// How many tokens of the prompt come next: never one alone at its end, which would count as decoded.
-    fn prompt_step(&self) -> usize {
-        let left = self.prompt.len() - self.n_given;
+    /// How many tokens of the context come next: never one of several alone at its end, which would count as decoded.
+    fn next_step(&self) -> usize {
+        let left = self.context.len() - self.n_given;
         if left == PROMPT_STEP + 1 {
             PROMPT_STEP - 1
         } else {
@@ -156,14 +186,45 @@ impl Generation {
         self.tokens.push(id);
         if self.vocabulary.is_end(id) {
             self.stop = Some(Stop::EndOfText);
-        } else if self.options.n_predict == Some(self.tokens.len()) {
-            self.stop = Some(Stop::Limit);
-        } else if self.prompt.len() + self.tokens.len() > self.options.n_ctx {
-            self.stop = Some(Stop::ContextFull);
+            return;
         }
-        if self.stop != Some(Stop::EndOfText)
-            && let Some(text) = self.stream.push(id)
-        {
+        if self.options.n_predict == Some(self.tokens.len()) {
+            self.stop = Some(Stop::Limit);
+        } else if !self.make_room() {
+            self.stop = Some(Stop::ContextFull);
+        } else {
+            self.context.push(id);
+        }
+        if let Some(text) = self.stream.push(id) {
+            let decided = self.stop_texts.push(text);
+            if decided.stopped {
+                self.stop = Some(Stop::StopText);
+            }
+            self.give_out(&decided.text);
+        }
+    }
+
+    /// Sees to it that the context has a position for another token; the answer is whether it has.
+    fn make_room(&mut self) -> bool {
+        let n_used = self.context.len();
+        if n_used < self.options.n_ctx {
+            return true;
+        }
+        let Some(ContextShift { n_keep }) = self.options.shift else {
+            return false;
+        };
+        let n_discarded = n_used.saturating_sub(n_keep) / 2;
+        if n_discarded == 0 {
+            return false;
+        }
+        self.context.drain(n_keep..n_keep + n_discarded);
+        self.n_given = n_keep;
+        self.n_refed += self.context.len() - n_keep;
+        true
+    }
+
+    fn give_out(&mut self, text: &str) {
+        if !text.is_empty() && self.failure.is_none() {
             self.text.push_str(text);
             self.failure = (self.options.sink)(text).err();
         }
@@ -171,23 +232,22 @@ impl Generation {
 
     /// Ends the answer: gives out what is left of its text.
     pub fn finish(mut self) -> Finished {
-        if self.failure.is_none()
-            && let Some(text) = self.stream.flush()
-        {
-            self.text.push_str(text);
-            self.failure = (self.options.sink)(text).err();
+        if self.stop != Some(Stop::StopText) {
+            let mut rest = match self.stream.flush() {
+                Some(text) => self.stop_texts.push(text).text,
+                None => String::new(),
+            };
+            rest.push_str(&self.stop_texts.flush());
+            self.give_out(&rest);
         }
         let between = |from: Option<Instant>, to: Option<Instant>| {
             from.zip(to)
                 .map_or(Duration::ZERO, |(from, to)| to.duration_since(from))
         };
         Finished {
-            fed: [
-                &self.prompt[..self.n_given],
-                &self.tokens[..self.clock.n_logits.saturating_sub(1)],
-            ]
-            .concat(),
-            n_prompt: self.n_given - self.options.n_reused,
+            fed: self.context[..self.n_given].to_vec(),
+            n_prompt: self.n_prompt,
+            n_refed: self.n_refed,
             n_reused: self.options.n_reused,
             prompt: between(self.clock.start, self.clock.first_logits),
             first_logits: self.clock.first_logits,
@@ -211,24 +271,20 @@ impl Feeder for Generation {
         if self.is_done() {
             return Next::Done;
         }
-        if self.n_given < self.prompt.len() {
-            let start = self.n_given;
-            self.n_given += self.prompt_step();
-            return Next::Feed(Feed {
-                tokens: &self.prompt[start..self.n_given],
-                position: start,
-                logits: if self.n_given == self.prompt.len() {
-                    LogitsWanted::Last
-                } else {
-                    LogitsWanted::None
-                },
-            });
+        let start = self.n_given;
+        let n_tokens = self.next_step();
+        self.n_given += n_tokens;
+        if self.tokens.is_empty() {
+            self.n_prompt += n_tokens;
         }
-        let last = self.tokens.len() - 1;
         Next::Feed(Feed {
-            tokens: &self.tokens[last..],
-            position: self.prompt.len() + last,
-            logits: LogitsWanted::Last,
+            tokens: &self.context[start..self.n_given],
+            position: start,
+            logits: if self.n_given == self.context.len() {
+                LogitsWanted::Last
+            } else {
+                LogitsWanted::None
+            },
         })
     }
 
@@ -268,7 +324,9 @@ pub struct Finished {
     pub n_prompt: usize,
     /// Tokens of the prompt that were in the cache already.
     pub n_reused: usize,
-    /// Time that these took.
+    /// Tokens that were computed again because the context was full.
+    pub n_refed: usize,
+    /// Time that the prompt took.
     pub prompt: Duration,
     /// When the first token's logits came.
     pub first_logits: Option<Instant>,

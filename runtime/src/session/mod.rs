@@ -3,10 +3,13 @@
 mod answer;
 mod generation;
 mod opening;
+mod stop_texts;
 mod topology_file;
 
 pub use answer::{Answer, AnswerOptions, Session};
-pub use generation::{Finished, Generation, GenerationOptions, Stop, TextSink, hash_floats};
+pub use generation::{
+    ContextShift, Finished, Generation, GenerationOptions, Stop, TextSink, hash_floats,
+};
 pub use opening::{LoadObserver, LoadedModel, ModelOptions, N_UBATCH, Silent};
 pub use topology_file::TopologyFile;
 

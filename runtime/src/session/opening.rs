@@ -43,6 +43,8 @@ pub struct ModelOptions {
     pub kv_type: KvType,
     /// How much of what runs is recorded, `usize::MAX` steps for as many as the context takes; none: nothing.
     pub trace: Option<TraceBounds>,
+    /// Tokens that go through the layers together, at most [`N_UBATCH`]; the results do not depend on it.
+    pub n_batch: usize,
 }
 
 /// Watches a model being loaded.
@@ -182,7 +184,7 @@ fn start_engine(
         EngineOptions {
             cpu: options.cpu,
             kv_type: options.kv_type,
-            n_ubatch: N_UBATCH,
+            n_ubatch: options.n_batch.min(N_UBATCH),
             wait_limit: WAIT_LIMIT,
             faults: Faults::default(),
             trace: options.trace.map(|bounds| fit(bounds, n_ctx)),

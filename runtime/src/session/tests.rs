@@ -35,6 +35,8 @@ fn options(sink: TextSink) -> GenerationOptions {
         n_predict: None,
         n_ctx: 100,
         n_reused: 0,
+        shift: None,
+        stop_texts: vec![],
         hash_logits: true,
         interrupt: Arc::default(),
         sink,
@@ -122,6 +124,72 @@ fn the_context_is_used_to_its_last_position() {
     // the last token needs no position, as nothing follows it
     assert_eq!(finished.tokens.len(), 3);
     assert_eq!(fed.last(), Some(&(4, 1, true)));
+}
+
+#[test]
+fn a_full_context_goes_on_with_its_beginning_and_half_of_the_rest() {
+    let shifting = GenerationOptions {
+        n_ctx: 9,
+        n_predict: Some(9),
+        shift: Some(ContextShift { n_keep: 2 }),
+        ..options(silent())
+    };
+    let (finished, fed) = serve(generation(vec![A, B, B, A], shifting), &[A, B]);
+    assert_eq!(finished.stop, Stop::Limit);
+    assert_eq!(finished.tokens, [A, B, A, B, A, B, A, B, A]);
+    // full are: A B | B A A B A B A; of the seven behind the bar three go, and the sixth token of the answer comes
+    let before = [
+        (0, 4, true),
+        (4, 1, true),
+        (5, 1, true),
+        (6, 1, true),
+        (7, 1, true),
+        (8, 1, true),
+    ];
+    assert_eq!(fed[..6], before);
+    assert_eq!(fed[6..], [(2, 5, true), (7, 1, true), (8, 1, true)]);
+    assert_eq!(finished.fed, [A, B, B, A, B, A, B, A, B]);
+    assert_eq!((finished.n_prompt, finished.n_refed), (4, 4));
+}
+
+#[test]
+fn a_context_of_nothing_but_what_stays_cannot_go_on() {
+    let full = GenerationOptions {
+        n_ctx: 3,
+        shift: Some(ContextShift { n_keep: usize::MAX }),
+        ..options(silent())
+    };
+    let (finished, _) = serve(generation(vec![A, A, A], full), &[B]);
+    assert_eq!(
+        (finished.stop, finished.tokens.len()),
+        (Stop::ContextFull, 1)
+    );
+}
+
+#[test]
+fn a_stop_text_ends_the_answer_and_is_not_shown() {
+    let stopping = |text: &str| GenerationOptions {
+        stop_texts: vec![text.into()],
+        n_predict: Some(5),
+        ..options(silent())
+    };
+    let (finished, fed) = serve(generation(vec![A], stopping("bab")), &[A, B]);
+    assert_eq!(
+        (finished.stop, finished.text.as_str()),
+        (Stop::StopText, "a")
+    );
+    assert_eq!((finished.tokens.len(), fed.len()), (4, 4));
+    // held back until nothing follows it
+    let (finished, _) = serve(generation(vec![A], stopping("abb")), &[A, B]);
+    assert_eq!(
+        (finished.stop, finished.text.as_str()),
+        (Stop::Limit, "ababa")
+    );
+    let (finished, _) = serve(generation(vec![A], stopping("abb")), &[A, B, END]);
+    assert_eq!(
+        (finished.stop, finished.text.as_str()),
+        (Stop::EndOfText, "ab")
+    );
 }
 
 #[test]

@@ -21,7 +21,7 @@ use pi_actors::{ActorError, Engine};
 use rustix::time::{ClockId, clock_gettime};
 use thiserror::Error;
 
-use crate::temporary_file::TemporaryFile;
+use crate::unfinished_file::UnfinishedFile;
 pub use control_log::ControlLog;
 use packets::{PacketWriter, What};
 use perfetto::{
@@ -79,7 +79,7 @@ pub struct Recording {
 #[derive(Debug)]
 struct State {
     /// None: written.
-    file: Option<(File, TemporaryFile)>,
+    file: Option<(File, UnfinishedFile)>,
     engines: Vec<EngineSource>,
     spans: Vec<SessionSpan>,
 }
@@ -171,7 +171,7 @@ impl Recording {
         if fs::metadata(&path).is_ok_and(|facts| !facts.is_file()) {
             return Err(TraceError::NotReplaceable { path });
         }
-        let (temporary, file) = match TemporaryFile::create_beside(&path) {
+        let (temporary, file) = match UnfinishedFile::create_beside(&path) {
             Ok(created) => created,
             Err(source) => return Err(TraceError::Create { path, source }),
         };
@@ -220,7 +220,7 @@ impl Recording {
     /// The operating system refuses; nothing is left behind then.
     pub fn finish(&self) -> Result<Option<Written>, TraceError> {
         let mut state = self.lock();
-        let Some((file, mut temporary)) = state.file.take() else {
+        let Some((file, temporary)) = state.file.take() else {
             return Ok(None);
         };
         if state.engines.is_empty() {

@@ -1,0 +1,112 @@
+//! Flags of text generation that say where texts come from, what ends an answer, and how to chat.
+
+use std::path::PathBuf;
+
+use clap::Args;
+use clap::builder::NonEmptyStringValueParser;
+
+/// Where texts come from, and what ends an answer.
+#[derive(Debug, Clone, Args)]
+#[command(next_help_heading = "Text")]
+pub struct AnswerArgs {
+    /// Read the prompt from a file, without one line end at its end
+    #[arg(short = 'f', long, value_name = "FILE", conflicts_with = "prompt")]
+    pub file: Option<PathBuf>,
+    /// Read the prompt from a file as it is, its last line end included
+    #[arg(
+        long,
+        visible_alias = "bf",
+        value_name = "FILE",
+        conflicts_with_all = ["prompt", "file"],
+        hide_short_help = true
+    )]
+    pub binary_file: Option<PathBuf>,
+    /// Print the prompt before its continuation
+    #[arg(long, overrides_with = "no_display_prompt", hide_short_help = true)]
+    pub display_prompt: bool,
+    /// Do not print the prompt (the default)
+    #[arg(long, overrides_with = "display_prompt", hide_short_help = true)]
+    pub no_display_prompt: bool,
+    /// End the answer where it comes to this text, which is not printed; may be repeated
+    #[arg(
+        short = 'r',
+        long,
+        value_name = "TEXT",
+        allow_hyphen_values = true,
+        value_parser = NonEmptyStringValueParser::new()
+    )]
+    pub reverse_prompt: Vec<String>,
+    /// When the context is full go on with its beginning (--keep) and half of the rest
+    ///
+    /// The half that stays is fed again at its new positions, so that the answer goes on, bit by bit, as after a prompt
+    /// of the tokens that are left. A chat whose next turn does not fit leaves its oldest turns out.
+    #[arg(long, overrides_with = "no_context_shift")]
+    pub context_shift: bool,
+    /// End the answer when the context is full (the default)
+    #[arg(long, overrides_with = "context_shift", hide_short_help = true)]
+    pub no_context_shift: bool,
+    /// Tokens of the prompt that --context-shift never drops, beside the one that begins a text; -1: all
+    #[arg(
+        long,
+        value_name = "N",
+        default_value_t = 0,
+        allow_negative_numbers = true,
+        value_parser = clap::value_parser!(i32).range(-1..)
+    )]
+    pub keep: i32,
+    /// Accepted as llama.cpp's: there is no warm-up, as loading a model already touches all of its memory
+    #[arg(long, hide_short_help = true)]
+    pub no_warmup: bool,
+}
+
+/// How to chat.
+#[derive(Debug, Clone, Args)]
+#[command(next_help_heading = "Chat")]
+pub struct ChatArgs {
+    /// System prompt, where the template knows one
+    #[arg(
+        long,
+        visible_alias = "sys",
+        value_name = "TEXT",
+        allow_hyphen_values = true,
+        requires = "conversation"
+    )]
+    pub system_prompt: Option<String>,
+    /// Read the system prompt from a file, without one line end at its end
+    #[arg(
+        long,
+        visible_alias = "sysf",
+        value_name = "FILE",
+        requires = "conversation",
+        conflicts_with = "system_prompt",
+        hide_short_help = true
+    )]
+    pub system_prompt_file: Option<PathBuf>,
+    /// Template in place of the model's: a name that llama.cpp knows (chatml, llama3, ...), or a Jinja text
+    #[arg(
+        long,
+        value_name = "NAME|TEXT",
+        requires = "conversation",
+        long_help = long_template_help()
+    )]
+    pub chat_template: Option<String>,
+    /// Read the template from a file
+    #[arg(
+        long,
+        value_name = "FILE",
+        requires = "conversation",
+        conflicts_with = "chat_template"
+    )]
+    pub chat_template_file: Option<PathBuf>,
+    /// End after one answer; with -p nothing is read
+    #[arg(long, visible_alias = "st", requires = "conversation")]
+    pub single_turn: bool,
+}
+
+fn long_template_help() -> String {
+    let names: Vec<&str> = crate::chat::builtin::names().collect();
+    format!(
+        "Template in place of the model's: a Jinja text, or a name that llama.cpp knows: {}",
+        names.join(", ")
+    )
+}
