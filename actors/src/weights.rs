@@ -56,6 +56,8 @@ pub struct ModelShape {
     pub rope: RopeSpec,
     /// Factor of the attention scores, commonly 1/√head_dim.
     pub attn_scale: f32,
+    /// Sliding window: a token sees the last so many positions, its own included; none: all.
+    pub window: Option<usize>,
 }
 
 impl ModelShape {

@@ -128,6 +128,67 @@ fn many_positions_cross_chunks_of_the_cache() {
 }
 
 #[test]
+fn a_window_hides_what_lies_before_however_tokens_are_fed_and_divided() {
+    let tokens = tokens(600);
+    for window in [1, 90, 256, 300] {
+        let model = PlainModel {
+            window: Some(window),
+            ..PlainModel::random(8, GateActivation::Relu)
+        };
+        let (want, _) = naive::logits(&model, &tokens);
+        let decode = run(
+            &engine(&model, Setup::default()),
+            Collector::new(&tokens, true),
+        );
+        for (position, logits) in &decode.feeder.logits {
+            for (got, want) in logits.iter().zip(&want[*position]) {
+                let close = (f64::from(*got) - want).abs() < 2e-4;
+                assert!(close, "window {window}, {position}: {got} is not {want}");
+            }
+        }
+        for (n_nodes, n_threads, n_ubatch) in [(1, 3, 64), (2, 1, 7), (2, 2, 64), (4, 1, 50)] {
+            let setup = Setup {
+                n_nodes,
+                n_threads,
+                n_ubatch,
+                ..Setup::default()
+            };
+            let pieces = vec![1, 250, 1, 1, 97, 250];
+            let run = run(
+                &engine(&model, setup),
+                Collector::in_pieces(&tokens, pieces),
+            );
+            run.outcome.unwrap();
+            let same = run.feeder.bits() == decode.feeder.bits();
+            assert!(same, "window {window}, {n_nodes} × {n_threads}, {n_ubatch}");
+        }
+    }
+}
+
+#[test]
+fn a_window_bounds_what_is_read_of_the_cache() {
+    let n_tokens = 500;
+    let read = |window| {
+        let model = PlainModel {
+            window,
+            ..PlainModel::random(8, GateActivation::Relu)
+        };
+        let run = run(
+            &engine(&model, Setup::default()),
+            Collector::new(&tokens(n_tokens), true),
+        );
+        (run.totals.prefill + run.totals.decode).kv_bytes
+    };
+    let positions = |window: usize| (1..=n_tokens).map(|n| n.min(window) as u64).sum::<u64>();
+    let whole = read(None);
+    assert!(whole > 0);
+    for window in [1, 90, 500] {
+        let expected = whole / positions(n_tokens) * positions(window);
+        assert_eq!(read(Some(window)), expected, "window {window}");
+    }
+}
+
+#[test]
 fn going_back_forgets_what_lay_behind() {
     let model = PlainModel::random(9, GateActivation::Relu);
     let engine = engine(&model, Setup::default());

@@ -58,6 +58,7 @@ pub struct ActBatch {
     sums: Vec<f32>,
     block_sums: Vec<i32>,
     half_sums: Vec<i32>,
+    half_totals: Vec<f32>,
 }
 
 /// One row of an [`ActBatch`].
@@ -75,6 +76,8 @@ pub struct ActRef<'a> {
     pub block_sums: &'a [i32],
     /// `[n_blocks · 2]` integer sums of each 16 values (mode `Q8`, else empty).
     pub half_sums: &'a [i32],
+    /// `[n_blocks · 2]` sum of each 16 values in 8 lanes (mode `F32`, else empty).
+    pub half_totals: &'a [f32],
 }
 
 impl ActBatch {
@@ -96,6 +99,7 @@ impl ActBatch {
             sums: vec![0.0; n_blocks],
             block_sums: vec![0; q8],
             half_sums: vec![0; q8 * 2],
+            half_totals: vec![0.0; (n_blocks - q8) * 2],
         }
     }
 
@@ -127,6 +131,11 @@ impl ActBatch {
         } else {
             0..0
         };
+        let f32 = if self.mode == ActivationMode::F32 {
+            b.clone()
+        } else {
+            0..0
+        };
         ActRef {
             values: &self.values[b.start * BLOCK..b.end * BLOCK],
             q: &self.q[q8.start * BLOCK..q8.end * BLOCK],
@@ -134,6 +143,7 @@ impl ActBatch {
             sums: &self.sums[b],
             block_sums: &self.block_sums[q8.clone()],
             half_sums: &self.half_sums[q8.start * 2..q8.end * 2],
+            half_totals: &self.half_totals[f32.start * 2..f32.end * 2],
         }
     }
 
@@ -168,6 +178,7 @@ impl ActBatch {
             sums: self.sums.as_mut_ptr(),
             block_sums: self.block_sums.as_mut_ptr(),
             half_sums: self.half_sums.as_mut_ptr(),
+            half_totals: self.half_totals.as_mut_ptr(),
             owner: PhantomData,
         }
     }
@@ -185,6 +196,7 @@ pub struct ActWriter<'a> {
     sums: *mut f32,
     block_sums: *mut i32,
     half_sums: *mut i32,
+    half_totals: *mut f32,
     owner: PhantomData<&'a mut ActBatch>,
 }
 
@@ -206,34 +218,42 @@ impl ActWriter<'_> {
         assert!(token < self.capacity, "row {token} of {}", self.capacity);
         let n_blocks = self.n_cols.div_ceil(BLOCK);
         let (first, q8) = (token * n_blocks, self.mode == ActivationMode::Q8);
-        // SAFETY: the row lies within the batch and, by the contract, is nobody else's; without
-        // 8-bit blocks their slices are empty.
+        // SAFETY: the row lies within the batch and, by the contract, is nobody else's; each mode
+        // has only its own slices.
         unsafe {
             let values = from_raw_parts_mut(self.values.add(first * BLOCK), n_blocks * BLOCK);
             fill(&mut values[..self.n_cols]);
-            let first = if q8 { first } else { 0 };
-            let n = if q8 { n_blocks } else { 0 };
-            let sums = self.sums.add(token * n_blocks);
+            let sums = from_raw_parts_mut(self.sums.add(first), n_blocks);
+            if !q8 {
+                let half_totals = self.half_totals.add(first * 2);
+                let half_totals = from_raw_parts_mut(half_totals, n_blocks * 2);
+                return add_up(values, sums, half_totals);
+            }
+            let n = n_blocks;
             let out = Q8Blocks {
                 q: from_raw_parts_mut(self.q.add(first * BLOCK), n * BLOCK),
                 scales: from_raw_parts_mut(self.scales.add(first), n),
-                sums: from_raw_parts_mut(sums, n_blocks),
+                sums,
                 block_sums: from_raw_parts_mut(self.block_sums.add(first), n),
                 half_sums: from_raw_parts_mut(self.half_sums.add(first * 2), n * 2),
             };
-            make_blocks(cpu, self.mode, values, out);
+            quantize(cpu, values, out);
         }
     }
 }
 
-/// Makes the blocks of one row.
-fn make_blocks(cpu: Cpu, mode: ActivationMode, values: &[f32], out: Q8Blocks<'_>) {
-    if mode == ActivationMode::F32 {
-        for (sum, block) in out.sums.iter_mut().zip(values.chunks_exact(BLOCK)) {
-            *sum = lane_sum(block);
-        }
-        return;
+/// Makes the sums of one row in mode `F32`.
+fn add_up(values: &[f32], sums: &mut [f32], half_totals: &mut [f32]) {
+    for (sum, block) in sums.iter_mut().zip(values.chunks_exact(BLOCK)) {
+        *sum = lane_sum(block);
     }
+    for (total, half) in half_totals.iter_mut().zip(values.chunks_exact(BLOCK / 2)) {
+        *total = lane_sum(half);
+    }
+}
+
+/// Makes the 8-bit blocks of one row.
+fn quantize(cpu: Cpu, values: &[f32], out: Q8Blocks<'_>) {
     match cpu.tier() {
         #[cfg(target_arch = "x86_64")]
         Tier::Avx2 | Tier::Avx512 | Tier::Avx512Vnni => {
@@ -253,7 +273,7 @@ struct Q8Blocks<'a> {
     half_sums: &'a mut [i32],
 }
 
-/// Sum of a block of 32 in the order of the f32 products: 8 lanes by k mod 8, joined by a tree.
+/// Sum of a block of 32, or of half of one, in the order of the f32 products: 8 lanes by k mod 8, joined by a tree.
 fn lane_sum(block: &[f32]) -> f32 {
     let mut lanes = [0.0f32; 8];
     for (k, &x) in block.iter().enumerate() {

@@ -168,6 +168,11 @@ unsafe fn run_tile<const T: usize>(
             x.iter().all(|x| x.q.len() >= group.n_cols),
             "activations have 8-bit blocks"
         );
+    } else if scalar::has_half_mins(quant) {
+        assert!(
+            x.iter().all(|x| 16 * x.half_totals.len() >= group.n_cols),
+            "activations have sums of 16 values"
+        );
     }
     #[cfg(target_arch = "x86_64")]
     // SAFETY: a `Cpu` exists only for tiers that the machine has; the rest is this contract.
@@ -221,6 +226,8 @@ mod x86 {
                 QuantType::Q5_0 => blocks::<S, unpack::Q5_0, T>(mode, group, x, out),
                 QuantType::Q5_1 => blocks::<S, unpack::Q5_1, T>(mode, group, x, out),
                 QuantType::Q8_0 => blocks::<S, unpack::Q8_0, T>(mode, group, x, out),
+                QuantType::Q2_K => blocks::<S, unpack::Q2_K, T>(mode, group, x, out),
+                QuantType::Q3_K => blocks::<S, unpack::Q3_K, T>(mode, group, x, out),
                 QuantType::Q4_K => blocks::<S, unpack::Q4_K, T>(mode, group, x, out),
                 QuantType::Q5_K => blocks::<S, unpack::Q5_K, T>(mode, group, x, out),
                 QuantType::Q6_K => blocks::<S, unpack::Q6_K, T>(mode, group, x, out),

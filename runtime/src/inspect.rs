@@ -6,7 +6,7 @@ use std::path::PathBuf;
 
 use serde_json::{Map, Number, Value as Json, json};
 
-use crate::gguf::{Array, GgmlType, GgufError, GgufFile, TensorInfo, Value};
+use crate::gguf::{Array, GgmlType, GgufError, GgufFile, ShardFile, TensorInfo, Value};
 
 /// Elements of an array that are shown unless all are asked for.
 const ARRAY_ITEMS_SHOWN: usize = 6;
@@ -91,6 +91,17 @@ fn print_text(file: &GgufFile, args: &InspectArgs, out: &mut dyn Write) -> io::R
         file.data_start(),
         file.alignment(),
     )?;
+    if let files @ [_, _, ..] = file.files() {
+        for (number, file) in (1..).zip(files) {
+            writeln!(
+                out,
+                "  file {number}: {}, {} bytes, data from byte {}",
+                path_text(file),
+                file.len_bytes(),
+                file.data_start(),
+            )?;
+        }
+    }
 
     writeln!(out, "\n{} metadata keys", file.metadata().len())?;
     let names = || {
@@ -156,23 +167,39 @@ fn print_tensors(file: &GgufFile, out: &mut dyn Write) -> io::Result<()> {
         .max()
         .unwrap_or(0);
     let (name_width, shape_width) = (name_width.clamp(4, 64), shape_width.max(5));
+    let sharded = file.files().len() > 1;
     writeln!(
         out,
-        "  {:name_width$}  {:shape_width$}  {:10} {:>14} {:>14}",
-        "name", "shape", "type", "bytes", "offset"
+        "  {:name_width$}  {:shape_width$}  {:10} {:>14} {:>14}{}",
+        "name",
+        "shape",
+        "type",
+        "bytes",
+        "offset",
+        if sharded { "  file" } else { "" }
     )?;
     for tensor in file.tensors() {
         writeln!(
             out,
-            "  {:name_width$}  {:shape_width$}  {:10} {:>14} {:>14}",
+            "  {:name_width$}  {:shape_width$}  {:10} {:>14} {:>14}{}",
             name_of(tensor),
             shape_of(tensor),
             tensor.ggml_type().name(),
             tensor.size_bytes(),
             tensor.file_range().start,
+            if sharded {
+                format!("{:>6}", tensor.shard() + 1)
+            } else {
+                String::new()
+            },
         )?;
     }
     Ok(())
+}
+
+fn path_text(file: &ShardFile) -> String {
+    file.path()
+        .map_or_else(String::new, |path| path.display().to_string())
 }
 
 /// A value on one line; control characters are escaped.
@@ -225,6 +252,7 @@ fn print_json(file: &GgufFile, args: &InspectArgs, out: &mut dyn Write) -> io::R
                 "type": tensor.ggml_type().name(),
                 "bytes": tensor.size_bytes(),
                 "offset": tensor.file_range().start,
+                "file": tensor.shard() + 1,
             })
         })
         .collect();
@@ -234,6 +262,17 @@ fn print_json(file: &GgufFile, args: &InspectArgs, out: &mut dyn Write) -> io::R
         .iter()
         .map(|(t, total)| (t.name().to_owned(), total_json(total)))
         .collect();
+    let files: Vec<Json> = file
+        .files()
+        .iter()
+        .map(|file| {
+            json!({
+                "file": path_text(file),
+                "file_bytes": file.len_bytes(),
+                "data_offset": file.data_start(),
+            })
+        })
+        .collect();
     let object = json!({
         "file": args.file.to_string_lossy(),
         "magic": file.variant().magic(),
@@ -241,6 +280,7 @@ fn print_json(file: &GgufFile, args: &InspectArgs, out: &mut dyn Write) -> io::R
         "file_bytes": file.len_bytes(),
         "data_offset": file.data_start(),
         "alignment": file.alignment(),
+        "files": files,
         "metadata": metadata,
         "tensors": tensors,
         "totals": { "by_type": by_type, "all": total_json(&all) },

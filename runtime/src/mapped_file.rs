@@ -51,7 +51,11 @@ impl MapError {
     /// Whether the machine is at fault (out of memory, I/O error) rather than the path given.
     pub fn is_environment(&self) -> bool {
         match self {
-            MapError::Io { cause, .. } => cause.kind() != io::ErrorKind::PermissionDenied,
+            // links that lead in a circle are the path's fault
+            MapError::Io { cause, .. } => {
+                cause.kind() != io::ErrorKind::PermissionDenied
+                    && cause.raw_os_error() != Some(libc::ELOOP)
+            }
             MapError::Missing { .. } | MapError::NotAFile { .. } | MapError::Empty { .. } => false,
         }
     }

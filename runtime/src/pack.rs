@@ -7,7 +7,7 @@ use std::path::Path;
 
 use pi_kernels::QuantType;
 
-use crate::gguf::{GgmlType, GgufFile, GgufWriter};
+use crate::gguf::{GgmlType, GgufFile, GgufWriter, is_split_key};
 use crate::model::hyperparameters::Hyperparameters;
 use crate::model::sparsity::{DownPlan, SparsityPlan, transposed_type};
 use crate::model::tensors::{FileDown, LayerTensors, ModelTensors};
@@ -124,7 +124,7 @@ impl<'a> Packer<'a> {
         stop: &dyn Fn() -> bool,
     ) -> Result<bool, ModelError> {
         let mut header = GgufWriter::new();
-        header.copy_metadata(self.file.metadata(), |_| false)?;
+        header.copy_metadata(self.file.metadata(), is_split_key)?;
         let downs = self.downs(down_type)?;
         for tensor in self.file.tensors() {
             match downs.iter().find(|down| down.plain_name == tensor.name()) {

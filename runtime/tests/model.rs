@@ -4,8 +4,9 @@ mod common;
 
 use common::tiny_model::{N_VOCAB, TinyModel};
 use pi_kernels::QuantType;
-use pi_kernels::rope::{RopePairs, RopeScaling};
-use pi_runtime::gguf::GgufFile;
+use pi_kernels::rope::{RopePairs, RopeScaling, RopeTable};
+use pi_runtime::gguf::{GgufFile, OwnedValue};
+use pi_runtime::model::rope::PositionScaling;
 use pi_runtime::model::{GateKind, Hyperparameters, ModelError, ModelTensors};
 
 fn opened(model: &TinyModel) -> GgufFile {
@@ -40,9 +41,10 @@ fn sizes_and_defaults_are_read() {
         (RopePairs::Adjacent, 16)
     );
     assert_eq!(
-        (hyper.rope.freq_base, hyper.rope.linear_factor),
-        (10_000.0, 1.0)
+        (hyper.rope.freq_base, hyper.rope.scaling),
+        (10_000.0, PositionScaling::None)
     );
+    assert_eq!(hyper.window, None);
     assert_eq!(tensors.layers.len(), 2);
     assert!(tensors.output.is_none() && tensors.rope_freqs.is_none());
     assert_eq!(hyper.rope.spec(None).unwrap().scaling, RopeScaling::None);
@@ -73,6 +75,72 @@ fn rope_keys_change_the_rotation() {
     );
 }
 
+/// Keys of YaRN from 64 tokens to four times as many, and these.
+fn yarn(keys: Vec<(&'static str, OwnedValue)>) -> TinyModel {
+    let yarn = vec![
+        ("llama.rope.scaling.type", "yarn".into()),
+        ("llama.rope.scaling.factor", 4f32.into()),
+        ("llama.rope.scaling.original_context_length", 64u32.into()),
+    ];
+    TinyModel {
+        keys: [yarn, keys].concat(),
+        n_ctx: 64,
+        ..TinyModel::default()
+    }
+}
+
+/// The magnitudes are transformers' `attention_factor`s for the same keys, and llama.cpp's.
+#[test]
+fn yarn_keys_make_the_rotation_longer_and_the_context_too() {
+    let cases: [(&[(&str, f32)], f64); 5] = [
+        (&[], 1.138_629_436),
+        (&[("llama.rope.scaling.attn_factor", 1.5)], 1.707_944_154),
+        (
+            &[("llama.rope.scaling.yarn_log_multiplier", 0.5)],
+            1.064_821_992,
+        ),
+        (&[("llama.rope.scaling.yarn_log_multiplier", 1.0)], 1.0),
+        (&[("llama.rope.scaling.yarn_attn_factor", 0.8)], 0.8),
+    ];
+    for (keys, magnitude) in cases {
+        let keys = keys.iter().map(|&(key, value)| (key, value.into()));
+        let (hyper, _) = read(&yarn(keys.collect())).unwrap();
+        assert_eq!(hyper.n_ctx_max, 256);
+        let table = RopeTable::new(hyper.rope.spec(None).unwrap());
+        let mut row = vec![0.0; table.row_len()];
+        table.fill(0, &mut row);
+        for cos in &row[..hyper.rope.n_rot] {
+            assert!(
+                (f64::from(*cos) - magnitude).abs() < 1e-6,
+                "{cos} {magnitude}"
+            );
+        }
+    }
+    let (hyper, _) = read(&yarn(vec![
+        ("llama.rope.scaling.yarn_beta_fast", 16f32.into()),
+        ("llama.rope.scaling.yarn_beta_slow", 2f32.into()),
+        ("llama.rope.scaling.yarn_ext_factor", 0f32.into()),
+    ]))
+    .unwrap();
+    let PositionScaling::Yarn(yarn) = hyper.rope.scaling else {
+        panic!("{:?}", hyper.rope.scaling)
+    };
+    assert_eq!((yarn.beta_fast, yarn.beta_slow), (16.0, 2.0));
+    assert_eq!((yarn.ext_factor, yarn.attn_factor), (0.0, 1.0));
+}
+
+#[test]
+fn a_window_that_hides_nothing_is_none() {
+    for (window, expected) in [(0u32, None), (255, Some(255)), (256, None), (4096, None)] {
+        let (hyper, _) = read(&TinyModel {
+            keys: vec![("llama.attention.sliding_window", window.into())],
+            ..TinyModel::default()
+        })
+        .unwrap();
+        assert_eq!(hyper.window, expected, "{window}");
+    }
+}
+
 #[test]
 fn a_head_of_its_own_is_found() {
     let (_, tensors) = read(&TinyModel {
@@ -97,7 +165,7 @@ fn bad_models_are_refused_with_cause_and_cure() {
     let cases: Vec<(TinyModel, &[&str])> = vec![
         (
             with("general.architecture", "falcon".into()),
-            &["\"falcon\"", "supported: llama"],
+            &["\"falcon\"", "supported: llama, qwen2"],
         ),
         (
             with("llama.block_count", 0u32.into()),
@@ -141,8 +209,48 @@ fn bad_models_are_refused_with_cause_and_cure() {
             &["rope.freq_base", "positive"],
         ),
         (
-            with("llama.rope.scaling.type", "yarn".into()),
-            &["rope.scaling.type", "yarn"],
+            with("llama.rope.scaling.type", "longrope".into()),
+            &["rope.scaling.type", "longrope", "YaRN"],
+        ),
+        (
+            yarn(vec![("llama.rope.scaling.factor", 0.5f32.into())]),
+            &["rope.scaling.factor", "0.5", "at least 1"],
+        ),
+        (
+            yarn(vec![("llama.rope.scaling.yarn_ext_factor", (-1f32).into())]),
+            &["yarn_ext_factor", "from 0 to 1"],
+        ),
+        (
+            yarn(vec![("llama.rope.scaling.yarn_beta_slow", 64f32.into())]),
+            &["yarn_beta_slow", "yarn_beta_fast"],
+        ),
+        (
+            yarn(vec![(
+                "llama.rope.scaling.yarn_log_multiplier",
+                f32::INFINITY.into(),
+            )]),
+            &["yarn_log_multiplier", "number"],
+        ),
+        (
+            yarn(vec![(
+                "llama.rope.scaling.original_context_length",
+                0u32.into(),
+            )]),
+            &["original_context_length", "from 1"],
+        ),
+        (
+            TinyModel {
+                keys: vec![
+                    ("llama.attention.sliding_window", 64u32.into()),
+                    ("llama.attention.sliding_window_pattern", 2u32.into()),
+                ],
+                ..TinyModel::default()
+            },
+            &["sliding_window_pattern", "some layers only"],
+        ),
+        (
+            with("llama.attention.sliding_window", (-1i32).into()),
+            &["sliding_window", "-1"],
         ),
         (
             with("llama.hidden_activation", "gelu".into()),

@@ -42,8 +42,15 @@ pub(super) fn run(job: Job<'_>, team: &mut Team) -> Counters {
             .iter()
             .sum(),
     );
-    work.kv_bytes = (2 * end * share.kv_heads.len() * row_bytes) as u64;
+    let seen = end - first_seen(&job, job.step.position);
+    work.kv_bytes = (2 * seen * share.kv_heads.len() * row_bytes) as u64;
     work
+}
+
+/// The first position that the token at `position` sees: not 0 with a sliding window.
+fn first_seen(job: &Job<'_>, position: usize) -> usize {
+    let window = job.model.shape().window;
+    window.map_or(0, |window| (position + 1).saturating_sub(window))
 }
 
 /// Sizes of the node's heads.
@@ -153,7 +160,8 @@ fn one_token(job: &Job<'_>, member: Member<'_>) {
     member.barrier();
     let (model, scratch) = (job.model, job.scratch);
     let end = job.step.position + 1;
-    let n_chunks = end.div_ceil(CHUNK_POSITIONS);
+    let first_chunk = first_seen(job, job.step.position) / CHUNK_POSITIONS;
+    let n_chunks = end.div_ceil(CHUNK_POSITIONS) - first_chunk;
     let states_len = heads.per_kv * state_len(heads.head_dim);
     // SAFETY: each thread has its own.
     let ThreadScratch {
@@ -161,7 +169,7 @@ fn one_token(job: &Job<'_>, member: Member<'_>) {
     } = unsafe { scratch.threads[member.thread].get_mut() };
     let mut rotated_head = None;
     for piece in member.part(heads.n_kv * n_chunks, 1) {
-        let (head, chunk) = (piece / n_chunks, piece % n_chunks);
+        let (head, chunk) = (piece / n_chunks, first_chunk + piece % n_chunks);
         // SAFETY: the barrier ordered the projections before; this thread alone has the piece, and
         // the piece of the last chunk alone has the head's new position and its key.
         unsafe {
@@ -171,7 +179,7 @@ fn one_token(job: &Job<'_>, member: Member<'_>) {
                 model.rope.apply(model.cpu, rope, rotated, heads.head_dim);
                 rotated_head = Some(head);
             }
-            let last = chunk + 1 == n_chunks;
+            let last = chunk + 1 == first_chunk + n_chunks;
             if last {
                 append_token(job, &heads, head, 0);
             }
@@ -193,7 +201,7 @@ fn one_token(job: &Job<'_>, member: Member<'_>) {
                 n_tokens: 1,
                 n_heads: heads.per_kv,
                 first_position: job.step.position,
-                window: None,
+                window: model.shape().window,
             };
             attend_chunk(
                 model.cpu,
@@ -284,7 +292,7 @@ fn block_attention(
             n_tokens: tokens.len(),
             n_heads: heads.per_kv,
             first_position: job.step.position + tokens.start,
-            window: None,
+            window: model.shape().window,
         };
         let columns = first + columns.start..first + columns.end;
         let mut out: StridedOut<'_> =

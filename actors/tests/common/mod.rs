@@ -67,6 +67,8 @@ pub struct PlainLayer {
 /// A model's weights as plain rows.
 pub struct PlainModel {
     pub activation: GateActivation,
+    /// Positions that a token sees, where it does not see all before it.
+    pub window: Option<usize>,
     pub embedding: Vec<f32>,
     pub head: Vec<f32>,
     pub output_norm: Vec<f32>,
@@ -93,6 +95,7 @@ impl PlainModel {
         };
         Self {
             activation,
+            window: None,
             embedding: random.matrix(N_VOCAB, N_EMBD),
             head: random.matrix(N_VOCAB, N_EMBD),
             output_norm: norm(&mut random),
@@ -163,6 +166,7 @@ pub fn weights(model: &PlainModel, n_nodes: usize, form: Form) -> ModelWeights {
             scaling: RopeScaling::None,
         },
         attn_scale: 1.0 / (HEAD_DIM as f32).sqrt(),
+        window: model.window,
     };
     let layers = model.layers.iter().map(|layer| LayerWeights {
         attn_norm: layer.attn_norm.clone(),

@@ -17,7 +17,10 @@ pub fn logits(model: &PlainModel, tokens: &[u32]) -> (Rows, usize) {
             .map(|&v| f64::from(v))
             .collect();
         for (layer, cache) in model.layers.iter().zip(&mut caches) {
-            attention(layer, cache, position, &mut x);
+            let first = model
+                .window
+                .map_or(0, |window| (position + 1).saturating_sub(window));
+            attention(layer, cache, first, &mut x);
             active += ffn(layer, model.activation, &mut x);
         }
         let x = norm(&x, &model.output_norm);
@@ -62,7 +65,9 @@ fn rotate(heads: &mut [f64], position: usize) {
     }
 }
 
-fn attention(layer: &PlainLayer, cache: &mut (Rows, Rows), position: usize, x: &mut [f64]) {
+/// Attention of the next position, which sees those from `first` on.
+fn attention(layer: &PlainLayer, cache: &mut (Rows, Rows), first: usize, x: &mut [f64]) {
+    let position = cache.0.len();
     let h = norm(x, &layer.attn_norm);
     let mut q = with_bias(product(&layer.wq, &h, N_HEAD * HEAD_DIM), &layer.bq);
     let mut k = with_bias(product(&layer.wk, &h, N_HEAD_KV * HEAD_DIM), &layer.bk);
@@ -80,11 +85,11 @@ fn attention(layer: &PlainLayer, cache: &mut (Rows, Rows), position: usize, x: &
             let dot: f64 = query.iter().zip(key).map(|(a, b)| a * b).sum();
             dot / (HEAD_DIM as f64).sqrt()
         };
-        let scores: Vec<f64> = cache.0.iter().map(score).collect();
+        let scores: Vec<f64> = cache.0[first..].iter().map(score).collect();
         let max = scores.iter().copied().fold(f64::NEG_INFINITY, f64::max);
         let weights: Vec<f64> = scores.iter().map(|s| (s - max).exp()).collect();
         let sum: f64 = weights.iter().sum();
-        for (weight, value) in weights.iter().zip(&cache.1) {
+        for (weight, value) in weights.iter().zip(&cache.1[first..]) {
             for d in 0..HEAD_DIM {
                 heads[head * HEAD_DIM + d] += weight / sum * value[kv + d];
             }

@@ -106,13 +106,18 @@ pub(crate) trait RowUnpack {
     unsafe fn values(planes: &RowPlanes, sub: usize) -> __m256i;
     /// Plane of half-precision scales, one per sub-block, where the format has such a plane.
     const SCALE_PLANE: Option<usize> = None;
-    /// Scale of the sub-block (`Q6_K`: without the integer scales).
+    /// Scale of the sub-block (with [`Self::HALVES`]: without the integer scales).
     unsafe fn scale(planes: &RowPlanes, sub: usize) -> f32;
+    /// What is added to each value (with [`Self::HALVES`]: the scale of both integer minima).
     unsafe fn min(_planes: &RowPlanes, _sub: usize) -> f32 {
         0.0
     }
     /// Integer scales of the two halves of the sub-block.
     unsafe fn half_scales(_planes: &RowPlanes, _sub: usize) -> [i32; 2] {
+        [1; 2]
+    }
+    /// Integer minima of the two halves of the sub-block.
+    unsafe fn half_mins(_planes: &RowPlanes, _sub: usize) -> [i32; 2] {
         [1; 2]
     }
 }
@@ -151,6 +156,15 @@ avx2_fn! {
         let both = _mm256_loadu_si256(p.add(sub / 2 * 32).cast());
         let shift = _mm_cvtsi32_si128(4 * (sub % 2) as i32);
         _mm256_and_si256(_mm256_srl_epi16(both, shift), _mm256_set1_epi8(0xF))
+    }
+}
+
+avx2_fn! {
+    /// 2 bits of 32 columns of `Q2_K` and `Q3_K`: 128 columns in 32 bytes.
+    fn two_bits(p: *const u8, sub: usize) -> __m256i {
+        let four = _mm256_loadu_si256(p.add(sub / 4 * 32).cast());
+        let shift = _mm_cvtsi32_si128(2 * (sub % 4) as i32);
+        _mm256_and_si256(_mm256_srl_epi16(four, shift), _mm256_set1_epi8(3))
     }
 }
 
@@ -227,6 +241,31 @@ mod formats {
         part!(values -> __m256i, |p, s| _mm256_loadu_si256(p.at[0].add(32 * s).cast()));
         part!(scale -> f32, |p, s| to_f32(p.half(1, s)));
     });
+    row_unpack!(Q2_K {
+        const HAS_MIN: bool = true;
+        const HALVES: bool = true;
+        part!(values -> __m256i, |p, s| two_bits(p.at[0], s));
+        part!(scale -> f32, |p, s| to_f32(p.half(2, s / 8)));
+        part!(min -> f32, |p, s| -to_f32(p.half(3, s / 8)));
+        part!(half_scales -> [i32; 2], |p, s| {
+            [0, 1].map(|n| i32::from(*p.at[1].add(2 * s + n) & 0xF))
+        });
+        part!(half_mins -> [i32; 2], |p, s| [0, 1].map(|n| i32::from(*p.at[1].add(2 * s + n) >> 4)));
+    });
+    row_unpack!(Q3_K {
+        const HALVES: bool = true;
+        part!(values -> __m256i, |p, s| {
+            let high = _mm256_loadu_si256(p.at[1].add(s / 8 * 32).cast());
+            let high = _mm256_srl_epi16(high, _mm_cvtsi32_si128((s % 8) as i32));
+            let high = _mm256_slli_epi16(_mm256_and_si256(high, _mm256_set1_epi8(1)), 2);
+            _mm256_sub_epi8(_mm256_or_si256(two_bits(p.at[0], s), high), _mm256_set1_epi8(4))
+        });
+        part!(scale -> f32, |p, s| to_f32(p.half(3, s / 8)));
+        part!(half_scales -> [i32; 2], |p, s| {
+            let packed = std::slice::from_raw_parts(p.at[2].add(s / 8 * 12), 12);
+            [0, 1].map(|n| crate::quant::scale_q3_k(packed, 2 * (s % 8) + n))
+        });
+    });
     row_unpack!(Q4_K {
         const HAS_MIN: bool = true;
         part!(values -> __m256i, |p, s| k_nibbles(p.at[0].add(s / 8 * 128), s % 8));
@@ -272,7 +311,7 @@ mod formats {
     });
 }
 
-pub(crate) use formats::{Q4_0, Q4_1, Q4_K, Q5_0, Q5_1, Q5_K, Q6_K, Q8_0};
+pub(crate) use formats::{Q2_K, Q3_K, Q4_0, Q4_1, Q4_K, Q5_0, Q5_1, Q5_K, Q6_K, Q8_0};
 
 avx2_fn! {
     /// Sums of eight vectors of 8 × i32, in order.
@@ -351,7 +390,12 @@ avx2_fn! {
             _mm256_storeu_ps(both.as_mut_ptr(), scales);
             for n in 0..count {
                 acc = totals[n].mul_add(both[n], acc);
-                if U::HAS_MIN {
+                if U::HALVES && U::HAS_MIN {
+                    let sub = first + n;
+                    let (mins, sums) = (U::half_mins(planes, sub), x.half_sums.as_ptr().add(2 * sub));
+                    let total = mins[0] * *sums + mins[1] * *sums.add(1);
+                    acc = (total as f32).mul_add(U::min(planes, sub) * *x.scales.as_ptr().add(sub), acc);
+                } else if U::HAS_MIN {
                     let sub = first + n;
                     acc = U::min(planes, sub).mul_add(*x.sums.as_ptr().add(sub), acc);
                 }
@@ -402,7 +446,12 @@ avx2_fn! {
                 let scale = if U::HALVES { scale * scales[part] as f32 } else { scale };
                 acc = join(lanes).mul_add(scale, acc);
             }
-            if U::HAS_MIN {
+            if U::HALVES && U::HAS_MIN {
+                let (mins, totals) = (U::half_mins(planes, sub), x.half_totals.as_ptr().add(2 * sub));
+                for (n, min) in mins.into_iter().enumerate() {
+                    acc = (U::min(planes, sub) * min as f32).mul_add(*totals.add(n), acc);
+                }
+            } else if U::HAS_MIN {
                 acc = U::min(planes, sub).mul_add(*x.sums.as_ptr().add(sub), acc);
             }
         }
@@ -418,7 +467,8 @@ avx2_fn! {
             return reals_q4_0(planes.block16(sub), scale);
         }
         let q = to_floats(U::values(planes, sub));
-        let min = _mm256_set1_ps(U::min(planes, sub));
+        let [min, second_min] = U::half_mins(planes, sub)
+            .map(|half| _mm256_set1_ps(U::min(planes, sub) * half as f32));
         let [first, second] = if U::HALVES {
             U::half_scales(planes, sub).map(|half| _mm256_set1_ps(scale * half as f32))
         } else {
@@ -427,8 +477,8 @@ avx2_fn! {
         [
             _mm256_fmadd_ps(q[0], first, min),
             _mm256_fmadd_ps(q[1], first, min),
-            _mm256_fmadd_ps(q[2], second, min),
-            _mm256_fmadd_ps(q[3], second, min),
+            _mm256_fmadd_ps(q[2], second, second_min),
+            _mm256_fmadd_ps(q[3], second, second_min),
         ]
     }
 }

@@ -28,8 +28,13 @@ pub(crate) fn dot(m: MatrixRef<'_>, row: usize, x: ActRef<'_>, mode: ActivationM
 pub(crate) const fn has_min(quant: QuantType) -> bool {
     matches!(
         quant,
-        QuantType::Q4_1 | QuantType::Q5_1 | QuantType::Q4_K | QuantType::Q5_K
+        QuantType::Q4_1 | QuantType::Q5_1 | QuantType::Q2_K | QuantType::Q4_K | QuantType::Q5_K
     )
+}
+
+/// Whether a block of 32 values has two minima.
+pub(crate) const fn has_half_mins(quant: QuantType) -> bool {
+    quant.has_halves() && has_min(quant)
 }
 
 fn block_q8(
@@ -46,7 +51,7 @@ fn block_q8(
             .sum()
     };
     // formats with two scales in a block of 32 join them as integers
-    let (sum, scale) = if quant == QuantType::Q6_K {
+    let (sum, scale) = if quant.has_halves() {
         let scales = &block.sub_scales[2 * sub..];
         (half(0) * scales[0] + half(1) * scales[1], block.d)
     } else {
@@ -56,8 +61,13 @@ fn block_q8(
         )
     };
     let acc = (sum as f32).mul_add(scale * x.scales[b], acc);
-    if has_min(quant) {
-        block.mins[sub].mul_add(x.sums[b], acc)
+    if has_half_mins(quant) {
+        // joined as integers, as the scales are
+        let mins = &block.sub_mins[2 * sub..];
+        let sum = mins[0] * x.half_sums[2 * b] + mins[1] * x.half_sums[2 * b + 1];
+        (sum as f32).mul_add(block.min * x.scales[b], acc)
+    } else if has_min(quant) {
+        block.min_of(2 * sub).mul_add(x.sums[b], acc)
     } else {
         acc
     }
@@ -72,7 +82,7 @@ fn block_f32(
     mut acc: f32,
 ) -> f32 {
     // formats with two scales in a block of 32 are summed in two parts
-    let part = if quant == QuantType::Q6_K { 16 } else { BLOCK };
+    let part = if quant.has_halves() { 16 } else { BLOCK };
     for start in (0..BLOCK).step_by(part) {
         let mut lanes = [0.0f32; 8];
         for k in start..start + part {
@@ -82,8 +92,14 @@ fn block_f32(
         let scale = block.d * block.sub_scales[2 * sub + start / 16] as f32;
         acc = join_lanes(lanes).mul_add(scale, acc);
     }
-    if has_min(quant) {
-        block.mins[sub].mul_add(x.sums[b], acc)
+    if has_half_mins(quant) {
+        for half in [2 * sub, 2 * sub + 1] {
+            let total = x.half_totals[2 * b + half % 2];
+            acc = block.min_of(half).mul_add(total, acc);
+        }
+        acc
+    } else if has_min(quant) {
+        block.min_of(2 * sub).mul_add(x.sums[b], acc)
     } else {
         acc
     }

@@ -114,11 +114,16 @@ pub(crate) unsafe fn q8<S: Isa, U: Unpack, const T: usize>(
             } else {
                 scale
             };
-            let none = S::splat_i(0);
+            let none = (S::splat_i(0), S::splat_i(0));
             let (first, second) = if U::HALVES {
                 U::half_scales::<S>(&planes, sub)
             } else {
-                (none, none)
+                none
+            };
+            let mins = if U::HALVES && U::HAS_MIN {
+                U::half_mins::<S>(&planes, sub)
+            } else {
+                none
             };
             for t in 0..T {
                 let q = x[t].q.as_ptr().add(sub * BLOCK);
@@ -139,7 +144,15 @@ pub(crate) unsafe fn q8<S: Isa, U: Unpack, const T: usize>(
                 };
                 let both = S::mul(scale, S::splat(*x[t].scales.as_ptr().add(sub)));
                 acc[t] = S::fma(S::to_f(total), both, acc[t]);
-                if U::HAS_MIN {
+                if U::HALVES && U::HAS_MIN {
+                    let sums = x[t].half_sums.as_ptr().add(2 * sub);
+                    let total = S::add_i(
+                        S::mul_i(mins.0, S::splat_i(*sums)),
+                        S::mul_i(mins.1, S::splat_i(*sums.add(1))),
+                    );
+                    let both = S::mul(min, S::splat(*x[t].scales.as_ptr().add(sub)));
+                    acc[t] = S::fma(S::to_f(total), both, acc[t]);
+                } else if U::HAS_MIN {
                     let sum = S::splat(*x[t].sums.as_ptr().add(sub));
                     acc[t] = S::fma(min, sum, acc[t]);
                 }
@@ -220,7 +233,14 @@ pub(crate) unsafe fn f32_blocks<S: Isa, U: Unpack, const T: usize>(
                 } else {
                     acc[t] = S::fma(lane_sums::<S, U>(&w, values, 0, 8), scale, acc[t]);
                 }
-                if U::HAS_MIN {
+                if U::HALVES && U::HAS_MIN {
+                    let (first, second) = U::half_mins::<S>(&planes, sub);
+                    let totals = x[t].half_totals.as_ptr().add(2 * sub);
+                    for (n, mins) in [first, second].into_iter().enumerate() {
+                        let min = S::mul(U::min::<S>(&planes, sub), S::to_f(mins));
+                        acc[t] = S::fma(min, S::splat(*totals.add(n)), acc[t]);
+                    }
+                } else if U::HAS_MIN {
                     let sum = S::splat(*x[t].sums.as_ptr().add(sub));
                     acc[t] = S::fma(U::min::<S>(&planes, sub), sum, acc[t]);
                 }

@@ -51,20 +51,24 @@ pub(crate) trait Unpack {
     const DOTS: usize;
     /// Values are signed bytes (`Q8_0`).
     const SIGNED: bool = false;
-    /// Two integer scales in a block of 32 (`Q6_K`).
+    /// Two integer scales in a block of 32 (`Q2_K`, `Q3_K`, `Q6_K`), and two integer minima if it has minima.
     const HALVES: bool = false;
     const HAS_MIN: bool = false;
 
     /// Vector j holds columns 4j … 4j+3 of the sub-block.
     unsafe fn values<S: Isa>(planes: &Planes, sub: usize) -> [S::I; 8];
     unsafe fn scale<S: Isa>(planes: &Planes, sub: usize) -> S::F;
-    /// What is added to each value.
+    /// What is added to each value (with two minima: the scale of both).
     unsafe fn min<S: Isa>(_planes: &Planes, _sub: usize) -> S::F {
         unreachable!("format has no minimum")
     }
     /// Integer scales of the first and second 16 columns.
     unsafe fn half_scales<S: Isa>(_planes: &Planes, _sub: usize) -> (S::I, S::I) {
         unreachable!("format has no halves")
+    }
+    /// Integer minima of the first and second 16 columns.
+    unsafe fn half_mins<S: Isa>(_planes: &Planes, _sub: usize) -> (S::I, S::I) {
+        unreachable!("format has no halves with minima")
     }
 }
 
@@ -135,6 +139,44 @@ unsafe fn k_min<S: Isa>(planes: &Planes, plane: usize, sub: usize) -> S::F {
     }
 }
 
+/// 2 bits of 32 columns of `Q2_K` and `Q3_K`: 128 columns in 32 bytes.
+#[inline(always)]
+unsafe fn two_bits<S: Isa>(planes: &Planes, sub: usize) -> [S::I; 8] {
+    // SAFETY: the caller's contract.
+    unsafe {
+        let mask = S::splat_i(0x0303_0303);
+        let shift = 2 * (sub % 4) as u32;
+        std::array::from_fn(|j| S::and(S::shr(planes.dwords::<S>(0, sub / 4 * 8 + j), shift), mask))
+    }
+}
+
+/// Nibble `which` (0 low, 1 high) of the bytes that `Q2_K` has for the halves of sub-block `sub`.
+#[inline(always)]
+unsafe fn q2_k_nibbles<S: Isa>(planes: &Planes, sub: usize, which: u32) -> (S::I, S::I) {
+    // SAFETY: the caller's contract.
+    unsafe {
+        let dword = planes.dwords::<S>(1, sub / 2);
+        let at = 16 * (sub % 2) as u32 + 4 * which;
+        let nibble = |at: u32| S::and(S::shr(dword, at), S::splat_i(0xF));
+        (nibble(at), nibble(at + 8))
+    }
+}
+
+/// 6-bit scale of 16 columns, number `half` of the row, of `Q3_K`.
+#[inline(always)]
+unsafe fn q3_k_scale<S: Isa>(planes: &Planes, half: usize) -> S::I {
+    // SAFETY: the caller's contract.
+    unsafe {
+        let (block, n) = (half / 16, half % 16);
+        let byte = 8 * (n % 4) as u32;
+        let low = planes.dwords::<S>(2, 3 * block + n % 8 / 4);
+        let low = S::and(S::shr(low, byte + 4 * (n / 8) as u32), S::splat_i(0xF));
+        let high = planes.dwords::<S>(2, 3 * block + 2);
+        let high = S::and(S::shr(high, byte + 2 * (n / 4) as u32), S::splat_i(3));
+        S::sub_i(S::or(low, S::shl(high, 4)), S::splat_i(32))
+    }
+}
+
 /// Implements [`Unpack`]: every function body sees `$p` (planes) and `$s` (sub-block).
 macro_rules! unpack {
     ($name:ident, offset $offset:expr, dots $dots:expr, { $($item:tt)* }) => {
@@ -188,6 +230,29 @@ mod formats {
         part!(values -> [S::I; 8], |p, s| std::array::from_fn(|j| p.dwords::<S>(0, 8 * s + j)));
         part!(scale -> S::F, |p, s| p.halves::<S>(1, s));
     });
+    unpack!(Q2_K, offset None, dots 8, {
+        const HAS_MIN: bool = true;
+        const HALVES: bool = true;
+        part!(values -> [S::I; 8], |p, s| two_bits::<S>(p, s));
+        part!(scale -> S::F, |p, s| p.halves::<S>(2, s / 8));
+        part!(min -> S::F, |p, s| S::mul(p.halves::<S>(3, s / 8), S::splat(-1.0)));
+        part!(half_scales -> (S::I, S::I), |p, s| q2_k_nibbles::<S>(p, s, 0));
+        part!(half_mins -> (S::I, S::I), |p, s| q2_k_nibbles::<S>(p, s, 1));
+    });
+    unpack!(Q3_K, offset Some(2), dots 8, {
+        const HALVES: bool = true;
+        part!(values -> [S::I; 8], |p, s| {
+            let w = two_bits::<S>(p, s);
+            std::array::from_fn(|j| {
+                let high = S::shr(p.dwords::<S>(1, s / 8 * 8 + j), (s % 8) as u32);
+                S::or(w[j], S::shl(S::and(high, S::splat_i(0x0101_0101)), 2))
+            })
+        });
+        part!(scale -> S::F, |p, s| p.halves::<S>(3, s / 8));
+        part!(half_scales -> (S::I, S::I), |p, s| {
+            (q3_k_scale::<S>(p, 2 * s), q3_k_scale::<S>(p, 2 * s + 1))
+        });
+    });
     unpack!(Q4_K, offset None, dots 8, {
         const HAS_MIN: bool = true;
         part!(values -> [S::I; 8], |p, s| k_nibbles::<S>(p, s));
@@ -233,4 +298,4 @@ mod formats {
     });
 }
 
-pub(crate) use formats::{Q4_0, Q4_1, Q4_K, Q5_0, Q5_1, Q5_K, Q6_K, Q8_0};
+pub(crate) use formats::{Q2_K, Q3_K, Q4_0, Q4_1, Q4_K, Q5_0, Q5_1, Q5_K, Q6_K, Q8_0};

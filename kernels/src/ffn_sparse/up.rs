@@ -78,6 +78,8 @@ mod x86 {
                 QuantType::Q5_0 => blocks::<row::Q5_0>(up, x, q8, ids, gate, out),
                 QuantType::Q5_1 => blocks::<row::Q5_1>(up, x, q8, ids, gate, out),
                 QuantType::Q8_0 => blocks::<row::Q8_0>(up, x, q8, ids, gate, out),
+                QuantType::Q2_K => blocks::<row::Q2_K>(up, x, q8, ids, gate, out),
+                QuantType::Q3_K => blocks::<row::Q3_K>(up, x, q8, ids, gate, out),
                 QuantType::Q4_K => blocks::<row::Q4_K>(up, x, q8, ids, gate, out),
                 QuantType::Q5_K => blocks::<row::Q5_K>(up, x, q8, ids, gate, out),
                 QuantType::Q6_K => blocks::<row::Q6_K>(up, x, q8, ids, gate, out),

@@ -6,7 +6,7 @@ use super::{BLOCK, QuantType};
 
 /// A block of 32 or 256 values taken apart: integers, and scales and minima of its sub-blocks.
 ///
-/// Value k is `scale · q[k] + min` with the scale and minimum of its sub-block.
+/// Value k is `d · sub_scale · q[k] + min · sub_min` with the integers of its sub-block.
 #[derive(Debug, Clone)]
 pub struct DecodedBlock {
     /// Integer values with their offset taken off (`Q4_0`: −8 … 7).
@@ -17,8 +17,10 @@ pub struct DecodedBlock {
     pub d: f32,
     /// Integer scale per 16 values; 1 where the format has none.
     pub sub_scales: [i32; 16],
-    /// What is added to every value, per 32 values (Q4_1's m, −dmin·m of the K formats).
-    pub mins: [f32; 8],
+    /// Scale of the minima of the whole block (Q4_1's m, −dmin of the K formats).
+    pub min: f32,
+    /// Integer minimum per 16 values; 1 where the format has none.
+    pub sub_mins: [i32; 16],
 }
 
 impl DecodedBlock {
@@ -28,7 +30,8 @@ impl DecodedBlock {
             len,
             d,
             sub_scales: [1; 16],
-            mins: [0.0; 8],
+            min: 0.0,
+            sub_mins: [1; 16],
         }
     }
 
@@ -58,6 +61,8 @@ impl DecodedBlock {
                 }
                 out
             }
+            QuantType::Q2_K => Self::q2_k(block),
+            QuantType::Q3_K => Self::q3_k(block),
             QuantType::Q4_K => Self::k45(block, &block[16..], None),
             QuantType::Q5_K => Self::k45(block, &block[48..], Some(&block[16..48])),
             QuantType::Q6_K => Self::q6_k(block),
@@ -70,7 +75,7 @@ impl DecodedBlock {
     /// 4 bits (and a fifth in `high`): value k in the low nibble of byte k, value k+16 in the high one.
     fn small(d: f32, min: f32, nibbles: &[u8], high: &[u8], offset: i32) -> Self {
         let mut out = Self::new(BLOCK, d);
-        out.mins[0] = min;
+        out.min = min;
         let high = u32::from_le_bytes(high.try_into().expect("four bytes of high bits"));
         for k in 0..BLOCK {
             let nibble = (nibbles[k % 16] >> (4 * (k / 16))) & 0xF;
@@ -80,15 +85,43 @@ impl DecodedBlock {
         out
     }
 
+    /// `Q2_K`: halves of 128 values in four quarters, scale and minimum of 16 in the nibbles of a byte.
+    fn q2_k(block: &[u8]) -> Self {
+        let mut out = Self::new(256, half(block, 80));
+        out.min = -half(block, 82);
+        for (sub, &both) in block[..16].iter().enumerate() {
+            out.sub_scales[sub] = i32::from(both & 0xF);
+            out.sub_mins[sub] = i32::from(both >> 4);
+        }
+        for k in 0..256 {
+            out.q[k] = i32::from(two_bits(&block[16..80], k));
+        }
+        out
+    }
+
+    /// `Q3_K`: as `Q2_K`, with a third bit in `hmask` that takes 4 off where it is clear.
+    fn q3_k(block: &[u8]) -> Self {
+        let mut out = Self::new(256, half(block, 108));
+        for sub in 0..16 {
+            out.sub_scales[sub] = scale_q3_k(&block[96..108], sub);
+        }
+        for k in 0..256 {
+            let third = (block[k % 32] >> (k / 32)) & 1;
+            out.q[k] = i32::from(two_bits(&block[32..96], k) | (third << 2)) - 4;
+        }
+        out
+    }
+
     /// `Q4_K` and `Q5_K`: chunks of 64 values, 32 in low and 32 in high nibbles.
     fn k45(block: &[u8], nibbles: &[u8], high: Option<&[u8]>) -> Self {
         let mut out = Self::new(256, half(block, 0));
-        let dmin = half(block, 2);
+        out.min = -half(block, 2);
         for sub in 0..8 {
             let (scale, min) = scale_min_k4(&block[4..16], sub);
-            out.sub_scales[2 * sub] = i32::from(scale);
-            out.sub_scales[2 * sub + 1] = i32::from(scale);
-            out.mins[sub] = -(dmin * f32::from(min));
+            for half in [2 * sub, 2 * sub + 1] {
+                out.sub_scales[half] = i32::from(scale);
+                out.sub_mins[half] = i32::from(min);
+            }
             for k in 0..BLOCK {
                 let nibble = (nibbles[sub / 2 * 32 + k] >> (4 * (sub % 2))) & 0xF;
                 let fifth = high.map_or(0, |high| ((high[k] >> sub) & 1) << 4);
@@ -113,15 +146,32 @@ impl DecodedBlock {
         out
     }
 
+    /// What is added to each of the 16 values of sub-block `sub`.
+    pub fn min_of(&self, sub: usize) -> f32 {
+        self.min * self.sub_mins[sub] as f32
+    }
+
     /// The real value of element `k`: what the sparse `down` adds, and what embeddings read.
     pub fn value(&self, k: usize) -> f32 {
         let scale = self.d * self.sub_scales[k / 16] as f32;
-        (self.q[k] as f32).mul_add(scale, self.mins[k / BLOCK])
+        (self.q[k] as f32).mul_add(scale, self.min_of(k / 16))
     }
 }
 
 fn half(bytes: &[u8], at: usize) -> f32 {
     f16::from_le_bytes([bytes[at], bytes[at + 1]]).to_f32()
+}
+
+/// Value `k` of the 2-bit values of `Q2_K` and `Q3_K`.
+fn two_bits(packed: &[u8], k: usize) -> u8 {
+    (packed[k / 128 * 32 + k % 32] >> (2 * (k % 128 / 32))) & 3
+}
+
+/// The 6-bit signed scale of the 16 values `sub` out of 12 packed bytes of `Q3_K`.
+pub(crate) fn scale_q3_k(packed: &[u8], sub: usize) -> i32 {
+    let low = (packed[sub % 8] >> (4 * (sub / 8))) & 0xF;
+    let high = (packed[8 + sub % 4] >> (2 * (sub / 4))) & 3;
+    i32::from(low | (high << 4)) - 32
 }
 
 /// The 6-bit scale and minimum of sub-block `sub` out of 12 packed bytes.

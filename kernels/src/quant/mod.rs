@@ -3,9 +3,11 @@
 //! Source: ggml's `ggml-common.h` (block structures) and `ggml-quants.c` (reference dequantisation).
 
 mod decode;
+#[cfg(test)]
+mod tests;
 
-pub(crate) use decode::scale_min_k4;
 pub use decode::{DecodedBlock, dequantize_block};
+pub(crate) use decode::{scale_min_k4, scale_q3_k};
 
 use half::f16;
 
@@ -35,6 +37,10 @@ pub enum QuantType {
     Q5_1,
     /// 8 bits, one scale per 32.
     Q8_0,
+    /// 2 bits, 4-bit scales and minima per 16 in super-blocks of 256.
+    Q2_K,
+    /// 3 bits, 6-bit scales per 16 in super-blocks of 256.
+    Q3_K,
     /// 4 bits, 6-bit scales and minima per 32 in super-blocks of 256.
     Q4_K,
     /// 5 bits, 6-bit scales and minima per 32 in super-blocks of 256.
@@ -92,7 +98,7 @@ const _: () = {
 
 impl QuantType {
     /// Every format.
-    pub const ALL: [QuantType; 11] = [
+    pub const ALL: [QuantType; 13] = [
         QuantType::F32,
         QuantType::F16,
         QuantType::BF16,
@@ -101,6 +107,8 @@ impl QuantType {
         QuantType::Q5_0,
         QuantType::Q5_1,
         QuantType::Q8_0,
+        QuantType::Q2_K,
+        QuantType::Q3_K,
         QuantType::Q4_K,
         QuantType::Q5_K,
         QuantType::Q6_K,
@@ -110,7 +118,11 @@ impl QuantType {
     pub const fn block_values(self) -> usize {
         match self {
             QuantType::F32 | QuantType::F16 | QuantType::BF16 => 1,
-            QuantType::Q4_K | QuantType::Q5_K | QuantType::Q6_K => 256,
+            QuantType::Q2_K
+            | QuantType::Q3_K
+            | QuantType::Q4_K
+            | QuantType::Q5_K
+            | QuantType::Q6_K => 256,
             _ => BLOCK,
         }
     }
@@ -125,6 +137,8 @@ impl QuantType {
             QuantType::Q5_0 => 22,
             QuantType::Q5_1 => 24,
             QuantType::Q8_0 => 34,
+            QuantType::Q2_K => 84,
+            QuantType::Q3_K => 110,
             QuantType::Q4_K => 144,
             QuantType::Q5_K => 176,
             QuantType::Q6_K => 210,
@@ -159,6 +173,26 @@ impl QuantType {
                 }
             }
             QuantType::Q8_0 => const { &[plane(2, 4, 8), plane(0, 2, 1)] },
+            QuantType::Q2_K => {
+                const {
+                    &[
+                        plane(16, 4, 16),
+                        plane(0, 4, 4),
+                        plane(80, 2, 1),
+                        plane(82, 2, 1),
+                    ]
+                }
+            }
+            QuantType::Q3_K => {
+                const {
+                    &[
+                        plane(32, 4, 16),
+                        plane(0, 4, 8),
+                        plane(96, 4, 3),
+                        plane(108, 2, 1),
+                    ]
+                }
+            }
             QuantType::Q4_K => {
                 const {
                     &[
@@ -193,6 +227,11 @@ impl QuantType {
         }
     }
 
+    /// Whether a block of 32 values has two scales, one per 16.
+    pub(crate) const fn has_halves(self) -> bool {
+        matches!(self, QuantType::Q2_K | QuantType::Q3_K | QuantType::Q6_K)
+    }
+
     /// Whether blocks carry scales; else the values are floats, which always meet f32 activations.
     pub const fn is_quantised(self) -> bool {
         self.block_values() > 1
@@ -209,6 +248,8 @@ impl QuantType {
             QuantType::Q5_0 => "Q5_0",
             QuantType::Q5_1 => "Q5_1",
             QuantType::Q8_0 => "Q8_0",
+            QuantType::Q2_K => "Q2_K",
+            QuantType::Q3_K => "Q3_K",
             QuantType::Q4_K => "Q4_K",
             QuantType::Q5_K => "Q5_K",
             QuantType::Q6_K => "Q6_K",
@@ -225,6 +266,8 @@ impl QuantType {
             QuantType::Q5_0 => 6,
             QuantType::Q5_1 => 7,
             QuantType::Q8_0 => 8,
+            QuantType::Q2_K => 10,
+            QuantType::Q3_K => 11,
             QuantType::Q4_K => 12,
             QuantType::Q5_K => 13,
             QuantType::Q6_K => 14,

@@ -216,12 +216,12 @@ pub enum GgufError {
         second: String,
     },
     /// A tensor that is needed.
-    #[error("tensor {tensor:?} is missing; {cure}")]
+    #[error(
+        "tensor {tensor:?} is missing; the file is incomplete for this use: convert the model again"
+    )]
     MissingTensor {
         /// The tensor.
         tensor: String,
-        /// What to do about it.
-        cure: String,
     },
     /// A tensor whose shape is not what the model's metadata says.
     #[error("tensor {tensor:?} has shape {found:?}, the model's metadata need {expected:?}")]
@@ -245,6 +245,90 @@ pub enum GgufError {
         found: GgmlType,
         /// Names of the types that can be run.
         supported: String,
+    },
+
+    /// One of a model's files was given that is not the first.
+    #[error(
+        "this is file {number} of a model in {count} files; name the first one instead: {first}"
+    )]
+    NotFirstShard {
+        /// Its number, from 1.
+        number: u64,
+        /// Number of files.
+        count: u64,
+        /// The first file's path, or how its name ends.
+        first: String,
+    },
+    /// The first of a model's files is not called as such, so the others cannot be found.
+    #[error(
+        "this is the first of a model's {count} files, but its name does not end in {suffix}: give \
+         all of them their original names"
+    )]
+    ShardName {
+        /// Number of files.
+        count: u64,
+        /// What the name must end in.
+        suffix: String,
+    },
+    /// One of a model's files is not there.
+    #[error(
+        "{}: no such file; it is file {number} of the model's {count}: put all of them into one \
+         folder",
+        path.display()
+    )]
+    MissingShard {
+        /// Where it should be.
+        path: PathBuf,
+        /// Its number, from 1.
+        number: u64,
+        /// Number of files.
+        count: u64,
+    },
+    /// A file that says it is another one than its name does.
+    #[error(
+        "the file says that it is number {number} of {count}, but it was opened as number {expected} \
+         of its model: give the files their original names, or download them again"
+    )]
+    ShardNumber {
+        /// Its number in its metadata, from 1.
+        number: u64,
+        /// Number of files in its metadata.
+        count: u64,
+        /// The number in its name.
+        expected: u64,
+    },
+    /// A file of another model than the first one.
+    #[error(
+        "{key} is {found} here and {expected} in the model's first file: the files belong to \
+         different models, download them again"
+    )]
+    OtherModel {
+        /// The key that differs.
+        key: &'static str,
+        /// Its value here.
+        found: String,
+        /// Its value in the first file.
+        expected: String,
+    },
+    /// Another number of tensors in all files than the first one says.
+    #[error(
+        "split.tensors.count is {announced}, but the model's files have {found} tensors: they belong \
+         to different models, or one is damaged; download them again"
+    )]
+    ShardTensors {
+        /// Tensors that the first file says there are.
+        announced: u64,
+        /// Tensors that there are.
+        found: usize,
+    },
+    /// The same tensor in two files.
+    #[error(
+        "tensor {tensor:?} is in this file and in one of the model's files before it: they belong to \
+         different models, download them again"
+    )]
+    TensorInTwoShards {
+        /// The tensor.
+        tensor: String,
     },
 
     /// The operating system refused while a file was being written.

@@ -15,11 +15,13 @@ mod metadata;
 mod names;
 mod owned_value;
 mod runnable;
+mod shards;
 mod stream;
 mod tensor_info;
 mod value;
 mod writer;
 
+use std::ops::Range;
 use std::path::Path;
 
 use bytes::Bytes;
@@ -29,12 +31,13 @@ pub use ggml_type::GgmlType;
 pub use magic::Variant;
 pub use metadata::Metadata;
 pub use owned_value::OwnedValue;
+pub use shards::is_split_key;
 pub use stream::GgufStream;
 pub use tensor_info::TensorInfo;
 pub use value::{Array, ArrayIter, Value, ValueType};
 pub use writer::GgufWriter;
 
-use crate::mapped_file::MappedFile;
+use crate::mapped_file::{Access, MappedFile};
 use cursor::{Cursor, Place};
 
 /// Alignment of the data section and of each tensor where the file does not state one, in bytes.
@@ -44,48 +47,74 @@ const MAX_ALIGNMENT: u64 = 1 << 24;
 /// Metadata key of the alignment.
 const ALIGNMENT_KEY: &str = "general.alignment";
 
-/// An open GGUF file: checked header, and data read on demand from the mapping.
+/// An open GGUF model: checked headers, and data read on demand from the mapping.
+///
+/// A model may be spread over several files (shards); then metadata, version and alignment are
+/// those of the first, and the tensors those of all.
 #[derive(Debug, Clone)]
 pub struct GgufFile {
-    mapped: Option<MappedFile>,
-    bytes: Bytes,
+    /// One, or all shards in order.
+    files: Vec<ShardFile>,
     variant: Variant,
     version: u32,
     alignment: usize,
-    data_start: usize,
     metadata: Metadata,
     tensors: Vec<TensorInfo>,
     /// Indices into `tensors`, ordered by name.
     by_name: Vec<u32>,
 }
 
-/// Which part of a model that is spread over several files.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub struct Shard {
-    /// Position of this file, from 0.
-    pub index: u32,
-    /// Number of files.
-    pub count: u32,
+/// One of the files that a model is read from.
+#[derive(Debug, Clone)]
+pub struct ShardFile {
+    mapped: Option<MappedFile>,
+    bytes: Bytes,
+    data_start: usize,
+}
+
+impl ShardFile {
+    /// The path, if the file was opened by [`GgufFile::open`].
+    pub fn path(&self) -> Option<&Path> {
+        self.mapped.as_ref().map(MappedFile::path)
+    }
+
+    /// Length of the file in bytes.
+    pub fn len_bytes(&self) -> usize {
+        self.bytes.len()
+    }
+
+    /// Where the tensors' data begins, in bytes from the start of the file.
+    pub fn data_start(&self) -> usize {
+        self.data_start
+    }
 }
 
 impl GgufFile {
-    /// Maps the file at `path` and checks its header.
+    /// Maps the file at `path`, and all others of the model if it is the first of several, and
+    /// checks their headers.
     ///
     /// # Errors
-    /// The file cannot be mapped, is not GGUF 2 or 3 in little-endian order, or anything in its
-    /// header is impossible. All name the file.
+    /// A file cannot be mapped, is not GGUF 2 or 3 in little-endian order, or anything in its
+    /// header is impossible; it is a later one of several, or one of the others does not belong to
+    /// it. All name the file.
     pub fn open(path: impl AsRef<Path>) -> Result<GgufFile, GgufError> {
+        let path = path.as_ref();
+        shards::complete(GgufFile::open_one(path)?, path)
+    }
+
+    /// Maps the file at `path` alone.
+    fn open_one(path: &Path) -> Result<GgufFile, GgufError> {
         let mapped = MappedFile::open(path)?;
         let mut file =
             GgufFile::from_bytes(mapped.bytes().clone()).map_err(|cause| GgufError::InFile {
                 path: mapped.path().to_path_buf(),
                 cause: Box::new(cause),
             })?;
-        file.mapped = Some(mapped);
+        file.files[0].mapped = Some(mapped);
         Ok(file)
     }
 
-    /// Checks the header of a file that is in memory.
+    /// Checks the header of one file that is in memory.
     ///
     /// # Errors
     /// As [`open`](GgufFile::open), without the file's name.
@@ -107,32 +136,34 @@ impl GgufFile {
             }
         })?;
         Ok(GgufFile {
-            mapped: None,
             variant,
             version,
             alignment,
-            // A file without tensors may end before the next multiple of the alignment.
-            data_start: (data_start as usize).min(bytes.len()),
             metadata,
             tensors,
             by_name,
-            bytes,
+            files: vec![ShardFile {
+                mapped: None,
+                // A file without tensors may end before the next multiple of the alignment.
+                data_start: (data_start as usize).min(bytes.len()),
+                bytes,
+            }],
         })
     }
 
-    /// The path, if the file was opened by [`open`](GgufFile::open).
+    /// The path of the (first) file, if it was opened by [`open`](GgufFile::open).
     pub fn path(&self) -> Option<&Path> {
-        self.mapped.as_ref().map(MappedFile::path)
+        self.files[0].path()
     }
 
-    /// The mapping, if the file was opened by [`open`](GgufFile::open).
-    pub fn mapped(&self) -> Option<&MappedFile> {
-        self.mapped.as_ref()
+    /// The files in order: one, or all shards.
+    pub fn files(&self) -> &[ShardFile] {
+        &self.files
     }
 
-    /// Length of the whole file in bytes.
+    /// Length of all files together in bytes.
     pub fn len_bytes(&self) -> usize {
-        self.bytes.len()
+        self.files.iter().map(ShardFile::len_bytes).sum()
     }
 
     /// The magic that the file starts with.
@@ -150,9 +181,9 @@ impl GgufFile {
         self.alignment
     }
 
-    /// Where the tensors' data begins, in bytes from the start of the file.
+    /// Where the tensors' data begins in the (first) file, in bytes from its start.
     pub fn data_start(&self) -> usize {
-        self.data_start
+        self.files[0].data_start
     }
 
     /// Keys and values.
@@ -160,7 +191,7 @@ impl GgufFile {
         &self.metadata
     }
 
-    /// All tensors in the order of the file's table.
+    /// All tensors in the order of the files' tables.
     pub fn tensors(&self) -> &[TensorInfo] {
         &self.tensors
     }
@@ -173,17 +204,10 @@ impl GgufFile {
     /// The tensor called `name`.
     ///
     /// # Errors
-    /// [`GgufError::MissingTensor`], which says so if the file is one shard of several.
+    /// [`GgufError::MissingTensor`]
     pub fn require_tensor(&self, name: &str) -> Result<&TensorInfo, GgufError> {
         self.tensor(name).ok_or_else(|| GgufError::MissingTensor {
             tensor: name.to_owned(),
-            cure: match self.shard() {
-                Some(Shard { index, count }) => format!(
-                    "this file is shard {} of {count}: join them with `llama-gguf-split --merge`",
-                    index + 1
-                ),
-                None => "the file is incomplete for this use: convert the model again".to_owned(),
-            },
         })
     }
 
@@ -192,22 +216,31 @@ impl GgufFile {
     /// # Panics
     /// If `tensor` belongs to another, longer file.
     pub fn tensor_data(&self, tensor: &TensorInfo) -> Bytes {
-        self.bytes.slice(tensor.file_range())
+        let file = &self.files[tensor.shard()];
+        file.bytes.slice(tensor.file_range())
     }
 
-    /// Takes the pages of a tensor's data out of this process once it has been copied; see
-    /// [`MappedFile::drop_pages`].
-    pub fn drop_tensor_pages(&self, tensor: &TensorInfo) {
-        if let Some(mapped) = &self.mapped {
-            mapped.drop_pages(tensor.file_range());
+    /// Takes the pages of `bytes` of a tensor's data out of this process once they have been
+    /// copied; see [`MappedFile::drop_pages`].
+    pub fn drop_pages(&self, tensor: &TensorInfo, bytes: Range<usize>) {
+        if let Some(mapped) = &self.files[tensor.shard()].mapped {
+            let start = tensor.file_range().start;
+            mapped.drop_pages(start + bytes.start..start + bytes.end);
         }
     }
 
-    /// Which shard this is, if the model is spread over several files.
-    pub fn shard(&self) -> Option<Shard> {
-        let count = self.metadata.get_u32("split.count").ok()??;
-        let index = self.metadata.get_u32("split.no").ok()??;
-        (count > 1 && index < count).then_some(Shard { index, count })
+    /// As [`drop_pages`](GgufFile::drop_pages) for all of a tensor's data.
+    pub fn drop_tensor_pages(&self, tensor: &TensorInfo) {
+        self.drop_pages(tensor, 0..tensor.size_bytes());
+    }
+
+    /// Says how the tensors' data will be read from here on, in all files.
+    pub fn advise(&self, access: Access) {
+        for file in &self.files {
+            if let Some(mapped) = &file.mapped {
+                mapped.advise(file.data_start..file.bytes.len(), access);
+            }
+        }
     }
 }
 

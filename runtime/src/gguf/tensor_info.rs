@@ -20,6 +20,7 @@ pub struct TensorInfo {
     name: String,
     ggml_type: GgmlType,
     shape: Vec<usize>,
+    shard: usize,
     file_range: Range<usize>,
 }
 
@@ -62,6 +63,15 @@ impl TensorInfo {
     /// Where the data lies in the file, in bytes.
     pub fn file_range(&self) -> Range<usize> {
         self.file_range.clone()
+    }
+
+    /// Number of the file that holds the data, from 0; see [`super::GgufFile::files`].
+    pub fn shard(&self) -> usize {
+        self.shard
+    }
+
+    pub(super) fn set_shard(&mut self, shard: usize) {
+        self.shard = shard;
     }
 
     /// Checks the shape, the fastest dimension first.
@@ -218,6 +228,7 @@ pub(super) fn place(
             name: entry.name,
             ggml_type: entry.ggml_type,
             shape: entry.shape.iter().map(|&dim| dim as usize).collect(),
+            shard: 0,
             file_range: start as usize..end as usize,
         });
     }

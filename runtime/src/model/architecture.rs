@@ -13,14 +13,25 @@ pub struct Architecture {
     pub rope: RopePairs,
     /// Whether query, key and value have biases.
     pub qkv_bias: bool,
+    /// Whether a sliding window holds in all layers (Mistral). Qwen2's files don't say in which.
+    pub window: bool,
 }
 
 /// Everything that can be run. Mistral's files call themselves `llama`.
-pub const ARCHITECTURES: [Architecture; 1] = [Architecture {
-    name: "llama",
-    rope: RopePairs::Adjacent,
-    qkv_bias: false,
-}];
+pub const ARCHITECTURES: [Architecture; 2] = [
+    Architecture {
+        name: "llama",
+        rope: RopePairs::Adjacent,
+        qkv_bias: false,
+        window: true,
+    },
+    Architecture {
+        name: "qwen2",
+        rope: RopePairs::Halves,
+        qkv_bias: true,
+        window: false,
+    },
+];
 
 impl Architecture {
     /// The architecture called `name`.

@@ -203,8 +203,8 @@ fn copy_records(part: &RecordsPart<'_>, to: &mut [u8]) {
 #[derive(Debug)]
 pub(super) struct PageDrop<'a> {
     file: &'a GgufFile,
-    /// Tasks that have not read a tensor yet, by its place in the file.
-    readers: HashMap<usize, AtomicUsize>,
+    /// Tasks that have not read a tensor yet, by its file and place.
+    readers: HashMap<(usize, usize), AtomicUsize>,
 }
 
 impl<'a> PageDrop<'a> {
@@ -218,8 +218,7 @@ impl<'a> PageDrop<'a> {
     {
         let mut readers = HashMap::new();
         for (tensor, _) in tasks.flat_map(CopyTask::tensors) {
-            let count: &mut AtomicUsize =
-                readers.entry(tensor.info.file_range().start).or_default();
+            let count: &mut AtomicUsize = readers.entry(place(tensor)).or_default();
             *count.get_mut() += 1;
         }
         Self { file, readers }
@@ -228,17 +227,21 @@ impl<'a> PageDrop<'a> {
     /// Takes note that `task` has run.
     pub fn finished(&self, task: &CopyTask<'_, '_>) {
         for (tensor, rows) in task.tensors() {
-            let range = tensor.info.file_range();
-            if let (Some(rows), Some(mapped)) = (rows, self.file.mapped()) {
+            if let Some(rows) = rows {
                 let bytes = tensor.row_bytes();
-                let read = range.start + rows.start * bytes..range.start + rows.end * bytes;
-                mapped.drop_pages(read);
+                let read = rows.start * bytes..rows.end * bytes;
+                self.file.drop_pages(&tensor.info, read);
             }
-            let readers = &self.readers[&range.start];
+            let readers = &self.readers[&place(tensor)];
             if readers.fetch_sub(1, Ordering::AcqRel) == 1 {
                 // also the pages that two tasks shared
                 self.file.drop_tensor_pages(&tensor.info);
             }
         }
     }
+}
+
+/// The file, and where the tensor starts in it.
+fn place(tensor: &FileMatrix) -> (usize, usize) {
+    (tensor.info.shard(), tensor.info.file_range().start)
 }

@@ -1,9 +1,8 @@
 //! The numbers that describe a model, read from GGUF metadata and checked against one another.
 
-use pi_kernels::rope::{RopePairs, RopeScaling, RopeSpec};
-
 use super::architecture::Architecture;
 use super::error::ModelError;
+use super::rope::Rope;
 use crate::gguf::{GgufFile, Metadata};
 
 /// Most layers, heads or values in any dimension that is believed: keeps products inside 64 bits.
@@ -25,47 +24,6 @@ impl GateKind {
             GateKind::Silu => "silu",
             GateKind::Relu => "relu",
         }
-    }
-}
-
-/// Rotary position embedding, but for the Llama-3 factors, which are a tensor.
-#[derive(Debug, Clone, Copy, PartialEq)]
-pub struct Rope {
-    /// Which values turn together.
-    pub pairs: RopePairs,
-    /// Values of a head that turn; the others stay.
-    pub n_rot: usize,
-    /// Base of the frequencies.
-    pub freq_base: f32,
-    /// Positions are divided by this: 1 without linear scaling.
-    pub linear_factor: f32,
-}
-
-impl Rope {
-    /// The kernels' form, with Llama 3's divisors `[n_rot / 2]` where the model has them.
-    ///
-    /// # Errors
-    /// [`ModelError::UnsupportedFeature`] for divisors beside linear scaling.
-    pub fn spec(&self, divisors: Option<Vec<f32>>) -> Result<RopeSpec, ModelError> {
-        let scaling = match (divisors, self.linear_factor) {
-            (None, 1.0) => RopeScaling::None,
-            (None, factor) => RopeScaling::Linear { factor },
-            (Some(divisors), 1.0) => RopeScaling::Divisors { divisors },
-            (Some(_), factor) => {
-                return Err(ModelError::UnsupportedFeature {
-                    feature: "linear position scaling beside rope_freqs.weight",
-                    key: "rope.scaling.factor".into(),
-                    value: factor.to_string(),
-                    cure: "convert the model again",
-                });
-            }
-        };
-        Ok(RopeSpec {
-            pairs: self.pairs,
-            n_dims: self.n_rot,
-            freq_base: self.freq_base,
-            scaling,
-        })
     }
 }
 
@@ -96,6 +54,8 @@ pub struct Hyperparameters {
     pub gate: GateKind,
     /// Position embedding.
     pub rope: Rope,
+    /// Sliding window: a token sees the last so many positions, its own included.
+    pub window: Option<usize>,
 }
 
 impl Hyperparameters {
@@ -125,6 +85,9 @@ impl Hyperparameters {
             return Err(keys.bad("attention.value_length", value_length, needed));
         }
         let rms_eps = keys.positive("attention.layer_norm_rms_epsilon")?;
+        let n_ctx = keys.count("context_length")?;
+        let rope = Rope::read(&keys, architecture, head_dim, n_ctx)?;
+        let n_ctx_max = rope.stretched_context(n_ctx);
         Ok(Self {
             architecture,
             n_layer: keys.count("block_count")?,
@@ -134,10 +97,11 @@ impl Hyperparameters {
             n_head_kv,
             head_dim,
             n_vocab: n_vocab(file, &keys)?,
-            n_ctx_max: keys.count("context_length")?,
+            n_ctx_max,
             rms_eps,
             gate: gate_kind(&keys)?,
-            rope: rope(&keys, architecture, head_dim)?,
+            rope,
+            window: window(&keys, architecture, n_ctx_max)?,
         })
     }
 
@@ -153,17 +117,17 @@ impl Hyperparameters {
 }
 
 /// Keys under the architecture's prefix.
-struct Keys<'a> {
+pub(super) struct Keys<'a> {
     metadata: &'a Metadata,
     prefix: &'static str,
 }
 
 impl Keys<'_> {
-    fn name(&self, key: &str) -> String {
+    pub(super) fn name(&self, key: &str) -> String {
         format!("{}.{key}", self.prefix)
     }
 
-    fn bad(&self, key: &str, value: impl ToString, needed: String) -> ModelError {
+    pub(super) fn bad(&self, key: &str, value: impl ToString, needed: String) -> ModelError {
         ModelError::BadKey {
             key: self.name(key),
             value: value.to_string(),
@@ -182,7 +146,7 @@ impl Keys<'_> {
         self.in_range(key, self.metadata.require_usize(&self.name(key))?)
     }
 
-    fn count_or(&self, key: &str, default: usize) -> Result<usize, ModelError> {
+    pub(super) fn count_or(&self, key: &str, default: usize) -> Result<usize, ModelError> {
         self.in_range(
             key,
             self.metadata.get_usize(&self.name(key))?.unwrap_or(default),
@@ -193,7 +157,7 @@ impl Keys<'_> {
         self.positive_or(key, self.metadata.require_f32(&self.name(key))?)
     }
 
-    fn positive_or(&self, key: &str, default: f32) -> Result<f32, ModelError> {
+    pub(super) fn positive_or(&self, key: &str, default: f32) -> Result<f32, ModelError> {
         let value = self.metadata.get_f32(&self.name(key))?.unwrap_or(default);
         if value > 0.0 && value.is_finite() {
             return Ok(value);
@@ -201,7 +165,15 @@ impl Keys<'_> {
         Err(self.bad(key, value, "it must be a positive number".into()))
     }
 
-    fn text(&self, key: &str) -> Result<Option<&str>, ModelError> {
+    pub(super) fn number_or(&self, key: &str, default: f32) -> Result<f32, ModelError> {
+        let value = self.metadata.get_f32(&self.name(key))?.unwrap_or(default);
+        if value.is_finite() {
+            return Ok(value);
+        }
+        Err(self.bad(key, value, "it must be a number".into()))
+    }
+
+    pub(super) fn text(&self, key: &str) -> Result<Option<&str>, ModelError> {
         Ok(self.metadata.get_str(&self.name(key))?)
     }
 }
@@ -253,36 +225,37 @@ fn gate_kind(keys: &Keys<'_>) -> Result<GateKind, ModelError> {
     }
 }
 
-fn rope(keys: &Keys<'_>, architecture: &Architecture, head_dim: usize) -> Result<Rope, ModelError> {
-    let n_rot = keys.count_or("rope.dimension_count", head_dim)?;
-    if n_rot > head_dim || n_rot % 2 != 0 {
-        let needed = format!("it must be even and at most the head's {head_dim} values");
-        return Err(keys.bad("rope.dimension_count", n_rot, needed));
+/// The last so many positions that a token sees, where it does not see all.
+///
+/// A token sees itself and `window` - 1 positions before it, in every layer: so transformers run
+/// Mistral. llama.cpp ignores the key in `llama` files, which makes no difference in contexts that
+/// fit the window.
+fn window(
+    keys: &Keys<'_>,
+    architecture: &Architecture,
+    n_ctx_max: usize,
+) -> Result<Option<usize>, ModelError> {
+    let key = "attention.sliding_window";
+    let pattern = "attention.sliding_window_pattern";
+    let window = keys.metadata.get_usize(&keys.name(key))?.unwrap_or(0);
+    if window == 0 || window >= n_ctx_max {
+        return Ok(None);
     }
-    // a factor without a type is linear; `scale_linear` is how files of 2023 wrote it
-    let scaling = keys
-        .text("rope.scaling.type")?
-        .unwrap_or("linear")
-        .to_owned();
-    let old_factor = keys.positive_or("rope.scale_linear", 1.0)?;
-    let factor = match scaling.as_str() {
-        "linear" => keys.positive_or("rope.scaling.factor", old_factor)?,
-        "none" => 1.0,
-        other => {
-            return Err(ModelError::UnsupportedFeature {
-                feature: "another kind of position scaling",
-                key: keys.name("rope.scaling.type"),
-                value: other.to_owned(),
-                cure: "use a model without scaling, with linear scaling or with Llama 3's factors",
-            });
-        }
+    let unsupported = |feature, key: &str, value: String| ModelError::UnsupportedFeature {
+        feature,
+        key: keys.name(key),
+        value,
+        cure: "use a model whose layers are all alike",
     };
-    Ok(Rope {
-        pairs: architecture.rope,
-        n_rot,
-        freq_base: keys.positive_or("rope.freq_base", 10_000.0)?,
-        linear_factor: factor,
-    })
+    if keys.metadata.contains(&keys.name(pattern)) {
+        let value = "set".to_owned();
+        return Err(unsupported("windows in some layers only", pattern, value));
+    }
+    if !architecture.window {
+        let value = window.to_string();
+        return Err(unsupported("windows in some layers only", key, value));
+    }
+    Ok(Some(window))
 }
 
 /// Rows of the embedding, which the metadata may state and the vocabulary has to match.

@@ -54,6 +54,7 @@ pub fn model_shape(
         },
         rope: hyper.rope.spec(tensors.rope_freqs.clone())?,
         attn_scale: 1.0 / (hyper.head_dim as f32).sqrt(),
+        window: hyper.window,
     })
 }
 
@@ -155,7 +156,7 @@ impl<'a> Loader<'a> {
             .map(|tasks| Mutex::new(tasks.into_iter()))
             .collect();
         let copied = AtomicU64::new(0);
-        self.advise(Access::Sequential);
+        self.file.advise(Access::Sequential);
         threads.run(&|thread| {
             let next = || {
                 let mut queue = queues[thread.node].lock().expect("no task panics in here");
@@ -167,15 +168,8 @@ impl<'a> Loader<'a> {
                 progress(copied.fetch_add(bytes, Ordering::Relaxed) + bytes);
             }
         })?;
-        self.advise(Access::Normal);
+        self.file.advise(Access::Normal);
         Ok(())
-    }
-
-    /// Says how the file will be read from here on.
-    fn advise(&self, access: Access) {
-        if let Some(mapped) = self.file.mapped() {
-            mapped.advise(self.file.data_start()..self.file.len_bytes(), access);
-        }
     }
 
     fn weights(&self, arenas: &[Bytes]) -> ModelWeights {

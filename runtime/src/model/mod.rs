@@ -10,6 +10,7 @@ mod layout;
 pub mod load;
 pub mod node_memory;
 pub mod quantize;
+pub mod rope;
 pub mod shares;
 pub mod sparsity;
 pub mod tensors;

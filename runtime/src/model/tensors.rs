@@ -136,6 +136,10 @@ impl ModelTensors {
             Some(_) => Some(find.rope_freqs(hyper.rope.n_rot / 2)?),
             None => None,
         };
+        if file.tensor("output.bias").is_some() {
+            let name = "output.bias".to_owned();
+            return Err(ModelError::UnexpectedTensor { name });
+        }
         let output_norm = find.vector("output_norm.weight", n_embd)?;
         let layers = (0..hyper.n_layer)
             .map(|layer| find.layer(layer, hyper))
@@ -174,9 +178,9 @@ impl Finder<'_> {
                 v: self.vector(&name("attn_v.bias"), n_kv)?,
             })
         } else {
-            self.refuse_biases(layer)?;
             None
         };
+        self.refuse_biases(layer, qkv_bias.is_some())?;
         let neuron_major = name("ffn_down_t.weight");
         let down = if self.file.tensor(&neuron_major).is_some() {
             FileDown::NeuronMajor(self.matrix(&neuron_major, n_ff, n_embd)?)
@@ -198,17 +202,14 @@ impl Finder<'_> {
     }
 
     /// A bias that would be left out changes the output silently.
-    fn refuse_biases(&self, layer: usize) -> Result<(), ModelError> {
-        let tensors = [
-            "attn_q",
-            "attn_k",
-            "attn_v",
-            "attn_output",
-            "ffn_gate",
-            "ffn_up",
-            "ffn_down",
-        ];
-        for tensor in tensors {
+    fn refuse_biases(&self, layer: usize, has_qkv: bool) -> Result<(), ModelError> {
+        let qkv: &[&str] = if has_qkv {
+            &[]
+        } else {
+            &["attn_q", "attn_k", "attn_v"]
+        };
+        let others = ["attn_output", "ffn_gate", "ffn_up", "ffn_down"];
+        for tensor in qkv.iter().chain(&others) {
             let name = format!("blk.{layer}.{tensor}.bias");
             if self.file.tensor(&name).is_some() {
                 return Err(ModelError::UnexpectedTensor { name });

@@ -268,6 +268,8 @@ macro_rules! by_format {
             QuantType::Q5_0 => $f::<$c, row::Q5_0>($($arg),*),
             QuantType::Q5_1 => $f::<$c, row::Q5_1>($($arg),*),
             QuantType::Q8_0 => $f::<$c, row::Q8_0>($($arg),*),
+            QuantType::Q2_K => $f::<$c, row::Q2_K>($($arg),*),
+            QuantType::Q3_K => $f::<$c, row::Q3_K>($($arg),*),
             QuantType::Q4_K => $f::<$c, row::Q4_K>($($arg),*),
             QuantType::Q5_K => $f::<$c, row::Q5_K>($($arg),*),
             QuantType::Q6_K => $f::<$c, row::Q6_K>($($arg),*),
