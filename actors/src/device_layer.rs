@@ -4,10 +4,11 @@
 
 use std::ops::Range;
 use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
 
 use pi_kernels::elementwise::add_assign;
 use pi_kernels::ffn_sparse::join_subtrees;
-use pi_kernels::norm::rms_norm;
+use pi_kernels::norm::{can_be_normed, rms_norm};
 
 use crate::counters::{Cell, Counters};
 use crate::messages::{
@@ -120,10 +121,11 @@ impl DeviceLayer {
         if !self.answered(message.node, message.work) {
             return;
         }
-        self.add_partials(team);
+        let finite = self.add_partials(team);
         let done = LayerDone {
             step: message.step,
             layer: self.layer,
+            finite,
             work: self.work,
         };
         posts.post(ActorId::Pipeline, Message::LayerDone(done));
@@ -237,14 +239,16 @@ impl DeviceLayer {
         });
     }
 
-    /// Joins the nodes' partial sums along the fixed tree and adds them to the residual stream.
-    fn add_partials(&self, team: &mut Team) {
+    /// Joins the nodes' partial sums along the fixed tree and adds them to the residual stream;
+    /// false when the next norm could not be computed from it.
+    fn add_partials(&self, team: &mut Team) -> bool {
         let model = &*self.model;
         let n_embd = model.shape().n_embd;
         let tree = model.weights.layers[self.layer]
             .shares
             .iter()
             .all(|share| matches!(share.ffn, FfnShare::Neurons { .. }));
+        let finite = AtomicBool::new(true);
         for_tokens(team, self.step().n_tokens, |token| {
             let row = token * n_embd..(token + 1) * n_embd;
             // SAFETY: the row is this thread's; the nodes have written their sums. The projection
@@ -265,8 +269,12 @@ impl DeviceLayer {
                         add_assign(model.cpu, x, sum(n));
                     }
                 }
+                if !can_be_normed(model.cpu, x) {
+                    finite.store(false, Ordering::Relaxed);
+                }
             }
         });
+        finite.into_inner()
     }
 }
 

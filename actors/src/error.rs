@@ -1,9 +1,35 @@
 //! Why an engine cannot start, or a run ends early.
 
+use std::fmt;
+
 use pi_topology::TopologyError;
 use thiserror::Error;
 
 use crate::messages::ActorId;
+
+/// A part of a model that has an output.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum ModelPart {
+    /// The rows of the token embedding.
+    Embedding,
+    /// A layer.
+    Layer {
+        /// Counted from 0.
+        layer: usize,
+    },
+    /// The last norm and the output matrix.
+    Head,
+}
+
+impl fmt::Display for ModelPart {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            ModelPart::Embedding => f.write_str("the token embedding"),
+            ModelPart::Layer { layer } => write!(f, "layer {layer}"),
+            ModelPart::Head => f.write_str("the head (output_norm, output)"),
+        }
+    }
+}
 
 /// What can go wrong between actors.
 #[derive(Debug, Error)]
@@ -42,6 +68,16 @@ pub enum ActorError {
         token: u32,
         /// Size of the vocabulary.
         n_vocab: usize,
+    },
+    /// Numbers that are not finite, or too large for a norm.
+    #[error(
+        "the output of {part} is not finite at position {position}: the model file is damaged, or its numbers overflow; compare its checksum with its source's and get it again"
+    )]
+    NotFinite {
+        /// The first part whose output is not.
+        part: ModelPart,
+        /// The first position where it is not.
+        position: usize,
     },
     /// The feeder panicked.
     #[error("what feeds the pipeline failed: {reason}")]
@@ -120,6 +156,7 @@ impl ActorError {
             | ActorError::EmptyFeed
             | ActorError::Gap { .. }
             | ActorError::UnknownToken { .. }
+            | ActorError::NotFinite { .. }
             | ActorError::NoSuchActor { .. } => false,
             _ => true,
         }

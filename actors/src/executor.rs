@@ -392,7 +392,7 @@ impl Bench {
         let n_layer = attachment.model.shape().n_layer;
         let scratch = NodeScratch::new(&attachment.model, node, n_threads);
         let n_devices = if node == 0 { n_layer } else { 0 };
-        let host = Host::new(attachment.model.n_nodes(), attachment.model.shape().n_ctx);
+        let host = Host::new(attachment.model.n_nodes());
         Self {
             attachment,
             scratch,

@@ -17,7 +17,6 @@ const ATTEMPTS_MAX: u32 = 4;
 /// See the module.
 pub(crate) struct Host {
     n_nodes: usize,
-    n_ctx: usize,
     run: Option<Box<RunState>>,
     /// Whether the run's first feed has been asked for.
     started: bool,
@@ -25,6 +24,8 @@ pub(crate) struct Host {
     cached: usize,
     /// The step under way; messages of earlier ones are stale.
     step: Step,
+    /// Actors that died and do not run again yet, whether or not a run waits for them.
+    restarting: Vec<ActorId>,
     recovery: Option<Recovery>,
     /// Number of the last recovery.
     epoch: u64,
@@ -34,22 +35,20 @@ pub(crate) struct Host {
 
 /// What has to happen before a step can be repeated.
 struct Recovery {
-    /// Actors that are being restarted.
-    restarting: Vec<ActorId>,
     /// Nodes that may still work on the failed step, a bit each.
     unquiet: u32,
 }
 
 impl Host {
     /// Without a run.
-    pub fn new(n_nodes: usize, n_ctx: usize) -> Self {
+    pub fn new(n_nodes: usize) -> Self {
         Self {
             n_nodes,
-            n_ctx,
             run: None,
             started: false,
             cached: 0,
             step: 0,
+            restarting: Vec::new(),
             recovery: None,
             epoch: 0,
             unquiet: false,
@@ -75,19 +74,22 @@ impl Host {
     pub fn start(&mut self, run: RunState, outboxes: &[Outbox<Letter>]) {
         self.run = Some(Box::new(run));
         self.started = false;
-        self.cached = self.cached.min(self.n_ctx);
-        if self.unquiet {
-            self.recover(None, outboxes);
+        if self.unquiet || !self.restarting.is_empty() {
+            self.recover(outboxes);
         }
     }
 
     /// Gives up the step because an actor failed, and prepares to repeat it.
     pub fn failed(&mut self, failure: Failure, outboxes: &[Outbox<Letter>]) {
+        let actor = failure.actor;
+        if failure.reason.is_some() {
+            // a run that starts before it is back must wait for it, not find it missing
+            self.restarting.push(actor);
+        }
         let Some(run) = &mut self.run else {
             self.unquiet = true;
             return;
         };
-        let actor = failure.actor;
         let Some(reason) = failure.reason else {
             return self.end(Err(ActorError::Stopped { actor }), true);
         };
@@ -103,12 +105,12 @@ impl Host {
                 true,
             );
         }
-        self.recover(Some(actor), outboxes);
+        self.recover(outboxes);
     }
 
-    fn recover(&mut self, actor: Option<ActorId>, outboxes: &[Outbox<Letter>]) {
-        if let Some(recovery) = &mut self.recovery {
-            recovery.restarting.extend(actor);
+    /// Gives up the step: no message of it counts any more.
+    fn recover(&mut self, outboxes: &[Outbox<Letter>]) {
+        if self.recovery.is_some() {
             return;
         }
         self.epoch += 1;
@@ -122,17 +124,12 @@ impl Host {
                 tracing::error!("node {node} cannot be asked to be quiet");
             }
         }
-        self.recovery = Some(Recovery {
-            restarting: actor.into_iter().collect(),
-            unquiet,
-        });
+        self.recovery = Some(Recovery { unquiet });
     }
 
     /// Notes that an actor runs again.
     pub fn restarted(&mut self, actor: ActorId) {
-        if let Some(recovery) = &mut self.recovery {
-            recovery.restarting.retain(|waiting| *waiting != actor);
-        }
+        self.restarting.retain(|waiting| *waiting != actor);
     }
 
     /// Notes that a node has nothing left of the failed step.
@@ -155,7 +152,7 @@ impl Host {
         let waiting = self
             .recovery
             .as_ref()
-            .is_some_and(|recovery| !recovery.restarting.is_empty() || recovery.unquiet != 0);
+            .is_some_and(|recovery| !self.restarting.is_empty() || recovery.unquiet != 0);
         if self.run.is_none() || waiting {
             return;
         }
@@ -173,10 +170,7 @@ impl Host {
             self.started = true;
             self.next_feed(pipeline, team, posts);
         } else if recovered {
-            self.step += 1;
-            if let Some(run) = &mut self.run {
-                pipeline.start_step(run, self.step, team, posts);
-            }
+            self.start_step(pipeline, team, posts);
         }
     }
 
@@ -190,7 +184,7 @@ impl Host {
     ) {
         let Some(run) = &mut self.run else { return };
         let complete = match message {
-            Message::LayerDone(message) => Ok(pipeline.layer_done(message, run, posts)),
+            Message::LayerDone(message) => pipeline.layer_done(message, run, posts),
             Message::HeadDone(message) => pipeline.head_done(message, run, posts),
             other => unreachable!("Pipeline got {other:?}"),
         };
@@ -204,10 +198,18 @@ impl Host {
                 if pipeline.finish_step(run, &mut self.cached) {
                     self.next_feed(pipeline, team, posts);
                 } else {
-                    self.step += 1;
-                    pipeline.start_step(run, self.step, team, posts);
+                    self.start_step(pipeline, team, posts);
                 }
             }
+        }
+    }
+
+    /// Starts the next step of the feed, or repeats the one that failed, under a new number.
+    fn start_step(&mut self, pipeline: &mut Pipeline, team: &mut Team, posts: &mut Posts<'_>) {
+        let Some(run) = &mut self.run else { return };
+        self.step += 1;
+        if let Err(error) = pipeline.start_step(run, self.step, team, posts) {
+            self.end(Err(error), false);
         }
     }
 
@@ -224,10 +226,7 @@ impl Host {
     /// Ends the run because nobody answers.
     pub fn late(&mut self, mut late: Vec<String>, limit: Duration) {
         if let Some(recovery) = &self.recovery {
-            let restarting = recovery
-                .restarting
-                .iter()
-                .map(|actor| format!("{actor}'s restart"));
+            let restarting = (self.restarting.iter()).map(|actor| format!("{actor}'s restart"));
             late.extend(restarting);
             let nodes = (0..u32::BITS).filter(|node| recovery.unquiet >> node & 1 == 1);
             late.extend(nodes.map(|node| format!("node {node}")));
@@ -253,5 +252,139 @@ impl Host {
         if let Some(run) = self.run.take() {
             run.end(outcome);
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::collections::VecDeque;
+    use std::sync::Arc;
+    use std::sync::mpsc::{Receiver, sync_channel};
+
+    use pi_kernels::attention::KvType;
+    use pi_kernels::{ActivationMode, Cpu};
+
+    use super::*;
+    use crate::messages::{Envelope, RunLayer};
+    use crate::model::Model;
+    use crate::pipeline::Served;
+    use crate::test_model::{self, Collector, Form, PlainModel};
+    use crate::wait::{Patience, SPIN};
+    use crate::weights::{GateActivation, SparsityMode};
+
+    const DEVICE: ActorId = ActorId::DeviceLayer { layer: 0 };
+
+    /// A host without other nodes, and what it works with.
+    struct Bench {
+        host: Host,
+        pipeline: Pipeline,
+        team: Team,
+        local: VecDeque<Envelope>,
+    }
+
+    impl Bench {
+        fn new() -> Self {
+            let plain = PlainModel::random(5, GateActivation::Relu);
+            let form = Form::Neurons(SparsityMode::Exact);
+            let weights = test_model::weights(&plain, 1, form);
+            let cpu = Cpu::detect(ActivationMode::F32);
+            let model = Arc::new(Model::new(weights, cpu, KvType::F32, 8));
+            let patience = Patience {
+                spin: SPIN,
+                limit: None,
+            };
+            Self {
+                host: Host::new(1),
+                pipeline: Pipeline::new(model, Arc::default()),
+                team: Team::start("test", 1, patience, |_| Ok::<(), ()>(()), |_| ()).unwrap(),
+                local: VecDeque::new(),
+            }
+        }
+
+        /// Starts a run that feeds one token, with the pipeline there or not.
+        fn start(&mut self, has_pipeline: bool) -> Receiver<Served> {
+            let (reply, served) = sync_channel(1);
+            let run = RunState::new(Box::new(Collector::new(&[3], true)), reply, 8);
+            self.host.start(run, &[]);
+            self.go_on(has_pipeline);
+            served
+        }
+
+        fn go_on(&mut self, has_pipeline: bool) {
+            let mut posts = Posts::new(0, &mut self.local, &[], None);
+            let pipeline = has_pipeline.then_some(&mut self.pipeline);
+            self.host.go_on(pipeline, &mut self.team, &mut posts);
+        }
+
+        /// What the first layer was told since the last call.
+        fn layers_started(&mut self) -> Vec<Step> {
+            let steps = self.local.drain(..).map(|envelope| match envelope {
+                Envelope {
+                    to: DEVICE,
+                    message: Message::RunLayer(RunLayer { step, layer: 0 }),
+                } => step,
+                other => panic!("{other:?}"),
+            });
+            steps.collect()
+        }
+
+        fn fail(&mut self, actor: ActorId, reason: Option<&str>) {
+            let reason = reason.map(str::to_owned);
+            self.host.failed(Failure { actor, reason }, &[]);
+        }
+    }
+
+    #[test]
+    fn a_failed_step_is_repeated_under_a_new_number() {
+        let mut bench = Bench::new();
+        assert!(bench.host.is_stale(0), "nobody waits");
+        let _served = bench.start(true);
+        let steps = bench.layers_started();
+        let [first] = steps[..] else {
+            panic!("{steps:?}")
+        };
+        assert!(!bench.host.is_stale(first));
+        assert!(bench.host.is_stale(first - 1) && bench.host.is_stale(first + 1));
+
+        bench.fail(DEVICE, Some("a panic"));
+        assert!(bench.host.is_stale(first), "given up");
+        bench.go_on(true);
+        assert_eq!(bench.layers_started(), [], "the actor is not back yet");
+        bench.host.restarted(DEVICE);
+        bench.go_on(true);
+        let second = first + 1;
+        assert_eq!(bench.layers_started(), [second]);
+        assert!(bench.host.is_stale(first), "late messages of the first try");
+        assert!(!bench.host.is_stale(second));
+    }
+
+    #[test]
+    fn a_run_waits_for_an_actor_that_is_being_restarted() {
+        let mut bench = Bench::new();
+        let served = bench.start(true);
+        for attempt in 1..=ATTEMPTS_MAX {
+            bench.fail(ActorId::Pipeline, Some("a panic"));
+            if attempt < ATTEMPTS_MAX {
+                bench.host.restarted(ActorId::Pipeline);
+                bench.go_on(true);
+            }
+        }
+        let outcome = served.try_recv().unwrap().outcome;
+        assert!(matches!(outcome, Err(ActorError::KeepsFailing { .. })));
+        bench.layers_started();
+
+        let served = bench.start(false);
+        assert!(served.try_recv().is_err(), "it waits");
+        bench.host.restarted(ActorId::Pipeline);
+        bench.go_on(true);
+        assert_eq!(bench.layers_started().len(), 1);
+    }
+
+    #[test]
+    fn a_run_ends_at_once_where_the_pipeline_is_stopped() {
+        let served = Bench::new().start(false);
+        let outcome = served.try_recv().unwrap().outcome;
+        let stopped = ActorId::Pipeline;
+        assert!(matches!(outcome, Err(ActorError::Stopped { actor }) if actor == stopped));
     }
 }

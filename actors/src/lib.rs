@@ -4,6 +4,10 @@
 //! protocols beside their code: `slots` (data), `team` (threads of a node), `wait` (parking).
 #![deny(unsafe_code)]
 
+// for `test_model`, which tests outside the crate use as well
+#[cfg(test)]
+extern crate self as pi_actors;
+
 mod cold_layer;
 mod control;
 pub mod counters;
@@ -25,11 +29,14 @@ mod scratch;
 pub mod slots;
 mod team;
 mod teams;
+#[cfg(test)]
+#[path = "../tests/common/mod.rs"]
+mod test_model;
 pub mod trace;
 mod wait;
 pub mod weights;
 
 pub use engine::{Engine, EngineOptions, Run};
-pub use error::ActorError;
+pub use error::{ActorError, ModelPart};
 pub use feeder::{Feed, Feeder, LogitsWanted, Next};
 pub use teams::{TeamThread, Teams};

@@ -194,6 +194,8 @@ pub struct LayerDone {
     pub step: Step,
     /// The layer.
     pub layer: usize,
+    /// Whether all of it is finite, and small enough to be normed.
+    pub finite: bool,
     /// What it took all actors of the layer.
     pub work: Counters,
 }

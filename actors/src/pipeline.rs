@@ -5,13 +5,16 @@
 use std::ops::Range;
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::mpsc::SyncSender;
 
 use pi_kernels::MatrixRef;
+use pi_kernels::elementwise::all_finite;
+use pi_kernels::norm::can_be_normed;
 use pi_kernels::quant::dequantize_block;
 
 use crate::counters::{Cell, Counters, RunTotals};
-use crate::error::ActorError;
+use crate::error::{ActorError, ModelPart};
 use crate::feeder::{Feeder, Next};
 use crate::messages::{ActorId, HeadDone, LayerDone, Message, RunHead, RunLayer, Step};
 use crate::model::Model;
@@ -165,18 +168,23 @@ impl Pipeline {
         }
         *cached = run.position;
         (run.done, run.delivered) = (0, run.wanted.start);
-        self.start_step(run, step, team, posts);
-        Progress::Running
+        match self.start_step(run, step, team, posts) {
+            Err(error) => Progress::Ended(Err(error)),
+            Ok(()) => Progress::Running,
+        }
     }
 
     /// Starts the next step of the feed, or repeats the one that failed.
+    ///
+    /// # Errors
+    /// An embedding that is not finite.
     pub fn start_step(
         &mut self,
         run: &mut RunState,
         step: Step,
         team: &mut Team,
         posts: &mut Posts<'_>,
-    ) {
+    ) -> Result<(), ActorError> {
         let n_tokens = (run.tokens.len() - run.done).min(self.model.n_ubatch);
         self.in_step = run.done..run.done + n_tokens;
         self.step = step;
@@ -191,11 +199,30 @@ impl Pipeline {
             recorder.begin_step(step, info.position, n_tokens, !run.is_prefill());
             recorder.now()
         });
-        self.embed(&run.tokens[self.in_step.clone()], info, team);
+        let finite = self.embed(&run.tokens[self.in_step.clone()], info, team);
         if let (Some(recorder), Some(start)) = (posts.recorder(), embed_start) {
             recorder.phase(Phase::Embed, step, start);
         }
+        if !finite {
+            return Err(self.not_finite(ModelPart::Embedding));
+        }
         self.run_layer(0, posts);
+        Ok(())
+    }
+
+    /// The error for a part whose output, in `x`, is not finite: it names the first such position.
+    fn not_finite(&self, part: ModelPart) -> ActorError {
+        let (model, n_embd) = (&*self.model, self.model.shape().n_embd);
+        // SAFETY: the pipeline wrote it; no other actor works on a step now.
+        let StepInfo { position, n_tokens } = unsafe { *model.slots.step.get() };
+        let bad = |token: &usize| {
+            // SAFETY: no other actor works on a step now.
+            let x = unsafe { model.slots.x.read(token * n_embd..(token + 1) * n_embd) };
+            !can_be_normed(model.cpu, x)
+        };
+        let token = (0..n_tokens).find(bad).unwrap_or(0);
+        let position = position + token;
+        ActorError::NotFinite { part, position }
     }
 
     fn run_layer(&self, layer: usize, posts: &mut Posts<'_>) {
@@ -206,15 +233,20 @@ impl Pipeline {
         posts.post(ActorId::DeviceLayer { layer }, message);
     }
 
-    /// Embeddings and rotations of the step's tokens, into `x` and `rope`.
-    fn embed(&mut self, tokens: &[u32], info: StepInfo, team: &mut Team) {
+    /// Embeddings and rotations of the step's tokens, into `x` and `rope`; false when an embedding
+    /// cannot be normed.
+    fn embed(&mut self, tokens: &[u32], info: StepInfo, team: &mut Team) -> bool {
         let model = &*self.model;
         let (n_embd, rope_len) = (model.shape().n_embd, model.rope.row_len());
+        let finite = AtomicBool::new(true);
         let embed = |token: usize| {
             // SAFETY: the rows are this thread's, and no other actor works on a step now.
             unsafe {
                 let x = model.slots.x.write(token * n_embd..(token + 1) * n_embd);
                 embedding_row(&model.weights, tokens[token] as usize, x);
+                if !can_be_normed(model.cpu, x) {
+                    finite.store(false, Ordering::Relaxed);
+                }
                 let rope = model
                     .slots
                     .rope
@@ -233,6 +265,7 @@ impl Pipeline {
             weight_bytes,
             ..Counters::default()
         });
+        finite.into_inner()
     }
 
     /// Counts work of the pipeline's own.
@@ -241,23 +274,30 @@ impl Pipeline {
         self.work += own;
     }
 
-    /// Takes a finished layer.
+    /// Takes a finished layer; `Ok(true)` when the step is complete.
+    ///
+    /// # Errors
+    /// The layer's output is not finite.
     pub fn layer_done(
         &mut self,
         message: LayerDone,
         run: &mut RunState,
         posts: &mut Posts<'_>,
-    ) -> bool {
+    ) -> Result<bool, ActorError> {
         self.work += message.work;
         self.count(Counters {
             messages: 1,
             ..Counters::default()
         });
+        if !message.finite {
+            let layer = message.layer;
+            return Err(self.not_finite(ModelPart::Layer { layer }));
+        }
         if message.layer + 1 < self.model.shape().n_layer {
             self.run_layer(message.layer + 1, posts);
-            return false;
+            return Ok(false);
         }
-        self.run_head(run, posts)
+        Ok(self.run_head(run, posts))
     }
 
     /// Starts the head for the next tokens whose logits are wanted; true when there are none.
@@ -281,7 +321,7 @@ impl Pipeline {
     /// Gives logits to the feeder; `Ok(true)` when the step is complete.
     ///
     /// # Errors
-    /// The feeder panicked.
+    /// Logits that are not finite, or the feeder panicked.
     pub fn head_done(
         &mut self,
         message: HeadDone,
@@ -301,6 +341,10 @@ impl Pipeline {
             // SAFETY: the nodes have written the logits, and nobody does again before the next head.
             let logits = unsafe { self.model.slots.logits.read(n * n_vocab..(n + 1) * n_vocab) };
             let position = run.position + first + n;
+            if !all_finite(self.model.cpu, logits) {
+                let part = ModelPart::Head;
+                return Err(ActorError::NotFinite { part, position });
+            }
             run.delivered = first + n + 1;
             let sample_start = posts.recorder().map(|recorder| recorder.now());
             let taken = called(|| run.feeder.logits(position, logits));

@@ -206,6 +206,29 @@ fn an_actor_that_keeps_failing_ends_the_token_with_its_name_and_reason() {
 }
 
 #[test]
+fn every_run_hears_why_the_pipeline_keeps_failing() {
+    let fault = Fault {
+        actor: PIPELINE,
+        after_messages: 2,
+        place: FaultPlace::Handler,
+        once: false,
+    };
+    let setup = Setup {
+        faults: Faults::new([fault]),
+        ..Setup::default()
+    };
+    let engine = engine(&model(), setup);
+    // each starts while the pipeline of the one before may still be away
+    for _ in 0..20 {
+        let text = error_text(&run(&engine, Collector::new(&tokens(2), true)));
+        assert!(
+            text.contains("Pipeline failed 4 times in one step"),
+            "{text}"
+        );
+    }
+}
+
+#[test]
 fn a_stopped_cold_layer_ends_the_token_with_its_name() {
     let model = model();
     for stopped in [cold(0, 0), cold(2, 0), cold(1, 1)] {

@@ -24,8 +24,20 @@ pub fn rms_norm(cpu: Cpu, x: &[f32], weight: &[f32], eps: f32, out: &mut [f32]) 
     )
 }
 
+/// Whether [`rms_norm`] of `x` (`[n_embd]` f32) is what it should be: Σx² is finite.
+///
+/// It is not where a value is NaN or infinite, nor where the squares overflow: the scale would then
+/// be 0, and the norm zeros that hide what went wrong.
+pub fn can_be_normed(cpu: Cpu, x: &[f32]) -> bool {
+    by_tier!(cpu, scalar::can_be_normed, vector::can_be_normed, (x: &[f32]) -> bool)
+}
+
 mod scalar {
     use crate::elementwise::scalar::dot;
+
+    pub(super) fn can_be_normed(x: &[f32]) -> bool {
+        dot(x, x).is_finite()
+    }
 
     pub(super) fn rms_norm(x: &[f32], weight: &[f32], eps: f32, out: &mut [f32]) {
         let mean = dot(x, x) / x.len() as f32;
@@ -39,6 +51,21 @@ mod scalar {
 mod vector {
     use crate::elementwise::vector::{load_up_to, store_up_to};
     use crate::simd::{F32x16, LANES};
+
+    /// # Safety
+    /// The machine has V's instructions.
+    #[inline(always)]
+    pub(super) unsafe fn can_be_normed<V: F32x16>(x: &[f32]) -> bool {
+        // SAFETY: `x.len() - i` values lie behind i.
+        unsafe {
+            let mut lanes = V::splat(0.0);
+            for i in (0..x.len()).step_by(LANES) {
+                let v: V = load_up_to(x.as_ptr().add(i), x.len() - i);
+                lanes = v.fma(v, lanes);
+            }
+            lanes.sum().is_finite()
+        }
+    }
 
     /// # Safety
     /// The machine has V's instructions; the lengths are equal.
@@ -65,7 +92,7 @@ mod vector {
 
 #[cfg(test)]
 mod tests {
-    use super::rms_norm;
+    use super::{can_be_normed, rms_norm};
     use crate::simd::tests::{assert_same, cpus, extremes, scalar};
     use crate::testing::Random;
 
@@ -86,6 +113,23 @@ mod tests {
                     let mut got = vec![f32::NAN; n];
                     rms_norm(cpu, &x, &weight, 1e-5, &mut got);
                     assert_same(&got, &want, &format!("{} × {n}", cpu.tier()));
+                }
+            }
+        }
+    }
+
+    #[test]
+    fn what_cannot_be_normed_is_found_wherever_it_is() {
+        let mut random = Random(7);
+        for n in (1..70).chain([576]) {
+            for cpu in cpus() {
+                let mut x = random.activations(n);
+                assert!(can_be_normed(cpu, &x), "{} × {n}", cpu.tier());
+                for bad in [f32::NAN, f32::INFINITY, f32::NEG_INFINITY, 3e19, -3e38] {
+                    let at = (random.next() % n as u64) as usize;
+                    let good = std::mem::replace(&mut x[at], bad);
+                    assert!(!can_be_normed(cpu, &x), "{} × {n}: {bad}", cpu.tier());
+                    x[at] = good;
                 }
             }
         }
