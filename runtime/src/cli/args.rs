@@ -7,6 +7,7 @@ use clap::{Args, Parser, Subcommand, ValueEnum};
 use pi_kernels::{ActivationMode, Tier};
 
 use super::answer_args::{AnswerArgs, ChatArgs};
+use super::doctor::DoctorArgs;
 use super::trace::TraceArgs;
 use crate::inspect::InspectArgs;
 use crate::sampler::SamplerParams;
@@ -78,6 +79,8 @@ pub enum Command {
     Perplexity(PerplexityArgs),
     /// Measure prefill and decode speed
     Bench(BenchArgs),
+    /// Say what this machine has, what stands in the way of speed, and how to mend it
+    Doctor(DoctorArgs),
     /// Print a script that completes the flags in a shell
     Completions(CompletionsArgs),
     /// Print the manual page, or write one for every subcommand

@@ -8,12 +8,21 @@ use crate::error::RuntimeError;
 /// File name of the demo model.
 pub const DEMO_MODEL: &str = "smollm2-135m-reglu-q4_0.gguf";
 
-/// Where the demo model is looked for: `models/` in `starts` (the program's folder, the current one) and all folders
-/// above, nearest first, then the user's data folder.
-pub fn candidates(starts: &[PathBuf], data: Option<&Path>) -> Vec<PathBuf> {
-    let mut folders: Vec<PathBuf> = starts
-        .iter()
+/// Where the demo model is looked for: `models/` in the current folder, the program's and all folders above, nearest
+/// first; `share/` beside the `bin/` that the program is in; the user's data folder.
+pub fn candidates(
+    current: Option<&Path>,
+    program: Option<&Path>,
+    data: Option<&Path>,
+) -> Vec<PathBuf> {
+    let shared = program
+        .and_then(Path::parent)
+        .map(|prefix| prefix.join("share").join("pi-runtime"));
+    let mut folders: Vec<PathBuf> = [current, program]
+        .into_iter()
+        .flatten()
         .flat_map(|start| start.ancestors().map(|folder| folder.join("models")))
+        .chain(shared.map(|folder| folder.join("models")))
         .chain(data.map(|folder| folder.join("models")))
         .map(|folder| folder.join(DEMO_MODEL))
         .collect();
@@ -33,13 +42,9 @@ pub fn or_demo(named: Option<&Path>) -> Result<PathBuf, RuntimeError> {
     let program = std::env::current_exe()
         .ok()
         .and_then(|path| path.parent().map(Path::to_path_buf));
-    let starts: Vec<PathBuf> = std::env::current_dir()
-        .ok()
-        .into_iter()
-        .chain(program)
-        .collect();
+    let current = std::env::current_dir().ok();
     let data = user_folder::data();
-    let paths = candidates(&starts, data.as_deref());
+    let paths = candidates(current.as_deref(), program.as_deref(), data.as_deref());
     paths
         .into_iter()
         .find(|path| path.is_file())
@@ -56,7 +61,8 @@ mod tests {
     #[test]
     fn nearest_folder_first_user_s_data_last() {
         let paths = candidates(
-            &["/a/b".into(), "/a/c".into()],
+            Some(Path::new("/a/b")),
+            Some(Path::new("/a/c")),
             Some(Path::new("/home/u/.local/share/pi-runtime")),
         );
         let folders: Vec<&str> = paths
@@ -70,6 +76,7 @@ mod tests {
                 "/a/models",
                 "/models",
                 "/a/c/models",
+                "/a/share/pi-runtime/models",
                 "/home/u/.local/share/pi-runtime/models"
             ]
         );

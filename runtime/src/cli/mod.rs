@@ -11,6 +11,7 @@ mod bench;
 mod chat;
 mod completions;
 mod demo_model;
+mod doctor;
 mod generate;
 mod interrupt;
 mod opening;
@@ -94,6 +95,7 @@ fn run(cli: &Cli, start: Instant, control: &ControlLog) -> Result<ExitCode, Runt
         Some(Command::Pack(args)) => pack::run(args)?,
         Some(Command::Perplexity(args)) => perplexity::run(args)?,
         Some(Command::Bench(args)) => bench::run(args, control)?,
+        Some(Command::Doctor(args)) => return doctor::run(args),
         Some(Command::Completions(args)) => completions::run(args)?,
         Some(Command::Man(args)) => completions::man(args)?,
     }
