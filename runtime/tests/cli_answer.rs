@@ -139,6 +139,8 @@ fn with_context_shift_an_answer_outgrows_the_context() {
         (&shifted["stop"], n_tokens(&shifted)),
         (&"limit".into(), 60)
     );
+    assert!(shifted["timings"]["refed_n"].as_u64().unwrap() > 0);
+    assert_eq!(plain["timings"]["refed_n"], 0);
     assert_eq!(
         with(&["--context-shift", "-n", "60"])["logits_hash"],
         shifted["logits_hash"]
