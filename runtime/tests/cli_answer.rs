@@ -30,7 +30,7 @@ fn a_prompt_can_come_from_a_file() {
     );
     assert_eq!(with(&["-bf", &file]), with(&["-p", "Hello\n\n"]));
     let shown = text_of(&["-m", &model, "-f", &file, "-n", "0", "--display-prompt"]);
-    assert_eq!(shown, "");
+    assert_eq!(shown, "Hello\n");
     let shown = text_of(&[
         "-m",
         &model,
@@ -139,6 +139,8 @@ fn with_context_shift_an_answer_outgrows_the_context() {
         (&shifted["stop"], n_tokens(&shifted)),
         (&"limit".into(), 60)
     );
+    assert!(shifted["timings"]["refed_n"].as_u64().unwrap() > 0);
+    assert_eq!(plain["timings"]["refed_n"], 0);
     assert_eq!(
         with(&["--context-shift", "-n", "60"])["logits_hash"],
         shifted["logits_hash"]
@@ -283,7 +285,7 @@ fn values_out_of_range_give_one_message_and_exit_code_2() {
             &["--frequency-penalty NaN"],
         ),
         (&["-l", "5"], &["--logit-bias", "15043+1.5"]),
-        (&["-l", "-1+1"], &["-1+1"]),
+        (&["-l", "1*1"], &["1*1", "15043+1.5"]),
         (&["-l", "259+1"], &["token 259", "0 to 258"]),
         (&["-s", "-2"], &["--seed -2"]),
         (&["-s", "4294967296"], &["--seed 4294967296"]),

@@ -224,6 +224,13 @@ fn what_is_refused_is_named_and_the_chat_goes_on() {
 #[test]
 fn a_line_that_ends_in_a_backslash_goes_on_in_the_next() {
     let (folder, args) = plain_chat();
+    let closed = chat(&args, &[], "");
+    assert_eq!(
+        (closed.code, closed.out.as_str()),
+        (0, ""),
+        "{}",
+        closed.err
+    );
     let file = folder.name("talk.json");
     let ran = chat(&args, &[], &format!("one\\\ntwo\n/save {file}\nlast\\\n"));
     assert_eq!(ran.code, 0, "{}", ran.err);

@@ -7,7 +7,7 @@ use common::engine::Setup;
 use common::running::{TEXT, tiny};
 use pi_actors::{Engine, Feeder, Next};
 use pi_runtime::gguf::GgufFile;
-use pi_runtime::sampler::{Sampler, SamplerParams};
+use pi_runtime::sampler::{LogitBias, Sampler, SamplerParams};
 use pi_runtime::session::{ContextShift, Generation, GenerationOptions, Stop, hash_floats};
 use pi_runtime::tokenizer::{EncodeOptions, Tokenizer};
 use xxhash_rust::xxh3::Xxh3;
@@ -31,6 +31,7 @@ impl Feeder for Watched {
     }
 }
 
+#[expect(clippy::result_large_err, reason = "the sink's type is the library's")]
 /// Tokens and logit hashes of a likeliest continuation by `n_predict` tokens.
 fn answer(
     engine: &Engine,
@@ -40,7 +41,15 @@ fn answer(
     shift: Option<ContextShift>,
 ) -> (Vec<u32>, Vec<u64>) {
     let n_vocab = tokenizer.n_vocab();
-    let sampler = Sampler::new(SamplerParams::greedy(), n_vocab).unwrap();
+    let never = |id: &u32| LogitBias {
+        id: *id,
+        bias: f32::NEG_INFINITY,
+    };
+    let params = SamplerParams {
+        logit_bias: tokenizer.vocabulary().end_ids().iter().map(never).collect(),
+        ..SamplerParams::greedy()
+    };
+    let sampler = Sampler::new(params, n_vocab).unwrap();
     let options = GenerationOptions {
         n_predict: Some(n_predict),
         n_ctx: engine.shape().n_ctx,
@@ -68,7 +77,10 @@ fn answer(
 fn the_continuation_is_that_of_a_fresh_prompt_of_what_is_left() {
     let n_ctx = 48;
     let folder = tiny();
-    for path in [folder.path("m.gguf"), demo_model()] {
+    for (path, keeps) in [
+        (folder.path("m.gguf"), &[0, 5, 15][..]),
+        (demo_model(), &[1]),
+    ] {
         let file = GgufFile::open(&path).unwrap();
         let tokenizer = Tokenizer::from_metadata(file.metadata()).unwrap();
         let engine = Setup {
@@ -77,8 +89,9 @@ fn the_continuation_is_that_of_a_fresh_prompt_of_what_is_left() {
         }
         .start(&path);
         let mut prompt = tokenizer.encode(TEXT, EncodeOptions::PROMPT).unwrap();
+        assert!(prompt.len() >= 15);
         prompt.truncate(15);
-        for n_keep in [0, 5, prompt.len()] {
+        for &n_keep in keeps {
             let shift = Some(ContextShift { n_keep });
             // the token that comes when all positions are used is the first that needs room
             let n_before = n_ctx - prompt.len() + 1;

@@ -12,10 +12,10 @@ pub struct AnswerArgs {
     /// Read the prompt from a file, without one line end at its end
     #[arg(short = 'f', long, value_name = "FILE", conflicts_with = "prompt")]
     pub file: Option<PathBuf>,
-    /// Read the prompt from a file as it is, its last line end included
+    /// Read the prompt from a file as it is, its last line end included; also -bf
     #[arg(
         long,
-        visible_alias = "bf",
+        alias = "bf",
         value_name = "FILE",
         conflicts_with_all = ["prompt", "file"],
         hide_short_help = true
@@ -54,7 +54,7 @@ pub struct AnswerArgs {
         value_parser = clap::value_parser!(i32).range(-1..)
     )]
     pub keep: i32,
-    /// Accepted as llama.cpp's: there is no warm-up, as loading a model already touches all of its memory
+    /// Accepted as llama.cpp's: there is no warm-up, as loading already touches all weights where they are used
     #[arg(long, hide_short_help = true)]
     pub no_warmup: bool,
 }
@@ -63,19 +63,19 @@ pub struct AnswerArgs {
 #[derive(Debug, Clone, Args)]
 #[command(next_help_heading = "Chat")]
 pub struct ChatArgs {
-    /// System prompt, where the template knows one
+    /// System prompt, where the template knows one; also -sys
     #[arg(
         long,
-        visible_alias = "sys",
+        alias = "sys",
         value_name = "TEXT",
         allow_hyphen_values = true,
         requires = "conversation"
     )]
     pub system_prompt: Option<String>,
-    /// Read the system prompt from a file, without one line end at its end
+    /// Read the system prompt from a file, without one line end at its end; also -sysf
     #[arg(
         long,
-        visible_alias = "sysf",
+        alias = "sysf",
         value_name = "FILE",
         requires = "conversation",
         conflicts_with = "system_prompt",
@@ -98,8 +98,8 @@ pub struct ChatArgs {
         conflicts_with = "chat_template"
     )]
     pub chat_template_file: Option<PathBuf>,
-    /// End after one answer; with -p nothing is read
-    #[arg(long, visible_alias = "st", requires = "conversation")]
+    /// End after one answer; with -p nothing is read; also -st
+    #[arg(long, alias = "st", requires = "conversation")]
     pub single_turn: bool,
 }
 

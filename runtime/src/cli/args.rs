@@ -47,12 +47,12 @@ pub struct Cli {
     /// What to do instead of generating text.
     #[command(subcommand)]
     pub command: Option<Command>,
-    /// Text generation, when no subcommand is named.
-    #[command(flatten)]
-    pub run: RunArgs,
     /// What to log on stderr: error, warn, info, debug, trace, or a filter such as pi_actors=debug
     #[arg(long, value_name = "LEVEL", default_value = "warn", global = true)]
     pub log_level: String,
+    /// Text generation, when no subcommand is named.
+    #[command(flatten)]
+    pub run: RunArgs,
 }
 
 impl Cli {
@@ -125,11 +125,11 @@ pub struct ModelArgs {
     /// Type of the key-value cache
     #[arg(long, value_enum, value_name = "TYPE", default_value_t = KvArg::F16)]
     pub kv: KvArg,
-    /// Tokens of a prompt that go through the layers together, at most 512; the result does not depend on it
+    /// Tokens of a prompt that go through the layers together, at most 512; the result does not depend on it; also -ub
     #[arg(
         short = 'b',
         long,
-        visible_aliases = ["ubatch-size", "ub"],
+        aliases = ["ubatch-size", "ub"],
         value_name = "N",
         default_value_t = N_UBATCH as u16,
         value_parser = clap::value_parser!(u16).range(1..=N_UBATCH as i64)
@@ -156,7 +156,7 @@ pub struct RunArgs {
     #[arg(
         short = 'n',
         long = "predict",
-        visible_alias = "n-predict",
+        alias = "n-predict",
         value_name = "N",
         default_value_t = -1,
         allow_hyphen_values = true,
@@ -194,21 +194,21 @@ pub struct RunArgs {
     /// Print one JSON object instead of streaming text
     #[arg(long, conflicts_with = "conversation", help_heading = "Text")]
     pub json: bool,
-    /// Chat, with the model's own template
+    /// Chat, with the model's own template; also -cnv
     ///
     /// At a terminal lines can be edited, and up and down go through those said before; a line that ends in \ goes on
     /// in the next one. /help lists the commands. Ctrl-C ends the answer, and at an empty line the chat, as does Ctrl-D.
     #[arg(
         long,
-        visible_alias = "cnv",
+        alias = "cnv",
         overrides_with = "no_conversation",
         help_heading = "Chat"
     )]
     pub conversation: bool,
-    /// Do not chat (the default)
+    /// Do not chat (the default); also -no-cnv
     #[arg(
         long,
-        visible_alias = "no-cnv",
+        alias = "no-cnv",
         overrides_with = "conversation",
         hide_short_help = true,
         help_heading = "Chat"
@@ -410,7 +410,7 @@ mod tests {
             let command = Cli::command();
             let known = command.get_arguments().any(|argument| {
                 argument
-                    .get_long_and_visible_aliases()
+                    .get_all_aliases()
                     .is_some_and(|names| names.contains(&name))
             });
             assert!(known, "{flag}");

@@ -23,6 +23,8 @@ pub struct Timings {
     pub n_decoded: usize,
     /// Time that these took.
     pub decode: Duration,
+    /// Tokens computed again because the context was full; their time counts as decoding.
+    pub n_refed: usize,
     /// Share of FFN neurons computed with an open gate while decoding; none when nothing was decoded.
     pub active_share: Option<f64>,
     /// Weight bytes read for a decoded token; none when nothing was decoded.
@@ -50,6 +52,7 @@ impl Timings {
             prompt: finished.prompt,
             n_decoded: finished.n_decoded,
             decode: finished.decode,
+            n_refed: finished.n_refed,
             active_share: decode.active_share(),
             bytes_per_token: per_token(decode.weight_bytes),
             kv_bytes_per_token: per_token(decode.kv_bytes),
@@ -75,6 +78,7 @@ impl Timings {
         self.prompt += other.prompt;
         self.n_decoded += other.n_decoded;
         self.decode += other.decode;
+        self.n_refed += other.n_refed;
     }
 
     /// `timings` of `--json`, with llama.cpp's server's names where it has them.
@@ -88,6 +92,7 @@ impl Timings {
             "predicted_n": self.n_decoded,
             "predicted_ms": ms(self.decode),
             "predicted_per_second": per_second(self.n_decoded, self.decode),
+            "refed_n": self.n_refed,
             "active_share": self.active_share,
             "bytes_per_token": self.bytes_per_token,
             "kv_bytes_per_token": self.kv_bytes_per_token,
@@ -108,6 +113,9 @@ impl fmt::Display for Timings {
         };
         write!(f, " | prompt {}", speed(self.n_prompt, self.prompt))?;
         write!(f, " | decode {}", speed(self.n_decoded, self.decode))?;
+        if self.n_refed > 0 {
+            write!(f, " with {} fed again", self.n_refed)?;
+        }
         if let Some(share) = self.active_share {
             write!(f, " | active {:.1} %", share * 100.0)?;
         }
@@ -146,6 +154,7 @@ mod tests {
             prompt: Duration::from_millis(20),
             n_decoded: 10,
             decode: Duration::from_millis(100),
+            n_refed: 0,
             active_share: Some(0.1),
             bytes_per_token: Some(60_000_000),
             kv_bytes_per_token: Some(1_200_000),
@@ -159,6 +168,15 @@ mod tests {
             timings().to_string(),
             "load 210 ms, first token after 240 ms | prompt 5 tokens, 250.0 tok/s | decode 10 tokens, 100.0 tok/s \
              | active 10.0 % | 60.0 MB/token and 1.2 MB of cache | lossy: none"
+        );
+        let shifted = Timings {
+            n_refed: 7,
+            ..timings()
+        };
+        assert!(
+            shifted
+                .to_string()
+                .contains("100.0 tok/s with 7 fed again |")
         );
         let nothing = Timings {
             lossy: vec!["down re-quantised Q4_0 -> Q5_0".into()],

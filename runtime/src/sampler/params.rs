@@ -104,7 +104,7 @@ pub struct SamplerParams {
     /// Temperature; 0: always the likeliest token
     #[arg(
         long,
-        visible_alias = "temperature",
+        alias = "temperature",
         value_name = "T",
         default_value_t = 0.8,
         allow_negative_numbers = true
@@ -137,7 +137,7 @@ pub struct SamplerParams {
     /// Sample among the most typical tokens that make up this probability; 1: all
     #[arg(
         long,
-        visible_alias = "typical-p",
+        alias = "typical-p",
         value_name = "P",
         default_value_t = 1.0,
         allow_negative_numbers = true
