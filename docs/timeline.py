@@ -71,11 +71,10 @@ class TraceFile:
                 self.counters[track].append((at, event.counter_value))
         self.arrows = [(starts[flow], ends[flow]) for flow in starts]
 
-    def usual_step(self):
-        """A decoded token of median length, behind the first ones."""
+    def quickest_step(self):
+        """The decoded token that was disturbed least, behind the first ones."""
         steps = [span for span in self.spans if span.name == "decode" and span.category == "step"][4:]
-        length = median_low(span.end - span.start for span in steps)
-        return next(span for span in steps if span.end - span.start == length)
+        return min(steps, key=lambda step: step.end - step.start)
 
     def within(self, start, end, tracks):
         return [span for span in self.spans if span.track in tracks and span.end > start and span.start < end]
@@ -118,7 +117,7 @@ class Picture:
 
     def ruler(self, bottom):
         length, parts = self.end - self.start, []
-        unit = next(u for u in (1e3, 2e3, 5e3, 1e4, 2e4, 5e4, 1e5, 2e5, 5e5, 1e6, 2e6, 5e6) if length / u <= 12)
+        unit = next(u * 10.0**n for n in range(3, 12) for u in (1, 2, 5) if length / (u * 10.0**n) <= 12)
         for n in range(int(length / unit) + 1):
             x = self.x(self.start + n * unit)
             value = f"{n * unit / 1e6:g} ms" if unit >= 1e5 else f"{n * unit / 1e3:g} µs"
@@ -139,10 +138,10 @@ class Picture:
 
     def counter(self, name, y):
         values = self.trace.counters[name]
-        last = max((v for at, v in values if at <= self.start), default=None, key=lambda v: 0)
+        before = [value for at, value in values if at <= self.start]
         inside = [(at, value) for at, value in values if self.start <= at <= self.end]
-        if last is not None and (not inside or inside[0][0] > self.start):
-            inside.insert(0, (self.start, [v for at, v in values if at <= self.start][-1]))
+        if before and (not inside or inside[0][0] > self.start):
+            inside.insert(0, (self.start, before[-1]))
         most = max(value for _, value in inside) or 1
         self.text(LEFT - 10, y + 26, name, 12, anchor="end")
         self.text(LEFT - 10, y + 40, f"up to {most}", 10, PALE, "end")
@@ -178,7 +177,7 @@ def usual_layer(trace, step):
 
 def main(one, two):
     trace = TraceFile(one)
-    step = trace.usual_step()
+    step = trace.quickest_step()
     actors = ["Pipeline", "DeviceLayer", "ColdLayer node 0"]
     Picture(trace, step.start, step.end, [step.track, *actors], ["active neurons by layer"]).write(
         "timeline-token.svg", "A whole decoded token: the executor's thread, and the actors that it runs")
@@ -187,7 +186,7 @@ def main(one, two):
     Picture(trace, layer.start - margin, layer.end + margin, [step.track, *actors], arrows=True).write(
         "timeline-layer.svg", "One layer of a decoded token, with arrows from where messages are posted")
     trace = TraceFile(two)
-    step = trace.usual_step()
+    step = trace.quickest_step()
     layer = usual_layer(trace, step)
     margin = (layer.end - layer.start) * 0.02
     threads = sorted(track for track in trace.tracks.values() if track.startswith("pi-node"))

@@ -268,7 +268,8 @@ fn a_file_that_cannot_be_written_is_an_error_before_anything_is_computed() {
     let folder = tiny();
     let model = folder.name("m.gguf");
     let nowhere = folder.name("no/such/folder/t.pftrace");
-    for path in [nowhere.as_str(), folder.0.path().to_str().unwrap(), ""] {
+    let taken = folder.0.path().to_str().unwrap();
+    for path in [nowhere.as_str(), taken, "/dev/null"] {
         for command in [&["-p", "Hello"][..], &["--cnv"]] {
             let ran = run(&[&["-m", &model, "--trace", path], command].concat());
             assert_eq!((ran.code, ran.out.as_str()), (2, ""), "{path}: {}", ran.err);

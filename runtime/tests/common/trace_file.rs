@@ -47,6 +47,9 @@ pub struct Track {
     pub is_counter: bool,
 }
 
+/// Track, and time in ns.
+pub type Place = (u64, u64);
+
 /// What is in a trace.
 #[derive(Debug, Default)]
 pub struct TraceFile {
@@ -55,8 +58,8 @@ pub struct TraceFile {
     pub instants: Vec<Instant>,
     /// By track, with times.
     pub counters: HashMap<u64, Vec<(u64, i64)>>,
-    /// Start and end of each arrow: track and time.
-    pub flows: HashMap<u64, ((u64, u64), (u64, u64))>,
+    /// Start and end of each arrow.
+    pub flows: HashMap<u64, (Place, Place)>,
 }
 
 #[derive(Default)]
@@ -66,8 +69,8 @@ struct Reader {
     argument_names: HashMap<u64, String>,
     open: HashMap<u64, Vec<Span>>,
     last_ns: HashMap<u64, u64>,
-    starts: HashMap<u64, (u64, u64)>,
-    ends: HashMap<u64, (u64, u64)>,
+    starts: HashMap<u64, Place>,
+    ends: HashMap<u64, Place>,
     file: TraceFile,
 }
 
