@@ -65,7 +65,7 @@ fn a_batch_of_any_size_gives_the_same_bits() {
             json_of(&[&args[..], &["-b", size]].concat())["logits_hash"].clone()
         };
         let whole = hash("512");
-        for size in ["1", "2", "7", "64"] {
+        for size in ["1", "2", "7", "64", "2048"] {
             assert_eq!(hash(size), whole, "-b {size}");
         }
     }
@@ -257,8 +257,8 @@ fn values_out_of_range_give_one_message_and_exit_code_2() {
         (&["-n", "-3"], &["-3", "--predict"]),
         (&["-n", "1.5"], &["1.5", "--predict"]),
         (&["-c", "-1"], &["-1"]),
-        (&["-b", "0"], &["0", "--batch-size", "1..=512"]),
-        (&["-b", "513"], &["513", "1..=512"]),
+        (&["-b", "0"], &["0", "--batch-size", "1..=65535"]),
+        (&["-b", "65536"], &["65536", "1..=65535"]),
         (&["-ub", "many"], &["many", "--batch-size"]),
         (&["--keep", "-2"], &["-2", "--keep"]),
         (&["--top-k", "-2"], &["--top-k -2"]),
@@ -318,4 +318,17 @@ fn values_out_of_range_give_one_message_and_exit_code_2() {
             );
         }
     }
+}
+
+#[test]
+fn escape_sequences_are_read_unless_they_shall_not_be() {
+    let folder = tiny();
+    let model = folder.name("m.gguf");
+    let shown = |args: &[&str]| {
+        let always = ["-m", &model, "-n", "1", "--temp", "0", "--display-prompt"];
+        text_of(&[&always[..], args].concat())
+    };
+    assert!(shown(&["-p", r"a\n\x41\q"]).starts_with("a\nA\\q"));
+    assert!(shown(&["-p", r"a\nb", "--no-escape"]).starts_with(r"a\nb"));
+    assert!(shown(&["-p", r"a\nb", "--no-escape", "-e"]).starts_with("a\nb"));
 }

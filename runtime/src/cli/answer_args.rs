@@ -5,6 +5,8 @@ use std::path::PathBuf;
 use clap::Args;
 use clap::builder::NonEmptyStringValueParser;
 
+use super::escapes::unescape;
+
 /// Where texts come from, and what ends an answer.
 #[derive(Debug, Clone, Args)]
 #[command(next_help_heading = "Text")]
@@ -21,6 +23,17 @@ pub struct AnswerArgs {
         hide_short_help = true
     )]
     pub binary_file: Option<PathBuf>,
+    /// Take backslashes in -p, -sys and -r as they are; llama.cpp reads \n, \r, \t and the like in them, and so does this
+    #[arg(long, overrides_with = "escape", hide_short_help = true)]
+    pub no_escape: bool,
+    /// Read escape sequences (the default); also -e
+    #[arg(
+        short = 'e',
+        long,
+        overrides_with = "no_escape",
+        hide_short_help = true
+    )]
+    pub escape: bool,
     /// Print the prompt before its continuation
     #[arg(long, overrides_with = "no_display_prompt", hide_short_help = true)]
     pub display_prompt: bool,
@@ -57,6 +70,16 @@ pub struct AnswerArgs {
     /// Accepted as llama.cpp's: there is no warm-up, as loading already touches all weights where they are used
     #[arg(long, hide_short_help = true)]
     pub no_warmup: bool,
+}
+
+impl AnswerArgs {
+    /// A text of the command line with its escape sequences read, if they are to be.
+    pub(super) fn read_escapes(&self, text: &str) -> String {
+        match self.no_escape {
+            true => text.to_owned(),
+            false => unescape(text),
+        }
+    }
 }
 
 /// How to chat.

@@ -125,14 +125,14 @@ pub struct ModelArgs {
     /// Type of the key-value cache
     #[arg(long, value_enum, value_name = "TYPE", default_value_t = KvArg::F16)]
     pub kv: KvArg,
-    /// Tokens of a prompt that go through the layers together, at most 512; the result does not depend on it; also -ub
+    /// Tokens of a prompt that go through the layers together; more than 512 are taken as 512; changes no result; also -ub
     #[arg(
         short = 'b',
         long,
         aliases = ["ubatch-size", "ub"],
         value_name = "N",
         default_value_t = N_UBATCH as u16,
-        value_parser = clap::value_parser!(u16).range(1..=N_UBATCH as i64)
+        value_parser = clap::value_parser!(u16).range(1..)
     )]
     pub batch_size: u16,
 }

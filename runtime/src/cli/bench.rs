@@ -16,7 +16,7 @@ use crate::bench::token_source::TEXT;
 use crate::bench::{BenchRow, BenchTest, Measured, Runner, TokenSource};
 use crate::calendar::DateTime;
 use crate::error::RuntimeError;
-use crate::session::{LoadedModel, ModelOptions};
+use crate::session::{LoadedModel, ModelOptions, N_UBATCH};
 use crate::tokenizer::EncodeOptions;
 use crate::trace::ControlLog;
 
@@ -81,7 +81,8 @@ fn run_tests(args: &BenchArgs, tracer: &Tracer) -> Result<(), RuntimeError> {
 
 /// Steps of all tests, warm-ups included.
 fn n_steps(args: &BenchArgs, tests: &[BenchTest]) -> usize {
-    let pieces = |n: usize| n.div_ceil(usize::from(args.model.batch_size));
+    let n_batch = usize::from(args.model.batch_size).min(N_UBATCH);
+    let pieces = |n: usize| n.div_ceil(n_batch);
     let steps = tests
         .iter()
         .map(|test| pieces(test.n_depth) + pieces(test.n_prompt) + test.n_gen);

@@ -97,7 +97,7 @@ impl RunArgs {
             file, binary_file, ..
         } = &self.answer;
         match (&self.prompt, file, binary_file) {
-            (Some(text), _, _) => Ok(Some(text.clone())),
+            (Some(text), _, _) => Ok(Some(self.answer.read_escapes(text))),
             (None, Some(path), _) => text_file::read(path).map(Some),
             (None, None, Some(path)) => text_file::read_as_it_is(path).map(Some),
             (None, None, None) => Ok(None),
@@ -127,6 +127,7 @@ impl RunArgs {
         sink: TextSink,
     ) -> AnswerOptions {
         let tokenizer = &model.tokenizer;
+        let stop_texts = self.answer.reverse_prompt.iter();
         let n_bos = usize::from(tokenizer.adds_bos() && tokenizer.bos().is_some());
         let keep = usize::try_from(self.answer.keep);
         let shift = ContextShift {
@@ -138,7 +139,9 @@ impl RunArgs {
             n_predict: usize::try_from(self.n_predict).ok(),
             ignore_eos: self.ignore_eos,
             shift: shifts.then_some(shift),
-            stop_texts: self.answer.reverse_prompt.clone(),
+            stop_texts: stop_texts
+                .map(|text| self.answer.read_escapes(text))
+                .collect(),
             hash_logits: self.json,
             interrupt: interrupt.flag(),
             sink,

@@ -12,6 +12,7 @@ mod chat;
 mod completions;
 mod demo_model;
 mod doctor;
+mod escapes;
 mod generate;
 mod interrupt;
 mod opening;

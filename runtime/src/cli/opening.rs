@@ -10,7 +10,7 @@ use super::demo_model;
 use super::progress::LoadBar;
 use crate::error::RuntimeError;
 use crate::model::Sparsity;
-use crate::session::{LoadedModel, ModelOptions, TopologyFile};
+use crate::session::{LoadedModel, ModelOptions, N_UBATCH, TopologyFile};
 
 impl ModelArgs {
     /// What the flags ask for, with a context of `n_ctx` tokens (0: the model's own).
@@ -32,7 +32,7 @@ impl ModelArgs {
                 KvArg::F32 => KvType::F32,
             },
             trace: None,
-            n_batch: usize::from(self.batch_size),
+            n_batch: usize::from(self.batch_size).min(N_UBATCH),
         })
     }
 

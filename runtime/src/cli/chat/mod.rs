@@ -34,7 +34,7 @@ pub fn run(
 ) -> Result<ExitCode, RuntimeError> {
     let chosen = TemplateSource::chosen(&args.chat)?;
     let system = match (&args.chat.system_prompt, &args.chat.system_prompt_file) {
-        (Some(text), _) => Some(text.clone()),
+        (Some(text), _) => Some(args.answer.read_escapes(text)),
         (None, Some(path)) => Some(text_file::read(path)?),
         (None, None) => None,
     };
