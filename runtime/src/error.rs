@@ -99,6 +99,14 @@ pub enum RuntimeError {
     /// A step that failed, or an engine that does not start.
     #[error(transparent)]
     Actor(#[from] ActorError),
+    /// A step that failed because of what is in the model's file.
+    #[error("{}: {source}", path.display())]
+    StepOf {
+        /// The model's file.
+        path: PathBuf,
+        /// Why.
+        source: Box<ActorError>,
+    },
     /// `inspect` failed.
     #[error(transparent)]
     Inspect(InspectError),
@@ -210,6 +218,7 @@ impl RuntimeError {
             RuntimeError::Model { source, .. } => source.is_environment(),
             RuntimeError::Topology(error) => error.is_environment(),
             RuntimeError::Actor(error) => error.is_environment(),
+            RuntimeError::StepOf { source, .. } => source.is_environment(),
             RuntimeError::Inspect(InspectError::Gguf(error)) => error.is_environment(),
             RuntimeError::Inspect(InspectError::Output(_))
             | RuntimeError::OutputClosed
