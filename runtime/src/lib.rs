@@ -6,7 +6,10 @@ pub mod chat;
 pub mod cli;
 pub mod error;
 pub mod gguf;
+pub mod heap_limit;
 pub mod inspect;
+#[cfg(unix)]
+mod lost_pages;
 pub mod mapped_file;
 pub mod model;
 pub mod pack;
@@ -14,3 +17,8 @@ pub mod perplexity;
 pub mod sampler;
 pub mod session;
 pub mod tokenizer;
+
+// as in the program, so that its limits hold in tests
+#[cfg(test)]
+#[global_allocator]
+static ALLOCATOR: heap_limit::LimitedHeap = heap_limit::LimitedHeap;

@@ -76,11 +76,14 @@ impl GgufFile {
     /// header is impossible. All name the file.
     pub fn open(path: impl AsRef<Path>) -> Result<GgufFile, GgufError> {
         let mapped = MappedFile::open(path)?;
-        let mut file =
-            GgufFile::from_bytes(mapped.bytes().clone()).map_err(|cause| GgufError::InFile {
-                path: mapped.path().to_path_buf(),
-                cause: Box::new(cause),
-            })?;
+        let mut file = GgufFile::from_bytes(mapped.bytes().clone()).map_err(|cause| {
+            let (path, cause) = (mapped.path().to_path_buf(), Box::new(cause));
+            if is_download_under_way(&path) {
+                GgufError::Unfinished { path, cause }
+            } else {
+                GgufError::InFile { path, cause }
+            }
+        })?;
         file.mapped = Some(mapped);
         Ok(file)
     }
@@ -209,6 +212,20 @@ impl GgufFile {
         let index = self.metadata.get_u32("split.no").ok()??;
         (count > 1 && index < count).then_some(Shard { index, count })
     }
+}
+
+/// Whether a file has the name that browsers and downloaders give to one that is not whole yet.
+fn is_download_under_way(path: &Path) -> bool {
+    const ENDINGS: [&str; 6] = [
+        "part",
+        "partial",
+        "crdownload",
+        "download",
+        "incomplete",
+        "aria2",
+    ];
+    path.extension()
+        .is_some_and(|extension| ENDINGS.iter().any(|ending| extension == *ending))
 }
 
 fn checked_version(version: u32) -> Result<u32, GgufError> {
