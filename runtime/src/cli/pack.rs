@@ -18,7 +18,7 @@ use crate::gguf::GgufFile;
 use crate::model::footprint::Footprint;
 use crate::model::sparsity::{SparsityPlan, writable_type};
 use crate::model::{ModelError, Sparsity};
-use crate::pack::Packer;
+use crate::pack::{PackedOutput, Packer};
 use crate::perplexity::Estimate;
 use crate::session::{LoadedModel, ModelOptions, TopologyFile};
 use crate::tokenizer::EncodeOptions;
@@ -55,8 +55,10 @@ pub fn run(args: &PackArgs) -> Result<(), RuntimeError> {
         plan: TopologyFile::default().plan(None)?,
         interrupt: &interrupt,
     };
+    // before the measurements, which may take hours
+    let output = packing.create(&args.output, packing.chosen)?;
     packing.print_choices()?;
-    packing.write(&args.output, packing.chosen)?;
+    packing.write(output)?;
     eprintln!("wrote {}", args.output.display());
     Ok(())
 }
@@ -193,7 +195,7 @@ impl Packing<'_> {
         let mut tokens = model.tokenizer.encode(TEXT, EncodeOptions::PROMPT)?;
         tokens.truncate(n_tokens);
         let run = model.engine.run(BenchFeeder::fill(tokens))?;
-        run.outcome?;
+        run.outcome.map_err(|error| model.step_error(error))?;
         let share = (run.totals.prefill + run.totals.decode).active_share();
         Ok(share.unwrap_or(ACTIVE_SHARE_ASSUMED))
     }
@@ -220,19 +222,31 @@ impl Packing<'_> {
         let name = choice.map_or("by layer", QuantType::name);
         eprintln!("packing with {name} to measure it");
         let temporary = TemporaryPath::beside(&self.args.output, name);
-        self.write(&temporary.0, choice)?;
+        self.write(self.create(&temporary.0, choice)?)?;
         self.perplexity(&temporary.0, Sparsity::Exact, text)
     }
 
-    fn write(&self, path: &Path, choice: Option<QuantType>) -> Result<(), RuntimeError> {
-        match self
-            .packer
-            .write(path, choice, &|| self.interrupt.requested())
-        {
+    fn create(
+        &self,
+        path: &Path,
+        choice: Option<QuantType>,
+    ) -> Result<PackedOutput<'_>, RuntimeError> {
+        let created = self.packer.create(path, choice);
+        created.map_err(|error| self.write_error(error))
+    }
+
+    fn write(&self, output: PackedOutput<'_>) -> Result<(), RuntimeError> {
+        match output.write(&|| self.interrupt.requested()) {
             Ok(true) => Ok(()),
             Ok(false) => Err(RuntimeError::Interrupted),
-            Err(ModelError::Gguf(error)) => Err(RuntimeError::Gguf(error)),
-            Err(source) => Err(self.model_error(source)),
+            Err(error) => Err(self.write_error(error)),
+        }
+    }
+
+    fn write_error(&self, error: ModelError) -> RuntimeError {
+        match error {
+            ModelError::Gguf(error) => RuntimeError::Gguf(error),
+            source => self.model_error(source),
         }
     }
 }
