@@ -6,7 +6,7 @@
 //! | slot | written by | before | read by | until |
 //! |---|---|---|---|---|
 //! | `step`, `x`, `rope` | `Pipeline` | `RunLayer` of layer 0 | everybody | `LayerDone` of the last |
-//! | `x` within a layer | `DeviceLayer` | `LayerDone` | `DeviceLayer` | |
+//! | `x` within a layer | `DeviceLayer` | `LayerDone` | `DeviceLayer`, `Pipeline` if not finite | |
 //! | `normed` | `DeviceLayer` | `Share`, `Compute` | `ColdLayer`s | their reply |
 //! | `heads` | `ColdLayer`s, own columns | `ShareDone` | `DeviceLayer` | next `Share` |
 //! | `attn` | `DeviceLayer` | `Share` | `ColdLayer`s | their reply |

@@ -100,6 +100,14 @@ pub enum RuntimeError {
     /// A step that failed, or an engine that does not start.
     #[error(transparent)]
     Actor(#[from] ActorError),
+    /// A step that failed because of what is in the model's file.
+    #[error("{}: {source}", path.display())]
+    StepOf {
+        /// The model's file.
+        path: PathBuf,
+        /// Why.
+        source: Box<ActorError>,
+    },
     /// `inspect` failed.
     #[error(transparent)]
     Inspect(InspectError),
@@ -263,6 +271,7 @@ impl RuntimeError {
             RuntimeError::Topology(error) => error.is_environment(),
             RuntimeError::Actor(error) => error.is_environment(),
             RuntimeError::Trace(error) => error.is_environment(),
+            RuntimeError::StepOf { source, .. } => source.is_environment(),
             RuntimeError::Inspect(InspectError::Gguf(error)) => error.is_environment(),
             RuntimeError::Inspect(InspectError::Output(_))
             | RuntimeError::OutputClosed

@@ -7,7 +7,10 @@ pub mod cli;
 pub mod doctor;
 pub mod error;
 pub mod gguf;
+pub mod heap_limit;
 pub mod inspect;
+#[cfg(unix)]
+mod lost_pages;
 pub mod mapped_file;
 pub mod model;
 pub mod pack;
@@ -17,3 +20,8 @@ pub mod session;
 pub mod tokenizer;
 pub mod trace;
 pub mod unfinished_file;
+
+// as in the program, so that its limits hold in tests
+#[cfg(test)]
+#[global_allocator]
+static ALLOCATOR: heap_limit::LimitedHeap = heap_limit::LimitedHeap;

@@ -1,7 +1,7 @@
 //! Read-only memory mapping of a file, handed out as [`Bytes`] without copying.
 //!
 //! A file that another program shortens while it is mapped raises `SIGBUS` on the next read of the
-//! missing part; nothing in this module can turn that into an error value.
+//! missing part; `lost_pages` ends the program with the file's name.
 
 use std::fs::File;
 use std::io;
@@ -11,6 +11,9 @@ use std::sync::Arc;
 
 use bytes::Bytes;
 use memmap2::Mmap;
+
+#[cfg(unix)]
+use crate::lost_pages::Watched;
 
 /// Why a file could not be mapped.
 #[derive(Debug, thiserror::Error)]
@@ -79,16 +82,24 @@ pub enum Access {
 #[derive(Debug, Clone)]
 pub struct MappedFile {
     path: Arc<Path>,
-    map: Arc<Mmap>,
+    map: Arc<Mapping>,
     bytes: Bytes,
 }
 
+/// The mapping, and the watch over it, which ends first.
+#[derive(Debug)]
+struct Mapping {
+    #[cfg(unix)]
+    _watched: Watched,
+    map: Mmap,
+}
+
 /// Keeps the mapping alive for as long as any [`Bytes`] points into it.
-struct MapOwner(Arc<Mmap>);
+struct MapOwner(Arc<Mapping>);
 
 impl AsRef<[u8]> for MapOwner {
     fn as_ref(&self) -> &[u8] {
-        &self.0
+        &self.0.map
     }
 }
 
@@ -137,9 +148,16 @@ impl MappedFile {
         }
         // SAFETY: the mapping is read-only and nothing in this program writes to the file. Another
         // program that changes the file while it is mapped can change the values read, which all
-        // readers treat as untrusted, or shorten it, which ends the process with SIGBUS.
+        // readers treat as untrusted, or shorten it, which ends the process (`lost_pages`).
         let map = unsafe { Mmap::map(&file) }.map_err(fail("map the file into memory"))?;
-        let map = Arc::new(map);
+        let map = Arc::new(Mapping {
+            #[cfg(unix)]
+            _watched: Watched::new(
+                map.as_ptr_range().start as usize..map.as_ptr_range().end as usize,
+                path,
+            ),
+            map,
+        });
         let bytes = Bytes::from_owner(MapOwner(Arc::clone(&map)));
         Ok(MappedFile {
             path: Arc::from(path),
@@ -180,7 +198,7 @@ impl MappedFile {
                 Access::WillNeed => memmap2::Advice::WillNeed,
             };
             // A refused hint changes nothing but speed.
-            let _ = self.map.advise_range(advice, range.start, range.len());
+            let _ = self.map.map.advise_range(advice, range.start, range.len());
         }
         #[cfg(not(unix))]
         let _ = access;
@@ -212,8 +230,12 @@ impl MappedFile {
             let advice = memmap2::UncheckedAdvice::DontNeed;
             // SAFETY: the mapping is a read-only view of a file, so dropped pages are read from
             // the file again at the next access; no value that anybody has seen changes.
-            let dropped =
-                unsafe { self.map.unchecked_advise_range(advice, start, end - start) }.is_ok();
+            let dropped = unsafe {
+                self.map
+                    .map
+                    .unchecked_advise_range(advice, start, end - start)
+            }
+            .is_ok();
             if dropped { end - start } else { 0 }
         }
         #[cfg(not(unix))]

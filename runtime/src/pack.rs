@@ -7,7 +7,7 @@ use std::path::Path;
 
 use pi_kernels::QuantType;
 
-use crate::gguf::{GgmlType, GgufFile, GgufWriter, is_split_key};
+use crate::gguf::{GgmlType, GgufFile, GgufStream, GgufWriter, is_split_key};
 use crate::model::hyperparameters::Hyperparameters;
 use crate::model::sparsity::{DownPlan, SparsityPlan, transposed_type};
 use crate::model::tensors::{FileDown, LayerTensors, ModelTensors};
@@ -110,19 +110,18 @@ impl<'a> Packer<'a> {
         }
     }
 
-    /// Writes the packed model to `path`, atomically: until it is whole, `path` stays as it was.
+    /// Begins the packed model, to be at `path` once it is whole: until then `path` stays as it was, and an output that
+    /// is dropped leaves nothing.
     ///
-    /// `down_type` overrides the type of all rows; by default each layer's is [`transposed_type`]. Between tensors
-    /// `stop` is asked whether to give up; the answer is whether the file was written.
+    /// `down_type` overrides the type of all rows; by default each layer's is [`transposed_type`].
     ///
     /// # Errors
     /// Rows that do not divide into blocks of the type, or what the file system refuses.
-    pub fn write(
+    pub fn create(
         &self,
         path: &Path,
         down_type: Option<QuantType>,
-        stop: &dyn Fn() -> bool,
-    ) -> Result<bool, ModelError> {
+    ) -> Result<PackedOutput<'_>, ModelError> {
         let mut header = GgufWriter::new();
         header.copy_metadata(self.file.metadata(), is_split_key)?;
         let downs = self.downs(down_type)?;
@@ -135,30 +134,12 @@ impl<'a> Packer<'a> {
                 None => header.add_tensor(tensor.name(), tensor.ggml_type(), tensor.shape())?,
             }
         }
-        let mut stream = header.create(path)?;
-        for tensor in self.file.tensors() {
-            if stop() {
-                return Ok(false);
-            }
-            match downs.iter().find(|down| down.plain_name == tensor.name()) {
-                Some(down) => {
-                    let FileDown::Plain(matrix) = &self.tensors.layers[down.layer].down else {
-                        unreachable!("checked in new")
-                    };
-                    let mut outcome = Ok(());
-                    Transposer::new(matrix, down.to).each_row(0..self.hyper.n_ff, |_, row| {
-                        if outcome.is_ok() {
-                            outcome = stream.write(&down.packed_name, row);
-                        }
-                    });
-                    outcome?;
-                }
-                None => stream.write(tensor.name(), &self.file.tensor_data(tensor))?,
-            }
-            self.file.drop_tensor_pages(tensor);
-        }
-        stream.finish()?;
-        Ok(true)
+        let stream = header.create(path)?;
+        Ok(PackedOutput {
+            packer: self,
+            stream,
+            downs,
+        })
     }
 
     fn downs(&self, down_type: Option<QuantType>) -> Result<Vec<PackedDown>, ModelError> {
@@ -187,7 +168,57 @@ impl<'a> Packer<'a> {
     }
 }
 
+/// A packed model whose header is written.
+#[derive(Debug)]
+pub struct PackedOutput<'a> {
+    packer: &'a Packer<'a>,
+    stream: GgufStream,
+    downs: Vec<PackedDown>,
+}
+
+impl PackedOutput<'_> {
+    /// Writes the tensors and gives the file its name. Between tensors `stop` is asked whether to give up; the answer
+    /// is whether the file was written.
+    ///
+    /// # Errors
+    /// What the file system refuses.
+    pub fn write(mut self, stop: &dyn Fn() -> bool) -> Result<bool, ModelError> {
+        let Packer {
+            file,
+            hyper,
+            tensors,
+        } = self.packer;
+        for tensor in file.tensors() {
+            if stop() {
+                return Ok(false);
+            }
+            let is_plain = |down: &&PackedDown| down.plain_name == tensor.name();
+            match self.downs.iter().find(is_plain) {
+                Some(down) => {
+                    let FileDown::Plain(matrix) = &tensors.layers[down.layer].down else {
+                        unreachable!("checked in new")
+                    };
+                    let mut outcome = Ok(());
+                    Transposer::new(matrix, down.to).each_row(0..hyper.n_ff, |_, row| {
+                        if outcome.is_ok() {
+                            outcome = self.stream.write(&down.packed_name, row);
+                        }
+                    });
+                    outcome?;
+                }
+                None => self
+                    .stream
+                    .write(tensor.name(), &file.tensor_data(tensor))?,
+            }
+            file.drop_tensor_pages(tensor);
+        }
+        self.stream.finish()?;
+        Ok(true)
+    }
+}
+
 /// One layer's down projection on its way.
+#[derive(Debug)]
 struct PackedDown {
     layer: usize,
     plain_name: String,

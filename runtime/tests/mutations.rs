@@ -1,20 +1,46 @@
-//! Seeded mutations and truncations of the demo model's head: an error or a usable file, never a
-//! panic, and never more memory than the file explains.
+//! Seeded mutations and truncations: of the demo model's head, and of whole tiny models of every kind.
+//! An error or a usable file (from which tokens are generated, if it is tiny), never a panic, and
+//! never more memory than the file explains.
+
+// the program's own error, which is not passed on here
+#![allow(clippy::result_large_err)]
+
+mod common;
 
 use std::alloc::{GlobalAlloc, Layout, System};
 use std::fs::File;
 use std::io::{Seek, SeekFrom, Write};
-use std::path::{Path, PathBuf};
+use std::path::Path;
 use std::sync::atomic::{AtomicUsize, Ordering::Relaxed};
+use std::sync::{Mutex, PoisonError};
 
+use common::demo_model;
+use common::gguf_parts::{Parts, Random, mutate_bytes};
+use common::tiny_kinds::kinds;
+use pi_actors::ActorError;
+use pi_kernels::attention::KvType;
+use pi_kernels::{ActivationMode, Cpu};
+use pi_runtime::chat::{ChatError, ChatTemplate, Message, Role};
+use pi_runtime::error::RuntimeError;
 use pi_runtime::gguf::{GgufFile, Value};
 use pi_runtime::inspect::{InspectArgs, run};
+use pi_runtime::sampler::SamplerParams;
+use pi_runtime::session::{
+    AnswerOptions, LoadedModel, ModelOptions, N_UBATCH, Session, Silent, TopologyFile,
+};
+use pi_runtime::tokenizer::EncodeOptions;
 
+/// Mutations of the demo model's head.
 const N_MUTATIONS: u64 = 500;
+/// Mutations of each of the eight kinds of tiny models.
+const N_MUTATIONS_OF_KIND: u64 = 240;
 /// Most heap memory that opening a file with the demo model's head (1.5 MB) may take.
 const OPEN_BYTES_MAX: usize = 1 << 20;
 /// Most allocations for it: some for each of its 300 tensors and keys, none for its 97,000 strings.
 const OPEN_ALLOCATIONS_MAX: usize = 4000;
+/// Most heap memory that opening, loading and running a tiny model (some 200 KB) may take: slots and
+/// scratch for a context of 16 tokens, and half a MiB for the control plane.
+const RUN_BYTES_MAX: usize = 24 << 20;
 
 /// Counts what goes through the system's allocator.
 struct Counting;
@@ -56,41 +82,6 @@ fn measured<T>(work: impl FnOnce() -> T) -> (T, usize, usize) {
     )
 }
 
-/// SplitMix64.
-struct Random(u64);
-
-impl Random {
-    fn next(&mut self) -> u64 {
-        self.0 = self.0.wrapping_add(0x9e37_79b9_7f4a_7c15);
-        let mut z = self.0;
-        z = (z ^ (z >> 30)).wrapping_mul(0xbf58_476d_1ce4_e5b9);
-        z = (z ^ (z >> 27)).wrapping_mul(0x94d0_49bb_1331_11eb);
-        z ^ (z >> 31)
-    }
-
-    fn below(&mut self, limit: usize) -> usize {
-        (self.next() % limit as u64) as usize
-    }
-}
-
-/// Numbers that sit on the edges of what a reader may compute with.
-const EDGES: [u64; 14] = [
-    0,
-    1,
-    2,
-    8,
-    12,
-    13,
-    0x7fff_ffff,
-    0xffff_ffff,
-    1 << 32,
-    1 << 61,
-    (1 << 61) + 1,
-    1 << 63,
-    u64::MAX - 7,
-    u64::MAX,
-];
-
 /// An offset in the head; most of them outside the long arrays in its middle.
 fn place(random: &mut Random, head: &[u8]) -> usize {
     match random.below(8) {
@@ -113,7 +104,7 @@ fn mutate(random: &mut Random, head: &mut Vec<u8>, file_bytes: u64) -> u64 {
         4..=6 => {
             let at = place(random, head).min(head.len() - 8);
             let width = [1, 4, 8][random.below(3)];
-            let value = EDGES[random.below(EDGES.len())].to_le_bytes();
+            let value = random.edge().to_le_bytes();
             head[at..at + width].copy_from_slice(&value[..width]);
         }
         7 => {
@@ -136,10 +127,6 @@ fn mutate(random: &mut Random, head: &mut Vec<u8>, file_bytes: u64) -> u64 {
         }
     }
     file_bytes
-}
-
-fn demo_model() -> PathBuf {
-    Path::new(env!("CARGO_MANIFEST_DIR")).join("../models/smollm2-135m-reglu-q4_0.gguf")
 }
 
 /// Writes `head` and makes the file `file_bytes` long; what lies between is a hole.
@@ -190,9 +177,12 @@ fn use_everything(file: &GgufFile, path: &Path) {
     }
 }
 
-// One test, because the allocator counts for all threads of the process.
+/// Held by every test, because the allocator counts for all threads of the process.
+static ALONE: Mutex<()> = Mutex::new(());
+
 #[test]
 fn mutated_heads_are_refused_or_read_within_bounds() {
+    let _alone = ALONE.lock().unwrap_or_else(PoisonError::into_inner);
     let original = GgufFile::open(demo_model()).unwrap();
     let file_bytes = original.len_bytes() as u64;
     let head = std::fs::read(demo_model()).unwrap()[..original.data_start()].to_vec();
@@ -242,4 +232,104 @@ fn mutated_heads_are_refused_or_read_within_bounds() {
         n_read >= 50 && n_refused >= 100,
         "{n_read} read, {n_refused} refused"
     );
+}
+
+/// Opens a model, renders its template, and generates two tokens, as the program does.
+fn generate(path: &Path) -> Result<(), RuntimeError> {
+    let options = ModelOptions {
+        path: path.to_path_buf(),
+        n_ctx: 16,
+        sparsity: None,
+        cpu: Cpu::detect(ActivationMode::Q8),
+        kv_type: KvType::F16,
+        n_batch: N_UBATCH,
+        trace: None,
+    };
+    let plan = TopologyFile::default().plan(Some(1))?;
+    let model = LoadedModel::open(&options, &plan, &Silent)?;
+    if let Some(source) = model.chat_template.clone() {
+        let messages = [Message::new(Role::User, "Hello")];
+        let rendered = ChatTemplate::new(&source, model.special_texts())
+            .and_then(|template| template.render(&messages));
+        if let Err(error @ (ChatError::Explodes { .. } | ChatError::Thread { .. })) = rendered {
+            panic!("{error}");
+        }
+    }
+    let prompt = model.tokenizer.encode("ab", EncodeOptions::PROMPT)?;
+    let answer = AnswerOptions {
+        sampler: SamplerParams::greedy(),
+        n_predict: Some(2),
+        ignore_eos: true,
+        stop_texts: Vec::new(),
+        shift: None,
+        hash_logits: false,
+        interrupt: Default::default(),
+        sink: Box::new(|_| Ok(())),
+    };
+    Session::new(model).answer(prompt, answer).map(drop)
+}
+
+/// Fails where an error hides a panic that something caught, or a machine that is at fault.
+fn assert_about_the_file(error: &RuntimeError, what: &str) {
+    let caught = matches!(
+        error,
+        RuntimeError::Actor(
+            ActorError::KeepsFailing { .. }
+                | ActorError::Feeder { .. }
+                | ActorError::Job { .. }
+                | ActorError::Late { .. }
+                | ActorError::Gone
+        )
+    );
+    let text = error.to_string();
+    assert!(!caught && error.exit_code() == 2, "{what}: {text}");
+    let names_it = text.contains("mutated.gguf") || matches!(error, RuntimeError::EmptyPrompt);
+    assert!(text.len() > 20 && names_it, "{what}: {text}");
+}
+
+#[test]
+fn mutated_models_are_refused_or_generate_within_bounds() {
+    let _alone = ALONE.lock().unwrap_or_else(PoisonError::into_inner);
+    let folder = tempfile::tempdir().unwrap();
+    let path = folder.path().join("mutated.gguf");
+    for (kind, (name, parts)) in kinds(folder.path()).into_iter().enumerate() {
+        let (mut n_run, mut n_refused) = (0, 0);
+        for seed in 0..=N_MUTATIONS_OF_KIND {
+            let mut random = Random(1000 * kind as u64 + seed);
+            let what = format!("{name}, seed {seed}");
+            std::fs::write(&path, mutated(&parts, seed, &mut random)).unwrap();
+            let (outcome, peak_bytes, _) = measured(|| generate(&path));
+            assert!(peak_bytes <= RUN_BYTES_MAX, "{what}: {peak_bytes} bytes");
+            match outcome {
+                Ok(()) => n_run += 1,
+                Err(error) => {
+                    assert!(seed > 0, "the unchanged {name} is refused: {error}");
+                    assert_about_the_file(&error, &what);
+                    n_refused += 1;
+                }
+            }
+        }
+        println!("{name}: {n_run} run, {n_refused} refused");
+        // Else the mutations miss what is checked, or everything is refused.
+        assert!(
+            n_run >= 30 && n_refused >= 60,
+            "{name}: {n_run}, {n_refused}"
+        );
+    }
+}
+
+/// The file itself for seed 0; else most often with a wrong field or two, at times with wrong bytes.
+fn mutated(parts: &Parts, seed: u64, random: &mut Random) -> Vec<u8> {
+    if seed == 0 {
+        return parts.build();
+    }
+    let mut parts = parts.clone();
+    for _ in 0..=random.below(2) {
+        parts.mutate(random);
+    }
+    let mut file = parts.build();
+    if random.below(4) == 0 {
+        mutate_bytes(random, &mut file);
+    }
+    file
 }

@@ -1,6 +1,6 @@
 //! The timeline: what each executor's thread did, and when.
 //!
-//! A [`Recorder`] on the executor's thread writes events of four words into a ring that is allocated
+//! A recorder on the executor's thread writes events of four words into a ring that is allocated
 //! before the first token: a store or two beside reading the clock, no allocation, no system call, no
 //! lock. Whoever holds the [`Trace`] reads all rings at any time. Without a trace an executor has no
 //! recorder, and each hook is a branch on that.

@@ -19,6 +19,25 @@ pub enum ChatError {
         /// Where and why.
         problem: String,
     },
+    /// The template makes more of the conversation than any template should.
+    #[error(
+        "tokenizer.chat_template wants more than {limit_mib} MiB of memory, or {seconds} s, for {n_bytes} bytes: \
+         it is damaged or hostile; use -p without -cnv, or convert the model again"
+    )]
+    Explodes {
+        /// Memory that it may have.
+        limit_mib: usize,
+        /// Time that it may take.
+        seconds: u64,
+        /// Bytes of the template and what was said.
+        n_bytes: usize,
+    },
+    /// No thread to render on.
+    #[error("cannot start a thread for tokenizer.chat_template: {problem}")]
+    Thread {
+        /// Why.
+        problem: String,
+    },
     /// The template refuses the conversation, or fails at it.
     #[error(
         "the chat template fails: {problem}: chat as it allows (does it know a system prompt?), or name another with \

@@ -18,7 +18,7 @@ use crate::gguf::GgufFile;
 use crate::model::footprint::Footprint;
 use crate::model::sparsity::{SparsityPlan, writable_type};
 use crate::model::{ModelError, Sparsity};
-use crate::pack::Packer;
+use crate::pack::{PackedOutput, Packer};
 use crate::perplexity::Estimate;
 use crate::session::{LoadedModel, ModelOptions, N_UBATCH, TopologyFile};
 use crate::tokenizer::EncodeOptions;
@@ -56,8 +56,10 @@ pub fn run(args: &PackArgs) -> Result<(), RuntimeError> {
         plan: TopologyFile::read(args.topology.as_deref())?.plan(args.threads.map(usize::from))?,
         interrupt: &interrupt,
     };
+    // before the measurements, which may take hours
+    let output = packing.create(&args.output, packing.chosen)?;
     packing.print_choices()?;
-    packing.write(&args.output, packing.chosen)?;
+    packing.write(output)?;
     eprintln!("wrote {}", args.output.display());
     Ok(())
 }
@@ -204,7 +206,7 @@ impl Packing<'_> {
         let mut tokens = model.tokenizer.encode(TEXT, EncodeOptions::PROMPT)?;
         tokens.truncate(n_tokens);
         let run = model.engine.run(BenchFeeder::fill(tokens))?;
-        run.outcome?;
+        run.outcome.map_err(|error| model.step_error(error))?;
         let share = (run.totals.prefill + run.totals.decode).active_share();
         Ok(share.unwrap_or(ACTIVE_SHARE_ASSUMED))
     }
@@ -232,19 +234,31 @@ impl Packing<'_> {
         eprintln!("packing with {name} to measure it");
         let temporary = UnfinishedFile::named_beside(&self.args.output, name)
             .map_err(|source| self.output_error(source))?;
-        self.write(temporary.path(), choice)?;
+        self.write(self.create(temporary.path(), choice)?)?;
         self.perplexity(temporary.path(), Sparsity::Exact, text)
     }
 
-    fn write(&self, path: &Path, choice: Option<QuantType>) -> Result<(), RuntimeError> {
-        match self
-            .packer
-            .write(path, choice, &|| self.interrupt.requested())
-        {
+    fn create(
+        &self,
+        path: &Path,
+        choice: Option<QuantType>,
+    ) -> Result<PackedOutput<'_>, RuntimeError> {
+        let created = self.packer.create(path, choice);
+        created.map_err(|error| self.write_error(error))
+    }
+
+    fn write(&self, output: PackedOutput<'_>) -> Result<(), RuntimeError> {
+        match output.write(&|| self.interrupt.requested()) {
             Ok(true) => Ok(()),
             Ok(false) => Err(RuntimeError::Interrupted),
-            Err(ModelError::Gguf(error)) => Err(RuntimeError::Gguf(error)),
-            Err(source) => Err(self.model_error(source)),
+            Err(error) => Err(self.write_error(error)),
+        }
+    }
+
+    fn write_error(&self, error: ModelError) -> RuntimeError {
+        match error {
+            ModelError::Gguf(error) => RuntimeError::Gguf(error),
+            source => self.model_error(source),
         }
     }
 }

@@ -70,7 +70,7 @@ pub fn score(
         .engine
         .run(ChunkScorer::new(chunks, report, Arc::clone(interrupt)))?;
     eprintln!();
-    run.outcome?;
+    run.outcome.map_err(|error| model.step_error(error))?;
     if interrupt.load(std::sync::atomic::Ordering::Acquire) {
         return Err(RuntimeError::Interrupted);
     }

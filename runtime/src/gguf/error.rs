@@ -24,6 +24,18 @@ pub enum GgufError {
         cause: Box<GgufError>,
     },
 
+    /// A file that is cut off, with a name that says why.
+    #[error(
+        "{}: its name says that the download has not finished: wait for it, or download the file again \
+         ({cause})", path.display()
+    )]
+    Unfinished {
+        /// The file.
+        path: PathBuf,
+        /// What is wrong with it.
+        cause: Box<GgufError>,
+    },
+
     /// The file is of another kind.
     #[error("not a GGUF file: this looks like {looks_like}; {cure}")]
     NotGguf {
@@ -372,7 +384,9 @@ impl GgufError {
     pub fn is_environment(&self) -> bool {
         match self {
             GgufError::Map(error) => error.is_environment(),
-            GgufError::InFile { cause, .. } => cause.is_environment(),
+            GgufError::InFile { cause, .. } | GgufError::Unfinished { cause, .. } => {
+                cause.is_environment()
+            }
             GgufError::Write { cause, .. } => !matches!(
                 cause.kind(),
                 io::ErrorKind::NotFound

@@ -105,11 +105,14 @@ impl GgufFile {
     /// Maps the file at `path` alone.
     fn open_one(path: &Path) -> Result<GgufFile, GgufError> {
         let mapped = MappedFile::open(path)?;
-        let mut file =
-            GgufFile::from_bytes(mapped.bytes().clone()).map_err(|cause| GgufError::InFile {
-                path: mapped.path().to_path_buf(),
-                cause: Box::new(cause),
-            })?;
+        let mut file = GgufFile::from_bytes(mapped.bytes().clone()).map_err(|cause| {
+            let (path, cause) = (mapped.path().to_path_buf(), Box::new(cause));
+            if is_download_under_way(&path) {
+                GgufError::Unfinished { path, cause }
+            } else {
+                GgufError::InFile { path, cause }
+            }
+        })?;
         file.files[0].mapped = Some(mapped);
         Ok(file)
     }
@@ -242,6 +245,20 @@ impl GgufFile {
             }
         }
     }
+}
+
+/// Whether a file has the name that browsers and downloaders give to one that is not whole yet.
+fn is_download_under_way(path: &Path) -> bool {
+    const ENDINGS: [&str; 6] = [
+        "part",
+        "partial",
+        "crdownload",
+        "download",
+        "incomplete",
+        "aria2",
+    ];
+    path.extension()
+        .is_some_and(|extension| ENDINGS.iter().any(|ending| extension == *ending))
 }
 
 fn checked_version(version: u32) -> Result<u32, GgufError> {

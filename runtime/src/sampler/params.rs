@@ -66,10 +66,18 @@ impl FromStr for LogitBias {
         let (id, bias) = text.split_at(sign_at);
         let id = id.parse().map_err(|_| syntax())?;
         let bias: f32 = bias.parse().map_err(|_| syntax())?;
-        if bias.is_nan() || bias == f32::INFINITY {
+        let parsed = Self { id, bias };
+        if !parsed.is_valid() {
             return Err(syntax());
         }
-        Ok(Self { id, bias })
+        Ok(parsed)
+    }
+}
+
+impl LogitBias {
+    /// Whether it is a finite number, or −∞.
+    fn is_valid(self) -> bool {
+        self.bias < f32::INFINITY
     }
 }
 
@@ -247,6 +255,12 @@ impl SamplerParams {
             "a finite number",
             |_| true,
         )?;
+        // the command line cannot give these, other callers can
+        if let Some(bias) = self.logit_bias.iter().find(|bias| !bias.is_valid()) {
+            return Err(SamplerError::BiasSyntax {
+                text: bias.to_string(),
+            });
+        }
         let refused =
             |flag, value: String, range| Err(SamplerError::OutOfRange { flag, value, range });
         if self.top_k < -1 {

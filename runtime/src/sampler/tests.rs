@@ -260,6 +260,53 @@ fn values_out_of_range_name_flag_and_range() {
 }
 
 #[test]
+fn biases_that_are_no_numbers_are_refused_however_they_come() {
+    for bias in [f32::NAN, f32::INFINITY] {
+        let text = error(SamplerParams {
+            logit_bias: vec![LogitBias { id: 1, bias }],
+            ..neutral()
+        });
+        assert!(text.starts_with("--logit-bias \"1"), "{text}");
+        assert!(text.contains("signed number"), "{text}");
+    }
+}
+
+#[test]
+fn whatever_is_in_range_chooses_a_token_of_the_vocabulary() {
+    let logits = [-3.0, f32::MAX, 2.0, f32::MIN, 0.0, f32::MIN_POSITIVE, 20.0];
+    let extremes = [0.0, f32::MIN_POSITIVE, 1.0, f32::MAX];
+    let signed = [f32::MIN, -1.0, 0.0, f32::MAX];
+    let bias = |bias| vec![LogitBias { id: 2, bias }; 3];
+    let mut n_drawn = 0;
+    for (temp, repeat_penalty) in extremes.iter().flat_map(|a| extremes.map(|b| (*a, b))) {
+        for (top, presence) in extremes.iter().flat_map(|a| signed.map(|b| (*a, b))) {
+            let params = SamplerParams {
+                temp,
+                top_p: top.min(1.0),
+                min_p: top.min(1.0),
+                typical: top.min(1.0),
+                repeat_penalty,
+                presence_penalty: presence,
+                frequency_penalty: presence,
+                logit_bias: bias(presence),
+                seed: Some(1),
+                ..SamplerParams::default()
+            };
+            let Ok(mut sampler) = Sampler::new(params, logits.len()) else {
+                continue;
+            };
+            for _ in 0..4 {
+                let id = sampler.sample(&logits);
+                assert!((id as usize) < logits.len(), "{:?}", sampler.params());
+                sampler.accept(id);
+                n_drawn += 1;
+            }
+        }
+    }
+    assert!(n_drawn > 500, "{n_drawn}");
+}
+
+#[test]
 fn a_bias_outside_the_vocabulary_is_refused() {
     let logit_bias = vec![LogitBias { id: 100, bias: 1.0 }];
     assert_eq!(

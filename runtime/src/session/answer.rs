@@ -118,7 +118,7 @@ impl Session {
         }
         let run = self.model.engine.run(generation)?;
         let mut finished = run.feeder.finish();
-        run.outcome?;
+        run.outcome.map_err(|error| self.model.step_error(error))?;
         if let Some(failure) = finished.failure.take() {
             return Err(failure);
         }

@@ -5,7 +5,7 @@ use std::time::Duration;
 
 use pi_actors::faults::Faults;
 use pi_actors::trace::TraceBounds;
-use pi_actors::{Engine, EngineOptions, Teams};
+use pi_actors::{ActorError, Engine, EngineOptions, Teams};
 use pi_kernels::Cpu;
 use pi_kernels::attention::KvType;
 use pi_topology::Plan;
@@ -132,6 +132,17 @@ impl LoadedModel {
             sparsity,
             footprint,
         })
+    }
+
+    /// Why a run ended early, with the model's file where its numbers are at fault.
+    pub fn step_error(&self, source: ActorError) -> RuntimeError {
+        match source {
+            ActorError::NotFinite { .. } => RuntimeError::StepOf {
+                path: self.path.clone(),
+                source: Box::new(source),
+            },
+            source => source.into(),
+        }
     }
 
     /// Texts of the begin- and end-of-text tokens, as templates write them.

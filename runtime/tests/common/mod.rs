@@ -2,9 +2,11 @@
 #![allow(dead_code)]
 
 pub mod engine;
+pub mod gguf_parts;
 pub mod reference;
 pub mod running;
 pub mod threads;
+pub mod tiny_kinds;
 pub mod tiny_model;
 pub mod trace_file;
 

@@ -69,7 +69,7 @@ impl TinyModel {
         for tensor in &tensors {
             let mut row_bytes = vec![0; tensor.quant.row_bytes(tensor.shape[0])];
             for row in tensor.values.chunks(tensor.shape[0]) {
-                quantize_row(tensor.quant, row, &mut row_bytes);
+                write_row(tensor.quant, row, &mut row_bytes);
                 stream.write(&tensor.name, &row_bytes)?;
             }
         }
@@ -174,6 +174,26 @@ impl TinyModel {
             }
         }
         tensors
+    }
+}
+
+/// Packs a row; types that nothing rounds to get blocks of any bits with small scales.
+fn write_row(quant: QuantType, row: &[f32], out: &mut [u8]) {
+    // where the f16 scales of a block are
+    let scales = match quant {
+        QuantType::Q4_K | QuantType::Q5_K => 0..4,
+        QuantType::Q6_K => 208..210,
+        _ => return quantize_row(quant, row, out),
+    };
+    let mut random = Random(row[0].to_bits());
+    for block in out.chunks_exact_mut(quant.block_bytes()) {
+        for byte in &mut *block {
+            *byte = (random.next() * 128.0) as i8 as u8;
+        }
+        for scale in block[scales.clone()].chunks_exact_mut(2) {
+            let value = half::f16::from_f32(1e-4);
+            scale.copy_from_slice(&value.to_le_bytes());
+        }
     }
 }
 
