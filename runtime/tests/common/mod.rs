@@ -2,6 +2,7 @@
 #![allow(dead_code)]
 
 pub mod engine;
+pub mod plain_twin;
 pub mod reference;
 pub mod running;
 pub mod threads;
