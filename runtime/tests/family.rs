@@ -83,9 +83,10 @@ const F32: Tolerance = Tolerance {
 };
 
 /// Random models decide less clearly than trained ones: llama.cpp's own 8-bit path agrees with f32 at 90 to 95 % of the
-/// positions of these.
+/// positions of these. Rounding activations in a numpy model moves the logits of `llama-yarn` by up to 2.30 of 18.3,
+/// as here, and gives the same agreement to three digits.
 const Q8: Tolerance = Tolerance {
-    logit: 0.08,
+    logit: 0.15,
     margin: 1.0,
     agreement: 0.9,
 };
