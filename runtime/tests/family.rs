@@ -6,13 +6,13 @@
 mod common;
 
 use std::collections::BTreeMap;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex};
 
 use common::engine::{Forced, Setup, argmax};
 use common::workspace;
 use pi_kernels::{ActivationMode, Tier};
-use pi_runtime::gguf::GgufFile;
+use pi_runtime::gguf::{GgufFile, GgufWriter};
 use pi_runtime::model::Sparsity;
 use pi_runtime::tokenizer::{EncodeOptions, Tokenizer};
 use serde::Deserialize;
@@ -77,17 +77,18 @@ struct Tolerance {
 }
 
 const F32: Tolerance = Tolerance {
-    logit: 1e-4,
+    logit: 3e-5,
     margin: 0.02,
     agreement: 0.98,
 };
 
-/// Random models have no clear decisions: llama.cpp's own 8-bit path agrees with its f32 path at 90 to 95 % of the
-/// positions, and its logits are up to 9 % of the largest apart.
+/// Random models decide less clearly than trained ones: llama.cpp's own 8-bit path agrees with f32 at 90 to 95 % of the
+/// positions of these. Rounding activations in a numpy model moves the logits of `llama-yarn` by up to 2.30 of 18.3,
+/// as here, and gives the same agreement to three digits.
 const Q8: Tolerance = Tolerance {
     logit: 0.15,
-    margin: 2.5,
-    agreement: 0.85,
+    margin: 1.0,
+    agreement: 0.9,
 };
 
 fn compare(name: &str, found: &[Vec<f32>], expected: &Decisions, tolerance: &Tolerance) {
@@ -201,7 +202,25 @@ fn q2_k_and_q3_k() {
     check("k-quants");
 }
 
-/// The window decides: without it the logits are others from the first hidden position on, and only from there on.
+/// The same weights without the window, a copy whose key says so.
+fn without_window(path: &Path) {
+    let file = GgufFile::open(fixture("mistral-window.gguf")).unwrap();
+    let mut header = GgufWriter::new();
+    header.copy_metadata(file.metadata(), |_| false).unwrap();
+    header.put("llama.attention.sliding_window", 0u32).unwrap();
+    for tensor in file.tensors() {
+        let (name, kind) = (tensor.name(), tensor.ggml_type());
+        header.add_tensor(name, kind, tensor.shape()).unwrap();
+    }
+    let mut stream = header.create(path).unwrap();
+    for tensor in file.tensors() {
+        let data = file.tensor_data(tensor);
+        stream.write(tensor.name(), &data).unwrap();
+    }
+    stream.finish().unwrap();
+}
+
+/// Until the window is full nothing is hidden; from then on the reference's decisions need it.
 #[test]
 fn a_window_matters_from_the_first_hidden_position_on() {
     let reference = reference("mistral-window");
@@ -210,13 +229,20 @@ fn a_window_matters_from_the_first_hidden_position_on() {
         n_ctx: 1024,
         ..Setup::f32()
     };
+    let folder = tempfile::tempdir().unwrap();
+    let whole = folder.path().join("whole.gguf");
+    without_window(&whole);
     let windowed = logits("mistral-window.gguf", &setup, &reference.tokens);
-    // the cache of one window's tokens, and no more, fed anew
-    let start = logits("mistral-window.gguf", &setup, &reference.tokens[..100]);
-    assert!(windowed[..100] == start);
-    let far = &reference.transformers.argmax[100..];
-    let same = (windowed[100..].iter().zip(far)).filter(|(found, want)| argmax(found) == **want);
-    assert!(same.count() as f64 >= 0.98 * far.len() as f64);
+    let whole = logits(whole.to_str().unwrap(), &setup, &reference.tokens);
+    assert!(windowed[..100] == whole[..100] && windowed[100] != whole[100]);
+    let agreeing = |found: &[Vec<f32>]| {
+        let ids = found[100..]
+            .iter()
+            .zip(&reference.transformers.argmax[100..]);
+        ids.filter(|(found, want)| argmax(found) == **want).count()
+    };
+    assert_eq!(agreeing(&windowed), 600);
+    assert!(agreeing(&whole) < 540, "{} of 600", agreeing(&whole));
 }
 
 #[test]

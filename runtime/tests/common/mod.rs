@@ -3,6 +3,7 @@
 
 pub mod engine;
 pub mod gguf_parts;
+pub mod plain_twin;
 pub mod reference;
 pub mod running;
 pub mod threads;
