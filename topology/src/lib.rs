@@ -14,6 +14,8 @@ mod measure;
 mod memory;
 mod pin;
 mod plan;
+#[cfg(all(feature = "hwloc", target_os = "linux"))]
+mod udev;
 
 pub use arena::Arena;
 pub use config::{
