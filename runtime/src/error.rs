@@ -119,7 +119,10 @@ pub enum RuntimeError {
         source: PerplexityError,
     },
     /// No model named and none found.
-    #[error("no model: give one with -m FILE, or put the demo model {name} into {}", folder.display())]
+    #[error(
+        "no model: give one with -m FILE, or put the demo model into {folder}; from the source's folder: install -D -m 644 -t {folder} models/{name}",
+        folder = folder.display()
+    )]
     NoModel {
         /// The demo model's file name.
         name: &'static str,

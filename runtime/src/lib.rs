@@ -4,6 +4,7 @@ pub mod bench;
 pub mod calendar;
 pub mod chat;
 pub mod cli;
+pub mod doctor;
 pub mod error;
 pub mod gguf;
 pub mod inspect;

@@ -2,11 +2,14 @@
 //!
 //! [`Machine`] says what there is, [`TopologyConfig`] (the schema of `configs/*.toml`) what is
 //! asked, and [`Plan::new`] makes teams of both. [`pin_thread`] and [`Arena`] carry a plan out;
-//! [`read_bandwidth`] says what the planned threads can read at best.
+//! [`read_bandwidth`] says what the planned threads can read at best,
+//! [`SystemState`] what limits and settings of the system stand in their way.
 
 mod arena;
 mod config;
+mod control_group;
 mod error;
+mod gpu;
 #[cfg(feature = "hwloc")]
 mod hwloc;
 mod machine;
@@ -14,6 +17,8 @@ mod measure;
 mod memory;
 mod pin;
 mod plan;
+mod probe;
+mod system;
 #[cfg(all(feature = "hwloc", target_os = "linux"))]
 mod udev;
 
@@ -22,8 +27,11 @@ pub use config::{
     HostConfig, HugePages, ListedTeam, MemoryConfig, NodeCount, ThreadsPerNode, TopologyConfig,
 };
 pub use error::TopologyError;
+pub use gpu::{NvidiaDriver, NvidiaGpu};
 pub use machine::{Core, Machine, MachineNode, MachineSource};
 pub use measure::read_bandwidth;
 pub use memory::{available_memory_bytes, current_rss_bytes, peak_rss_bytes};
 pub use pin::pin_thread;
 pub use plan::{N_NODES_MAX, NodePlan, Plan};
+pub use probe::{memory_binding_problem, try_pinning};
+pub use system::{Limit, SystemState};

@@ -3,8 +3,7 @@
 use std::fs;
 use std::path::Path;
 
-/// Where control groups are.
-const CGROUP_ROOT: &str = "/sys/fs/cgroup";
+use crate::control_group::{CGROUP_ROOT, Version, group_folders};
 
 /// Memory of this process that is in RAM now, in bytes; none where the system does not tell.
 pub fn current_rss_bytes() -> Option<u64> {
@@ -21,7 +20,7 @@ pub fn peak_rss_bytes() -> Option<u64> {
 pub fn available_memory_bytes() -> Option<u64> {
     let system_bytes = kib_entry_bytes(&fs::read_to_string("/proc/meminfo").ok()?, "MemAvailable:");
     let membership = fs::read_to_string("/proc/self/cgroup").unwrap_or_default();
-    let group_bytes = group_headroom_bytes(Path::new(CGROUP_ROOT), &membership);
+    let group_bytes = group_headroom_bytes(&Path::new("/").join(CGROUP_ROOT), &membership);
     match (system_bytes, group_bytes) {
         (Some(system_bytes), Some(group_bytes)) => Some(system_bytes.min(group_bytes)),
         (bytes, None) | (None, bytes) => bytes,
@@ -34,7 +33,7 @@ pub(crate) fn total_memory_bytes() -> Option<u64> {
 }
 
 /// The number after `key` at the start of a line, which is in KiB.
-fn kib_entry_bytes(text: &str, key: &str) -> Option<u64> {
+pub(crate) fn kib_entry_bytes(text: &str, key: &str) -> Option<u64> {
     let entry = text.lines().find_map(|line| line.strip_prefix(key))?;
     let kib: u64 = entry.trim().strip_suffix("kB")?.trim().parse().ok()?;
     kib.checked_mul(1024)
@@ -42,8 +41,6 @@ fn kib_entry_bytes(text: &str, key: &str) -> Option<u64> {
 
 /// Names of a control group's files.
 struct GroupFiles {
-    /// Folder of the hierarchy below the root.
-    hierarchy: &'static str,
     limit: &'static str,
     usage: &'static str,
     /// Key in `memory.stat` of file pages that are given up first.
@@ -51,52 +48,50 @@ struct GroupFiles {
 }
 
 const VERSION_2: GroupFiles = GroupFiles {
-    hierarchy: "",
     limit: "memory.max",
     usage: "memory.current",
     reclaimable: "inactive_file ",
 };
 
 const VERSION_1: GroupFiles = GroupFiles {
-    hierarchy: "memory",
     limit: "memory.limit_in_bytes",
     usage: "memory.usage_in_bytes",
     reclaimable: "total_inactive_file ",
 };
 
 /// The least that a control group of this process, or one above it, leaves.
-///
-/// `membership` is `/proc/self/cgroup`: lines of `hierarchy:controllers:path`.
 fn group_headroom_bytes(root: &Path, membership: &str) -> Option<u64> {
-    let headrooms = membership.lines().filter_map(|line| {
-        let mut fields = line.splitn(3, ':');
-        let (_, controllers, path) = (fields.next()?, fields.next()?, fields.next()?);
-        let files = match controllers {
-            "" => &VERSION_2,
-            _ if controllers.split(',').any(|name| name == "memory") => &VERSION_1,
-            _ => return None,
-        };
-        let top = root.join(files.hierarchy);
-        // In a container the path may name folders that only the host sees; the container's own
-        // group is then the top.
-        let group = top.join(path.trim_start_matches('/'));
-        group
-            .ancestors()
-            .take_while(|folder| folder.starts_with(&top))
-            .filter_map(|folder| folder_headroom_bytes(folder, files))
-            .min()
-    });
-    headrooms.min()
+    group_folders(root, membership, "memory")
+        .into_iter()
+        .filter_map(|(version, folder)| folder_headroom_bytes(&folder, files_of(version)))
+        .min()
+}
+
+/// The lowest limit of a control group of this process, or one above it; none without a limit.
+pub(crate) fn group_limit_bytes(root: &Path, membership: &str) -> Option<u64> {
+    group_folders(root, membership, "memory")
+        .into_iter()
+        .filter_map(|(version, folder)| number(&folder.join(files_of(version).limit)))
+        // version 1 writes a number beyond any memory for "no limit"
+        .filter(|&bytes| bytes < 1 << 60)
+        .min()
+}
+
+fn files_of(version: Version) -> &'static GroupFiles {
+    match version {
+        Version::V1 => &VERSION_1,
+        Version::V2 => &VERSION_2,
+    }
+}
+
+fn number(path: &Path) -> Option<u64> {
+    fs::read_to_string(path).ok()?.trim().parse().ok()
 }
 
 /// Limit less usage of one control group; none where it has no limit.
 fn folder_headroom_bytes(folder: &Path, files: &GroupFiles) -> Option<u64> {
-    let number = |name: &str| -> Option<u64> {
-        let text = fs::read_to_string(folder.join(name)).ok()?;
-        text.trim().parse().ok()
-    };
-    let limit_bytes = number(files.limit)?;
-    let usage_bytes = number(files.usage)?;
+    let limit_bytes = number(&folder.join(files.limit))?;
+    let usage_bytes = number(&folder.join(files.usage))?;
     let stat = fs::read_to_string(folder.join("memory.stat")).unwrap_or_default();
     let reclaimable_bytes: u64 = stat
         .lines()
@@ -167,8 +162,14 @@ mod tests {
             ],
         );
         assert_eq!(group_headroom_bytes(root, membership), Some(700));
+        assert_eq!(group_limit_bytes(root, membership), Some(5000));
         write(root, &[("memory.max", "300"), ("memory.current", "0")]);
         assert_eq!(group_headroom_bytes(root, membership), Some(300));
+        assert_eq!(group_limit_bytes(root, membership), Some(300));
+        let no_limit = [("memory.limit_in_bytes", "9223372036854771712")];
+        write(&root.join("memory"), &no_limit);
+        write(root, &[("memory.max", "max")]);
+        assert_eq!(group_limit_bytes(root, membership), None);
     }
 
     #[cfg(target_os = "linux")]

@@ -5,6 +5,7 @@ use std::path::PathBuf;
 use clap::{Args, Parser, Subcommand, ValueEnum};
 use pi_kernels::{ActivationMode, Tier};
 
+use super::doctor::DoctorArgs;
 use crate::inspect::InspectArgs;
 use crate::sampler::SamplerParams;
 use crate::tokenizer::TokenizeArgs;
@@ -44,6 +45,8 @@ pub enum Command {
     Perplexity(PerplexityArgs),
     /// Measure prefill and decode speed
     Bench(BenchArgs),
+    /// Say what this machine has, what stands in the way of speed, and how to mend it
+    Doctor(DoctorArgs),
 }
 
 /// Flags shared by everything that loads a model.

@@ -7,13 +7,23 @@ use crate::error::RuntimeError;
 /// File name of the demo model.
 pub const DEMO_MODEL: &str = "smollm2-135m-reglu-q4_0.gguf";
 
-/// Where the demo model is looked for: `models/` in `starts` (the program's folder, the current one) and all folders
-/// above, nearest first, then the user's data folder.
-pub fn candidates(starts: &[PathBuf], data_home: Option<&Path>) -> Vec<PathBuf> {
-    let mut folders: Vec<PathBuf> = starts
-        .iter()
+/// Where the demo model is looked for: `models/` in the current folder, the program's and all folders above, nearest
+/// first; `share/` beside the `bin/` that the program is in; the user's data folder.
+pub fn candidates(
+    current: Option<&Path>,
+    program: Option<&Path>,
+    data_home: Option<&Path>,
+) -> Vec<PathBuf> {
+    let data_homes = program
+        .and_then(Path::parent)
+        .map(|prefix| prefix.join("share"))
+        .into_iter()
+        .chain(data_home.map(Path::to_path_buf));
+    let mut folders: Vec<PathBuf> = [current, program]
+        .into_iter()
+        .flatten()
         .flat_map(|start| start.ancestors().map(|folder| folder.join("models")))
-        .chain(data_home.map(|home| home.join("pi-runtime").join("models")))
+        .chain(data_homes.map(|home| home.join("pi-runtime").join("models")))
         .map(|folder| folder.join(DEMO_MODEL))
         .collect();
     let mut seen = std::collections::HashSet::new();
@@ -32,13 +42,9 @@ pub fn or_demo(named: Option<&Path>) -> Result<PathBuf, RuntimeError> {
     let program = std::env::current_exe()
         .ok()
         .and_then(|path| path.parent().map(Path::to_path_buf));
-    let starts: Vec<PathBuf> = std::env::current_dir()
-        .ok()
-        .into_iter()
-        .chain(program)
-        .collect();
+    let current = std::env::current_dir().ok();
     let data_home = data_home();
-    let paths = candidates(&starts, data_home.as_deref());
+    let paths = candidates(current.as_deref(), program.as_deref(), data_home.as_deref());
     paths
         .into_iter()
         .find(|path| path.is_file())
@@ -68,7 +74,8 @@ mod tests {
     #[test]
     fn nearest_folder_first_user_s_data_last() {
         let paths = candidates(
-            &["/a/b".into(), "/a/c".into()],
+            Some(Path::new("/a/b")),
+            Some(Path::new("/a/c")),
             Some(Path::new("/home/u/.local/share")),
         );
         let folders: Vec<&str> = paths
@@ -82,6 +89,7 @@ mod tests {
                 "/a/models",
                 "/models",
                 "/a/c/models",
+                "/a/share/pi-runtime/models",
                 "/home/u/.local/share/pi-runtime/models"
             ]
         );

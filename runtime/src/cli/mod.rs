@@ -9,6 +9,7 @@ pub mod args;
 mod bench;
 mod chat;
 mod demo_model;
+mod doctor;
 mod generate;
 mod interrupt;
 mod opening;
@@ -83,6 +84,7 @@ fn run(cli: &Cli, start: Instant) -> Result<ExitCode, RuntimeError> {
         Some(Command::Pack(args)) => pack::run(args)?,
         Some(Command::Perplexity(args)) => perplexity::run(args)?,
         Some(Command::Bench(args)) => bench::run(args)?,
+        Some(Command::Doctor(args)) => return doctor::run(args),
     }
     Ok(ExitCode::SUCCESS)
 }

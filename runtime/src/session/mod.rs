@@ -7,6 +7,7 @@ mod topology_file;
 
 pub use answer::{Answer, AnswerOptions, Session};
 pub use generation::{Finished, Generation, GenerationOptions, Stop, TextSink, hash_floats};
+pub(crate) use opening::N_CTX_DEFAULT_MAX;
 pub use opening::{LoadObserver, LoadedModel, ModelOptions, N_UBATCH, Silent};
 pub use topology_file::TopologyFile;
 

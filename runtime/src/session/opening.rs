@@ -19,7 +19,7 @@ use crate::model::{Hyperparameters, Loader, ModelError, ModelTensors, Sparsity};
 use crate::tokenizer::{Tokenizer, TokenizerError};
 
 /// Context without `-c`, where the model knows a longer one: a larger cache has to be asked for.
-const N_CTX_DEFAULT_MAX: usize = 4096;
+pub(crate) const N_CTX_DEFAULT_MAX: usize = 4096;
 
 /// Most tokens that go through the layers together.
 pub const N_UBATCH: usize = 512;
