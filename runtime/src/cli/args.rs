@@ -48,7 +48,13 @@ pub struct Cli {
     #[command(subcommand)]
     pub command: Option<Command>,
     /// What to log on stderr: error, warn, info, debug, trace, or a filter such as pi_actors=debug
-    #[arg(long, value_name = "LEVEL", default_value = "warn", global = true)]
+    #[arg(
+        long,
+        value_name = "LEVEL",
+        default_value = "warn",
+        global = true,
+        help_heading = "Timeline and log"
+    )]
     pub log_level: String,
     /// Text generation, when no subcommand is named.
     #[command(flatten)]

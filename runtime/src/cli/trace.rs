@@ -16,10 +16,10 @@ use crate::trace::{ControlLog, Recording, TraceError};
 #[derive(Debug, Clone, Args)]
 pub struct TraceArgs {
     /// Write a timeline of all that ran to FILE, for ui.perfetto.dev
-    #[arg(long, value_name = "FILE", help_heading = "Timeline")]
+    #[arg(long, value_name = "FILE", help_heading = "Timeline and log")]
     pub trace: Option<PathBuf>,
     /// Most memory of the timeline until it is written, in MiB a node
-    #[arg(long, value_name = "MIB", default_value_t = 64, help_heading = "Timeline", hide_short_help = true, value_parser = clap::value_parser!(u32).range(1..=65_536))]
+    #[arg(long, value_name = "MIB", default_value_t = 64, help_heading = "Timeline and log", hide_short_help = true, value_parser = clap::value_parser!(u32).range(1..=65_536))]
     pub trace_memory: u32,
 }
 
