@@ -410,7 +410,7 @@ fn interrupted(args: &[&str], trace: &Path) -> i32 {
         .args(args)
         .arg("--trace")
         .arg(trace)
-        .args(["--log-level", "pi_runtime=info"])
+        .args(["--log-level", "pi_runtime=debug"])
         .stdin(Stdio::piped())
         .stdout(Stdio::piped())
         .stderr(Stdio::piped())
@@ -418,15 +418,13 @@ fn interrupted(args: &[&str], trace: &Path) -> i32 {
         .unwrap();
     let mut byte = [0];
     if chats {
-        // "ready" is logged when the model is loaded; its engine is attached right after
         let mut stderr = child.stderr.take().unwrap();
         let mut said = String::new();
-        while !said.contains("ready") || !said.ends_with('\n') {
+        while !said.contains("is traced") || !said.ends_with('\n') {
             assert_eq!(stderr.read(&mut byte).unwrap(), 1, "{said}");
             said.push(byte[0] as char);
         }
         std::thread::spawn(move || std::io::copy(&mut stderr, &mut std::io::sink()));
-        std::thread::sleep(std::time::Duration::from_millis(500));
     } else {
         let stdout = child.stdout.as_mut().unwrap();
         stdout.read_exact(&mut byte).unwrap();
