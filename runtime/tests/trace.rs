@@ -355,8 +355,9 @@ fn a_restarted_actor_is_seen_and_everything_nests() {
         .collect();
     assert_eq!((steps.len(), failed.len()), (8 + 1, 1));
     let position = number(failed[0], "position");
-    let repeated = steps.iter().filter(|s| number(s, "position") == position);
-    assert_eq!(repeated.count(), 2);
+    let again = |step: &&&Span| number(step, "position") == position;
+    let attempts: Vec<_> = steps.iter().filter(again).collect();
+    assert_eq!(attempts.len(), 2);
     let handler = file.spans.iter().filter(|s| s.category == "message");
     let mut handler = handler.filter(|s| s.flags.contains("failed"));
     assert!(handler.all(|span| span.numbers["layer"] == 7));
@@ -374,7 +375,8 @@ fn a_restarted_actor_is_seen_and_everything_nests() {
     let restarted_ns = at("ColdLayer 7 on node 1 restarted");
     assert!(failed_ns < restarted_ns);
     assert!(at("node 1 is quiet") > failed_ns);
-    assert!(failed[0].start_ns < failed_ns && failed[0].end_ns < restarted_ns);
+    assert!(failed[0].start_ns < failed_ns);
+    assert!(restarted_ns < attempts[1].start_ns);
 }
 
 #[cfg(target_os = "linux")]
@@ -408,7 +410,7 @@ fn interrupted(args: &[&str], trace: &Path) -> i32 {
         .args(args)
         .arg("--trace")
         .arg(trace)
-        .args(["--log-level", "pi_runtime=info"])
+        .args(["--log-level", "pi_runtime=debug"])
         .stdin(Stdio::piped())
         .stdout(Stdio::piped())
         .stderr(Stdio::piped())
@@ -416,15 +418,13 @@ fn interrupted(args: &[&str], trace: &Path) -> i32 {
         .unwrap();
     let mut byte = [0];
     if chats {
-        // "ready" is logged when the model is loaded; its engine is attached right after
         let mut stderr = child.stderr.take().unwrap();
         let mut said = String::new();
-        while !said.contains("ready") || !said.ends_with('\n') {
+        while !said.contains("is traced") || !said.ends_with('\n') {
             assert_eq!(stderr.read(&mut byte).unwrap(), 1, "{said}");
             said.push(byte[0] as char);
         }
         std::thread::spawn(move || std::io::copy(&mut stderr, &mut std::io::sink()));
-        std::thread::sleep(std::time::Duration::from_millis(500));
     } else {
         let stdout = child.stdout.as_mut().unwrap();
         stdout.read_exact(&mut byte).unwrap();

@@ -70,6 +70,7 @@ impl Tracer {
         if let Some(recording) = &self.0 {
             recording.attach(&model.engine)?;
             recording.span("load", start, Instant::now());
+            tracing::debug!("the engine is traced");
         }
         Ok(())
     }
