@@ -3,8 +3,6 @@
 //! Source: ggml's `ggml-common.h` (block structures) and `ggml-quants.c` (reference dequantisation).
 
 mod decode;
-#[cfg(test)]
-mod tests;
 
 pub use decode::{DecodedBlock, dequantize_block};
 pub(crate) use decode::{scale_min_k4, scale_q3_k};

@@ -2,7 +2,8 @@
 
 use std::path::Path;
 
-use super::{QuantType, dequantize_block};
+use pi_kernels::QuantType;
+use pi_kernels::quant::dequantize_block;
 
 /// Each file holds four blocks, and their values as f32.
 #[test]
