@@ -21,8 +21,8 @@ pub enum ChatError {
     },
     /// The template makes more of the conversation than any template should.
     #[error(
-        "tokenizer.chat_template wants more than {limit_mib} MiB of memory, or {seconds} s, for {n_bytes} bytes: \
-         it is damaged or hostile; use -p without -cnv, or convert the model again"
+        "the chat template wants more than {limit_mib} MiB of memory, or {seconds} s, for {n_bytes} bytes: it is \
+         damaged or hostile; name another with --chat-template, or use -p without -cnv"
     )]
     Explodes {
         /// Memory that it may have.
@@ -33,7 +33,7 @@ pub enum ChatError {
         n_bytes: usize,
     },
     /// No thread to render on.
-    #[error("cannot start a thread for tokenizer.chat_template: {problem}")]
+    #[error("cannot start a thread for the chat template: {problem}")]
     Thread {
         /// Why.
         problem: String,
