@@ -211,6 +211,14 @@ pub enum RuntimeError {
         /// Why.
         source: io::Error,
     },
+    /// A text without end, or nearly.
+    #[error("{}: the text has more than {bytes_max} bytes: give a part of it", path.display())]
+    TextTooLong {
+        /// The file.
+        path: PathBuf,
+        /// Bytes that are read at most.
+        bytes_max: u64,
+    },
     /// A text that is not UTF-8.
     #[error("{}: the text is not UTF-8 (byte {offset}): convert it", path.display())]
     NotUtf8 {

@@ -172,3 +172,17 @@ fn a_template_that_explodes_ends_the_chat_with_its_name() {
         assert!(ran.err.contains(part), "{}", ran.err);
     }
 }
+
+#[cfg(unix)]
+#[test]
+fn a_text_without_end_is_refused() {
+    let folder = tiny();
+    let model = folder.name("m.gguf");
+    let ran = run(&["-m", &model, "-f", "/dev/zero"]);
+    assert_eq!((ran.code, ran.out.as_str()), (2, ""));
+    assert!(
+        ran.err.contains("/dev/zero: the text has more than"),
+        "{}",
+        ran.err
+    );
+}

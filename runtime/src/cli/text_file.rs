@@ -1,9 +1,13 @@
 //! Texts that flags name.
 
+use std::fs::File;
 use std::io::{BufRead, Read};
 use std::path::Path;
 
 use crate::error::RuntimeError;
+
+/// Bytes of a text that are read at most: some hundred times the longest context.
+const TEXT_BYTES_MAX: u64 = 1 << 28;
 
 /// The text in a file, without one line end at its end, as llama.cpp reads `-f`.
 ///
@@ -20,12 +24,23 @@ pub fn read(path: &Path) -> Result<String, RuntimeError> {
 /// The text in a file.
 ///
 /// # Errors
-/// The file cannot be read or is not UTF-8.
+/// The file cannot be read, is longer than any text (a device, perhaps) or is not UTF-8.
 pub fn read_as_it_is(path: &Path) -> Result<String, RuntimeError> {
-    let bytes = std::fs::read(path).map_err(|source| RuntimeError::ReadText {
+    let refused = |source| RuntimeError::ReadText {
         path: path.to_path_buf(),
         source,
-    })?;
+    };
+    let file = File::open(path).map_err(refused)?;
+    let mut bytes = Vec::new();
+    file.take(TEXT_BYTES_MAX + 1)
+        .read_to_end(&mut bytes)
+        .map_err(refused)?;
+    if bytes.len() as u64 > TEXT_BYTES_MAX {
+        return Err(RuntimeError::TextTooLong {
+            path: path.to_path_buf(),
+            bytes_max: TEXT_BYTES_MAX,
+        });
+    }
     utf8(bytes, path)
 }
 
