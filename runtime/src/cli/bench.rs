@@ -16,7 +16,7 @@ use crate::bench::token_source::TEXT;
 use crate::bench::{BenchRow, BenchTest, Measured, Runner, TokenSource};
 use crate::calendar::DateTime;
 use crate::error::RuntimeError;
-use crate::session::{LoadedModel, ModelOptions, N_UBATCH};
+use crate::session::{LoadedModel, ModelOptions};
 use crate::tokenizer::EncodeOptions;
 use crate::trace::ControlLog;
 
@@ -46,10 +46,10 @@ fn run_tests(args: &BenchArgs, tracer: &Tracer) -> Result<(), RuntimeError> {
             value: "0".into(),
             problem: "there is nothing to measure: give one of them more than 0".into(),
         })?;
-    let options = ModelOptions {
-        trace: args.trace.bounds(n_steps(args, &tests)),
-        ..args.model.options(n_ctx)?
-    };
+    let mut options = args.model.options(n_ctx)?;
+    options.trace = args
+        .trace
+        .bounds(n_steps(&tests, options.n_batch, args.repetitions));
     let mut writer: Box<dyn RowWriter> = match args.output {
         OutputFormat::Md => Box::new(Markdown),
         OutputFormat::Json => Box::new(Json::default()),
@@ -80,13 +80,12 @@ fn run_tests(args: &BenchArgs, tracer: &Tracer) -> Result<(), RuntimeError> {
 }
 
 /// Steps of all tests, warm-ups included.
-fn n_steps(args: &BenchArgs, tests: &[BenchTest]) -> usize {
-    let n_batch = usize::from(args.model.batch_size).min(N_UBATCH);
+fn n_steps(tests: &[BenchTest], n_batch: usize, repetitions: u16) -> usize {
     let pieces = |n: usize| n.div_ceil(n_batch);
     let steps = tests
         .iter()
         .map(|test| pieces(test.n_depth) + pieces(test.n_prompt) + test.n_gen);
-    (usize::from(args.repetitions) + 1) * steps.sum::<usize>()
+    (usize::from(repetitions) + 1) * steps.sum::<usize>()
 }
 
 /// A plan for each number of threads asked for, each once.
