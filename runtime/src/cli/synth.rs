@@ -47,10 +47,20 @@ pub struct SynthArgs {
     #[arg(long = "type", value_name = "TYPE", default_value = "Q4_0")]
     pub quant: String,
     /// Share of the neurons that fire
-    #[arg(long, value_name = "SHARE", default_value_t = 0.10, allow_negative_numbers = true)]
+    #[arg(
+        long,
+        value_name = "SHARE",
+        default_value_t = 0.10,
+        allow_negative_numbers = true
+    )]
     pub active: f64,
     /// How much frequencies differ: the neuron one standard deviation above the median one fires e^X times as often
-    #[arg(long, value_name = "X", default_value_t = 2.4, allow_negative_numbers = true)]
+    #[arg(
+        long,
+        value_name = "X",
+        default_value_t = 2.4,
+        allow_negative_numbers = true
+    )]
     pub skew: f64,
     /// Other weights for another number
     #[arg(long, value_name = "N", default_value_t = 1)]

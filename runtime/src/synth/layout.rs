@@ -30,6 +30,13 @@ impl Channels {
         (square / self.n_embd as f64).sqrt()
     }
 
+    /// Relative standard deviation over tokens of that root mean square.
+    pub fn deviation(&self, variance: f64) -> f64 {
+        let changing = self.n_changing() as f64 * variance;
+        let share = changing / (self.n_constant as f64 + changing);
+        share / (2.0 * self.n_changing() as f64).sqrt()
+    }
+
     /// Weights of a norm after which constant channels are 1, and the others have variance 1.
     pub fn norm_weights(&self, variance: f64) -> Vec<f32> {
         let rms = self.rms(variance);

@@ -10,7 +10,7 @@ use super::gates::{GateForm, GateRows, Patterns};
 use super::gaussian::{density, quantile};
 use super::layout::Channels;
 use super::random::Random;
-use super::recency::Recency;
+use super::recency::{CONTENT, Recency};
 use super::rows::{RandomRows, Rows, Vector};
 use super::shape::{SynthOptions, SynthShape};
 use super::sidecar::{KNOWN_AHEAD, predictor_rank};
@@ -19,8 +19,6 @@ use super::vocabulary::N_NEVER_SAID;
 
 /// Median distance of the two highest logits.
 const MARGIN: f64 = 1.0;
-/// Standard deviation of what queries and keys have beside the planted part.
-const CONTENT: f64 = 0.15;
 /// Numbers of streams that belong to no tensor start here.
 const FREE_STREAMS: u64 = 1 << 32;
 
@@ -95,7 +93,7 @@ impl Plan {
         let shape = &options.shape;
         let channels = Channels::new(options.quant, shape.n_embd);
         let offsets = Offsets::new(options.active, options.skew);
-        let stream = Stream::new(shape.n_layer, shape.n_embd, shape.n_ff, &offsets, recency);
+        let stream = Stream::new(shape.n_layer, shape.n_ff, channels, &offsets, recency);
         // what a predictor sees of the next layer's state is the same in nearly all layers
         let seen = stream.seen_ahead_typical();
         let known = (KNOWN_AHEAD / seen).clamp(0.5, 0.9);

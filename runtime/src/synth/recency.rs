@@ -9,6 +9,8 @@ const N_LAGS: usize = 192;
 const ANGLES: std::ops::RangeInclusive<f64> = 0.005..=0.3;
 /// Score of a token with itself.
 const SCORE: f64 = 14.0;
+/// Standard deviation of what queries and keys have beside the planted part.
+pub(super) const CONTENT: f64 = 0.15;
 
 /// Planted attention.
 #[derive(Debug, Clone)]
@@ -17,6 +19,7 @@ pub(super) struct Recency {
     pub planted: Vec<bool>,
     /// Their value in queries and keys.
     pub value: f64,
+    head_dim: usize,
     /// Autocorrelation of the weights by distance, `[N_LAGS]`.
     overlap: Vec<f64>,
 }
@@ -50,16 +53,31 @@ impl Recency {
                 .map(|value| ANGLES.contains(&angle(value / 2)))
                 .collect(),
             value: (SCORE * (head_dim as f64).sqrt() / (2.0 * n_pairs)).sqrt(),
+            head_dim,
             overlap,
         })
     }
 
-    /// Variance of the average of values whose autocorrelation is `memory`, and the average's own autocorrelation.
-    pub fn average(&self, memory: &Memory) -> (f64, Memory) {
+    /// By how much the unevenness of scores raises the mean square of a weight, where constant channels vary by
+    /// `deviation` around 1.
+    fn unevenness(&self, deviation: f64) -> f64 {
+        let content = SCORE * CONTENT * CONTENT / (self.head_dim as f64).sqrt();
+        // exponentials of normal scores, over a sum that has them in it
+        let square = ((SCORE * deviation).powi(2) + content).exp();
+        square / (1.0 + 2.0 * self.overlap[0] * (square - 1.0))
+    }
+
+    /// Variance of the average of values whose autocorrelation is `memory`, and the average's own autocorrelation;
+    /// constant channels vary by `deviation` around 1 from token to token, as the norm's divisor does.
+    pub fn average(&self, memory: &Memory, deviation: f64) -> (f64, Memory) {
+        let unevenness = self.unevenness(deviation);
         let covariance = |lag: usize| {
             let distant = |shift: i64| {
                 let distance = (lag as i64 - shift).unsigned_abs() as usize;
-                memory.0.get(distance).copied().unwrap_or(0.0)
+                match distance {
+                    0 => unevenness,
+                    _ => memory.0.get(distance).copied().unwrap_or(0.0),
+                }
             };
             let signed = 1 - N_LAGS as i64..N_LAGS as i64;
             signed

@@ -2,6 +2,7 @@
 
 use super::frequencies::Offsets;
 use super::gaussian::increasing_root;
+use super::layout::Channels;
 use super::recency::{Memory, Recency};
 
 /// Overlap of consecutive active sets that is planted: the demo model's mean over its layers, on text (0.28 to 0.29).
@@ -44,8 +45,8 @@ impl Stream {
     /// planted overlap.
     pub fn new(
         n_layer: usize,
-        n_heads_width: usize,
         n_ff: usize,
+        channels: Channels,
         offsets: &Offsets,
         recency: &Recency,
     ) -> Self {
@@ -57,11 +58,11 @@ impl Stream {
         let (mut variance, mut memory) = (1.0, Memory::none());
         let mut layers = Vec::with_capacity(n_layer);
         for _ in 0..n_layer {
-            let (averaged, slow) = recency.average(&memory);
+            let (averaged, slow) = recency.average(&memory, channels.deviation(variance));
             let missing = wanted - memory.of_neighbours();
             let room = (slow.of_neighbours() - wanted).max(1e-3);
             let energy = (missing / room).clamp(ATTENTION_ENERGY.0, ATTENTION_ENERGY.1);
-            let attention = energy * variance / (n_heads_width as f64 * averaged);
+            let attention = energy * variance / (channels.n_embd as f64 * averaged);
             let mid = variance * (1.0 + energy);
             let down = ffn_energy * mid / (n_ff as f64 * gate_square);
             layers.push(LayerStream {
@@ -123,7 +124,8 @@ mod tests {
     fn memory_stays_through_all_layers() {
         let offsets = Offsets::new(0.10, 2.4);
         let recency = Recency::new(128, 1e4).unwrap();
-        let stream = Stream::new(80, 8192, 28672, &offsets, &recency);
+        let channels = Channels::new(pi_kernels::QuantType::Q4_0, 8192);
+        let stream = Stream::new(80, 28672, channels, &offsets, &recency);
         assert!(stream.variance_out < 10.0, "{}", stream.variance_out);
         let first = &stream.layers[0];
         // the first layer's attention has to make all of the memory, the others to keep it up
