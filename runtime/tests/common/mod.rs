@@ -11,6 +11,7 @@ pub mod threads;
 pub mod tiny_kinds;
 pub mod tiny_model;
 pub mod trace_file;
+pub mod watch;
 
 use std::path::PathBuf;
 
