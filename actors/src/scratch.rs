@@ -65,6 +65,10 @@ impl ActiveList {
         }
     }
 
+    fn bytes(&self) -> usize {
+        self.ids.capacity() * size_of::<u32>() + self.gates.capacity() * size_of::<f32>()
+    }
+
     /// Empties the list.
     pub fn clear(&mut self) {
         self.ids.clear();
@@ -126,9 +130,46 @@ impl NodeScratch {
             rows_read: AtomicU64::new(0),
         }
     }
+
+    /// Bytes of memory.
+    pub fn bytes(&mut self) -> usize {
+        let floats = [
+            &self.q,
+            &self.k,
+            &self.v,
+            &self.states,
+            &self.gate,
+            &self.up,
+            &self.act,
+        ];
+        let floats: usize = floats.iter().map(|values| values.bytes()).sum();
+        let lists = self
+            .lists
+            .iter_mut()
+            .map(|list| list.get_unshared().bytes());
+        let lists: usize = lists.sum();
+        let threads = self
+            .threads
+            .iter_mut()
+            .map(|own| own.get_unshared().bytes());
+        let threads: usize = threads.sum();
+        floats + self.act_rows.get_unshared().bytes() + lists + threads
+    }
 }
 
 impl ThreadScratch {
+    fn bytes(&self) -> usize {
+        let floats = [
+            &self.queries,
+            &self.states,
+            &self.gate_chunk,
+            &self.up_chunk,
+        ];
+        let floats: usize = floats.iter().map(|values| size_of_val(&***values)).sum();
+        let up = self.up.as_ref().map_or(0, UpScratch::bytes);
+        self.all.bytes() + floats + up + self.down.bytes()
+    }
+
     fn new(model: &Model, node: usize, n_neurons: usize) -> Self {
         let shape = model.shape();
         let heads = shape.heads_per_kv();

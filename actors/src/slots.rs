@@ -50,6 +50,11 @@ impl SharedF32 {
         }
     }
 
+    /// Bytes of memory.
+    pub fn bytes(&self) -> usize {
+        self.len * size_of::<f32>()
+    }
+
     /// # Safety
     /// Nobody writes these values while the slice lives.
     pub unsafe fn read(&self, range: Range<usize>) -> &[f32] {
@@ -122,6 +127,11 @@ impl<T> Shared<T> {
     /// A first value.
     pub fn new(value: T) -> Self {
         Self(UnsafeCell::new(value))
+    }
+
+    /// The value, which nobody shares yet.
+    pub fn get_unshared(&mut self) -> &T {
+        self.0.get_mut()
     }
 
     /// # Safety
@@ -210,5 +220,27 @@ impl Slots {
             partials,
             logits: SharedF32::new(sizes.n_head_tokens * sizes.n_vocab),
         }
+    }
+
+    /// Bytes of memory of the slots that all nodes use, and of each node's own.
+    pub fn bytes(&self) -> (usize, Vec<usize>) {
+        let SlotSizes {
+            mode,
+            n_ubatch,
+            n_embd,
+            n_attn,
+            ..
+        } = self.sizes;
+        let batch = |n_cols| ActBatch::new(mode, n_cols, n_ubatch).bytes();
+        let floats = [
+            &self.x,
+            &self.rope,
+            &self.heads,
+            &self.projected,
+            &self.logits,
+        ];
+        let floats: usize = floats.iter().map(|slot| slot.bytes()).sum();
+        let own = self.partials.iter().map(SharedF32::bytes).collect();
+        (floats + batch(n_embd) + batch(n_attn), own)
     }
 }
