@@ -69,6 +69,8 @@ pub struct ModeReport {
     pub layer_costs: Vec<(String, LayerCost)>,
     /// Layers and tokens that were measured.
     pub rehearsed: (usize, usize),
+    /// Active neurons of all nodes and layers in a token that was measured, on average.
+    pub rehearsed_active: f64,
 }
 
 /// Consecutive layers whose neurons are divided alike.
@@ -105,6 +107,7 @@ impl ModeReport {
             loaded: (placed.lost_ms > LOST_MS_MIN).then_some((placed.loaded, placed.lost_ms)),
             layer_costs: layer_costs.collect(),
             rehearsed: (costs.n_layer, costs.n_tokens),
+            rehearsed_active: costs.nodes.iter().map(|(_, active)| active).sum(),
         }
     }
 
@@ -406,6 +409,7 @@ impl ModeReport {
             "layer_costs": self.layer_costs.iter().map(|(types, cost)| json!({"types": types, "cost": cost})).collect::<Vec<_>>(),
             "rehearsed_layers": self.rehearsed.0,
             "rehearsed_tokens": self.rehearsed.1,
+            "rehearsed_active_neurons": self.rehearsed_active,
         })
     }
 }

@@ -184,13 +184,19 @@ impl<'a> Growing<'a> {
         if n_neurons == 0 {
             return None;
         }
-        let moved: f64 = self.order[self.n_hot..][..n_neurons]
-            .iter()
-            .map(|&id| self.load.expected_bytes(id as usize))
-            .sum();
         let before = self.seconds(machine, |n| self.hot_bytes[n], self.cold_bytes);
-        let hot = |n: usize| self.hot_bytes[n] + if n == device { moved } else { 0.0 };
-        let after = self.seconds(machine, hot, self.cold_bytes - moved);
+        // no more than the device can read while the others read the rest
+        let mut moved = 0.0;
+        let mut best = (before, 0);
+        for (n, &id) in self.order[self.n_hot..][..n_neurons].iter().enumerate() {
+            moved += self.load.expected_bytes(id as usize);
+            let hot = |n: usize| self.hot_bytes[n] + if n == device { moved } else { 0.0 };
+            let after = self.seconds(machine, hot, self.cold_bytes - moved);
+            if after < best.0 {
+                best = (after, n + 1);
+            }
+        }
+        let (after, n_neurons) = best;
         let budget_bytes = rounded(taken + n_neurons) - rounded(taken);
         (after < before).then(|| Step {
             layer,

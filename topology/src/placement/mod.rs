@@ -77,6 +77,14 @@ pub struct NodeSpeed {
     pub granule_bytes: u64,
 }
 
+impl NodeSpeed {
+    /// What `n_neurons` of a layer take of the budget.
+    fn rounded_bytes(&self, layer: &LayerLoad, n_neurons: usize) -> u64 {
+        let bytes = n_neurons as u64 * layer.bundle_bytes;
+        bytes.next_multiple_of(self.granule_bytes.max(1))
+    }
+}
+
 /// What was measured of the machine.
 #[derive(Debug, Clone, PartialEq)]
 pub struct MachineSpeed {
@@ -126,15 +134,19 @@ pub enum ColdShare {
 pub enum PlacementError {
     /// Cold bundles do not fit into the nodes' memory.
     #[error(
-        "the cold neurons of all layers take {needed_bytes} bytes on node {node}, but {budget_bytes} may be used: \
-         use more nodes, a smaller model or type, or a device with more memory"
+        "the cold neurons of layer {layer} take {needed_bytes} bytes on node {node}, where {left_bytes} of {budget_bytes} are \
+         left: use more nodes, a smaller model or type, or a device with more memory"
     )]
     NodeFull {
         /// Counted from 0.
         node: usize,
+        /// The layer that does not fit any more.
+        layer: usize,
         /// After rounding to the allocator's granule.
         needed_bytes: u64,
-        /// What there is.
+        /// What the layers before it leave.
+        left_bytes: u64,
+        /// What there is for all layers.
         budget_bytes: u64,
     },
     /// A number that cannot be.
@@ -166,49 +178,75 @@ pub fn solve(
     group_ends: &[usize],
 ) -> Result<Vec<LayerPlacement>, PlacementError> {
     check(layers, machine)?;
-    let hot = hot::choose(layers, machine);
+    let mut left_bytes: Vec<u64> = machine.nodes.iter().map(|n| n.budget_bytes).collect();
     let mut placements = Vec::with_capacity(layers.len());
-    let mut used_bytes = vec![0; machine.nodes.len()];
-    for (layer, hot) in layers.iter().zip(hot) {
-        let cold = if machine.devices.is_empty() {
-            assert_eq!(
-                group_ends.last(),
-                Some(&layer.frequencies.len()),
-                "groups cover a layer"
-            );
-            divide_groups(layer, &machine.nodes, group_ends)
-                .into_iter()
-                .map(ColdShare::Groups)
-                .collect()
-        } else {
-            divide_neurons(
-                layer,
-                &machine.nodes,
-                &hot.cold_ids(layer.frequencies.len()),
-            )
-            .into_iter()
-            .map(ColdShare::Ids)
-            .collect::<Vec<ColdShare>>()
+    let hot = hot::choose(layers, machine);
+    for (index, (layer, hot)) in layers.iter().zip(hot).enumerate() {
+        let divide = |room_bytes: &[u64]| {
+            let cold = cold_shares(layer, &hot, machine, group_ends, room_bytes);
+            let nodes = machine.nodes.iter().zip(&cold);
+            let needed: Vec<u64> = nodes
+                .map(|(node, share)| node.rounded_bytes(layer, share.n_neurons(group_ends)))
+                .collect();
+            (cold, needed)
         };
-        for ((node, share), used_bytes) in machine.nodes.iter().zip(&cold).zip(&mut used_bytes) {
-            let bytes = share.n_neurons(group_ends) as u64 * layer.bundle_bytes;
-            *used_bytes += bytes.next_multiple_of(node.granule_bytes.max(1));
+        // each layer its part of what is left, so that the last ones find room where the first did;
+        // all that is left, where whole groups do not fit into a part
+        let n_layers = (layers.len() - index) as u64;
+        let part: Vec<u64> = left_bytes.iter().map(|left| left / n_layers).collect();
+        let (mut cold, mut needed) = divide(&part);
+        if over(&needed, &part).is_some() {
+            (cold, needed) = divide(&left_bytes);
+        }
+        if let Some(node) = over(&needed, &left_bytes) {
+            return Err(PlacementError::NodeFull {
+                node,
+                layer: index,
+                needed_bytes: needed[node],
+                left_bytes: left_bytes[node],
+                budget_bytes: machine.nodes[node].budget_bytes,
+            });
+        }
+        for (left, needed) in left_bytes.iter_mut().zip(needed) {
+            *left -= needed;
         }
         placements.push(LayerPlacement {
             hot_ids: hot.into_ids(),
             cold,
         });
     }
-    for (node, (speed, needed_bytes)) in machine.nodes.iter().zip(used_bytes).enumerate() {
-        if needed_bytes > speed.budget_bytes {
-            return Err(PlacementError::NodeFull {
-                node,
-                needed_bytes,
-                budget_bytes: speed.budget_bytes,
-            });
-        }
-    }
     Ok(placements)
+}
+
+/// The first node that needs more than it has.
+fn over(needed: &[u64], room: &[u64]) -> Option<usize> {
+    needed
+        .iter()
+        .zip(room)
+        .position(|(needed, room)| needed > room)
+}
+
+/// The nodes' shares of a layer's cold neurons.
+fn cold_shares(
+    layer: &LayerLoad,
+    hot: &HotSet,
+    machine: &MachineSpeed,
+    group_ends: &[usize],
+    room_bytes: &[u64],
+) -> Vec<ColdShare> {
+    let n_neurons = layer.frequencies.len();
+    if machine.devices.is_empty() {
+        assert_eq!(group_ends.last(), Some(&n_neurons), "groups cover a layer");
+        return divide_groups(layer, &machine.nodes, group_ends, room_bytes)
+            .into_iter()
+            .map(ColdShare::Groups)
+            .collect();
+    }
+    let ids = hot.cold_ids(n_neurons);
+    divide_neurons(layer, &machine.nodes, &ids, room_bytes)
+        .into_iter()
+        .map(ColdShare::Ids)
+        .collect()
 }
 
 impl ColdShare {

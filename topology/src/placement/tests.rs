@@ -107,9 +107,31 @@ fn a_node_without_room_is_named() {
     let error = solve(&layers, &machine(vec![], vec![small]), &GROUPS_OF_FOUR).unwrap_err();
     assert_eq!(
         error.to_string(),
-        "the cold neurons of all layers take 120 bytes on node 0, but 119 may be used: use more nodes, a smaller \
+        "the cold neurons of layer 0 take 120 bytes on node 0, where 119 of 119 are left: use more nodes, a smaller \
          model or type, or a device with more memory"
     );
+}
+
+#[test]
+fn a_small_node_takes_what_it_has_room_for_in_every_layer() {
+    let layers = vec![layer(&[0.5; 16]); 3];
+    let ends: Vec<usize> = (0..=16).collect();
+    // twice as fast, with room for four of 16 neurons a layer; granules of two neurons
+    let mut fast = node(2.0);
+    fast.budget_bytes = 3 * 4 * 30;
+    fast.granule_bytes = 60;
+    for devices in [vec![], vec![device(1e3, 0, 1)]] {
+        let placed = solve(
+            &layers,
+            &machine(devices, vec![fast.clone(), node(1.0)]),
+            &ends,
+        )
+        .unwrap();
+        for placement in placed {
+            assert_eq!(placement.cold[0].n_neurons(&ends), 4);
+            assert_eq!(placement.cold[1].n_neurons(&ends), 12);
+        }
+    }
 }
 
 #[test]
@@ -147,28 +169,36 @@ fn the_parts_add_up_and_the_bottleneck_comes_first() {
     assert!((fixed.1 - 200.0 / 1500.0).abs() < 1e-12);
 }
 
-/// The least time that any division of whole groups gives.
-fn best_division(layer: &LayerLoad, nodes: &[NodeSpeed], ends: &[usize]) -> f64 {
+/// The least time that any division of whole groups gives that fits into the room; infinite if none does.
+fn best_division(layer: &LayerLoad, nodes: &[NodeSpeed], ends: &[usize], room: &[u64]) -> f64 {
     let n_groups = ends.len() - 1;
     let bytes = |from: usize, to: usize| -> f64 {
         (ends[from]..ends[to])
             .map(|n| layer.expected_bytes(n))
             .sum()
     };
+    let own = |node: usize, from: usize, to: usize| {
+        let needed = (ends[to] - ends[from]) as u64 * layer.bundle_bytes;
+        let time = bytes(from, to) / nodes[node].bytes_per_s;
+        if needed > room[node] {
+            f64::INFINITY
+        } else {
+            time
+        }
+    };
     fn search(
-        nodes: &[NodeSpeed],
-        from: usize,
-        to: usize,
-        bytes: &dyn Fn(usize, usize) -> f64,
+        (node, n_nodes): (usize, usize),
+        (from, to): (usize, usize),
+        own: &dyn Fn(usize, usize, usize) -> f64,
     ) -> f64 {
-        let [node, others @ ..] = nodes else {
+        if node == n_nodes {
             return if from == to { 0.0 } else { f64::INFINITY };
-        };
+        }
         (from..=to)
-            .map(|end| (bytes(from, end) / node.bytes_per_s).max(search(others, end, to, bytes)))
+            .map(|end| own(node, from, end).max(search((node + 1, n_nodes), (end, to), own)))
             .fold(f64::INFINITY, f64::min)
     }
-    search(nodes, 0, n_groups, &bytes)
+    search((0, nodes.len()), (0, n_groups), &own)
 }
 
 /// The least time of all layers over every choice of hot neurons that fits.
@@ -204,11 +234,13 @@ proptest! {
     fn groups_are_divided_as_well_as_can_be(
         frequencies in prop::collection::vec(0.0f32..=1.0, 8),
         speeds in prop::collection::vec(1.0f64..10.0, 1..4),
+        rooms in prop::collection::vec(60u64..300, 3),
     ) {
         let layer = layer(&frequencies);
         let nodes: Vec<NodeSpeed> = speeds.into_iter().map(node).collect();
         let ends = [0, 1, 2, 4, 5, 6, 7, 8];
-        let shares = divide_groups(&layer, &nodes, &ends);
+        let room: Vec<u64> = rooms.into_iter().take(nodes.len()).collect();
+        let shares = divide_groups(&layer, &nodes, &ends, &room);
         prop_assert_eq!(shares.first().unwrap().start, 0);
         prop_assert_eq!(shares.last().unwrap().end, 7);
         prop_assert!(shares.windows(2).all(|pair| pair[0].end == pair[1].start));
@@ -216,8 +248,12 @@ proptest! {
             let neurons = ends[share.start]..ends[share.end];
             neurons.map(|n| layer.expected_bytes(n)).sum::<f64>() / node.bytes_per_s
         }).fold(0.0, f64::max);
-        let best = best_division(&layer, &nodes, &ends);
-        prop_assert!(slowest <= best * (1.0 + 1e-12), "{} of {}", slowest, best);
+        let best = best_division(&layer, &nodes, &ends, &room);
+        let fits = shares.iter().zip(&room).all(|(share, room)| {
+            (ends[share.end] - ends[share.start]) as u64 * layer.bundle_bytes <= *room
+        });
+        prop_assert_eq!(fits, best.is_finite());
+        prop_assert!(!fits || slowest <= best * (1.0 + 1e-12), "{} of {}", slowest, best);
     }
 
     /// Against every subset of every layer's neurons, moved one by one: never over budget, and at
