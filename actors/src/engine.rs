@@ -26,6 +26,7 @@ use crate::messages::ActorId;
 use crate::model::Model;
 use crate::pipeline::{Pipeline, RunState};
 use crate::predictor::Predictor;
+use crate::scratch::NodeScratch;
 use crate::tap::LayerTap;
 use crate::teams::Teams;
 use crate::trace::{Trace, TraceBounds};
@@ -174,6 +175,19 @@ impl Engine {
         self.teams
             .as_ref()
             .expect("an engine has teams until it is dropped")
+    }
+
+    /// Bytes of slots and of a team's working memory, of each node; node 0 has the slots that all
+    /// nodes use.
+    pub fn working_bytes(&self) -> Vec<usize> {
+        let (shared, mut nodes) = self.model.slots.bytes();
+        let threads = self.teams().n_threads();
+        for (node, (bytes, n_threads)) in nodes.iter_mut().zip(threads).enumerate() {
+            // made again to be measured: untouched, it takes no memory
+            *bytes += NodeScratch::new(&self.model, node, n_threads).bytes();
+        }
+        nodes[0] += shared;
+        nodes
     }
 
     /// What the executors record, if they do.

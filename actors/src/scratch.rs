@@ -101,6 +101,16 @@ impl AheadScratch {
     }
 }
 
+impl AheadScratch {
+    fn bytes(&mut self) -> usize {
+        let floats = self.ones.len() * size_of::<f32>() + self.hidden.bytes() + self.scores.bytes();
+        let rows = self.activations.iter_mut().map(|rows| rows.own().bytes());
+        let ids = |list: &mut Shared<Vec<u32>>| list.own().capacity() * size_of::<u32>();
+        let lists = self.lists.iter_mut().map(ids);
+        floats + self.residual.own().bytes() + rows.sum::<usize>() + lists.sum::<usize>()
+    }
+}
+
 /// What the sketches of a node's layers need.
 struct SketchSizes {
     ranks: BTreeSet<usize>,
@@ -153,6 +163,10 @@ impl ActiveList {
             ids: Vec::with_capacity(n_neurons),
             gates: Vec::with_capacity(n_neurons),
         }
+    }
+
+    fn bytes(&self) -> usize {
+        self.ids.capacity() * size_of::<u32>() + self.gates.capacity() * size_of::<f32>()
     }
 
     /// Empties the list.
@@ -236,9 +250,49 @@ impl NodeScratch {
                 .flatten(),
         }
     }
+
+    /// Bytes of memory.
+    pub fn bytes(&mut self) -> usize {
+        let floats = [
+            &self.q,
+            &self.k,
+            &self.v,
+            &self.states,
+            &self.gate,
+            &self.up,
+            &self.act,
+        ];
+        let floats: usize = floats.iter().map(|values| values.bytes()).sum();
+        let lists = self.lists.iter_mut().map(|list| list.own().bytes());
+        let lists: usize = lists.sum();
+        let threads = self.threads.iter_mut().map(|own| own.own().bytes());
+        let threads: usize = threads.sum();
+        let sketch = self.hidden.bytes()
+            + self.hidden_rows.bytes()
+            + self.sketch_x.own().bytes()
+            + self.tables.bytes()
+            + self.sums.bytes();
+        let ahead = self.ahead.as_mut().map_or(0, AheadScratch::bytes);
+        floats + self.act_rows.own().bytes() + lists + threads + sketch + ahead
+    }
 }
 
 impl ThreadScratch {
+    fn bytes(&mut self) -> usize {
+        let floats = [
+            &self.queries,
+            &self.states,
+            &self.gate_chunk,
+            &self.up_chunk,
+        ];
+        let floats: usize = floats.iter().map(|values| size_of_val(&***values)).sum();
+        let up = self.up.as_ref().map_or(0, UpScratch::bytes);
+        let ids = self.merged.capacity() * size_of::<u32>();
+        let planes = self.row.len() + self.image.len();
+        let sketch = self.hidden.bytes() + ids + planes;
+        self.all.bytes() + floats + up + self.down.bytes() + sketch
+    }
+
     fn new(model: &Model, node: usize, n_neurons: usize, sketch: &SketchSizes) -> Self {
         let shape = model.shape();
         let group_bytes = ROW_GROUP * QuantType::Q4_0.row_bytes(sketch.n_blocks * BLOCK);

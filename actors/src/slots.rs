@@ -55,6 +55,11 @@ impl<T: Copy + Default> SharedSlice<T> {
         }
     }
 
+    /// Bytes of memory.
+    pub fn bytes(&self) -> usize {
+        self.len * size_of::<T>()
+    }
+
     /// # Safety
     /// Nobody writes these values while the slice lives.
     pub unsafe fn read(&self, range: Range<usize>) -> &[T] {
@@ -186,6 +191,14 @@ impl RankRows {
         unsafe { self.find(rank).get_mut() }.writer()
     }
 
+    /// Bytes of memory.
+    pub fn bytes(&mut self) -> usize {
+        self.0
+            .iter_mut()
+            .map(|(_, batch)| batch.own().bytes())
+            .sum()
+    }
+
     /// The rows of rank `rank`, of one who has them alone.
     pub fn of(&mut self, rank: usize) -> &mut ActBatch {
         let batch = self.0.iter_mut().find(|(of, _)| *of == rank);
@@ -278,5 +291,27 @@ impl Slots {
                 .collect(),
             logits: SharedF32::new(sizes.n_head_tokens * sizes.n_vocab),
         }
+    }
+
+    /// Bytes of memory of the slots that all nodes use, and of each node's own.
+    pub fn bytes(&self) -> (usize, Vec<usize>) {
+        let SlotSizes {
+            mode,
+            n_ubatch,
+            n_embd,
+            n_attn,
+            ..
+        } = self.sizes;
+        let batch = |n_cols| ActBatch::new(mode, n_cols, n_ubatch).bytes();
+        let floats = [
+            &self.x,
+            &self.rope,
+            &self.heads,
+            &self.projected,
+            &self.logits,
+        ];
+        let floats: usize = floats.iter().map(|slot| slot.bytes()).sum();
+        let own = self.partials.iter().map(SharedF32::bytes).collect();
+        (floats + batch(n_embd) + batch(n_attn), own)
     }
 }

@@ -103,6 +103,17 @@ impl ActBatch {
         }
     }
 
+    /// Bytes of memory that all rows take.
+    pub fn bytes(&self) -> usize {
+        size_of_val(&*self.values)
+            + size_of_val(&*self.q)
+            + size_of_val(&*self.scales)
+            + size_of_val(&*self.sums)
+            + size_of_val(&*self.block_sums)
+            + size_of_val(&*self.half_sums)
+            + size_of_val(&*self.half_totals)
+    }
+
     /// Values per row.
     pub fn n_cols(&self) -> usize {
         self.n_cols

@@ -6,6 +6,7 @@ use std::path::PathBuf;
 use pi_actors::ActorError;
 use pi_kernels::KernelError;
 use pi_topology::TopologyError;
+use pi_topology::placement::PlacementError;
 use thiserror::Error;
 
 use crate::chat::ChatError;
@@ -99,6 +100,9 @@ pub enum RuntimeError {
     /// A machine that cannot be used as asked.
     #[error(transparent)]
     Topology(#[from] TopologyError),
+    /// A model that has no place on the machine.
+    #[error(transparent)]
+    Placement(#[from] PlacementError),
     /// A step that failed, or an engine that does not start.
     #[error(transparent)]
     Actor(#[from] ActorError),
@@ -285,6 +289,7 @@ impl RuntimeError {
             RuntimeError::Gguf(error) => error.is_environment(),
             RuntimeError::Model { source, .. } => source.is_environment(),
             RuntimeError::Topology(error) => error.is_environment(),
+            RuntimeError::Placement(_) => true,
             RuntimeError::Actor(error) => error.is_environment(),
             RuntimeError::Trace(error) => error.is_environment(),
             RuntimeError::Synth(error) => error.is_environment(),

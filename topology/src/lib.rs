@@ -16,6 +16,7 @@ mod machine;
 mod measure;
 mod memory;
 mod pin;
+pub mod placement;
 mod plan;
 mod probe;
 mod system;

@@ -150,6 +150,13 @@ pub struct DownScratch {
     sums: Vec<f32>,
 }
 
+impl DownScratch {
+    /// Bytes of memory.
+    pub fn bytes(&self) -> usize {
+        size_of_val(&*self.rows) + size_of_val(&*self.sums)
+    }
+}
+
 impl Default for DownScratch {
     fn default() -> Self {
         Self {

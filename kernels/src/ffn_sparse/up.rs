@@ -138,6 +138,13 @@ impl UpScratch {
             products: vec![0.0; ROW_GROUP * n_tokens],
         }
     }
+
+    /// Bytes of memory.
+    pub fn bytes(&self) -> usize {
+        self.ids.capacity() * size_of::<u32>()
+            + size_of_val(&*self.group)
+            + size_of_val(&*self.products)
+    }
 }
 
 /// Multiplies the open gates in `act` (`[n_tokens, neurons.len()]` f32: gates after ReLU, of

@@ -8,6 +8,7 @@ use pi_kernels::{ActivationMode, Tier};
 
 use super::answer_args::{AnswerArgs, ChatArgs};
 use super::doctor::DoctorArgs;
+use super::plan::PlanArgs;
 use super::synth::SynthArgs;
 use super::trace::TraceArgs;
 use crate::inspect::InspectArgs;
@@ -88,6 +89,8 @@ pub enum Command {
     Perplexity(PerplexityArgs),
     /// Measure prefill and decode speed
     Bench(BenchArgs),
+    /// Say where a model goes on this machine, and what a token will cost
+    Plan(PlanArgs),
     /// Say what this machine has, what stands in the way of speed, and how to mend it
     Doctor(DoctorArgs),
     /// Print a script that completes the flags in a shell

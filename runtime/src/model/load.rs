@@ -133,6 +133,16 @@ impl<'a> Loader<'a> {
         self.layout.nodes.iter().map(|node| node.bytes).collect()
     }
 
+    /// Each node's part of every layer.
+    pub fn shares(&self) -> Vec<&NodeShare> {
+        self.layout.nodes.iter().map(|node| &node.share).collect()
+    }
+
+    /// Boundaries of the neuron groups of a layer.
+    pub fn neuron_groups(&self) -> &[usize] {
+        &self.layout.neuron_groups
+    }
+
     /// Bytes of all arenas but the gaps between matrices: what the progress counts up to.
     pub fn copied_bytes(&self) -> u64 {
         let nodes = self.layout.nodes.iter();

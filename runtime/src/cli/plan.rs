@@ -1,0 +1,61 @@
+//! `pi-runtime plan`.
+
+use std::path::PathBuf;
+
+use clap::{Args, ValueEnum};
+
+use super::args::ModelArgs;
+use super::output::Output;
+use crate::error::RuntimeError;
+use crate::plan::{PlanRequest, plan};
+
+/// Flags of `plan`.
+#[derive(Debug, Clone, Args)]
+pub struct PlanArgs {
+    /// Model, machine and arithmetic.
+    #[command(flatten)]
+    pub model: ModelArgs,
+    /// The model's sidecar, whose profile says how often neurons fire; default: the one beside the model, if there is one
+    #[arg(long, value_name = "FILE")]
+    pub sidecar: Option<PathBuf>,
+    /// Context in tokens; 0: the model's own, at most 4096
+    #[arg(short = 'c', long = "ctx-size", value_name = "N", default_value_t = 0)]
+    pub n_ctx: u32,
+    /// Tokens already in the context
+    #[arg(short = 'd', long = "n-depth", value_name = "N", default_value_t = 0)]
+    pub n_depth: u32,
+    /// Threads, over all nodes; default: one for every core of the plan
+    #[arg(short = 't', long, value_name = "N", value_parser = clap::value_parser!(u16).range(1..))]
+    pub threads: Option<u16>,
+    /// Output format
+    #[arg(short = 'o', long, value_enum, value_name = "FORMAT", default_value_t = PlanFormat::Text)]
+    pub output: PlanFormat,
+}
+
+/// `-o` of `plan`
+#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
+pub enum PlanFormat {
+    /// Tables
+    Text,
+    /// One object
+    Json,
+}
+
+/// Plans, measures, and prints.
+///
+/// # Errors
+/// The flags, the model, its sidecar, the machine or the output.
+pub fn run(args: &PlanArgs) -> Result<(), RuntimeError> {
+    let request = PlanRequest {
+        model: args.model.options(args.n_ctx as usize)?,
+        plan: args.model.plan(args.threads)?,
+        sidecar: args.sidecar.clone(),
+        depth: args.n_depth as usize,
+    };
+    let report = plan(&request)?;
+    let mut output = Output::default();
+    match args.output {
+        PlanFormat::Text => output.text(&report.text()),
+        PlanFormat::Json => output.line(&format!("{:#}", report.json())),
+    }
+}

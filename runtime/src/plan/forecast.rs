@@ -1,0 +1,192 @@
+//! A token's time, from what its parts cost and how often each occurs.
+//!
+//! ```text
+//! token = Σ layers (attention + ffn + active · neuron + device + hand-off) + head + other
+//! ```
+//!
+//! where every cost is that of the layer's class (the types of its matrices), and `active` are the neurons that the
+//! layer is expected to activate.
+
+use serde::Serialize;
+
+use super::costs::Costs;
+use super::loads::{Frequencies, LayerBytes};
+use crate::model::Sparsity;
+
+/// A part of a token's time.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Serialize)]
+#[serde(rename_all = "snake_case")]
+pub enum Part {
+    /// Projections, attention and its output.
+    Attention,
+    /// Gates of all neurons; in `off` they are computed with the rest.
+    Gates,
+    /// Up and down of active neurons; in `off` all of the FFN.
+    Neurons,
+    /// The output head.
+    Head,
+    /// Messages, and waiting for other nodes.
+    HandOffs,
+    /// Norms, sums, embedding, sampling.
+    Other,
+}
+
+impl Part {
+    /// All of them, in the order of a token.
+    pub const ALL: [Part; 6] = [
+        Part::Attention,
+        Part::Gates,
+        Part::Neurons,
+        Part::Head,
+        Part::HandOffs,
+        Part::Other,
+    ];
+
+    /// Its name in tables.
+    pub fn name(self) -> &'static str {
+        match self {
+            Part::Attention => "attention",
+            Part::Gates => "gates",
+            Part::Neurons => "up, down",
+            Part::Head => "head",
+            Part::HandOffs => "hand-offs",
+            Part::Other => "norms, other",
+        }
+    }
+}
+
+/// A part's time and bytes.
+#[derive(Debug, Clone, Copy, PartialEq, Serialize)]
+pub struct PartForecast {
+    /// Which.
+    pub part: Part,
+    /// Of a token.
+    pub ms: f64,
+    /// Weights and cache that are read for it.
+    pub bytes: u64,
+}
+
+/// Bytes that are no layer's weights.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) struct OtherBytes {
+    pub head: u64,
+    /// Embedding row and last norm.
+    pub other: u64,
+    /// Keys and values of all layers.
+    pub kv: u64,
+}
+
+/// The parts of a token, in the order of [`Part::ALL`].
+pub(super) fn forecast(
+    mode: Sparsity,
+    costs: &Costs,
+    layers: &[LayerBytes],
+    frequencies: &Frequencies,
+    other: OtherBytes,
+) -> Vec<PartForecast> {
+    let mut ns = [0.0; Part::ALL.len()];
+    let mut bytes = [0; Part::ALL.len()];
+    let sparse = mode != Sparsity::Off;
+    for (index, layer) in layers.iter().enumerate() {
+        let cost = costs.of(&layer.class);
+        let active = frequencies.active(index);
+        let share = active / frequencies.by_layer[index].len().max(1) as f64;
+        ns[Part::Attention as usize] += cost.attention_ns;
+        bytes[Part::Attention as usize] += layer.attention;
+        let neurons_ns = cost.neuron_ns * active;
+        if sparse {
+            ns[Part::Gates as usize] += cost.ffn_ns;
+            bytes[Part::Gates as usize] += layer.gate;
+            ns[Part::Neurons as usize] += neurons_ns;
+            bytes[Part::Neurons as usize] += (layer.neurons as f64 * share).round() as u64;
+        } else {
+            ns[Part::Neurons as usize] += cost.ffn_ns + neurons_ns;
+            bytes[Part::Neurons as usize] += layer.gate + layer.neurons;
+        }
+        ns[Part::HandOffs as usize] += cost.hand_off_ns;
+        ns[Part::Other as usize] += cost.device_ns;
+    }
+    bytes[Part::Attention as usize] += other.kv;
+    ns[Part::Head as usize] = costs.head_ns;
+    bytes[Part::Head as usize] = other.head;
+    ns[Part::Other as usize] += costs.other_ns;
+    bytes[Part::Other as usize] = other.other;
+    let part = |part: Part| PartForecast {
+        part,
+        ms: ns[part as usize] / 1e6,
+        bytes: bytes[part as usize],
+    };
+    Part::ALL.map(part).into()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::super::costs::LayerCost;
+    use super::super::loads::FrequencySource;
+    use super::*;
+    use pi_kernels::QuantType;
+
+    fn forecast_of(mode: Sparsity) -> Vec<PartForecast> {
+        let layer = |class: QuantType| LayerBytes {
+            class: vec![class],
+            attention: 100,
+            gate: 40,
+            neurons: 80,
+        };
+        let cost = |attention_ns: f64| LayerCost {
+            attention_ns,
+            ffn_ns: 2e6,
+            neuron_ns: 1e6,
+            device_ns: 1e6,
+            hand_off_ns: 5e5,
+        };
+        let costs = Costs {
+            classes: vec![
+                (vec![QuantType::Q4_0], cost(1e6)),
+                (vec![QuantType::Q8_0], cost(3e6)),
+            ],
+            head_ns: 7e6,
+            other_ns: 1e6,
+            nodes: vec![],
+            working_bytes: vec![],
+            n_layer: 2,
+            n_tokens: 1,
+        };
+        let frequencies = Frequencies {
+            by_layer: vec![vec![0.5, 0.25], vec![1.0, 0.25]],
+            source: FrequencySource::Assumed,
+        };
+        let other = OtherBytes {
+            head: 500,
+            other: 3,
+            kv: 10,
+        };
+        let layers = [layer(QuantType::Q4_0), layer(QuantType::Q8_0)];
+        forecast(mode, &costs, &layers, &frequencies, other)
+    }
+
+    #[test]
+    fn every_part_is_counted_as_often_as_it_occurs() {
+        let times: Vec<(f64, u64)> = forecast_of(Sparsity::Exact)
+            .iter()
+            .map(|part| (part.ms, part.bytes))
+            .collect();
+        // 0.75 and 1.25 active neurons of 2
+        let expected = [
+            (4.0, 210),
+            (4.0, 80),
+            (2.0, 80),
+            (7.0, 500),
+            (1.0, 0),
+            (3.0, 3),
+        ];
+        assert_eq!(times, expected);
+    }
+
+    #[test]
+    fn dense_ffns_are_one_part() {
+        let parts = forecast_of(Sparsity::Off);
+        assert_eq!((parts[1].ms, parts[1].bytes), (0.0, 0));
+        assert_eq!((parts[2].ms, parts[2].bytes), (6.0, 240));
+    }
+}

@@ -1,0 +1,195 @@
+//! `plan` as a user meets it: what it prints, what it counts, and what it refuses.
+
+mod common;
+
+use std::path::Path;
+
+use common::running::{Folder, json_of, run, text_of, tiny};
+use common::tiny_model::TinyModel;
+use pi_runtime::gguf::{GgmlType, GgufFile};
+use pi_runtime::model::Hyperparameters;
+use pi_runtime::sidecar::sidecar_header;
+use serde_json::Value;
+
+/// Writes a sidecar whose profile of 8 tokens has `count` for every neuron.
+fn write_profile(model: &Path, path: &Path, n_tokens: u32, count: f32) {
+    let model = GgufFile::open(model).unwrap();
+    let hyper = Hyperparameters::read(&model).unwrap();
+    let mut header = sidecar_header(&model, &hyper).unwrap();
+    header.put("sparse.profile.n_tokens", n_tokens).unwrap();
+    let names: Vec<String> = (0..hyper.n_layer)
+        .map(|layer| format!("blk.{layer}.ffn_counts"))
+        .collect();
+    for name in &names {
+        header
+            .add_tensor(name, GgmlType::F32, &[hyper.n_ff])
+            .unwrap();
+    }
+    let mut file = header.create(path).unwrap();
+    let counts: Vec<u8> = count.to_le_bytes().repeat(hyper.n_ff);
+    for name in &names {
+        file.write(name, &counts).unwrap();
+    }
+    file.finish().unwrap();
+}
+
+fn modes(plan: &Value) -> Vec<&str> {
+    let modes = plan["modes"].as_array().unwrap().iter();
+    modes
+        .map(|mode| mode["sparsity"].as_str().unwrap())
+        .collect()
+}
+
+#[test]
+fn parts_add_up_to_the_token_and_memory_to_the_node() {
+    let folder = tiny();
+    let model = folder.name("m.gguf");
+    let plan = json_of(&["plan", "-m", &model, "-t", "1", "-c", "256", "-o", "json"]);
+    assert_eq!(modes(&plan), ["off", "exact"]);
+    assert_eq!(plan["frequencies"]["kind"], "assumed");
+    for mode in plan["modes"].as_array().unwrap() {
+        let number = |value: &Value| value.as_f64().unwrap();
+        let parts = mode["parts"].as_array().unwrap();
+        let ms: f64 = parts.iter().map(|part| number(&part["ms"])).sum();
+        assert!((ms - number(&mode["ms_per_token"])).abs() < 1e-9);
+        assert!(ms > 0.0 && number(&mode["tokens_per_s"]) > 0.0);
+        let bytes: u64 = parts
+            .iter()
+            .map(|part| part["bytes"].as_u64().unwrap())
+            .sum();
+        assert_eq!(Some(bytes), mode["bytes_per_token"].as_u64());
+        let node = &mode["nodes"][0];
+        let each = ["weights_bytes", "cache_bytes", "working_bytes"];
+        let each = each.map(|key| node[key].as_u64().unwrap());
+        assert!(each.iter().all(|bytes| bytes % 4096 == 0), "{node}");
+        assert_eq!(Some(each.iter().sum::<u64>()), node["total_bytes"].as_u64());
+        // 2 layers · 2 heads · 256 positions of 16 keys and 16 values in f16
+        assert_eq!(each[1], 2 * 2 * 256 * 32 * 2);
+        assert_eq!(
+            mode["neuron_groups"][0]["layers"],
+            serde_json::json!([0, 2])
+        );
+        assert_eq!(
+            mode["neuron_groups"][0]["groups"],
+            serde_json::json!([[0, 16]])
+        );
+        assert_eq!(mode["rehearsed_layers"], 2);
+    }
+}
+
+#[test]
+fn the_text_names_the_bottleneck_and_what_was_assumed() {
+    let folder = tiny();
+    let text = text_of(&["plan", "-m", &folder.name("m.gguf"), "-t", "1"]);
+    for expected in [
+        "15 % active is assumed, the same for all: `pi-runtime prepare` measures it",
+        "exact: bottleneck ",
+        "exact: measured now on 2 layers of random bytes",
+        "tokens/s",
+        "% of byte limit",
+        "off, node 0",
+    ] {
+        assert!(text.contains(expected), "no {expected:?} in\n{text}");
+    }
+}
+
+/// The gates of the rehearsal are the model's own kernels' work: as many open as the profile says, for every type.
+#[test]
+fn gates_open_as_often_as_the_profile_says() {
+    use pi_kernels::QuantType;
+    for quant in [QuantType::F32, QuantType::Q4_0, QuantType::Q8_0] {
+        let folder = Folder::with(&TinyModel {
+            quant,
+            ..TinyModel::default()
+        });
+        let (model, path) = (folder.name("m.gguf"), folder.path("m.sparse.gguf"));
+        let args = ["plan", "-m", &model, "-t", "1", "--sparsity", "exact"];
+        let active = |count: f32| {
+            write_profile(Path::new(&model), &path, 8, count);
+            let plan = json_of(&[&args[..], &["-o", "json"]].concat());
+            assert_eq!(plan["frequencies"]["n_tokens"], 8);
+            assert_eq!(plan["active_share"], f64::from(count) / 8.0);
+            plan["modes"][0]["rehearsed_active_neurons"]
+                .as_f64()
+                .unwrap()
+        };
+        // half of the tokens open all 2 · 512 gates, half every other one
+        let share = active(8.0) / 1024.0;
+        assert!((share - 0.75).abs() < 0.03, "{quant}: {share}");
+        assert_eq!(active(0.0), 0.0, "{quant}");
+        let share = active(2.0) / 1024.0;
+        assert!((share - 0.1875).abs() < 0.03, "{quant}: {share}");
+    }
+}
+
+#[test]
+fn a_bad_profile_or_another_models_is_refused() {
+    let folder = tiny();
+    let (model, path) = (folder.name("m.gguf"), folder.path("m.sparse.gguf"));
+    let refused = |expected: &str| {
+        let ran = run(&["plan", "-m", &model, "-t", "1"]);
+        assert_eq!(ran.code, 2, "{}", ran.err);
+        assert!(ran.err.contains(expected), "{}", ran.err);
+        assert!(ran.err.contains("prepare"), "{}", ran.err);
+    };
+    write_profile(Path::new(&model), &path, 0, 0.0);
+    refused("`sparse.profile.n_tokens` is 0");
+    write_profile(Path::new(&model), &path, 8, 9.0);
+    refused("value 0 of `blk.0.ffn_counts` is 9, of 8 tokens");
+    let other = Folder::with(&TinyModel {
+        seed: 2,
+        ..TinyModel::default()
+    });
+    write_profile(&other.path("m.gguf"), &path, 8, 1.0);
+    refused("made for a model with hash");
+}
+
+#[test]
+fn models_without_relu_have_one_mode() {
+    let folder = Folder::with(&TinyModel {
+        gate: None,
+        ..TinyModel::default()
+    });
+    let model = folder.name("m.gguf");
+    let plan = json_of(&["plan", "-m", &model, "-t", "1", "-o", "json"]);
+    assert_eq!(modes(&plan), ["off"]);
+    assert_eq!(plan["frequencies"]["kind"], "dense");
+    let ran = run(&["plan", "-m", &model, "-t", "1", "--sparsity", "exact"]);
+    assert_eq!(ran.code, 2, "{}", ran.err);
+}
+
+#[test]
+fn a_depth_beyond_the_context_is_refused() {
+    let folder = tiny();
+    let model = folder.name("m.gguf");
+    let ran = run(&["plan", "-m", &model, "-c", "64", "-d", "63"]);
+    assert_eq!(ran.code, 2, "{}", ran.err);
+    assert!(ran.err.contains("-d 63"), "{}", ran.err);
+    let plan = json_of(&["plan", "-m", &model, "-c", "64", "-d", "60", "-o", "json"]);
+    assert_eq!(plan["n_depth"], 60);
+}
+
+#[test]
+fn nodes_share_the_groups() {
+    let folder = tiny();
+    let topology = folder.file("two.toml", "[host]\nnodes = 2\nthreads = 1\n");
+    let model = folder.name("m.gguf");
+    let ran = run(&["plan", "-m", &model, "--topology", &topology, "-o", "json"]);
+    if ran.code != 0 {
+        eprintln!("skipped: two nodes cannot be had here: {}", ran.err);
+        return;
+    }
+    let plan: Value = serde_json::from_str(&ran.out).unwrap();
+    for mode in plan["modes"].as_array().unwrap() {
+        assert_eq!(mode["nodes"].as_array().unwrap().len(), 2);
+        let mut layers = 0;
+        for run in mode["neuron_groups"].as_array().unwrap() {
+            let groups = &run["groups"];
+            assert_eq!((&groups[0][0], &groups[1][1]), (&0.into(), &16.into()));
+            assert_eq!(groups[0][1], groups[1][0]);
+            assert_eq!(run["layers"][0], layers);
+            layers = run["layers"][1].as_u64().unwrap();
+        }
+        assert_eq!(layers, 2);
+    }
+}
