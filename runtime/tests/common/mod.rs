@@ -1,6 +1,7 @@
 //! What several test binaries need; not every binary uses all of it.
 #![allow(dead_code)]
 
+pub mod all_candidates;
 pub mod engine;
 pub mod gguf_parts;
 pub mod plain_twin;
