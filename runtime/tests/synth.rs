@@ -147,8 +147,15 @@ fn activity_is_as_planned_on_what_ran() {
         let (share, top) = (layer.active_share(), layer.top_share(0.26));
         println!("layer {n}: active {share:.4}, the top 26 % make {top:.3}");
         assert!((share - 0.10).abs() < 0.02, "layer {n}: {share}");
-        assert!((top - 0.80).abs() < 0.03, "layer {n}: {top}");
+        assert!((top - 0.80).abs() < 0.04, "layer {n}: {top}");
     }
+    let tops: Vec<f64> = seen
+        .layers
+        .iter()
+        .map(|layer| layer.top_share(0.26))
+        .collect();
+    let top = tops.iter().sum::<f64>() / tops.len() as f64;
+    assert!((top - 0.80).abs() < 0.03, "{top}");
     let (overlap, demos) = (seen.overlap(), demo.overlap());
     println!("overlap {overlap:.3}, the demo model's {demos:.3}");
     assert!((overlap - demos).abs() < 0.1, "{overlap}, demo {demos}");
@@ -225,13 +232,16 @@ fn every_type_runs_at_its_activity() {
     let folder = tempfile::tempdir().unwrap();
     let path = folder.path().join("m.gguf");
     for quant in QuantType::ALL {
-        // super-blocks of 256 leave most channels of a narrow stream constant
+        // at least three super-blocks of channels that change
+        let n_embd = if quant.block_values() == 256 {
+            1024
+        } else {
+            256
+        };
         let shape = SynthShape {
             n_layer: 2,
-            n_embd: 1024,
+            n_embd,
             n_ff: 512,
-            n_head: 8,
-            n_head_kv: 2,
             n_vocab: 512,
             ..tiny().shape
         };
