@@ -5,11 +5,15 @@
 
 mod error;
 mod hash;
+pub mod profile;
+mod section;
 
 use std::path::{Path, PathBuf};
 
 pub use error::SidecarError;
 pub use hash::model_hash;
+pub use profile::Profile;
+pub use section::Section;
 
 use crate::gguf::{GgufError, GgufFile, GgufWriter};
 use crate::model::Hyperparameters;
