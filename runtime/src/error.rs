@@ -13,6 +13,7 @@ use crate::gguf::GgufError;
 use crate::inspect::InspectError;
 use crate::model::ModelError;
 use crate::perplexity::PerplexityError;
+use crate::prepare::PrepareError;
 use crate::sampler::SamplerError;
 use crate::sidecar::SidecarError;
 use crate::tokenizer::TokenizerError;
@@ -250,6 +251,9 @@ pub enum RuntimeError {
     /// Ctrl-C ended it.
     #[error("interrupted")]
     Interrupted,
+    /// A model that cannot be prepared.
+    #[error(transparent)]
+    Prepare(#[from] PrepareError),
     /// A sidecar that cannot be used.
     #[error(transparent)]
     Sidecar(#[from] SidecarError),
@@ -284,6 +288,7 @@ impl RuntimeError {
             RuntimeError::Actor(error) => error.is_environment(),
             RuntimeError::Trace(error) => error.is_environment(),
             RuntimeError::Sidecar(error) => error.is_environment(),
+            RuntimeError::Prepare(error) => error.is_environment(),
             RuntimeError::StepOf { source, .. } => source.is_environment(),
             RuntimeError::Inspect(InspectError::Gguf(error)) => error.is_environment(),
             RuntimeError::Inspect(InspectError::Output(_))

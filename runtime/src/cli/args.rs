@@ -8,6 +8,7 @@ use pi_kernels::{ActivationMode, Tier};
 
 use super::answer_args::{AnswerArgs, ChatArgs};
 use super::doctor::DoctorArgs;
+use super::prepare::PrepareArgs;
 use super::trace::TraceArgs;
 use crate::inspect::InspectArgs;
 use crate::sampler::SamplerParams;
@@ -81,6 +82,8 @@ pub enum Command {
     Tokenize(TokenizeArgs),
     /// Write a neuron-major copy of a model, for sparse running
     Pack(PackArgs),
+    /// Find out which neurons fire when, for sparse running: makes the model's sidecar
+    Prepare(PrepareArgs),
     /// Measure perplexity on a text, chunked and scored as llama.cpp does
     Perplexity(PerplexityArgs),
     /// Measure prefill and decode speed

@@ -19,6 +19,7 @@ mod opening;
 mod output;
 mod pack;
 mod perplexity;
+mod prepare;
 mod progress;
 mod text_file;
 mod timings;
@@ -95,6 +96,7 @@ fn run(cli: &Cli, start: Instant, control: &ControlLog) -> Result<ExitCode, Runt
         Some(Command::Tokenize(args)) => tokenize::run(args)?,
         Some(Command::Pack(args)) => pack::run(args)?,
         Some(Command::Perplexity(args)) => perplexity::run(args)?,
+        Some(Command::Prepare(args)) => prepare::run(args)?,
         Some(Command::Bench(args)) => bench::run(args, control)?,
         Some(Command::Doctor(args)) => return doctor::run(args),
         Some(Command::Completions(args)) => completions::run(args)?,
