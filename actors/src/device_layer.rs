@@ -237,6 +237,17 @@ impl DeviceLayer {
                 });
             }
         });
+        if let Some(tap) = &model.tap {
+            let StepInfo { position, n_tokens } = self.step();
+            // SAFETY: the residual stream is the device's, and nobody writes the normed state now.
+            let (x, normed) = unsafe {
+                (
+                    model.slots.x.read(0..n_tokens * n_embd),
+                    model.slots.normed.get(),
+                )
+            };
+            tap.ffn_input(self.layer, position, x, normed);
+        }
     }
 
     /// Joins the nodes' partial sums along the fixed tree and adds them to the residual stream;

@@ -25,6 +25,7 @@ use crate::kv::KvStore;
 use crate::messages::ActorId;
 use crate::model::Model;
 use crate::pipeline::{Pipeline, RunState};
+use crate::tap::LayerTap;
 use crate::teams::Teams;
 use crate::trace::{Trace, TraceBounds};
 use crate::weights::{ModelShape, ModelWeights};
@@ -44,6 +45,8 @@ pub struct EngineOptions {
     pub faults: Faults,
     /// How much of what the executors do is recorded; none: nothing.
     pub trace: Option<TraceBounds>,
+    /// Who looks at the hidden states, if somebody does.
+    pub tap: Option<Arc<dyn LayerTap>>,
 }
 
 /// A feeder that has been served.
@@ -114,9 +117,10 @@ impl Engine {
             wait_limit,
             faults,
             trace,
+            tap,
         } = options;
         let n_ubatch = n_ubatch.clamp(1, weights.shape.n_ctx);
-        let model = Arc::new(Model::new(weights, cpu, kv_type, n_ubatch));
+        let model = Arc::new(Model::new(weights, cpu, kv_type, n_ubatch).with_tap(tap));
         let caches = caches(&teams, &model)?;
         let n_layer = model.shape().n_layer;
         let trace = trace.map(|bounds| Arc::new(Trace::new(bounds, n_layer, n_nodes)));

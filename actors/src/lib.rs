@@ -27,6 +27,7 @@ mod posts;
 mod scratch;
 #[doc(hidden)]
 pub mod slots;
+mod tap;
 mod team;
 mod teams;
 #[cfg(test)]
@@ -39,4 +40,5 @@ pub mod weights;
 pub use engine::{Engine, EngineOptions, Run};
 pub use error::{ActorError, ModelPart};
 pub use feeder::{Feed, Feeder, LogitsWanted, Next};
+pub use tap::LayerTap;
 pub use teams::{TeamThread, Teams};

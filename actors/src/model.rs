@@ -1,6 +1,7 @@
 //! What all actors of an engine share and never change.
 
 use std::ops::Range;
+use std::sync::Arc;
 
 use pi_kernels::Cpu;
 use pi_kernels::attention::KvType;
@@ -8,6 +9,7 @@ use pi_kernels::ffn_sparse::{FFN_GROUPS, subtrees};
 use pi_kernels::rope::RopeTable;
 
 use crate::slots::{SlotSizes, Slots};
+use crate::tap::LayerTap;
 use crate::weights::{FfnShare, LayerShare, ModelShape, ModelWeights};
 
 /// Tokens whose logits are computed together.
@@ -22,6 +24,7 @@ pub(crate) struct Model {
     pub kv_type: KvType,
     pub n_ubatch: usize,
     pub slots: Slots,
+    pub tap: Option<Arc<dyn LayerTap>>,
 }
 
 impl Model {
@@ -51,7 +54,13 @@ impl Model {
             kv_type,
             n_ubatch,
             slots,
+            tap: None,
         }
+    }
+
+    /// Lets `tap` look at the hidden states.
+    pub fn with_tap(self, tap: Option<Arc<dyn LayerTap>>) -> Self {
+        Self { tap, ..self }
     }
 
     /// Sizes and constants.

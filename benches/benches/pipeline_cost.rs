@@ -112,6 +112,7 @@ fn compare(
         wait_limit: Duration::from_secs(60),
         faults: Faults::default(),
         trace: None,
+        tap: None,
     };
     let engine = Engine::start(teams, weights, options).expect("an engine");
     let (mut ours, mut loops, mut ratios) = (vec![], vec![], vec![]);

@@ -14,6 +14,7 @@ use crate::inspect::InspectError;
 use crate::model::ModelError;
 use crate::perplexity::PerplexityError;
 use crate::sampler::SamplerError;
+use crate::sidecar::SidecarError;
 use crate::tokenizer::TokenizerError;
 use crate::trace::TraceError;
 
@@ -249,6 +250,9 @@ pub enum RuntimeError {
     /// Ctrl-C ended it.
     #[error("interrupted")]
     Interrupted,
+    /// A sidecar that cannot be used.
+    #[error(transparent)]
+    Sidecar(#[from] SidecarError),
     /// A trace that cannot be written.
     #[error(transparent)]
     Trace(#[from] TraceError),
@@ -279,6 +283,7 @@ impl RuntimeError {
             RuntimeError::Topology(error) => error.is_environment(),
             RuntimeError::Actor(error) => error.is_environment(),
             RuntimeError::Trace(error) => error.is_environment(),
+            RuntimeError::Sidecar(error) => error.is_environment(),
             RuntimeError::StepOf { source, .. } => source.is_environment(),
             RuntimeError::Inspect(InspectError::Gguf(error)) => error.is_environment(),
             RuntimeError::Inspect(InspectError::Output(_))

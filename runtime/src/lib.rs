@@ -17,6 +17,7 @@ pub mod pack;
 pub mod perplexity;
 pub mod sampler;
 pub mod session;
+pub mod sidecar;
 pub mod tokenizer;
 pub mod trace;
 pub mod unfinished_file;

@@ -244,6 +244,8 @@ fn generate(path: &Path) -> Result<(), RuntimeError> {
         kv_type: KvType::F16,
         n_batch: N_UBATCH,
         trace: None,
+        tap: None,
+        sidecar: None,
     };
     let plan = TopologyFile::default().plan(Some(1))?;
     let model = LoadedModel::open(&options, &plan, &Silent)?;

@@ -4,6 +4,7 @@
 
 pub mod naive;
 
+use std::sync::Arc;
 use std::time::Duration;
 
 use bytes::Bytes;
@@ -13,7 +14,9 @@ use pi_actors::weights::{
     Embedding, EmbeddingRows, FfnShare, GateActivation, HeadShare, LayerShare, LayerWeights,
     Matrix, ModelShape, ModelWeights, NeuronStore, SparsityMode, UpRows,
 };
-use pi_actors::{ActorError, Engine, EngineOptions, Feed, Feeder, LogitsWanted, Next, Run, Teams};
+use pi_actors::{
+    ActorError, Engine, EngineOptions, Feed, Feeder, LayerTap, LogitsWanted, Next, Run, Teams,
+};
 use pi_kernels::attention::KvType;
 use pi_kernels::ffn_sparse::FFN_GROUPS;
 use pi_kernels::rope::{RopePairs, RopeScaling, RopeSpec};
@@ -296,6 +299,7 @@ pub struct Setup {
     pub faults: Faults,
     pub wait_limit: Duration,
     pub trace: Option<TraceBounds>,
+    pub tap: Option<Arc<dyn LayerTap>>,
 }
 
 impl Default for Setup {
@@ -308,6 +312,7 @@ impl Default for Setup {
             faults: Faults::default(),
             wait_limit: Duration::from_secs(60),
             trace: None,
+            tap: None,
         }
     }
 }
@@ -321,6 +326,7 @@ pub fn engine(model: &PlainModel, setup: Setup) -> Engine {
         wait_limit: setup.wait_limit,
         faults: setup.faults,
         trace: setup.trace,
+        tap: setup.tap,
     };
     Engine::start(teams, weights(model, setup.n_nodes, setup.form), options).unwrap()
 }

@@ -122,6 +122,9 @@ pub struct ModelArgs {
     /// off: dense; exact: skip neurons whose ReLU gate is closed (same result). Default: exact where it is free
     #[arg(long, value_enum, value_name = "MODE")]
     pub sparsity: Option<SparsityArg>,
+    /// What `prepare` made for the model [default: the file beside it with .sparse.gguf for .gguf, where it is needed]
+    #[arg(long, value_name = "FILE")]
+    pub sidecar: Option<PathBuf>,
     /// Precision of the activations in dot products
     #[arg(long, value_name = "f32|q8", default_value_t = ActivationMode::Q8)]
     pub activations: ActivationMode,

@@ -32,6 +32,8 @@ impl ModelArgs {
                 KvArg::F32 => KvType::F32,
             },
             trace: None,
+            tap: None,
+            sidecar: self.sidecar.clone(),
             n_batch: usize::from(self.batch_size).min(N_UBATCH),
         })
     }

@@ -194,6 +194,8 @@ impl Packing<'_> {
             cpu: Cpu::detect(ActivationMode::Q8),
             kv_type: KvType::F16,
             trace: None,
+            tap: None,
+            sidecar: None,
             n_batch: N_UBATCH,
         };
         LoadedModel::open(&options, &self.plan, &LoadBar::default())

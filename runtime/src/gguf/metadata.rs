@@ -103,8 +103,8 @@ impl Metadata {
             .filter_map(|entry| Some((entry.key.as_str(), self.value(entry)?)))
     }
 
-    /// Keys with their types and encoded values, for copying into another file.
-    pub(super) fn encoded(&self) -> impl Iterator<Item = (&str, ValueType, Bytes)> {
+    /// Keys with their types and encoded values, for copying into another file, and for hashes.
+    pub(crate) fn encoded(&self) -> impl Iterator<Item = (&str, ValueType, Bytes)> {
         self.entries.iter().map(|entry| {
             (
                 entry.key.as_str(),

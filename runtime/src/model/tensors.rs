@@ -218,39 +218,12 @@ impl Finder<'_> {
         Ok(())
     }
 
-    /// The matrix called `name`, `[n_rows, n_cols]`.
     fn matrix(&self, name: &str, n_rows: usize, n_cols: usize) -> Result<FileMatrix, ModelError> {
-        let info = self.file.require_tensor(name)?;
-        info.expect_shape(&[n_cols, n_rows])?;
-        let quant = info.require_quant()?;
-        if !n_cols.is_multiple_of(quant.block_values()) {
-            return Err(ModelError::PartialBlock {
-                n_values: n_cols,
-                quant: quant.name(),
-                block_values: quant.block_values(),
-            });
-        }
-        Ok(FileMatrix {
-            info: info.clone(),
-            quant,
-            bytes: self.file.tensor_data(info),
-        })
+        find_matrix(self.file, name, n_rows, n_cols)
     }
 
-    /// The vector called `name`, `[len]`, as f32.
     fn vector(&self, name: &str, len: usize) -> Result<Vec<f32>, ModelError> {
-        let info = self.file.require_tensor(name)?;
-        info.expect_shape(&[len])?;
-        let quant = info.require_quant()?;
-        if quant.is_quantised() {
-            return Err(unsupported(
-                info,
-                &[QuantType::F32, QuantType::F16, QuantType::BF16],
-            ));
-        }
-        let mut values = vec![0.0; len];
-        dequantize_row(quant, &self.file.tensor_data(info), &mut values);
-        Ok(values)
+        find_vector(self.file, name, len)
     }
 
     fn rope_freqs(&self, len: usize) -> Result<Vec<f32>, ModelError> {
@@ -268,6 +241,46 @@ impl Finder<'_> {
             None => Ok(factors),
         }
     }
+}
+
+/// The matrix called `name`, `[n_rows, n_cols]`.
+pub(crate) fn find_matrix(
+    file: &GgufFile,
+    name: &str,
+    n_rows: usize,
+    n_cols: usize,
+) -> Result<FileMatrix, ModelError> {
+    let info = file.require_tensor(name)?;
+    info.expect_shape(&[n_cols, n_rows])?;
+    let quant = info.require_quant()?;
+    if !n_cols.is_multiple_of(quant.block_values()) {
+        return Err(ModelError::PartialBlock {
+            n_values: n_cols,
+            quant: quant.name(),
+            block_values: quant.block_values(),
+        });
+    }
+    Ok(FileMatrix {
+        info: info.clone(),
+        quant,
+        bytes: file.tensor_data(info),
+    })
+}
+
+/// The vector called `name`, `[len]`, as f32.
+pub(crate) fn find_vector(file: &GgufFile, name: &str, len: usize) -> Result<Vec<f32>, ModelError> {
+    let info = file.require_tensor(name)?;
+    info.expect_shape(&[len])?;
+    let quant = info.require_quant()?;
+    if quant.is_quantised() {
+        return Err(unsupported(
+            info,
+            &[QuantType::F32, QuantType::F16, QuantType::BF16],
+        ));
+    }
+    let mut values = vec![0.0; len];
+    dequantize_row(quant, &file.tensor_data(info), &mut values);
+    Ok(values)
 }
 
 fn unsupported(info: &TensorInfo, supported: &[QuantType]) -> ModelError {

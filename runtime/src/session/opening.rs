@@ -1,11 +1,12 @@
 //! From a file's name to a model that is ready: the one place where file, machine, loader and engine meet.
 
 use std::path::{Path, PathBuf};
+use std::sync::Arc;
 use std::time::Duration;
 
 use pi_actors::faults::Faults;
 use pi_actors::trace::TraceBounds;
-use pi_actors::{ActorError, Engine, EngineOptions, Teams};
+use pi_actors::{ActorError, Engine, EngineOptions, LayerTap, Teams};
 use pi_kernels::Cpu;
 use pi_kernels::attention::KvType;
 use pi_topology::Plan;
@@ -17,6 +18,7 @@ use crate::model::description::Description;
 use crate::model::footprint::Footprint;
 use crate::model::sparsity::SparsityPlan;
 use crate::model::{Hyperparameters, Loader, ModelError, ModelTensors, Sparsity};
+use crate::sidecar::{self, Sidecar, SidecarError};
 use crate::tokenizer::{Tokenizer, TokenizerError};
 
 /// Context without `-c`, where the model knows a longer one: a larger cache has to be asked for.
@@ -45,6 +47,10 @@ pub struct ModelOptions {
     pub trace: Option<TraceBounds>,
     /// Tokens that go through the layers together, at most [`N_UBATCH`]; the results do not depend on it.
     pub n_batch: usize,
+    /// Who looks at the hidden states, if somebody does.
+    pub tap: Option<Arc<dyn LayerTap>>,
+    /// The model's sidecar; none: the file beside the model, where a mode needs it.
+    pub sidecar: Option<PathBuf>,
 }
 
 /// Watches a model being loaded.
@@ -86,6 +92,8 @@ pub struct LoadedModel {
     pub sparsity: SparsityPlan,
     /// Weight bytes of a token.
     pub footprint: Footprint,
+    /// Its sidecar, where it was named or is needed.
+    pub sidecar: Option<Sidecar>,
 }
 
 impl LoadedModel {
@@ -101,6 +109,7 @@ impl LoadedModel {
         let file = GgufFile::open(&options.path)?;
         let in_file = |source| model_error(&options.path, source);
         let hyper = Hyperparameters::read(&file).map_err(in_file)?;
+        let sidecar = open_sidecar(options, false, &file, &hyper)?;
         let (tokenizer, engine) = std::thread::scope(|scope| {
             let tokenizer = scope.spawn(|| Tokenizer::from_metadata(file.metadata()));
             let engine = start_engine(options, plan, &file, &hyper, observer);
@@ -131,6 +140,7 @@ impl LoadedModel {
             chat_template,
             sparsity,
             footprint,
+            sidecar,
         })
     }
 
@@ -157,6 +167,31 @@ impl LoadedModel {
             eos: text(self.tokenizer.eos()),
         }
     }
+}
+
+/// The sidecar that was named, or the one beside the model where it is `needed`.
+///
+/// # Errors
+/// It is not there, or not the model's.
+pub(crate) fn open_sidecar(
+    options: &ModelOptions,
+    needed: bool,
+    file: &GgufFile,
+    hyper: &Hyperparameters,
+) -> Result<Option<Sidecar>, RuntimeError> {
+    let path = match &options.sidecar {
+        Some(path) => path.clone(),
+        None if needed => {
+            let path = sidecar::default_path(&options.path);
+            if !path.exists() {
+                let model = options.path.clone();
+                return Err(SidecarError::NotThere { path, model }.into());
+            }
+            path
+        }
+        None => return Ok(None),
+    };
+    Ok(Some(Sidecar::open(&path, file, hyper)?))
 }
 
 /// What [`start_engine`] makes.
@@ -199,6 +234,7 @@ fn start_engine(
             wait_limit: WAIT_LIMIT,
             faults: Faults::default(),
             trace: options.trace.map(|bounds| fit(bounds, n_ctx)),
+            tap: options.tap.clone(),
         },
     )?;
     let footprint = Footprint::of(hyper, &tensors, &sparsity);

@@ -2,12 +2,12 @@
 
 use std::ops::Deref;
 use std::path::Path;
-use std::sync::{Mutex, MutexGuard, PoisonError};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
 use pi_actors::faults::Faults;
 use pi_actors::trace::TraceBounds;
-use pi_actors::{Engine, EngineOptions, Feed, Feeder, LogitsWanted, Next, Teams};
+use pi_actors::{Engine, EngineOptions, Feed, Feeder, LayerTap, LogitsWanted, Next, Teams};
 use pi_kernels::attention::KvType;
 use pi_kernels::{ActivationMode, Cpu, Tier};
 use pi_runtime::gguf::GgufFile;
@@ -30,6 +30,7 @@ pub struct Setup {
     pub threads: Vec<usize>,
     pub faults: Faults,
     pub trace: Option<TraceBounds>,
+    pub tap: Option<Arc<dyn LayerTap>>,
 }
 
 impl Setup {
@@ -45,6 +46,7 @@ impl Setup {
             threads: vec![cpus().len().min(2)],
             faults: Faults::default(),
             trace: None,
+            tap: None,
         }
     }
 
@@ -86,6 +88,7 @@ impl Setup {
             wait_limit: Duration::from_secs(60),
             faults: self.faults.clone(),
             trace: self.trace,
+            tap: self.tap.clone(),
         };
         LoneEngine {
             engine: Engine::start(teams, weights, options).unwrap(),
