@@ -7,6 +7,7 @@ mod error;
 mod hash;
 pub mod profile;
 mod section;
+mod predictors;
 
 use std::path::{Path, PathBuf};
 
@@ -14,6 +15,7 @@ pub use error::SidecarError;
 pub use hash::model_hash;
 pub use profile::Profile;
 pub use section::Section;
+pub use predictors::{AHEAD_KIND_KEY, Ahead, LayerPredictors, SKETCH_KIND_KEY, Sketch, SketchKind};
 
 use crate::gguf::{GgufError, GgufFile, GgufWriter};
 use crate::model::Hyperparameters;
