@@ -15,6 +15,7 @@ pub mod mapped_file;
 pub mod model;
 pub mod pack;
 pub mod perplexity;
+pub mod predictor;
 pub mod sampler;
 pub mod session;
 pub mod sidecar;
