@@ -16,6 +16,7 @@ pub mod model;
 pub mod pack;
 pub mod perplexity;
 pub mod prepare;
+pub mod predictor;
 pub mod sampler;
 pub mod session;
 pub mod sidecar;
