@@ -4,7 +4,7 @@ use std::path::PathBuf;
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Instant;
 
-use clap::{Args, Subcommand};
+use clap::{Args, Subcommand, ValueEnum};
 use indicatif::{ProgressBar, ProgressDrawTarget, ProgressStyle};
 
 use super::args::ModelArgs;
@@ -13,7 +13,8 @@ use super::output::Output;
 use super::{progress, text_file};
 use crate::error::RuntimeError;
 use crate::prepare::{
-    DENSITY_MAX, Observer, Preparation, PrepareOptions, Prepared, Stage, plots, profile_table,
+    AheadKind, DENSITY_MAX, N_PASSAGES_MIN, Observer, Preparation, PrepareOptions, Prepared, Stage,
+    plots, profile_table, report_table,
 };
 use crate::sidecar;
 
@@ -56,12 +57,15 @@ pub struct StageArgs {
     /// Sidecar to write; default: the model's name with .sparse.gguf for .gguf
     #[arg(short = 'o', long, value_name = "FILE")]
     pub output: Option<PathBuf>,
-    /// Passages of 512 tokens to learn from, evenly over the text; default: 32, fewer for large models
-    #[arg(long, value_name = "N", value_parser = clap::value_parser!(u32).range(4..))]
+    /// Passages of 512 tokens to learn from, evenly over the text; default: 40, fewer for large models
+    #[arg(long, value_name = "N", value_parser = clap::value_parser!(u32).range(N_PASSAGES_MIN as i64..))]
     pub chunks: Option<u32>,
     /// How much higher than that of `exact` (`off` for SiLU models) the perplexity may be
     #[arg(long, value_name = "PERCENT", default_value = "0.5%", value_parser = percent)]
     pub quality: f64,
+    /// Predictors one layer ahead: trained, or the best linear map of low rank, which is fitted faster
+    #[arg(long, value_enum, value_name = "KIND", default_value_t = AheadArg::Trained)]
+    pub ahead: AheadArg,
     /// Seed of what is drawn; the same seed, model and text give the same sidecar
     #[arg(long, value_name = "N", default_value_t = 1)]
     pub seed: u32,
@@ -71,6 +75,15 @@ pub struct StageArgs {
     /// Threads, over all nodes; default: one for every core of the plan
     #[arg(short = 't', long, value_name = "N", value_parser = clap::value_parser!(u16).range(1..))]
     pub threads: Option<u16>,
+}
+
+/// `--ahead`
+#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
+pub enum AheadArg {
+    /// fc2·relu(fc1·h)
+    Trained,
+    /// Linear
+    Svd,
 }
 
 /// A share, given in percent with or without the sign.
@@ -143,7 +156,11 @@ fn options(args: &StageArgs, stages: Vec<Stage>) -> Result<PrepareOptions, Runti
         output,
         texts,
         n_passages: args.chunks.map(|n| n as usize),
-        seed: args.seed.into(),
+        seed: args.seed,
+        ahead: match args.ahead {
+            AheadArg::Trained => AheadKind::Trained,
+            AheadArg::Svd => AheadKind::Svd,
+        },
         quality: args.quality,
         stages,
     })
@@ -183,6 +200,9 @@ fn print(prepared: &Prepared, args: &StageArgs) -> Result<(), RuntimeError> {
                 DENSITY_MAX * 100.0
             );
         }
+    }
+    if let Some(report) = &prepared.report {
+        out.line(&report_table(report))?;
     }
     Ok(())
 }

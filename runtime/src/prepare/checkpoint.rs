@@ -131,7 +131,8 @@ impl Checkpoint {
         section.write(GgufWriter::new(), &self.section_path(name))
     }
 
-    fn section_path(&self, name: &str) -> PathBuf {
+    /// Where the finished part `name` is kept.
+    pub fn section_path(&self, name: &str) -> PathBuf {
         self.path(&format!("{name}.gguf"))
     }
 
@@ -143,8 +144,9 @@ impl Checkpoint {
                 .collect::<io::Result<Vec<_>>>()
         });
         for name in names.map_err(|source| self.error("read", "", source))? {
-            let ours = [KEY, N_PASSAGES, SAMPLES].contains(&&*name)
+            let ours = [KEY, N_PASSAGES].contains(&&*name)
                 || name.ends_with(".gguf")
+                || name.ends_with(".f16")
                 || (name.starts_with('.') && name.ends_with(".part"));
             if ours {
                 fs::remove_file(self.path(&name))

@@ -5,6 +5,8 @@ use std::path::PathBuf;
 
 use thiserror::Error;
 
+use crate::predictor::PredictorError;
+
 /// Why a model cannot be prepared.
 #[derive(Debug, Error)]
 pub enum PrepareError {
@@ -47,6 +49,14 @@ pub enum PrepareError {
         missing: &'static str,
         /// The stage that makes it.
         stage: &'static str,
+    },
+    /// A layer whose neurons cannot be predicted.
+    #[error("layer {layer}: {source}")]
+    Predictor {
+        /// The layer.
+        layer: usize,
+        /// Why.
+        source: PredictorError,
     },
     /// A stage that does nothing for the model.
     #[error("{stage}: {why}")]

@@ -8,16 +8,24 @@ pub mod activity;
 pub mod checkpoint;
 mod error;
 pub mod plots;
+mod predictors;
 mod preparation;
+pub mod report;
 pub mod samples;
 mod stage;
 mod subject;
 mod tables;
 pub mod text;
+mod thresholds;
+mod trials;
 
 pub use checkpoint::Checkpoint;
 pub use error::PrepareError;
-pub use preparation::{DENSITY_MAX, Observer, Preparation, PrepareOptions, Prepared};
+pub use predictors::AheadKind;
+pub use preparation::{
+    DENSITY_MAX, N_PASSAGES_MIN, Observer, Preparation, PrepareOptions, Prepared,
+};
+pub use report::Report;
 pub use stage::Stage;
 pub use subject::Subject;
-pub use tables::profile_table;
+pub use tables::{profile_table, report_table};

@@ -8,22 +8,25 @@ use pi_topology::Plan;
 
 use super::activity::LayerActivity;
 use super::checkpoint::{Checkpoint, Earlier};
+use super::predictors::AheadKind;
+use super::report::Report;
 use super::samples::{PassageFeeder, SampleFile, StateTap};
 use super::stage::Stage;
 use super::subject::Subject;
 use super::text::{CALIBRATION, PASSAGE_TOKENS, Passages, Text};
 use crate::error::RuntimeError;
 use crate::gguf::GgufFile;
+use crate::model::Sparsity;
 use crate::session::ModelOptions;
 use crate::sidecar::profile::LayerProfile;
 use crate::sidecar::{ARCHITECTURE, Profile, Section, Sidecar, model_hash, sidecar_header};
 
-/// Passages of the text that are learnt from by default.
-const N_PASSAGES: usize = 32;
+/// Passages of the text by default.
+const N_PASSAGES: usize = 40;
 /// Fewest passages that anything can be learnt from.
-const N_PASSAGES_MIN: usize = 4;
+pub const N_PASSAGES_MIN: usize = 8;
 /// One of so many passages is kept back, to choose the thresholds' target by.
-const VALIDATION_PART: usize = 8;
+const VALIDATION_PART: usize = 4;
 /// Bytes of one layer's states and activities that are worked on at once, at most.
 const LAYER_BYTES_MAX: usize = 1 << 30;
 /// Share of active neurons from which on skipping the others is worth nothing.
@@ -43,7 +46,9 @@ pub struct PrepareOptions {
     /// Passages of 512 tokens to learn from; none: as many as are worth it.
     pub n_passages: Option<usize>,
     /// Seed of all that is drawn.
-    pub seed: u64,
+    pub seed: u32,
+    /// How predictors one layer ahead are fitted.
+    pub ahead: AheadKind,
     /// How much higher than that of `exact` the perplexity may be, as a share.
     pub quality: f64,
     /// The stages to run.
@@ -75,7 +80,7 @@ pub struct Preparation {
     pub(super) observer: Arc<dyn Observer>,
     pub(super) stop: Arc<AtomicBool>,
     /// The sidecar that is there, where only some stages run.
-    kept: Option<Sidecar>,
+    pub(super) kept: Option<Sidecar>,
 }
 
 /// What a preparation gave.
@@ -87,6 +92,8 @@ pub struct Prepared {
     pub size_bytes: u64,
     /// Counts and norms, if they are in it.
     pub profile: Option<Profile>,
+    /// Figures on held-out text, if the stage was run.
+    pub report: Option<Report>,
 }
 
 impl Preparation {
@@ -142,27 +149,69 @@ impl Preparation {
     /// A stage, the file system, or `stop` was set; what is done so far stays.
     pub fn run(self) -> Result<Prepared, RuntimeError> {
         let mut sections = Vec::new();
+        let mut report = None;
         for stage in Stage::ALL {
             let section = match self.options.stages.contains(&stage) {
-                true => self.stage(stage)?,
+                true if stage == Stage::Report => {
+                    let figures = self.report(&sections)?;
+                    report.insert(figures).section()?
+                }
+                true => self.stage(stage, &sections)?,
                 false => self.kept(stage)?,
             };
             sections.push(section);
         }
-        self.write(&sections)
+        Ok(Prepared {
+            report,
+            ..self.write(&sections)?
+        })
     }
 
     /// The section of a stage, which is run unless it was before.
-    fn stage(&self, stage: Stage) -> Result<Section, RuntimeError> {
+    fn stage(&self, stage: Stage, before: &[Section]) -> Result<Section, RuntimeError> {
         if let Some(done) = self.checkpoint.section(stage.name()) {
             return Ok(done);
         }
         let section = match stage {
             Stage::Profile => self.profile()?,
-            Stage::Predictors | Stage::Thresholds | Stage::Head | Stage::Report => Section::new(),
+            Stage::Predictors if self.is_worth_predicting(before)? => self.predictors()?,
+            Stage::Thresholds if self.is_worth_predicting(before)? => self.sketch_thresholds()?,
+            _ => Section::new(),
         };
         self.checkpoint.keep(stage.name(), &section)?;
         Ok(section)
+    }
+
+    /// Whether there are neurons to skip, as far as a profile says so.
+    fn is_worth_predicting(&self, before: &[Section]) -> Result<bool, RuntimeError> {
+        if !self.subject.is_relu() {
+            return Ok(false);
+        }
+        let Some(profile) = before.first().filter(|section| !section.is_empty()) else {
+            return Ok(true);
+        };
+        Ok(self.read_profile(profile)?.density() <= DENSITY_MAX)
+    }
+
+    fn read_profile(&self, section: &Section) -> Result<Profile, RuntimeError> {
+        let Subject { file, hyper, .. } = &self.subject;
+        let path = self.checkpoint.folder().join("profile.sparse.gguf");
+        section.write(sidecar_header(file, hyper)?, &path)?;
+        let sidecar = Sidecar::open(&path, file, hyper)?;
+        let profile = Profile::read(&sidecar, hyper.n_layer, hyper.n_ff)?;
+        Ok(profile.ok_or_else(|| sidecar.missing("profile"))?)
+    }
+
+    /// Perplexity of the passages kept back: with a sidecar in `predicted`, else in `exact`.
+    pub(super) fn validation_perplexity(
+        &self,
+        sidecar: Option<&Path>,
+    ) -> Result<f64, RuntimeError> {
+        let mode = match sidecar {
+            Some(_) => Sparsity::Predicted,
+            None => Sparsity::Exact,
+        };
+        self.perplexity(mode, sidecar, &self.passages.1)
     }
 
     /// What the sidecar that is there has of a stage.
@@ -186,6 +235,7 @@ impl Preparation {
             path: output.clone(),
             size_bytes: sidecar.file().len_bytes() as u64,
             profile: Profile::read(&sidecar, hyper.n_layer, hyper.n_ff)?,
+            report: None,
         };
         if let Err(error) = self.checkpoint.remove() {
             self.observer.say(&format!("warning: {error}"));
@@ -313,11 +363,12 @@ fn calibration_text(options: &PrepareOptions, subject: &Subject) -> Result<Text,
 fn key(options: &PrepareOptions, subject: &Subject, text: &Text, n_passages: usize) -> String {
     let stages: Vec<&str> = options.stages.iter().map(|stage| stage.name()).collect();
     format!(
-        "version = {}\nmodel = {}\ntext = {}\npassages = {n_passages}\nseed = {}\nquality = {}\nactivations = {}\nkv = {}\nstages = {}\n",
+        "version = {}\nmodel = {}\ntext = {}\npassages = {n_passages}\nseed = {}\nahead = {}\nquality = {}\nactivations = {}\nkv = {}\nstages = {}\n",
         env!("CARGO_PKG_VERSION"),
         model_hash(&subject.file),
         text.hash(),
         options.seed,
+        options.ahead.name(),
         options.quality,
         subject.options.cpu.mode(),
         subject.options.kv_type,

@@ -6,6 +6,7 @@
 
 use std::fs::File;
 use std::io;
+use std::ops::Range;
 use std::os::unix::fs::FileExt;
 use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
@@ -102,22 +103,43 @@ impl SampleFile {
     /// # Errors
     /// The file cannot be read, or is shorter than it should be.
     pub fn layer(&self, layer: usize) -> Result<LayerStates, PrepareError> {
-        let read = |kind| {
-            let mut bytes = vec![0; self.n_tokens * self.n_embd * size_of::<f16>()];
-            self.file
-                .read_exact_at(&mut bytes, self.offset(layer, kind, 0))?;
-            let values = bytes.chunks_exact(2);
-            Ok(values
-                .map(|bytes| f16::from_le_bytes([bytes[0], bytes[1]]).to_f32())
-                .collect())
-        };
-        let states = read(0).and_then(|normed| {
-            Ok(LayerStates {
-                normed,
-                residual: read(1)?,
-            })
-        });
-        states.map_err(|source| self.error("read", source))
+        Ok(LayerStates {
+            normed: self.normed(layer, 0..self.n_tokens)?,
+            residual: self.residual(layer, 0..self.n_tokens)?,
+        })
+    }
+
+    /// What enters the FFN of `layer` for `tokens`, `[tokens.len(), n_embd]`.
+    ///
+    /// # Errors
+    /// As [`Self::layer`].
+    pub fn normed(&self, layer: usize, tokens: Range<usize>) -> Result<Vec<f32>, PrepareError> {
+        self.read(layer, 0, tokens)
+    }
+
+    /// The residual stream of `layer` after attention over its root mean square, for `tokens`,
+    /// `[tokens.len(), n_embd]`.
+    ///
+    /// # Errors
+    /// As [`Self::layer`].
+    pub fn residual(&self, layer: usize, tokens: Range<usize>) -> Result<Vec<f32>, PrepareError> {
+        self.read(layer, 1, tokens)
+    }
+
+    fn read(
+        &self,
+        layer: usize,
+        kind: usize,
+        tokens: Range<usize>,
+    ) -> Result<Vec<f32>, PrepareError> {
+        let mut bytes = vec![0; tokens.len() * self.n_embd * size_of::<f16>()];
+        let offset = self.offset(layer, kind, tokens.start);
+        let read = self.file.read_exact_at(&mut bytes, offset);
+        read.map_err(|source| self.error("read", source))?;
+        let values = bytes.chunks_exact(2);
+        Ok(values
+            .map(|bytes| f16::from_le_bytes([bytes[0], bytes[1]]).to_f32())
+            .collect())
     }
 
     /// Makes what was written outlive the machine's next failure.

@@ -44,17 +44,19 @@ impl Stage {
             .strip_prefix("blk.")
             .and_then(|rest| rest.split_once('.'))
             .map_or("", |(_, tensor)| tensor);
-        let is_bias = matches!(tensor, "ahead_b.bias" | "sketch.bias" | "gate_floor");
+        let is_bias = matches!(tensor, "sketch.bias" | "gate_floor");
         match self {
             Stage::Profile => Profile::owns(name),
             Stage::Predictors => {
                 let of_tensor = tensor.starts_with("ahead_") || tensor.starts_with("sketch");
                 name.starts_with("sparse.ahead.")
-                    || name.starts_with("sparse.sketch.")
+                    || name == "sparse.sketch.kind"
                     || (of_tensor && !is_bias)
             }
             Stage::Thresholds => {
-                is_bias || tensor == "threshold" || name.starts_with("sparse.threshold.")
+                let is_key =
+                    name.starts_with("sparse.threshold.") || name == "sparse.sketch.target";
+                is_key || is_bias || tensor == "threshold"
             }
             Stage::Head => name.starts_with("sparse.head.") || name.starts_with("head_sketch."),
             Stage::Report => name.starts_with("sparse.report."),
@@ -78,10 +80,11 @@ mod tests {
             ("blk.3.ahead_a.bias", Stage::Predictors),
             ("blk.3.ahead_b.weight", Stage::Predictors),
             ("blk.3.sketch_a.weight", Stage::Predictors),
-            ("blk.3.ahead_b.bias", Stage::Thresholds),
+            ("blk.3.ahead_b.bias", Stage::Predictors),
             ("blk.12.sketch.bias", Stage::Thresholds),
             ("blk.3.gate_floor", Stage::Thresholds),
             ("blk.3.threshold", Stage::Thresholds),
+            ("sparse.sketch.target", Stage::Thresholds),
             ("sparse.threshold.criterion", Stage::Thresholds),
             ("sparse.head.rank", Stage::Head),
             ("head_sketch.a.weight", Stage::Head),
