@@ -14,6 +14,7 @@ use crate::gguf::GgufError;
 use crate::inspect::InspectError;
 use crate::model::ModelError;
 use crate::perplexity::PerplexityError;
+use crate::prepare::PrepareError;
 use crate::sampler::SamplerError;
 use crate::sidecar::SidecarError;
 use crate::synth::SynthError;
@@ -258,6 +259,9 @@ pub enum RuntimeError {
     /// Ctrl-C ended it.
     #[error("interrupted")]
     Interrupted,
+    /// A model that cannot be prepared.
+    #[error(transparent)]
+    Prepare(#[from] PrepareError),
     /// A sidecar that cannot be used.
     #[error(transparent)]
     Sidecar(#[from] SidecarError),
@@ -294,6 +298,7 @@ impl RuntimeError {
             RuntimeError::Trace(error) => error.is_environment(),
             RuntimeError::Synth(error) => error.is_environment(),
             RuntimeError::Sidecar(error) => error.is_environment(),
+            RuntimeError::Prepare(error) => error.is_environment(),
             RuntimeError::StepOf { source, .. } => source.is_environment(),
             RuntimeError::Inspect(InspectError::Gguf(error)) => error.is_environment(),
             RuntimeError::Inspect(InspectError::Output(_))

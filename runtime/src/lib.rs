@@ -16,6 +16,8 @@ pub mod model;
 pub mod pack;
 pub mod perplexity;
 pub mod plan;
+pub mod predictor;
+pub mod prepare;
 pub mod sampler;
 pub mod session;
 pub mod sidecar;

@@ -9,6 +9,7 @@ use pi_kernels::{ActivationMode, Tier};
 use super::answer_args::{AnswerArgs, ChatArgs};
 use super::doctor::DoctorArgs;
 use super::plan::PlanArgs;
+use super::prepare::PrepareArgs;
 use super::synth::SynthArgs;
 use super::trace::TraceArgs;
 use crate::inspect::InspectArgs;
@@ -83,6 +84,8 @@ pub enum Command {
     Tokenize(TokenizeArgs),
     /// Write a neuron-major copy of a model, for sparse running
     Pack(PackArgs),
+    /// Find out which neurons fire when, for sparse running: makes the model's sidecar
+    Prepare(PrepareArgs),
     /// Write a model of random weights, of any shape and type, whose neurons fire as planned
     Synth(SynthArgs),
     /// Measure perplexity on a text, chunked and scored as llama.cpp does

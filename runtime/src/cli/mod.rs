@@ -20,6 +20,7 @@ mod output;
 mod pack;
 mod perplexity;
 mod plan;
+mod prepare;
 mod progress;
 mod synth;
 mod text_file;
@@ -98,6 +99,7 @@ fn run(cli: &Cli, start: Instant, control: &ControlLog) -> Result<ExitCode, Runt
         Some(Command::Pack(args)) => pack::run(args)?,
         Some(Command::Synth(args)) => synth::run(args)?,
         Some(Command::Perplexity(args)) => perplexity::run(args)?,
+        Some(Command::Prepare(args)) => prepare::run(args)?,
         Some(Command::Bench(args)) => bench::run(args, control)?,
         Some(Command::Plan(args)) => plan::run(args)?,
         Some(Command::Doctor(args)) => return doctor::run(args),

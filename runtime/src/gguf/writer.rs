@@ -107,6 +107,23 @@ impl GgufWriter {
         Ok(())
     }
 
+    /// Adds all keys and announces all tensors of `other`, whose alignment is not taken.
+    ///
+    /// # Errors
+    /// A tensor's name is taken.
+    pub fn append(&mut self, other: &GgufWriter) -> Result<(), GgufError> {
+        for (key, value_type, encoded) in &other.entries {
+            if key != ALIGNMENT_KEY {
+                self.put_encoded(key, *value_type, encoded.clone())?;
+            }
+        }
+        for tensor in &other.tensors {
+            let shape: Vec<usize> = tensor.shape.iter().map(|&dim| dim as usize).collect();
+            self.add_tensor(&tensor.name, tensor.ggml_type, &shape)?;
+        }
+        Ok(())
+    }
+
     fn set_alignment(&mut self, alignment: u64) -> Result<(), GgufError> {
         if !alignment.is_power_of_two() || alignment > MAX_ALIGNMENT {
             return Err(GgufError::Alignment {

@@ -6,12 +6,16 @@
 mod error;
 mod hash;
 mod predictors;
+pub mod profile;
+mod section;
 
 use std::path::{Path, PathBuf};
 
 pub use error::SidecarError;
 pub use hash::model_hash;
 pub use predictors::{AHEAD_KIND_KEY, Ahead, LayerPredictors, SKETCH_KIND_KEY, Sketch, SketchKind};
+pub use profile::Profile;
+pub use section::Section;
 
 use crate::gguf::{GgufError, GgufFile, GgufWriter};
 use crate::model::Hyperparameters;

@@ -1,0 +1,46 @@
+//! The simple predictor one layer ahead: reduced-rank regression of a layer's gates on the residual stream before it.
+
+use pi_kernels::QuantType;
+
+use super::ahead::Ahead;
+use super::error::PredictorError;
+use super::low_rank::{LowRank, rounded};
+use super::products::Workers;
+use super::regression::Regression;
+use super::samples::LayerSamples;
+
+/// Fits a linear predictor of `rank`, its matrices rounded to `quant`; biases are zero until it is calibrated.
+///
+/// # Errors
+/// When the samples have no residual stream, all are the same, or they have fewer directions than `rank`.
+///
+/// # Panics
+/// When the rank is no multiple of 32.
+pub fn fit(
+    samples: &LayerSamples,
+    workers: Workers,
+    rank: usize,
+    quant: QuantType,
+) -> Result<Ahead, PredictorError> {
+    let regression = regression(samples, workers, rank)?;
+    let LowRank { a, b } = rounded(&regression, rank, quant)?;
+    Ok(Ahead {
+        a,
+        a_bias: None,
+        b,
+        b_bias: vec![0.0; samples.n_ff],
+    })
+}
+
+pub(super) fn regression(
+    samples: &LayerSamples,
+    workers: Workers,
+    rank: usize,
+) -> Result<Regression, PredictorError> {
+    let tokens = samples.fitting();
+    let residual = samples
+        .residual(tokens.clone())
+        .ok_or(PredictorError::NoResidual)?;
+    let gates = (samples.gates(tokens), samples.n_ff);
+    Regression::fit(workers, (residual, samples.n_embd), gates, rank)
+}

@@ -1,0 +1,168 @@
+//! f32 products over tokens, on several threads, with the same bits for any number of them.
+//!
+//! Work is cut into blocks whose size does not depend on the threads, and each block's output is one thread's.
+
+use std::num::NonZeroUsize;
+
+use nalgebra::{DMatrix, DMatrixView, DMatrixViewMut, Dyn};
+
+/// Tokens or rows of a block.
+const BLOCK: usize = 64;
+/// Tokens that are summed in f32 before they join a sum in f64.
+const F32_TOKENS: usize = 512;
+
+/// Threads that share a fit's work.
+#[derive(Debug, Clone, Copy)]
+pub struct Workers {
+    n_threads: NonZeroUsize,
+}
+
+impl Workers {
+    /// That many threads.
+    pub fn new(n_threads: NonZeroUsize) -> Self {
+        Self { n_threads }
+    }
+
+    /// Calls `work` once for every item, on all threads.
+    pub fn each<T: Send>(self, items: impl IntoIterator<Item = T>, work: impl Fn(T) + Sync) {
+        let n_threads = self.n_threads.get();
+        let mut shares: Vec<Vec<T>> = (0..n_threads).map(|_| Vec::new()).collect();
+        for (i, item) in items.into_iter().enumerate() {
+            shares[i % n_threads].push(item);
+        }
+        shares.retain(|share| !share.is_empty());
+        let Some(own) = shares.pop() else { return };
+        std::thread::scope(|scope| {
+            for share in shares {
+                scope.spawn(|| share.into_iter().for_each(&work));
+            }
+            own.into_iter().for_each(&work);
+        });
+    }
+}
+
+/// A row-major `[n_rows, n_cols]` list as a matrix.
+pub(super) fn view(values: &[f32], n_rows: usize, n_cols: usize) -> DMatrixView<'_, f32, Dyn, Dyn> {
+    DMatrixView::from_slice_with_strides(values, n_rows, n_cols, n_cols.max(1), 1)
+}
+
+/// The same, transposed: `[n_cols, n_rows]`.
+pub(super) fn view_t(
+    values: &[f32],
+    n_rows: usize,
+    n_cols: usize,
+) -> DMatrixView<'_, f32, Dyn, Dyn> {
+    DMatrixView::from_slice_with_strides(values, n_cols, n_rows, 1, n_cols.max(1))
+}
+
+/// A row-major `[n_rows, n_cols]` list as a matrix to write to.
+pub(super) fn view_mut(
+    values: &mut [f32],
+    n_rows: usize,
+    n_cols: usize,
+) -> DMatrixViewMut<'_, f32, Dyn, Dyn> {
+    DMatrixViewMut::from_slice_with_strides_mut(values, n_rows, n_cols, n_cols.max(1), 1)
+}
+
+/// `x · wᵀ`: overwrites `out` `[n, n_out]` from `x` `[n, n_in]` and `w` `[n_out, n_in]`, all row-major.
+pub(super) fn times_transposed(x: &[f32], w: &[f32], n_in: usize, out: &mut [f32]) {
+    let (n, n_out) = (x.len() / n_in, w.len() / n_in);
+    assert_eq!(out.len(), n * n_out, "output is [n, n_out]");
+    view_mut(out, n, n_out).gemm(1.0, &view(x, n, n_in), &view_t(w, n_out, n_in), 0.0);
+}
+
+/// Means `[n_cols]` of row-major `values` `[n, n_cols]`, summed in f64.
+pub(super) fn means(values: &[f32], n_cols: usize) -> Vec<f64> {
+    let mut sums = vec![0.0; n_cols];
+    for row in values.chunks_exact(n_cols) {
+        for (sum, value) in sums.iter_mut().zip(row) {
+            *sum += f64::from(*value);
+        }
+    }
+    let n = (values.len() / n_cols).max(1) as f64;
+    sums.iter().map(|sum| sum / n).collect()
+}
+
+/// Covariance `[n_a, n_b]` of the columns of row-major `a` `[n, n_a]` and `b` `[n, n_b]`.
+pub(super) fn covariance(workers: Workers, a: (&[f32], usize), b: (&[f32], usize)) -> DMatrix<f64> {
+    let ((a, n_a), (b, n_b)) = (a, b);
+    let n = a.len() / n_a;
+    assert_eq!(b.len() / n_b, n, "as many tokens");
+    let (mean_a, mean_b) = (means(a, n_a), means(b, n_b));
+    // column-major [n_b, n_a]: a block of columns is one slice, and the transpose of what is asked for
+    let mut sums = DMatrix::<f64>::zeros(n_b, n_a);
+    let blocks = sums.as_mut_slice().chunks_mut(n_b * BLOCK).enumerate();
+    workers.each(blocks, |(block, sums)| {
+        let first = block * BLOCK;
+        let width = sums.len() / n_b;
+        let mut part = DMatrix::<f32>::zeros(n_b, width);
+        for from in (0..n).step_by(F32_TOKENS) {
+            let tokens = F32_TOKENS.min(n - from);
+            let own = DMatrixView::from_slice_with_strides(
+                &a[from * n_a + first..],
+                tokens,
+                width,
+                n_a,
+                1,
+            );
+            let other = view_t(&b[from * n_b..(from + tokens) * n_b], tokens, n_b);
+            part.gemm(1.0, &other, &own, 0.0);
+            for (sum, part) in sums.iter_mut().zip(part.iter()) {
+                *sum += f64::from(*part);
+            }
+        }
+        for (column, sums) in sums.chunks_mut(n_b).enumerate() {
+            for (sum, mean) in sums.iter_mut().zip(&mean_b) {
+                *sum = *sum / n as f64 - mean_a[first + column] * mean;
+            }
+        }
+    });
+    sums.transpose()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn values(n: usize, seed: u32) -> Vec<f32> {
+        let mut rng = crate::sampler::Mt19937::new(seed);
+        (0..n).map(|_| rng.next_f64() as f32 - 0.3).collect()
+    }
+
+    #[test]
+    fn covariance_is_the_definition_s_for_any_number_of_threads() {
+        let (n, n_a, n_b) = (700, 130, 9);
+        let (a, b) = (values(n * n_a, 1), values(n * n_b, 2));
+        let one = covariance(Workers::new(NonZeroUsize::MIN), (&a, n_a), (&b, n_b));
+        for n_threads in [2, 3, 7] {
+            let workers = Workers::new(NonZeroUsize::new(n_threads).unwrap());
+            assert_eq!(covariance(workers, (&a, n_a), (&b, n_b)), one);
+        }
+        for (i, j) in [(0, 0), (129, 8), (64, 3)] {
+            let column = |values: &[f32], n_cols: usize, c: usize| -> Vec<f64> {
+                values
+                    .iter()
+                    .skip(c)
+                    .step_by(n_cols)
+                    .map(|v| f64::from(*v))
+                    .collect()
+            };
+            let (x, y) = (column(&a, n_a, i), column(&b, n_b, j));
+            let (mx, my) = (
+                x.iter().sum::<f64>() / n as f64,
+                y.iter().sum::<f64>() / n as f64,
+            );
+            let want = x
+                .iter()
+                .zip(&y)
+                .map(|(x, y)| (x - mx) * (y - my))
+                .sum::<f64>()
+                / n as f64;
+            assert!(
+                (one[(i, j)] - want).abs() < 1e-5,
+                "{} against {want}",
+                one[(i, j)]
+            );
+        }
+    }
+}

@@ -1,0 +1,195 @@
+//! Reduced-rank regression: the best linear map through few numbers from inputs to many outputs.
+
+use nalgebra::{Cholesky, DMatrix, Dyn};
+
+use super::error::PredictorError;
+use super::products::{Workers, covariance};
+use crate::sampler::Mt19937;
+
+/// Share of the inputs' mean variance that is added to each, so that no direction has none.
+const RIDGE: f64 = 1e-4;
+/// Directions tracked beside those asked for.
+const OVERSAMPLED: usize = 16;
+/// Passes of the subspace iteration; each squares the lead of strong directions twice.
+const N_PASSES: usize = 10;
+
+/// Least-squares fit of outputs `y` to inputs `x`, from which maps of any rank are read off.
+///
+/// A map of rank r is `y ≈ B·A·x + const`. Of all `A` `[r, n_in]`, [`Self::directions`] is the one that leaves the
+/// least squared error, which weighs inputs as they occur and not the entries of the map.
+///
+/// Source: Izenman 1975, "Reduced-rank regression for the multivariate linear model"; subspace iteration as in
+/// Halko, Martinsson and Tropp 2011, algorithm 4.4.
+#[derive(Debug)]
+pub(super) struct Regression {
+    /// `[n_in, n_in]` covariance of the inputs, with the ridge.
+    inputs: DMatrix<f64>,
+    /// Its factor.
+    factor: Cholesky<f64, Dyn>,
+    /// `[n_out, n_in]` covariance of outputs and inputs.
+    cross: DMatrix<f64>,
+    /// `[n_in, n_directions]` leading directions of the whitened map, orthonormal, strongest first.
+    leading: DMatrix<f64>,
+}
+
+impl Regression {
+    /// Fits `y` (row-major `[n, n_out]`) to `x` (row-major `[n, n_in]`) through at most `rank_max` numbers.
+    ///
+    /// # Errors
+    /// When all inputs are the same.
+    pub fn fit(
+        workers: Workers,
+        (x, n_in): (&[f32], usize),
+        (y, n_out): (&[f32], usize),
+        rank_max: usize,
+    ) -> Result<Self, PredictorError> {
+        let constant = PredictorError::Constant {
+            n_tokens: x.len() / n_in,
+        };
+        let mut inputs = covariance(workers, (x, n_in), (x, n_in));
+        let mean_variance = inputs.trace() / n_in as f64;
+        for i in 0..n_in {
+            inputs[(i, i)] += RIDGE * mean_variance;
+        }
+        if mean_variance <= 0.0 {
+            return Err(constant);
+        }
+        let factor = Cholesky::new(inputs.clone()).ok_or(constant)?;
+        let cross = covariance(workers, (y, n_out), (x, n_in));
+        // rows of the whitened map: cross · L⁻ᵀ
+        let mut whitened = cross.transpose();
+        factor.l_dirty().solve_lower_triangular_mut(&mut whitened);
+        let gram = &whitened * whitened.transpose();
+        let leading = leading_directions(&gram, rank_max.min(n_in));
+        Ok(Self {
+            inputs,
+            factor,
+            cross,
+            leading,
+        })
+    }
+
+    /// Values of an input.
+    pub fn n_in(&self) -> usize {
+        self.inputs.nrows()
+    }
+
+    /// `A`, row-major `[rank, n_in]`: its outputs are uncorrelated and have variance 1, strongest first.
+    pub fn directions(&self, rank: usize) -> Vec<f32> {
+        let mut columns = self.leading.columns(0, rank).into_owned();
+        self.factor
+            .l_dirty()
+            .tr_solve_lower_triangular_mut(&mut columns);
+        // column-major [n_in, rank] is row-major [rank, n_in]
+        columns.iter().map(|value| *value as f32).collect()
+    }
+
+    /// `B`, row-major `[n_out, rank]`: the best for the given `A` (row-major `[rank, n_in]`), however it was rounded.
+    ///
+    /// # Errors
+    /// When the rows of `A` depend on one another beyond repair.
+    pub fn map_from(&self, a: &[f32], rank: usize) -> Result<Vec<f32>, PredictorError> {
+        let n_in = self.inputs.nrows();
+        let a = DMatrix::from_row_iterator(rank, n_in, a.iter().map(|value| f64::from(*value)));
+        let mut gram = &a * &self.inputs * a.transpose();
+        let lift = 1e-9 * gram.trace() / rank as f64;
+        for i in 0..rank {
+            gram[(i, i)] += lift;
+        }
+        let factor = Cholesky::new(gram).ok_or(PredictorError::Dependent { rank })?;
+        // Bᵀ = (A C Aᵀ)⁻¹ · A · crossᵀ; column-major [rank, n_out] is row-major [n_out, rank]
+        let map = factor.solve(&(a * self.cross.transpose()));
+        Ok(map.iter().map(|value| *value as f32).collect())
+    }
+}
+
+/// `[n, n_directions]` orthonormal leading eigenvectors of a symmetric positive matrix `[n, n]`, strongest first.
+fn leading_directions(gram: &DMatrix<f64>, n_directions: usize) -> DMatrix<f64> {
+    let n = gram.nrows();
+    let tracked = (n_directions + OVERSAMPLED).min(n);
+    let mut rng = Mt19937::new(1);
+    let mut basis = DMatrix::from_fn(n, tracked, |_, _| rng.next_f64() - 0.5);
+    for _ in 0..N_PASSES {
+        basis = (gram * basis).qr().q();
+    }
+    let inner = basis.transpose() * gram * &basis;
+    let eigen = inner.symmetric_eigen();
+    let mut order: Vec<usize> = (0..tracked).collect();
+    order.sort_by(|a, b| eigen.eigenvalues[*b].total_cmp(&eigen.eigenvalues[*a]));
+    let vectors = eigen.eigenvectors.select_columns(&order[..n_directions]);
+    basis * vectors
+}
+
+#[cfg(test)]
+mod tests {
+    use std::num::NonZeroUsize;
+
+    use super::*;
+
+    #[test]
+    fn a_planted_map_of_rank_3_is_found_whole() {
+        let (n, n_in, n_out, rank) = (400, 20, 50, 3);
+        let mut rng = Mt19937::new(3);
+        let mut draw =
+            |n: usize| -> Vec<f32> { (0..n).map(|_| rng.next_f64() as f32 - 0.5).collect() };
+        let (x, a, b) = (draw(n * n_in), draw(rank * n_in), draw(n_out * rank));
+        let x = DMatrix::from_row_slice(n, n_in, &x);
+        let map =
+            DMatrix::from_row_slice(n_out, rank, &b) * DMatrix::from_row_slice(rank, n_in, &a);
+        let y = &x * map.transpose();
+        let rows = |m: &DMatrix<f32>| m.transpose().as_slice().to_vec();
+        let workers = Workers::new(NonZeroUsize::MIN);
+        let fit = Regression::fit(workers, (&rows(&x), n_in), (&rows(&y), n_out), 6).unwrap();
+        let found_a = fit.directions(rank);
+        let found_b = fit.map_from(&found_a, rank).unwrap();
+        let found = DMatrix::from_row_slice(n_out, rank, &found_b)
+            * DMatrix::from_row_slice(rank, n_in, &found_a);
+        assert!(
+            (&found - &map).norm() < 2e-3 * map.norm(),
+            "{}",
+            (&found - &map).norm()
+        );
+        // its outputs are uncorrelated, variance 1
+        let h = &x * DMatrix::from_row_slice(rank, n_in, &found_a).transpose();
+        for r in 0..rank {
+            assert!(
+                (h.column(r).variance() - 1.0).abs() < 2e-2,
+                "{}",
+                h.column(r).variance()
+            );
+        }
+    }
+
+    #[test]
+    fn directions_are_the_eigenvectors() {
+        let mut rng = Mt19937::new(5);
+        let m = DMatrix::from_fn(40, 40, |_, _| rng.next_f64() - 0.5);
+        let gram = &m * m.transpose();
+        let found = leading_directions(&gram, 5);
+        let mut values: Vec<f64> = gram
+            .clone()
+            .symmetric_eigen()
+            .eigenvalues
+            .iter()
+            .copied()
+            .collect();
+        values.sort_by(|a, b| b.total_cmp(a));
+        for k in 0..5 {
+            let v = found.column(k);
+            let quotient = (v.transpose() * &gram * v)[(0, 0)];
+            assert!(
+                (quotient / values[k] - 1.0).abs() < 1e-3,
+                "{quotient} against {}",
+                values[k]
+            );
+        }
+    }
+
+    #[test]
+    fn constant_inputs_are_refused() {
+        let workers = Workers::new(NonZeroUsize::MIN);
+        let x = vec![1.0; 64 * 8];
+        let error = Regression::fit(workers, (&x, 8), (&x, 8), 2).unwrap_err();
+        assert_eq!(error, PredictorError::Constant { n_tokens: 64 });
+    }
+}

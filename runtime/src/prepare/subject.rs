@@ -1,0 +1,92 @@
+//! The model that is prepared, and engines that run it.
+
+use std::path::Path;
+use std::sync::Arc;
+
+use pi_actors::LayerTap;
+use pi_topology::Plan;
+
+use crate::error::RuntimeError;
+use crate::gguf::GgufFile;
+use crate::model::{GateKind, Hyperparameters, ModelError, ModelTensors, Sparsity};
+use crate::session::{LoadedModel, ModelOptions, Silent};
+use crate::tokenizer::Tokenizer;
+
+/// A model's file, and how to run it.
+#[derive(Debug)]
+pub struct Subject {
+    /// Its file.
+    pub file: GgufFile,
+    /// Its numbers.
+    pub hyper: Hyperparameters,
+    /// Its tensors.
+    pub tensors: ModelTensors,
+    /// Its tokenizer.
+    pub tokenizer: Tokenizer,
+    /// How to open it; mode, context and sidecar are chosen for each purpose.
+    pub options: ModelOptions,
+    /// The threads.
+    pub plan: Plan,
+}
+
+impl Subject {
+    /// Opens the file that `options` name.
+    ///
+    /// # Errors
+    /// It is no model that can be run.
+    pub fn open(options: ModelOptions, plan: Plan) -> Result<Self, RuntimeError> {
+        let path = options.path.clone();
+        let in_file = |source: ModelError| RuntimeError::Model {
+            path: path.clone(),
+            source,
+        };
+        let file = GgufFile::open(&options.path)?;
+        let hyper = Hyperparameters::read(&file).map_err(in_file)?;
+        let tensors = ModelTensors::find(&file, &hyper).map_err(in_file)?;
+        let tokenizer = Tokenizer::from_metadata(file.metadata()).map_err(|source| {
+            RuntimeError::TokenizerOf {
+                path: path.clone(),
+                source,
+            }
+        })?;
+        Ok(Self {
+            file,
+            hyper,
+            tensors,
+            tokenizer,
+            options,
+            plan,
+        })
+    }
+
+    /// Whether gates can be closed.
+    pub fn is_relu(&self) -> bool {
+        self.hyper.gate == GateKind::Relu
+    }
+
+    /// The token that begins every sequence, if the model wants one.
+    pub fn bos(&self) -> Option<u32> {
+        self.tokenizer.bos().filter(|_| self.tokenizer.adds_bos())
+    }
+
+    /// Starts an engine for the model in `mode` (none: the file's default), with a context of `n_ctx` tokens.
+    ///
+    /// # Errors
+    /// As [`LoadedModel::open`].
+    pub fn run(
+        &self,
+        mode: Option<Sparsity>,
+        n_ctx: usize,
+        tap: Option<Arc<dyn LayerTap>>,
+        sidecar: Option<&Path>,
+    ) -> Result<LoadedModel, RuntimeError> {
+        let options = ModelOptions {
+            n_ctx,
+            sparsity: mode,
+            tap,
+            sidecar: sidecar.map(Path::to_owned),
+            ..self.options.clone()
+        };
+        LoadedModel::open(&options, &self.plan, &Silent)
+    }
+}

@@ -1,0 +1,154 @@
+//! The stage that sets the sketches' thresholds: as loose as the wanted quality allows.
+//!
+//! Thresholds of all layers are fitted to one target at a time, for a row of targets; of these the loosest is taken
+//! with which the perplexity of passages that nothing was fitted to stays within the budget.
+
+use std::path::Path;
+
+use super::PrepareError;
+use super::predictors::{LayerPredictors, Sketch};
+use super::preparation::Preparation;
+use super::stage::Stage;
+use crate::error::RuntimeError;
+use crate::gguf::GgufFile;
+use crate::predictor::thresholds::{Target, fit, fit_floor};
+use crate::sidecar::{Section, sidecar_header};
+
+/// Targets from loose to strict: root mean square over tokens of the share of its mass that a token loses.
+const TARGETS: [f64; 9] = [
+    0.05, 0.035, 0.025, 0.018, 0.012, 0.008, 0.0055, 0.0035, 0.002,
+];
+/// Share of the target that active neurons of small contribution may lose.
+const FLOOR_SHARE: f64 = 0.25;
+/// Share of the budget that is used: other texts may cost more than the one that is chosen by.
+const BUDGET_USED: f64 = 0.7;
+
+const TARGET_KEY: &str = "sparse.sketch.target";
+
+impl Preparation {
+    /// Fits thresholds for every target, and takes those that the budget allows.
+    pub(super) fn sketch_thresholds(&self) -> Result<Section, RuntimeError> {
+        let predictors = self.predictors_file()?;
+        let n_layer = self.subject.hyper.n_layer;
+        let states = self.states()?;
+        self.observer.begin("thresholds", n_layer);
+        let mut by_target = vec![Section::new(); TARGETS.len()];
+        for layer in 0..n_layer {
+            self.check_stop()?;
+            for (target, all) in by_target.iter_mut().enumerate() {
+                let part = format!("thresholds-{layer}-{target}");
+                if self.checkpoint.section(&part).is_none() {
+                    self.fit_targets(&predictors, &states, layer)?;
+                }
+                let done = self.checkpoint.section(&part).unwrap_or_default();
+                all.append(&done)?;
+            }
+            self.observer.at(layer + 1);
+        }
+        self.observer.end();
+        self.loosest(&predictors, &by_target)
+    }
+
+    /// Fits the thresholds of one layer to all targets, and keeps them.
+    fn fit_targets(
+        &self,
+        predictors: &GgufFile,
+        states: &super::samples::SampleFile,
+        layer: usize,
+    ) -> Result<(), RuntimeError> {
+        let hyper = &self.subject.hyper;
+        let predictors = LayerPredictors::read(predictors, layer, hyper)?;
+        let sketch = predictors.map_or(Sketch::None, |predictors| predictors.sketch);
+        let samples = self.layer_samples(states, layer)?;
+        let tokens = samples.calibrating();
+        let gate = &self.subject.tensors.layers[layer].gate;
+        let (cpu, x) = (self.subject.options.cpu, samples.x(tokens.clone()));
+        let scores = sketch.scores(cpu, self.workers(), gate, x);
+        let masses = samples.masses(tokens);
+        for (index, target) in TARGETS.into_iter().enumerate() {
+            let mut section = Section::new();
+            if let Some(scores) = &scores {
+                let floor = fit_floor(&masses, target * FLOOR_SHARE);
+                let kept = masses.above(&floor);
+                let bias = fit(scores, &kept, Target::LostRms(target)).bias;
+                section.vector(&format!("blk.{layer}.sketch.bias"), &bias)?;
+                section.vector(&format!("blk.{layer}.gate_floor"), &floor)?;
+            }
+            let part = format!("thresholds-{layer}-{index}");
+            self.checkpoint.keep(&part, &section)?;
+        }
+        Ok(())
+    }
+
+    /// The loosest thresholds whose perplexity is within the budget.
+    fn loosest(
+        &self,
+        predictors: &GgufFile,
+        by_target: &[Section],
+    ) -> Result<Section, RuntimeError> {
+        let budget = self.options.quality * BUDGET_USED;
+        let exact = self.validation_perplexity(None)?;
+        // targets below `loose` fail, and `strict` is the loosest known to do
+        let (mut loose, mut strict) = (0, TARGETS.len());
+        let mut found = None;
+        while loose < strict {
+            self.check_stop()?;
+            let middle = (loose + strict) / 2;
+            let path = self.checkpoint.folder().join("trial.sparse.gguf");
+            self.write_trial(predictors, &by_target[middle], &path)?;
+            let rise = self.validation_perplexity(Some(&path))? / exact - 1.0;
+            self.observer.say(&format!(
+                "losing {:.2} % of a token's mass: perplexity {:+.2} % on passages kept back",
+                TARGETS[middle] * 100.0,
+                rise * 100.0
+            ));
+            if rise <= budget {
+                (strict, found) = (middle, Some(rise));
+            } else {
+                loose = middle + 1;
+            }
+        }
+        if found.is_none() {
+            self.observer.say(&format!(
+                "warning: perplexity rises by more than {:.2} % even with the strictest thresholds, which are taken",
+                budget * 100.0
+            ));
+        }
+        let taken = strict.min(TARGETS.len() - 1);
+        let mut section = by_target[taken].clone();
+        section.put(TARGET_KEY, TARGETS[taken] as f32)?;
+        Ok(section)
+    }
+
+    /// A sidecar with the predictors and some thresholds.
+    fn write_trial(
+        &self,
+        predictors: &GgufFile,
+        thresholds: &Section,
+        path: &Path,
+    ) -> Result<(), RuntimeError> {
+        let mut section = Section::of(predictors, |name| Stage::Predictors.owns(name))?;
+        section.append(thresholds)?;
+        let header = sidecar_header(&self.subject.file, &self.subject.hyper)?;
+        section.write(header, path)?;
+        Ok(())
+    }
+
+    /// The file that has the predictors: what was just made, or the sidecar that is there.
+    pub(super) fn predictors_file(&self) -> Result<GgufFile, RuntimeError> {
+        let made = self.checkpoint.section_path(Stage::Predictors.name());
+        if made.exists() {
+            return Ok(GgufFile::open(made)?);
+        }
+        let missing = || PrepareError::StageMissing {
+            path: self.options.output.clone(),
+            missing: "predictors",
+            stage: Stage::Predictors.name(),
+        };
+        let sidecar = self.kept.as_ref().ok_or_else(missing)?;
+        match LayerPredictors::read(sidecar.file(), 0, &self.subject.hyper)? {
+            Some(_) => Ok(sidecar.file().clone()),
+            None => Err(missing().into()),
+        }
+    }
+}

@@ -1,0 +1,158 @@
+//! Runs of the model in one mode or another: how well it foretells a text, what it would say, and how fast.
+
+use std::path::Path;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
+
+use pi_actors::counters::Counters;
+use pi_actors::{Feed, Feeder, LogitsWanted, Next};
+
+use super::preparation::Preparation;
+use super::text::Passages;
+use crate::bench::token_source::TEXT;
+use crate::bench::{BenchTest, Runner, TokenSource};
+use crate::error::RuntimeError;
+use crate::model::Sparsity;
+use crate::perplexity::{ChunkScorer, Chunks};
+use crate::tokenizer::EncodeOptions;
+
+/// Tokens decoded to measure speed.
+const N_TOKENS_TIMED: usize = 64;
+
+/// The likeliest token behind each position of the second halves of some passages.
+struct LikeliestTokens {
+    passages: Passages,
+    n_given: usize,
+    stop: Arc<AtomicBool>,
+    tokens: Vec<u32>,
+}
+
+impl Feeder for LikeliestTokens {
+    fn next(&mut self) -> Next<'_> {
+        if self.n_given == self.passages.len() || self.stop.load(Ordering::Acquire) {
+            return Next::Done;
+        }
+        self.n_given += 1;
+        Next::Feed(Feed {
+            tokens: self.passages.get(self.n_given - 1),
+            position: 0,
+            logits: LogitsWanted::From(self.passages.n_ctx() / 2),
+        })
+    }
+
+    fn logits(&mut self, _position: usize, logits: &[f32]) {
+        let best = (0..logits.len()).reduce(|best, id| match logits[id] > logits[best] {
+            true => id,
+            false => best,
+        });
+        self.tokens.push(best.unwrap_or(0) as u32);
+    }
+}
+
+/// Decode speed, and what a token takes.
+#[derive(Debug, Clone, Copy, PartialEq)]
+pub struct Speed {
+    /// Tokens a second.
+    pub tok_s: f64,
+    /// Weight bytes of a token.
+    pub bytes_per_token: f64,
+}
+
+impl Preparation {
+    /// Perplexity of `passages` in `mode`: of the tokens in their second halves, as `pi-runtime perplexity` counts.
+    pub(super) fn perplexity(
+        &self,
+        mode: Sparsity,
+        sidecar: Option<&Path>,
+        passages: &Passages,
+    ) -> Result<f64, RuntimeError> {
+        let model = self
+            .subject
+            .run(Some(mode), passages.n_ctx(), None, sidecar)?;
+        let in_text = |source| RuntimeError::Perplexity {
+            path: "the passages".into(),
+            source,
+        };
+        let (tokens, n_ctx) = (passages.tokens().to_vec(), passages.n_ctx());
+        let chunks = Chunks::new(tokens, n_ctx, None, self.subject.bos()).map_err(in_text)?;
+        let name = format!("perplexity {}", mode.name());
+        self.observer.begin(&name, passages.len());
+        let observer = Arc::clone(&self.observer);
+        let report = Box::new(move |chunk: usize, _: f64| observer.at(chunk));
+        let run = model
+            .engine
+            .run(ChunkScorer::new(chunks, report, Arc::clone(&self.stop)))?;
+        self.observer.end();
+        run.outcome.map_err(|error| model.step_error(error))?;
+        self.check_stop()?;
+        Ok(run.feeder.score().ppl())
+    }
+
+    /// The likeliest token behind each position of the second halves of `passages` in `mode`.
+    pub(super) fn likeliest_tokens(
+        &self,
+        mode: Sparsity,
+        sidecar: Option<&Path>,
+        passages: &Passages,
+    ) -> Result<Vec<u32>, RuntimeError> {
+        let model = self
+            .subject
+            .run(Some(mode), passages.n_ctx(), None, sidecar)?;
+        let feeder = LikeliestTokens {
+            passages: passages.clone(),
+            n_given: 0,
+            stop: Arc::clone(&self.stop),
+            tokens: Vec::new(),
+        };
+        let run = model.engine.run(feeder)?;
+        run.outcome.map_err(|error| model.step_error(error))?;
+        self.check_stop()?;
+        Ok(run.feeder.tokens)
+    }
+
+    /// Decode speed of each of `modes`: the median of `n_rounds` rounds in which all take turns, so that other load on
+    /// the machine meets them alike.
+    pub(super) fn speeds(
+        &self,
+        modes: &[(Sparsity, Option<&Path>)],
+        n_rounds: usize,
+    ) -> Result<Vec<Speed>, RuntimeError> {
+        let tokens = self.subject.tokenizer.encode(TEXT, EncodeOptions::TEXT)?;
+        let source = TokenSource::Text(tokens);
+        let n_gen = N_TOKENS_TIMED.min(self.subject.hyper.n_ctx_max);
+        let test = BenchTest {
+            n_prompt: 0,
+            n_gen,
+            n_depth: 0,
+            n_threads: self.subject.plan.n_threads(),
+        };
+        let mut samples = vec![Vec::with_capacity(n_rounds); modes.len()];
+        let mut work = vec![(Counters::default(), 0); modes.len()];
+        self.observer.begin("speed", n_rounds * modes.len());
+        for round in 0..n_rounds {
+            for (index, (mode, sidecar)) in modes.iter().enumerate() {
+                self.check_stop()?;
+                // one at a time, as memory may not hold two
+                let model = self.subject.run(Some(*mode), n_gen, None, *sidecar)?;
+                let measured = Runner::new(&model, &source).run(test, 1)?;
+                samples[index].push(measured.samples.ts_summary().0);
+                work[index].0 += measured.work;
+                work[index].1 += measured.n_tokens;
+                self.observer.at(round * modes.len() + index + 1);
+            }
+        }
+        self.observer.end();
+        let median = |samples: &mut Vec<f64>| {
+            samples.sort_by(f64::total_cmp);
+            samples[samples.len() / 2]
+        };
+        Ok(samples
+            .iter_mut()
+            .zip(work)
+            .map(|(samples, (work, n_tokens))| Speed {
+                tok_s: median(samples),
+                bytes_per_token: work.weight_bytes as f64 / n_tokens.max(1) as f64,
+            })
+            .collect())
+    }
+}
