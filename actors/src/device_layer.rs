@@ -81,6 +81,12 @@ impl DeviceLayer {
         self.work = Counters::default();
         self.count_message(true);
         self.norm(&self.model.weights.output_norm, message.tokens(), team);
+        if let Some(tap) = &self.model.tap {
+            // SAFETY: the step was written before its first layer, and nobody writes the normed state now.
+            let (step, normed) =
+                unsafe { (*self.model.slots.step.get(), self.model.slots.normed.get()) };
+            tap.head_input(step.position + message.first, message.n_tokens, normed);
+        }
         self.send_shares(
             message.step,
             Stage::Head {
