@@ -2,13 +2,13 @@
 
 use std::sync::atomic::{AtomicU64, AtomicUsize};
 
-use pi_kernels::ActBatch;
 use pi_kernels::attention::{CHUNK_POSITIONS, state_len};
 use pi_kernels::ffn_sparse::{DownScratch, FFN_GROUPS, GroupSpan, UpScratch};
+use pi_kernels::{ActBatch, ROW_GROUP};
 
 use crate::model::Model;
 use crate::slots::{Shared, SharedF32};
-use crate::weights::{FfnShare, LayerShare, UpRows};
+use crate::weights::{FfnShare, HeadSketch, LayerShare, UpRows};
 
 /// Neurons whose gate and up are computed together when there are many tokens; also what a thread
 /// takes at a time.
@@ -40,6 +40,10 @@ pub(crate) struct NodeScratch {
     pub lists: Vec<Shared<ActiveList>>,
     /// Each thread's own.
     pub threads: Vec<Shared<ThreadScratch>>,
+    /// The hidden state projected for the sketch of the head, `[rank]`.
+    pub sketch: SharedF32,
+    /// Tokens that each thread found to be candidates, counted from the node's first one.
+    pub candidates: Vec<Shared<Vec<u32>>>,
     /// Next piece of work that is not taken.
     pub next: AtomicUsize,
     /// Active neurons counted in a job.
@@ -89,6 +93,8 @@ pub(crate) struct ThreadScratch {
     pub up_chunk: Vec<f32>,
     pub up: Option<UpScratch>,
     pub down: DownScratch,
+    /// The hidden state projected for the sketch of the head, as an activation.
+    pub sketch: Option<ActBatch>,
 }
 
 impl NodeScratch {
@@ -108,6 +114,11 @@ impl NodeScratch {
         let n_kv = n_kv_heads * shape.head_dim;
         let n = model.n_ubatch;
         let thread = || Shared::new(ThreadScratch::new(model, node, n_neurons));
+        let sketch = model.weights.head_sketch.as_ref();
+        let n_candidates = sketch.map_or(0, |_| {
+            let groups = model.weights.head[node].rows.len().div_ceil(ROW_GROUP);
+            groups.div_ceil(n_threads) * ROW_GROUP
+        });
         Self {
             q: SharedF32::new(n * n_kv * heads),
             k: SharedF32::new(n * n_kv),
@@ -121,6 +132,10 @@ impl NodeScratch {
                 .map(|_| Shared::new(ActiveList::new(n_neurons)))
                 .collect(),
             threads: (0..n_threads).map(|_| thread()).collect(),
+            sketch: SharedF32::new(sketch.map_or(0, HeadSketch::rank)),
+            candidates: (0..n_threads)
+                .map(|_| Shared::new(Vec::with_capacity(n_candidates)))
+                .collect(),
             next: AtomicUsize::new(0),
             active: AtomicU64::new(0),
             rows_read: AtomicU64::new(0),
@@ -157,6 +172,8 @@ impl ThreadScratch {
             up_chunk: vec![0.0; n * NEURON_CHUNK],
             up,
             down: DownScratch::default(),
+            sketch: (model.weights.head_sketch.as_ref())
+                .map(|sketch| ActBatch::new(model.cpu.mode(), sketch.rank(), 1)),
         }
     }
 }

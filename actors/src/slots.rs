@@ -11,6 +11,10 @@
 //! | `heads` | `ColdLayer`s, own columns | `ShareDone` | `DeviceLayer` | next `Share` |
 //! | `attn` | `DeviceLayer` | `Share` | `ColdLayer`s | their reply |
 //! | `projected`, `logits` | `ColdLayer`s, own columns | `ShareDone` | `DeviceLayer`, `Pipeline` | next `Share` |
+//! | `head.request` | `Pipeline` | `RunLayer` of layer 0 | everybody | the next feed |
+//! | `head.scores`, `head.maxima` | `ColdLayer`s, own rows | `ShareDone` | `DeviceLayer` | its next `Share` |
+//! | the same, and `head.threshold` | `DeviceLayer` | `Share` | `ColdLayer`s | their reply |
+//! | `head.ids`, `head.n_ids[node]`, `logits` | `ColdLayer`s, own rows | `ShareDone` | `Pipeline` | next `RunHead` |
 //! | `partials[node]` | `ColdLayer` of the node | `Partial` | `DeviceLayer` | next `Compute` |
 //!
 //! A message that changes executors goes through a doorbell (release, then acquire); one that stays
@@ -26,24 +30,27 @@
 use std::cell::UnsafeCell;
 use std::ops::Range;
 
-use pi_kernels::{ActBatch, ActivationMode, StridedOut};
+use pi_kernels::{ActBatch, ActivationMode, ROW_GROUP, StridedOut};
 
-/// f32 values that several threads write and read in turns.
+/// Values that several threads write and read in turns.
 #[derive(Debug)]
-pub struct SharedF32 {
-    start: *mut f32,
+pub struct SharedSlice<T> {
+    start: *mut T,
     len: usize,
 }
 
-// SAFETY: all access is through unsafe functions whose contract keeps writers and readers apart.
-unsafe impl Send for SharedF32 {}
-// SAFETY: as above.
-unsafe impl Sync for SharedF32 {}
+/// f32 values that several threads write and read in turns.
+pub type SharedF32 = SharedSlice<f32>;
 
-impl SharedF32 {
+// SAFETY: all access is through unsafe functions whose contract keeps writers and readers apart.
+unsafe impl<T: Send> Send for SharedSlice<T> {}
+// SAFETY: as above.
+unsafe impl<T: Send + Sync> Sync for SharedSlice<T> {}
+
+impl<T: Copy + Default> SharedSlice<T> {
     /// Zeros; their pages are taken when they are first written.
     pub fn new(len: usize) -> Self {
-        let values = vec![0.0f32; len].into_boxed_slice();
+        let values = vec![T::default(); len].into_boxed_slice();
         Self {
             start: Box::into_raw(values).cast(),
             len,
@@ -52,7 +59,7 @@ impl SharedF32 {
 
     /// # Safety
     /// Nobody writes these values while the slice lives.
-    pub unsafe fn read(&self, range: Range<usize>) -> &[f32] {
+    pub unsafe fn read(&self, range: Range<usize>) -> &[T] {
         assert!(
             range.start <= range.end && range.end <= self.len,
             "{range:?} of {}",
@@ -65,7 +72,7 @@ impl SharedF32 {
     /// # Safety
     /// Nobody else touches these values while the slice lives.
     #[allow(clippy::mut_from_ref)]
-    pub unsafe fn write(&self, range: Range<usize>) -> &mut [f32] {
+    pub unsafe fn write(&self, range: Range<usize>) -> &mut [T] {
         assert!(
             range.start <= range.end && range.end <= self.len,
             "{range:?} of {}",
@@ -74,7 +81,9 @@ impl SharedF32 {
         // SAFETY: inside the allocation; this function's contract.
         unsafe { std::slice::from_raw_parts_mut(self.start.add(range.start), range.len()) }
     }
+}
 
+impl SharedF32 {
     /// Columns `columns` of rows of `stride` values: `n_tokens` rows from value `offset` on.
     ///
     /// # Safety
@@ -103,7 +112,7 @@ impl SharedF32 {
     }
 }
 
-impl Drop for SharedF32 {
+impl<T> Drop for SharedSlice<T> {
     fn drop(&mut self) {
         let values = std::ptr::slice_from_raw_parts_mut(self.start, self.len);
         // SAFETY: it came from a box of this length.
@@ -159,6 +168,45 @@ pub(crate) struct SlotSizes {
     pub n_vocab: usize,
     pub rope_len: usize,
     pub n_head_tokens: usize,
+    /// Whether there is a sketch of the head.
+    pub head_sketch: bool,
+}
+
+/// What the sparse head is asked for.
+#[derive(Debug, Default)]
+pub(crate) struct HeadRequest {
+    /// What is added to tokens' scores; they are candidates whatever it is.
+    pub biases: Vec<(u32, f32)>,
+}
+
+/// Slots of the sparse head; rows of tokens are where the token's id says, whoever writes them.
+#[derive(Debug)]
+pub(crate) struct HeadSlots {
+    pub request: Shared<HeadRequest>,
+    /// Scores by the sketch, `[n_vocab]`.
+    pub scores: SharedF32,
+    /// The best score of each 16 tokens, `[⌈n_vocab / 16⌉]`.
+    pub maxima: SharedF32,
+    /// What a candidate's score reaches.
+    pub threshold: Shared<f32>,
+    /// A node's candidates, from the place of its first row on, `[n_vocab]`; their logits lie likewise in row 0 of
+    /// `logits`.
+    pub ids: SharedSlice<u32>,
+    /// How many each node has.
+    pub n_ids: Vec<Shared<usize>>,
+}
+
+impl HeadSlots {
+    fn new(n_vocab: usize, n_nodes: usize) -> Self {
+        Self {
+            request: Shared::default(),
+            scores: SharedSlice::new(n_vocab),
+            maxima: SharedSlice::new(n_vocab.div_ceil(ROW_GROUP)),
+            threshold: Shared::default(),
+            ids: SharedSlice::new(n_vocab),
+            n_ids: (0..n_nodes).map(|_| Shared::default()).collect(),
+        }
+    }
 }
 
 /// All slots of an engine; see the module's table.
@@ -182,6 +230,8 @@ pub(crate) struct Slots {
     pub partials: Vec<SharedF32>,
     /// `[n_head_tokens, n_vocab]`
     pub logits: SharedF32,
+    /// Of nothing where there is no sketch of the head.
+    pub head: HeadSlots,
 }
 
 impl Slots {
@@ -209,6 +259,10 @@ impl Slots {
             projected: SharedF32::new(n_ubatch * n_embd),
             partials,
             logits: SharedF32::new(sizes.n_head_tokens * sizes.n_vocab),
+            head: HeadSlots::new(
+                if sizes.head_sketch { sizes.n_vocab } else { 0 },
+                n_sums.len(),
+            ),
         }
     }
 }

@@ -11,7 +11,7 @@ use std::sync::atomic::{AtomicBool, AtomicI32, AtomicUsize, Ordering};
 use common::{PlainModel, Setup, engine, tokens};
 use pi_actors::trace::TraceBounds;
 use pi_actors::weights::GateActivation;
-use pi_actors::{Engine, Feed, Feeder, LogitsWanted, Next};
+use pi_actors::{Candidates, Engine, Feed, Feeder, HeadWanted, LogitsWanted, Next};
 
 /// Counts allocations of the team's threads while a token is under way.
 struct Counting;
@@ -62,6 +62,8 @@ struct Silent {
     position: usize,
     /// Tokens of the first feed.
     prompt: usize,
+    /// Whether a sketch picks whose logits are computed.
+    sparse: bool,
 }
 
 impl Feeder for Silent {
@@ -84,15 +86,30 @@ impl Feeder for Silent {
     fn logits(&mut self, _: usize, _: &[f32]) {
         TOKEN_UNDER_WAY.store(false, Ordering::SeqCst);
     }
+
+    fn head(&self) -> HeadWanted<'_> {
+        match self.sparse {
+            true => HeadWanted::Sparse {
+                biases: &[(3, -1.0), (50, f32::NEG_INFINITY)],
+            },
+            false => HeadWanted::Full,
+        }
+    }
+
+    fn candidates(&mut self, _: usize, candidates: Candidates<'_>) {
+        TOKEN_UNDER_WAY.store(false, Ordering::SeqCst);
+        assert!(self.sparse && candidates.ids.contains(&50));
+    }
 }
 
 const N_TOKENS: usize = 100;
 
-fn silent() -> Silent {
+fn silent(sparse: bool) -> Silent {
     Silent {
         tokens: tokens(N_TOKENS + 20),
         position: 0,
         prompt: 20,
+        sparse,
     }
 }
 
@@ -104,16 +121,18 @@ fn remember_threads(engine: &Engine) {
     engine.teams().run(&remember).unwrap();
 }
 
-/// Nodes × threads of the engines that have to be quiet, and whether they are traced.
-const TEAMS: [(usize, usize, bool); 5] = [
-    (1, 2, false),
-    (2, 1, false),
-    (2, 2, false),
-    (1, 2, true),
-    (2, 2, true),
+/// Nodes × threads of the engines that have to be quiet, whether they are traced, and whether the head is sparse.
+const TEAMS: [(usize, usize, bool, bool); 7] = [
+    (1, 2, false, false),
+    (2, 1, false, false),
+    (2, 2, false, false),
+    (1, 2, true, false),
+    (2, 2, true, false),
+    (1, 2, false, true),
+    (2, 2, true, true),
 ];
 
-fn setup(n_nodes: usize, n_threads: usize, traced: bool) -> Setup {
+fn setup(n_nodes: usize, n_threads: usize, traced: bool, sparse: bool) -> Setup {
     let bounds = TraceBounds {
         n_steps: 2 * N_TOKENS + 10,
         node_bytes_max: 1 << 24,
@@ -122,6 +141,7 @@ fn setup(n_nodes: usize, n_threads: usize, traced: bool) -> Setup {
         n_nodes,
         n_threads,
         trace: traced.then_some(bounds),
+        sketch_groups: sparse.then_some(2),
         ..Setup::default()
     }
 }
@@ -145,16 +165,16 @@ fn team_threads_allocate_nothing_and_call_nothing_but_futex() {
         return decode_under_filter();
     }
     let model = PlainModel::random(41, GateActivation::Relu);
-    for (n_nodes, n_threads, traced) in TEAMS {
-        let engine = engine(&model, setup(n_nodes, n_threads, traced));
+    for (n_nodes, n_threads, traced, sparse) in TEAMS {
+        let engine = engine(&model, setup(n_nodes, n_threads, traced, sparse));
         remember_threads(&engine);
-        let run = engine.run(silent()).unwrap();
+        let run = engine.run(silent(sparse)).unwrap();
         run.outcome.unwrap();
         assert_eq!(run.totals.decode_tokens, N_TOKENS);
         let allocations = ALLOCATIONS.swap(0, Ordering::SeqCst);
         assert_eq!(
             allocations, 0,
-            "{n_nodes} × {n_threads} threads, {N_TOKENS} tokens, traced: {traced}"
+            "{n_nodes} × {n_threads} threads, {N_TOKENS} tokens, traced: {traced}, sparse head: {sparse}"
         );
         check_trace(&engine);
     }
@@ -187,7 +207,7 @@ fn no_system_call_but_futex() {
         "a team thread made system call number {code:?}\n{said}"
     );
     assert!(
-        said.contains("tokens decoded under the filter: 500"),
+        said.contains("tokens decoded under the filter: 700"),
         "{said}"
     );
 }
@@ -196,12 +216,14 @@ fn decode_under_filter() {
     let model = PlainModel::random(41, GateActivation::Relu);
     let engines: Vec<Engine> = TEAMS
         .iter()
-        .map(|&(n_nodes, n_threads, traced)| engine(&model, setup(n_nodes, n_threads, traced)))
+        .map(|&(n_nodes, n_threads, traced, sparse)| {
+            engine(&model, setup(n_nodes, n_threads, traced, sparse))
+        })
         .collect();
     let mut n_tokens = 0;
-    for engine in &engines {
+    for (engine, (.., sparse)) in engines.iter().zip(TEAMS) {
         // once without the filter, for what happens the first time only
-        engine.run(silent()).unwrap().outcome.unwrap();
+        engine.run(silent(sparse)).unwrap().outcome.unwrap();
         let refused = AtomicBool::new(false);
         engine
             .teams()
@@ -215,7 +237,7 @@ fn decode_under_filter() {
             println!("filter refused");
             return;
         }
-        n_tokens += engine.run(silent()).unwrap().totals.decode_tokens;
+        n_tokens += engine.run(silent(sparse)).unwrap().totals.decode_tokens;
         check_trace(engine);
     }
     println!("tokens decoded under the filter: {n_tokens}");

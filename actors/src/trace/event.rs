@@ -14,9 +14,13 @@ pub enum MessageKind {
     ShareAttention,
     ShareOutput,
     ShareHead,
+    ShareHeadSketch,
+    ShareHeadRows,
     ShareDoneAttention,
     ShareDoneOutput,
     ShareDoneHead,
+    ShareDoneHeadSketch,
+    ShareDoneHeadRows,
     Compute,
     Partial,
     LayerDone,
@@ -35,14 +39,18 @@ pub enum ActorKind {
 
 impl MessageKind {
     /// All of them, in the order of their codes.
-    pub const ALL: [MessageKind; 12] = [
+    pub const ALL: [MessageKind; 16] = [
         MessageKind::RunLayer,
         MessageKind::ShareAttention,
         MessageKind::ShareOutput,
         MessageKind::ShareHead,
+        MessageKind::ShareHeadSketch,
+        MessageKind::ShareHeadRows,
         MessageKind::ShareDoneAttention,
         MessageKind::ShareDoneOutput,
         MessageKind::ShareDoneHead,
+        MessageKind::ShareDoneHeadSketch,
+        MessageKind::ShareDoneHeadRows,
         MessageKind::Compute,
         MessageKind::Partial,
         MessageKind::LayerDone,
@@ -57,11 +65,15 @@ impl MessageKind {
                 Stage::Attention => MessageKind::ShareAttention,
                 Stage::Output => MessageKind::ShareOutput,
                 Stage::Head { .. } => MessageKind::ShareHead,
+                Stage::HeadSketch => MessageKind::ShareHeadSketch,
+                Stage::HeadRows => MessageKind::ShareHeadRows,
             },
             Message::ShareDone(ShareDone { stage, .. }) => match stage {
                 Stage::Attention => MessageKind::ShareDoneAttention,
                 Stage::Output => MessageKind::ShareDoneOutput,
                 Stage::Head { .. } => MessageKind::ShareDoneHead,
+                Stage::HeadSketch => MessageKind::ShareDoneHeadSketch,
+                Stage::HeadRows => MessageKind::ShareDoneHeadRows,
             },
             Message::Compute(_) => MessageKind::Compute,
             Message::Partial(_) => MessageKind::Partial,
@@ -75,12 +87,16 @@ impl MessageKind {
     pub fn name(self) -> &'static str {
         match self {
             MessageKind::RunLayer => "RunLayer",
-            MessageKind::ShareAttention | MessageKind::ShareOutput | MessageKind::ShareHead => {
-                "Share"
-            }
+            MessageKind::ShareAttention
+            | MessageKind::ShareOutput
+            | MessageKind::ShareHead
+            | MessageKind::ShareHeadSketch
+            | MessageKind::ShareHeadRows => "Share",
             MessageKind::ShareDoneAttention
             | MessageKind::ShareDoneOutput
-            | MessageKind::ShareDoneHead => "ShareDone",
+            | MessageKind::ShareDoneHead
+            | MessageKind::ShareDoneHeadSketch
+            | MessageKind::ShareDoneHeadRows => "ShareDone",
             MessageKind::Compute => "Compute",
             MessageKind::Partial => "Partial",
             MessageKind::LayerDone => "LayerDone",
@@ -99,8 +115,15 @@ impl MessageKind {
             | MessageKind::ShareDoneHead
             | MessageKind::RunHead
             | MessageKind::HeadDone => Some("head"),
+            MessageKind::ShareHeadSketch | MessageKind::ShareDoneHeadSketch => Some("head sketch"),
+            MessageKind::ShareHeadRows | MessageKind::ShareDoneHeadRows => Some("head rows"),
             MessageKind::RunLayer | MessageKind::LayerDone => None,
         }
+    }
+
+    /// Whether it is about the head.
+    pub fn is_head(self) -> bool {
+        matches!(self.stage(), Some("head" | "head sketch" | "head rows"))
     }
 
     /// Who handles it.
@@ -110,6 +133,8 @@ impl MessageKind {
             MessageKind::ShareAttention
             | MessageKind::ShareOutput
             | MessageKind::ShareHead
+            | MessageKind::ShareHeadSketch
+            | MessageKind::ShareHeadRows
             | MessageKind::Compute => ActorKind::ColdLayer,
             _ => ActorKind::DeviceLayer,
         }
@@ -122,6 +147,8 @@ impl MessageKind {
             MessageKind::ShareDoneAttention
             | MessageKind::ShareDoneOutput
             | MessageKind::ShareDoneHead
+            | MessageKind::ShareDoneHeadSketch
+            | MessageKind::ShareDoneHeadRows
             | MessageKind::Partial => ActorKind::ColdLayer,
             _ => ActorKind::DeviceLayer,
         }

@@ -4,7 +4,7 @@
 //! 2. [`group_maxima`] keeps the best score of each 16 tokens, and [`kth_largest`] of these is the threshold: so at least
 //!    k tokens reach it, and no score is sorted.
 //! 3. [`collect`] lists the tokens that reach it.
-//! 4. [`row_products`] multiplies their real rows.
+//! 4. [`candidate_logits`] multiplies their real rows.
 //!
 //! Groups are of ids 16·g … 16·g+15, so that neither the threshold nor the candidates depend on how the rows are
 //! divided.
@@ -18,7 +18,7 @@ use std::ops::Range;
 
 use crate::activations::{ActBatch, ActRef};
 use crate::cpu::Cpu;
-use crate::ffn_sparse::{NeuronRows, up_active};
+use crate::ffn_sparse::{NeuronRows, row_products};
 use crate::matrix::{Layout, MatrixRef, ROW_GROUP, StridedOut};
 use crate::simd::by_tier;
 
@@ -83,7 +83,7 @@ pub fn collect(scores: &[f32], maxima: &[f32], threshold: f32, first: usize, ids
 ///
 /// # Panics
 /// When `m` is interleaved, an id has no row, or lengths differ.
-pub fn row_products(cpu: Cpu, m: MatrixRef<'_>, x: ActRef<'_>, ids: &[u32], out: &mut [f32]) {
+pub fn candidate_logits(cpu: Cpu, m: MatrixRef<'_>, x: ActRef<'_>, ids: &[u32], out: &mut [f32]) {
     assert_eq!(ids.len(), out.len(), "one output for each id");
     let rows = rows_of(&m);
     let mut chunks = ids.chunks(ROWS_AHEAD).peekable();
@@ -92,17 +92,16 @@ pub fn row_products(cpu: Cpu, m: MatrixRef<'_>, x: ActRef<'_>, ids: &[u32], out:
         for &id in chunks.peek().into_iter().copied().flatten() {
             rows.prefetch(id as usize);
         }
-        // a gate of 1 changes no bit
-        up_active(cpu, rows, x, ids, &[1.0; ROWS_AHEAD][..ids.len()], out);
+        row_products(cpu, rows, x, ids, out);
     }
 }
 
 /// Writes rows `rows` of `m` ([`Layout::Rows`]) times rows `0..n_tokens` of `x` to `out` (`[n_tokens, rows.len()]`,
-/// overwritten): as [`row_products`] of all of them, each row read once.
+/// overwritten): as [`candidate_logits`] of all of them, each row read once.
 ///
 /// # Panics
-/// As [`row_products`].
-pub fn all_row_products(
+/// As [`candidate_logits`].
+pub fn all_logits(
     cpu: Cpu,
     m: MatrixRef<'_>,
     x: &ActBatch,
@@ -124,14 +123,7 @@ pub fn all_row_products(
         let columns = first - rows.start..first - rows.start + n;
         for token in 0..n_tokens {
             let out = &mut out.row(token)[columns.clone()];
-            up_active(
-                cpu,
-                matrix,
-                x.token(token),
-                &ids[..n],
-                &[1.0; ROWS_AHEAD][..n],
-                out,
-            );
+            row_products(cpu, matrix, x.token(token), &ids[..n], out);
         }
     }
 }

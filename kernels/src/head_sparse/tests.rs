@@ -90,7 +90,7 @@ fn rows_one_by_one_have_the_bits_of_interleaved_ones() {
                 }
                 let mut all = vec![f32::NAN; 3 * n_rows];
                 let out = StridedOut::from_slice(&mut all, n_rows, 3, 0..n_rows);
-                all_row_products(cpu, m, &x, 3, 0..n_rows, out);
+                all_logits(cpu, m, &x, 3, 0..n_rows, out);
                 for token in 0..3 {
                     let mut want = vec![f32::NAN; n_rows];
                     gemv(cpu, interleaved, x.token(token), 0..n_rows, &mut want);
@@ -98,7 +98,7 @@ fn rows_one_by_one_have_the_bits_of_interleaved_ones() {
                     assert_eq!(bits(got), bits(&want), "{quant} {mode} {tier}");
                     let ids: Vec<u32> = (0..n_rows as u32).rev().step_by(3).collect();
                     let mut some = vec![f32::NAN; ids.len()];
-                    row_products(cpu, m, x.token(token), &ids, &mut some);
+                    candidate_logits(cpu, m, x.token(token), &ids, &mut some);
                     let want: Vec<f32> = ids.iter().map(|id| want[*id as usize]).collect();
                     assert_eq!(bits(&some), bits(&want), "{quant} {mode} {tier}");
                 }

@@ -9,6 +9,7 @@ use pi_kernels::{ActivationMode, Tier};
 use super::answer_args::{AnswerArgs, ChatArgs};
 use super::doctor::DoctorArgs;
 use super::trace::TraceArgs;
+use crate::head_sketch::Head;
 use crate::inspect::InspectArgs;
 use crate::sampler::SamplerParams;
 use crate::session::N_UBATCH;
@@ -122,6 +123,9 @@ pub struct ModelArgs {
     /// off: dense; exact: skip neurons whose ReLU gate is closed (same result). Default: exact where it is free
     #[arg(long, value_enum, value_name = "MODE")]
     pub sparsity: Option<SparsityArg>,
+    /// sparse: a sketch picks the tokens whose logits are computed, so that most of the head is not read (needs the sidecar)
+    #[arg(long, value_enum, value_name = "HEAD", default_value_t = Head::Full)]
+    pub head: Head,
     /// What `prepare` made for the model [default: the file beside it with .sparse.gguf for .gguf, where it is needed]
     #[arg(long, value_name = "FILE")]
     pub sidecar: Option<PathBuf>,

@@ -34,6 +34,7 @@ impl ModelArgs {
             trace: None,
             tap: None,
             sidecar: self.sidecar.clone(),
+            head: self.head,
             n_batch: usize::from(self.batch_size).min(N_UBATCH),
         })
     }

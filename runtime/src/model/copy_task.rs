@@ -65,6 +65,9 @@ pub(super) fn copy_tasks<'a, 'm>(
         }
     }
     cutting.matrix(&node.head);
+    for part in node.sketch.iter().flatten() {
+        cutting.matrix(part);
+    }
     cutting.tasks
 }
 
@@ -135,9 +138,10 @@ impl<'a> CopyTask<'a, '_> {
         self.to.len()
     }
 
-    /// The tensors read, and the rows of each if it is read row by row.
+    /// The model's tensors read, and the rows of each if it is read row by row.
     fn tensors(&self) -> Vec<(&'a FileMatrix, Option<Range<usize>>)> {
         match &self.source {
+            Source::Matrix(part) if !part.of_model => vec![],
             Source::Matrix(part) => {
                 let whole = part.cols.len() == part.source.n_cols();
                 vec![(part.source, whole.then(|| part.rows.clone()))]

@@ -22,18 +22,36 @@ pub(super) struct Placed<T> {
     pub part: T,
 }
 
-/// Some rows, and some columns of them, of a matrix in the file; interleaved in memory.
+/// Some rows, and some columns of them, of a matrix in the file.
 #[derive(Debug, Clone)]
 pub(super) struct MatrixPart<'a> {
     pub source: &'a FileMatrix,
     pub rows: Range<usize>,
     pub cols: Range<usize>,
+    /// Order in memory.
+    pub layout: Layout,
+    /// Whether it is in the model's file, and not in the sidecar.
+    pub of_model: bool,
 }
 
 impl<'a> MatrixPart<'a> {
     fn rows(source: &'a FileMatrix, rows: Range<usize>) -> Self {
         let cols = 0..source.n_cols();
-        Self { source, rows, cols }
+        Self {
+            source,
+            rows,
+            cols,
+            layout: Layout::Interleaved,
+            of_model: true,
+        }
+    }
+
+    /// Rows of a matrix in the sidecar.
+    fn of_sidecar(source: &'a FileMatrix, rows: Range<usize>) -> Self {
+        Self {
+            of_model: false,
+            ..Self::rows(source, rows)
+        }
     }
 
     /// The packed matrix.
@@ -42,7 +60,7 @@ impl<'a> MatrixPart<'a> {
             quant: self.source.quant,
             n_rows: self.rows.len(),
             n_cols: self.cols.len(),
-            layout: Layout::Interleaved,
+            layout: self.layout,
         }
     }
 }
@@ -105,6 +123,8 @@ pub(super) struct NodeLayout<'a> {
     pub share: NodeShare,
     pub layers: Vec<LayerLayout<'a>>,
     pub head: Placed<MatrixPart<'a>>,
+    /// Projection and rows of the head's sketch, where there is one.
+    pub sketch: Option<[Placed<MatrixPart<'a>>; 2]>,
     /// Bytes of the arena.
     pub bytes: usize,
     /// Bytes of the arena that are filled: all but the gaps before aligned starts.
@@ -158,12 +178,21 @@ impl<'a> NodeLayout<'a> {
         let layers = layers
             .map(|(layer, down)| placing.layer(hyper, layer, plan.mode, *down, &share))
             .collect();
-        let head = tensors.output.as_ref().unwrap_or(&tensors.token_embd);
-        let head = placing.matrix(MatrixPart::rows(head, share.head_rows.clone()));
+        let mut head = MatrixPart::rows(tensors.head(), share.head_rows.clone());
+        if tensors.head_sketch.is_some() {
+            head.layout = Layout::Rows;
+        }
+        let head = placing.matrix(head);
+        let sketch = tensors.head_sketch.as_ref().map(|sketch| {
+            let project = MatrixPart::of_sidecar(&sketch.project, 0..sketch.project.n_rows());
+            let scores = MatrixPart::of_sidecar(&sketch.scores, share.head_rows.clone());
+            [project, scores].map(|part| placing.matrix(part))
+        });
         Self {
             share,
             layers,
             head,
+            sketch,
             bytes: placing.end,
             filled_bytes: placing.filled,
         }
@@ -238,7 +267,10 @@ impl Placing {
                 let (rows, cols) = (0..source.n_rows(), neurons.clone());
                 return FfnLayout::Dense {
                     up: self.matrix(MatrixPart::rows(&layer.up, neurons)),
-                    down: self.matrix(MatrixPart { source, rows, cols }),
+                    down: self.matrix(MatrixPart {
+                        cols,
+                        ..MatrixPart::rows(source, rows)
+                    }),
                 };
             }
         };
