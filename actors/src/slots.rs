@@ -15,6 +15,7 @@
 //! | `head.scores`, `head.maxima` | `ColdLayer`s, own rows | `ShareDone` | `DeviceLayer` | its next `Share` |
 //! | the same, and `head.threshold` | `DeviceLayer` | `Share` | `ColdLayer`s | their reply |
 //! | `head.ids`, `head.n_ids[node]`, `logits` | `ColdLayer`s, own rows | `ShareDone` | `Pipeline` | next `RunHead` |
+//! | `predicted[node]`, that of the layer | `Predictor` | `Prefetch`, `Compute` | `ColdLayer` of the node | its `Partial` |
 //! | `partials[node]` | `ColdLayer` of the node | `Partial` | `DeviceLayer` | next `Compute` |
 //!
 //! A message that changes executors goes through a doorbell (release, then acquire); one that stays
@@ -28,9 +29,10 @@
 #![allow(unsafe_code)]
 
 use std::cell::UnsafeCell;
+use std::collections::BTreeSet;
 use std::ops::Range;
 
-use pi_kernels::{ActBatch, ActivationMode, ROW_GROUP, StridedOut};
+use pi_kernels::{ActBatch, ActWriter, ActivationMode, ROW_GROUP, StridedOut};
 
 /// Values that several threads write and read in turns.
 #[derive(Debug)]
@@ -133,6 +135,11 @@ impl<T> Shared<T> {
         Self(UnsafeCell::new(value))
     }
 
+    /// The value of one who has it alone.
+    pub fn own(&mut self) -> &mut T {
+        self.0.get_mut()
+    }
+
     /// # Safety
     /// Nobody writes the value while the reference lives.
     pub unsafe fn get(&self) -> &T {
@@ -146,6 +153,50 @@ impl<T> Shared<T> {
     pub unsafe fn get_mut(&self) -> &mut T {
         // SAFETY: this function's contract.
         unsafe { &mut *self.0.get() }
+    }
+}
+
+/// Activations of ranks: a batch for each rank that some layer has.
+#[derive(Debug)]
+pub(crate) struct RankRows(Vec<(usize, Shared<ActBatch>)>);
+
+impl RankRows {
+    /// Room for `n_tokens` rows of each of `ranks` values.
+    pub fn new(mode: ActivationMode, ranks: &BTreeSet<usize>, n_tokens: usize) -> Self {
+        let batch = |&rank: &usize| (rank, Shared::new(ActBatch::new(mode, rank, n_tokens)));
+        Self(ranks.iter().map(batch).collect())
+    }
+
+    fn find(&self, rank: usize) -> &Shared<ActBatch> {
+        let batch = self.0.iter().find(|(of, _)| *of == rank);
+        &batch.expect("there is scratch for every layer's rank").1
+    }
+
+    /// The rows of rank `rank`.
+    ///
+    /// # Safety
+    /// Nobody writes them while the reference lives.
+    pub unsafe fn get(&self, rank: usize) -> &ActBatch {
+        // SAFETY: this function's contract.
+        unsafe { self.find(rank).get() }
+    }
+
+    /// The rows of rank `rank`, to be set by several threads.
+    ///
+    /// # Safety
+    /// Nobody else touches them while the writer lives.
+    pub unsafe fn writer(&self, rank: usize) -> ActWriter<'_> {
+        // SAFETY: this function's contract.
+        unsafe { self.find(rank).get_mut() }.writer()
+    }
+
+    /// The rows of rank `rank`, of one who has them alone.
+    pub fn of(&mut self, rank: usize) -> &mut ActBatch {
+        let batch = self.0.iter_mut().find(|(of, _)| *of == rank);
+        batch
+            .expect("there is scratch for every layer's rank")
+            .1
+            .own()
     }
 }
 
@@ -170,6 +221,8 @@ pub(crate) struct SlotSizes {
     pub n_head_tokens: usize,
     /// Whether there is a sketch of the head.
     pub head_sketch: bool,
+    /// Whether some layer is predicted from the one before.
+    pub ahead: bool,
 }
 
 /// What the sparse head is asked for.
@@ -228,6 +281,9 @@ pub(crate) struct Slots {
     pub projected: SharedF32,
     /// For each node `[n_sums, n_ubatch, n_embd]`.
     pub partials: Vec<SharedF32>,
+    /// For each node the ids of neurons that were predicted for a layer, counted from the node's first
+    /// one, ascending: of even and of odd layers, as the next layer's are written while one is computed.
+    pub predicted: Vec<[Shared<Vec<u32>>; 2]>,
     /// `[n_head_tokens, n_vocab]`
     pub logits: SharedF32,
     /// Of nothing where there is no sketch of the head.
@@ -235,8 +291,9 @@ pub(crate) struct Slots {
 }
 
 impl Slots {
-    /// Slots for nodes that send `n_sums[node]` partial sums each.
-    pub fn new(sizes: SlotSizes, n_sums: &[usize]) -> Self {
+    /// Slots for nodes that have at most `n_neurons[node]` neurons of a layer and send `n_sums[node]`
+    /// partial sums each.
+    pub fn new(sizes: SlotSizes, n_sums: &[usize], n_neurons: &[usize]) -> Self {
         let SlotSizes {
             mode,
             n_ubatch,
@@ -258,6 +315,12 @@ impl Slots {
             attn: Shared::new(ActBatch::new(mode, n_attn, n_ubatch)),
             projected: SharedF32::new(n_ubatch * n_embd),
             partials,
+            predicted: (n_neurons.iter())
+                .map(|n| {
+                    let capacity = if sizes.ahead { *n } else { 0 };
+                    std::array::from_fn(|_| Shared::new(Vec::with_capacity(capacity)))
+                })
+                .collect(),
             logits: SharedF32::new(sizes.n_head_tokens * sizes.n_vocab),
             head: HeadSlots::new(
                 if sizes.head_sketch { sizes.n_vocab } else { 0 },

@@ -8,10 +8,11 @@ mod common;
 use std::alloc::{GlobalAlloc, Layout, System};
 use std::sync::atomic::{AtomicBool, AtomicI32, AtomicUsize, Ordering};
 
-use common::{PlainModel, Setup, engine, tokens};
+use common::{Form, PlainModel, Predictors, Setup, SketchForm, engine, tokens};
 use pi_actors::trace::TraceBounds;
-use pi_actors::weights::GateActivation;
+use pi_actors::weights::{GateActivation, SparsityMode};
 use pi_actors::{Candidates, Engine, Feed, Feeder, HeadWanted, LogitsWanted, Next};
+use pi_kernels::ActivationMode;
 
 /// Counts allocations of the team's threads while a token is under way.
 struct Counting;
@@ -121,18 +122,32 @@ fn remember_threads(engine: &Engine) {
     engine.teams().run(&remember).unwrap();
 }
 
-/// Nodes × threads of the engines that have to be quiet, whether they are traced, and whether the head is sparse.
-const TEAMS: [(usize, usize, bool, bool); 7] = [
-    (1, 2, false, false),
-    (2, 1, false, false),
-    (2, 2, false, false),
-    (1, 2, true, false),
-    (2, 2, true, false),
-    (1, 2, false, true),
-    (2, 2, true, true),
+const EXACT: Form = Form::Neurons(SparsityMode::Exact);
+const PREDICTED: Form = Form::Predicted(Predictors {
+    sketch: SketchForm::LowRank,
+    ahead: true,
+    alone: false,
+});
+const SIGNS: Form = Form::Predicted(Predictors {
+    sketch: SketchForm::Signs,
+    ahead: false,
+    alone: false,
+});
+
+/// Nodes × threads of the engines that have to be quiet, whether they are traced, what they run, and whether the head is
+/// sparse.
+const TEAMS: [(usize, usize, bool, Form, bool); 8] = [
+    (1, 2, false, EXACT, false),
+    (2, 1, false, EXACT, false),
+    (2, 2, false, PREDICTED, false),
+    (1, 2, true, EXACT, false),
+    (2, 2, true, EXACT, true),
+    (1, 2, true, PREDICTED, false),
+    (2, 1, false, SIGNS, false),
+    (1, 2, false, EXACT, true),
 ];
 
-fn setup(n_nodes: usize, n_threads: usize, traced: bool, sparse: bool) -> Setup {
+fn setup((n_nodes, n_threads, traced, form, sparse): (usize, usize, bool, Form, bool)) -> Setup {
     let bounds = TraceBounds {
         n_steps: 2 * N_TOKENS + 10,
         node_bytes_max: 1 << 24,
@@ -140,6 +155,8 @@ fn setup(n_nodes: usize, n_threads: usize, traced: bool, sparse: bool) -> Setup 
     Setup {
         n_nodes,
         n_threads,
+        form,
+        activations: ActivationMode::Q8,
         trace: traced.then_some(bounds),
         sketch_groups: sparse.then_some(2),
         ..Setup::default()
@@ -165,8 +182,9 @@ fn team_threads_allocate_nothing_and_call_nothing_but_futex() {
         return decode_under_filter();
     }
     let model = PlainModel::random(41, GateActivation::Relu);
-    for (n_nodes, n_threads, traced, sparse) in TEAMS {
-        let engine = engine(&model, setup(n_nodes, n_threads, traced, sparse));
+    for team in TEAMS {
+        let (.., sparse) = team;
+        let engine = engine(&model, setup(team));
         remember_threads(&engine);
         let run = engine.run(silent(sparse)).unwrap();
         run.outcome.unwrap();
@@ -174,7 +192,7 @@ fn team_threads_allocate_nothing_and_call_nothing_but_futex() {
         let allocations = ALLOCATIONS.swap(0, Ordering::SeqCst);
         assert_eq!(
             allocations, 0,
-            "{n_nodes} × {n_threads} threads, {N_TOKENS} tokens, traced: {traced}, sparse head: {sparse}"
+            "{team:?}: nodes, threads, traced, form, sparse head; {N_TOKENS} tokens"
         );
         check_trace(&engine);
     }
@@ -207,7 +225,7 @@ fn no_system_call_but_futex() {
         "a team thread made system call number {code:?}\n{said}"
     );
     assert!(
-        said.contains("tokens decoded under the filter: 700"),
+        said.contains("tokens decoded under the filter: 800"),
         "{said}"
     );
 }
@@ -216,9 +234,7 @@ fn decode_under_filter() {
     let model = PlainModel::random(41, GateActivation::Relu);
     let engines: Vec<Engine> = TEAMS
         .iter()
-        .map(|&(n_nodes, n_threads, traced, sparse)| {
-            engine(&model, setup(n_nodes, n_threads, traced, sparse))
-        })
+        .map(|&team| engine(&model, setup(team)))
         .collect();
     let mut n_tokens = 0;
     for (engine, (.., sparse)) in engines.iter().zip(TEAMS) {

@@ -16,7 +16,7 @@ use super::rows::multiply;
 use super::{Job, weights_read};
 use crate::counters::Counters;
 use crate::team::{Member, Team};
-use crate::weights::{HeadShare, SketchShare};
+use crate::weights::{HeadShare, HeadSketchShare};
 
 /// Rows of the sketch that are scored before their maxima are taken: their scores stay in the first cache.
 const SCORED_ROWS: usize = 1024;
@@ -43,7 +43,7 @@ pub(super) fn full(job: Job<'_>, team: &mut Team, n_tokens: usize) -> Counters {
 }
 
 /// The node's share of the head's sketch.
-fn sketch<'a>(job: &Job<'a>) -> &'a SketchShare {
+fn sketch<'a>(job: &Job<'a>) -> &'a HeadSketchShare {
     let sketch = job.model.weights.head_sketch.as_ref();
     &sketch.expect("the pipeline checked it").shares[job.node]
 }
@@ -60,7 +60,7 @@ pub(super) fn sketch_scores(job: Job<'_>, team: &mut Team) -> Counters {
 }
 
 /// The thread's part of the projection of the hidden state.
-fn project(job: &Job<'_>, sketch: &SketchShare, member: &Member<'_>) {
+fn project(job: &Job<'_>, sketch: &HeadSketchShare, member: &Member<'_>) {
     let rows = member.part(sketch.project.shape.n_rows, ROW_GROUP);
     if rows.is_empty() {
         return;
@@ -68,13 +68,13 @@ fn project(job: &Job<'_>, sketch: &SketchShare, member: &Member<'_>) {
     // SAFETY: the device wrote `normed` before it sent the share; these values are this thread's.
     unsafe {
         let x = job.model.slots.normed.get().token(0);
-        let out = job.scratch.sketch.write(rows.clone());
+        let out = job.scratch.head_sketch.write(rows.clone());
         gemv(job.model.cpu, sketch.project.view(), x, rows, out);
     }
 }
 
 /// Scores of the thread's tokens.
-fn score(job: &Job<'_>, head: &HeadShare, sketch: &SketchShare, member: &Member<'_>) {
+fn score(job: &Job<'_>, head: &HeadShare, sketch: &HeadSketchShare, member: &Member<'_>) {
     let (cpu, slots) = (job.model.cpu, &job.model.slots.head);
     let mine = member.part(head.rows.len(), ROW_GROUP);
     // SAFETY: each thread has its own scratch; the barrier ordered all of the projection before, and nobody writes it
@@ -82,11 +82,11 @@ fn score(job: &Job<'_>, head: &HeadShare, sketch: &SketchShare, member: &Member<
     // thread's.
     unsafe {
         let scratch = job.scratch.threads[member.thread].get_mut();
-        let x = scratch.sketch.as_mut().expect("there is a sketch");
+        let x = scratch.head_sketch.as_mut().expect("there is a sketch");
         x.set(
             cpu,
             0,
-            job.scratch.sketch.read(0..sketch.project.shape.n_rows),
+            job.scratch.head_sketch.read(0..sketch.project.shape.n_rows),
         );
         let biases = &slots.request.get().biases;
         for first in mine.clone().step_by(SCORED_ROWS) {
@@ -120,7 +120,7 @@ pub(super) fn candidate_rows(job: Job<'_>, team: &mut Team) -> Counters {
     });
     // SAFETY: the job has ended; the number is this node's.
     let n_ids = unsafe {
-        let lists = job.scratch.candidates.iter();
+        let lists = job.scratch.head_candidates.iter();
         let n_ids = lists.map(|list| list.get().len()).sum();
         *job.model.slots.head.n_ids[job.node].get_mut() = n_ids;
         n_ids
@@ -134,7 +134,7 @@ fn list_candidates(job: &Job<'_>, head: &HeadShare, member: &Member<'_>) {
     let tokens = head.rows.start + mine.start..head.rows.start + mine.end;
     // SAFETY: the device wrote the threshold, and had all scores, before it sent the share; the list is this thread's.
     unsafe {
-        let list = job.scratch.candidates[member.thread].get_mut();
+        let list = job.scratch.head_candidates[member.thread].get_mut();
         list.clear();
         let scores = slots.scores.read(tokens.clone());
         let maxima = slots.maxima.read(groups(&tokens));
@@ -147,7 +147,7 @@ fn multiply_candidates(job: &Job<'_>, head: &HeadShare, member: &Member<'_>) {
     // SAFETY: the barrier ordered all lists before, and nobody writes one now.
     let lists = || {
         job.scratch
-            .candidates
+            .head_candidates
             .iter()
             .map(|list| unsafe { list.get() })
     };

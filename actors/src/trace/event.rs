@@ -1,6 +1,8 @@
 //! What is recorded, and how it is packed into an event's words.
 
-use crate::messages::{ActorId, Envelope, Message, Partial, Share, ShareDone, Stage};
+use crate::messages::{
+    ActorId, Compute, Envelope, Message, NeuronIds, Partial, Share, ShareDone, Stage,
+};
 
 use super::clock::Scale;
 use super::ring::WORDS;
@@ -21,7 +23,13 @@ pub enum MessageKind {
     ShareDoneHead,
     ShareDoneHeadSketch,
     ShareDoneHeadRows,
+    Hidden,
+    Prefetch,
+    /// From the `DeviceLayer`.
     Compute,
+    /// From the `Predictor`.
+    ComputeAhead,
+    Correct,
     Partial,
     LayerDone,
     RunHead,
@@ -35,11 +43,12 @@ pub enum ActorKind {
     Pipeline,
     DeviceLayer,
     ColdLayer,
+    Predictor,
 }
 
 impl MessageKind {
     /// All of them, in the order of their codes.
-    pub const ALL: [MessageKind; 16] = [
+    pub const ALL: [MessageKind; 20] = [
         MessageKind::RunLayer,
         MessageKind::ShareAttention,
         MessageKind::ShareOutput,
@@ -51,7 +60,11 @@ impl MessageKind {
         MessageKind::ShareDoneHead,
         MessageKind::ShareDoneHeadSketch,
         MessageKind::ShareDoneHeadRows,
+        MessageKind::Hidden,
+        MessageKind::Prefetch,
         MessageKind::Compute,
+        MessageKind::ComputeAhead,
+        MessageKind::Correct,
         MessageKind::Partial,
         MessageKind::LayerDone,
         MessageKind::RunHead,
@@ -75,7 +88,14 @@ impl MessageKind {
                 Stage::HeadSketch => MessageKind::ShareDoneHeadSketch,
                 Stage::HeadRows => MessageKind::ShareDoneHeadRows,
             },
+            Message::Hidden(_) => MessageKind::Hidden,
+            Message::Prefetch(_) => MessageKind::Prefetch,
+            Message::Compute(Compute {
+                ids: NeuronIds::Predicted,
+                ..
+            }) => MessageKind::ComputeAhead,
             Message::Compute(_) => MessageKind::Compute,
+            Message::Correct(_) => MessageKind::Correct,
             Message::Partial(_) => MessageKind::Partial,
             Message::LayerDone(_) => MessageKind::LayerDone,
             Message::RunHead(_) => MessageKind::RunHead,
@@ -97,7 +117,10 @@ impl MessageKind {
             | MessageKind::ShareDoneHead
             | MessageKind::ShareDoneHeadSketch
             | MessageKind::ShareDoneHeadRows => "ShareDone",
-            MessageKind::Compute => "Compute",
+            MessageKind::Hidden => "Hidden",
+            MessageKind::Prefetch => "Prefetch",
+            MessageKind::Compute | MessageKind::ComputeAhead => "Compute",
+            MessageKind::Correct => "Correct",
             MessageKind::Partial => "Partial",
             MessageKind::LayerDone => "LayerDone",
             MessageKind::RunHead => "RunHead",
@@ -110,7 +133,12 @@ impl MessageKind {
         match self {
             MessageKind::ShareAttention | MessageKind::ShareDoneAttention => Some("attention"),
             MessageKind::ShareOutput | MessageKind::ShareDoneOutput => Some("output"),
-            MessageKind::Compute | MessageKind::Partial => Some("ffn"),
+            MessageKind::Compute
+            | MessageKind::ComputeAhead
+            | MessageKind::Correct
+            | MessageKind::Partial => Some("ffn"),
+            MessageKind::Hidden => Some("predict"),
+            MessageKind::Prefetch => Some("prefetch"),
             MessageKind::ShareHead
             | MessageKind::ShareDoneHead
             | MessageKind::RunHead
@@ -135,7 +163,11 @@ impl MessageKind {
             | MessageKind::ShareHead
             | MessageKind::ShareHeadSketch
             | MessageKind::ShareHeadRows
-            | MessageKind::Compute => ActorKind::ColdLayer,
+            | MessageKind::Prefetch
+            | MessageKind::Compute
+            | MessageKind::ComputeAhead
+            | MessageKind::Correct => ActorKind::ColdLayer,
+            MessageKind::Hidden => ActorKind::Predictor,
             _ => ActorKind::DeviceLayer,
         }
     }
@@ -150,6 +182,7 @@ impl MessageKind {
             | MessageKind::ShareDoneHeadSketch
             | MessageKind::ShareDoneHeadRows
             | MessageKind::Partial => ActorKind::ColdLayer,
+            MessageKind::Prefetch | MessageKind::ComputeAhead => ActorKind::Predictor,
             _ => ActorKind::DeviceLayer,
         }
     }
@@ -176,7 +209,8 @@ impl Label {
         let layer = match (to, message) {
             (ActorId::DeviceLayer { layer } | ActorId::ColdLayer { layer, .. }, _) => *layer,
             (ActorId::Pipeline, Message::LayerDone(done)) => done.layer,
-            (ActorId::Pipeline, _) => 0,
+            (ActorId::Predictor, Message::Hidden(hidden)) => hidden.layer,
+            (ActorId::Pipeline | ActorId::Predictor, _) => 0,
         };
         let node = match message {
             Message::ShareDone(ShareDone { node, .. }) | Message::Partial(Partial { node, .. }) => {

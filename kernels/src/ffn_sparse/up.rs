@@ -195,6 +195,35 @@ pub fn up_tokens(
     n_ids
 }
 
+/// Writes the products of rows `neurons` with rows `tokens` of `x` to `out` (`[tokens.len(),
+/// neurons.len()]` f32, overwritten). Bits equal [`row_products`]'.
+///
+/// # Panics
+/// When shapes do not fit.
+pub fn row_products_tokens(
+    cpu: Cpu,
+    rows: NeuronRows<'_>,
+    x: &ActBatch,
+    tokens: Range<usize>,
+    neurons: Range<usize>,
+    out: &mut StridedOut<'_>,
+    scratch: &mut UpScratch,
+) {
+    assert!(
+        out.n_tokens() == tokens.len() && out.n_rows() == neurons.len(),
+        "outputs fit"
+    );
+    let UpScratch { ids, group, .. } = scratch;
+    for first in (0..neurons.len()).step_by(ROW_GROUP) {
+        let columns = first..(first + ROW_GROUP).min(neurons.len());
+        ids.clear();
+        ids.extend(columns.clone().map(|n| n as u32));
+        let m = interleave(rows, neurons.start, ids, group);
+        let part = out.part(0..tokens.len(), columns);
+        gemm(cpu, m, x, tokens.clone(), 0..ids.len(), part);
+    }
+}
+
 /// Rows `first + ids` as one interleaved group in `group`.
 fn interleave<'a>(
     up: NeuronRows<'_>,

@@ -17,6 +17,7 @@ use crate::gguf::GgufFile;
 use crate::head_sketch::{Head, SketchTensors};
 use crate::model::description::Description;
 use crate::model::footprint::{Footprint, HeadBytes};
+use crate::model::predicting::Predicting;
 use crate::model::sparsity::SparsityPlan;
 use crate::model::{Hyperparameters, Loader, ModelError, ModelTensors, Sparsity};
 use crate::sidecar::{self, Sidecar, SidecarError};
@@ -54,6 +55,8 @@ pub struct ModelOptions {
     pub sidecar: Option<PathBuf>,
     /// Which head computes logits; the sparse one needs the sidecar.
     pub head: Head,
+    /// How neurons are predicted, where they are.
+    pub predicting: Predicting,
 }
 
 /// Watches a model being loaded.
@@ -116,14 +119,11 @@ impl LoadedModel {
         let file = GgufFile::open(&options.path)?;
         let in_file = |source| model_error(&options.path, source);
         let hyper = Hyperparameters::read(&file).map_err(in_file)?;
-        let sidecar = open_sidecar(options, options.head == Head::Sparse, &file, &hyper)?;
-        let sketch = match (options.head, &sidecar) {
-            (Head::Sparse, Some(sidecar)) => Some(SketchTensors::read(sidecar, &hyper)?),
-            _ => None,
-        };
+        let needed = options.sparsity == Some(Sparsity::Predicted) || options.head == Head::Sparse;
+        let sidecar = open_sidecar(options, needed, &file, &hyper)?;
         let (tokenizer, engine) = std::thread::scope(|scope| {
             let tokenizer = scope.spawn(|| Tokenizer::from_metadata(file.metadata()));
-            let engine = start_engine(options, plan, &file, &hyper, sketch, observer);
+            let engine = start_engine(options, plan, &file, &hyper, sidecar.as_ref(), observer);
             let tokenizer = tokenizer
                 .join()
                 .unwrap_or_else(|panic| std::panic::resume_unwind(panic));
@@ -230,12 +230,15 @@ fn start_engine(
     plan: &Plan,
     file: &GgufFile,
     hyper: &Hyperparameters,
-    sketch: Option<SketchTensors>,
+    sidecar: Option<&Sidecar>,
     observer: &dyn LoadObserver,
 ) -> Result<Started, RuntimeError> {
     let in_file = |source| model_error(&options.path, source);
     let mut tensors = ModelTensors::find(file, hyper).map_err(in_file)?;
-    tensors.head_sketch = sketch;
+    tensors.head_sketch = match (options.head, sidecar) {
+        (Head::Sparse, Some(sidecar)) => Some(SketchTensors::read(sidecar, hyper)?),
+        _ => None,
+    };
     let sparsity = SparsityPlan::resolve(options.sparsity, hyper.gate, &tensors.stored_downs())
         .map_err(in_file)?;
     let n_ctx = match options.n_ctx {
@@ -243,7 +246,26 @@ fn start_engine(
         n_ctx => n_ctx,
     };
     let threads: Vec<usize> = plan.nodes.iter().map(|node| node.cpus.len()).collect();
-    let loader = Loader::new(file, hyper, &tensors, &sparsity, &threads, n_ctx).map_err(in_file)?;
+    let predictors = match (sparsity.mode, sidecar) {
+        (Sparsity::Predicted, Some(sidecar)) => {
+            let found = sidecar.predictors(hyper, &tensors)?;
+            let mut layers = found.ok_or_else(|| sidecar.missing("predictors"))?;
+            options.predicting.choose(&mut layers);
+            Some(layers)
+        }
+        _ => None,
+    };
+    let loader = Loader::predicted(
+        file,
+        hyper,
+        &tensors,
+        &sparsity,
+        predictors.as_deref(),
+        options.predicting,
+        &threads,
+        n_ctx,
+    )
+    .map_err(in_file)?;
     let teams = Teams::start(plan)?;
     observer.begin(loader.copied_bytes());
     let weights = loader.load(&teams, plan, &|bytes| observer.copied(bytes));

@@ -42,8 +42,8 @@ pub fn candidates(
     }
 }
 
-/// Keeps of `ids` and `gates` those whose gate is above the neuron's floor, `floors[id]`; NaN stays.
-/// Without floors: above zero. With `prefetch`, their records are pulled towards the cache.
+/// Keeps of `ids` and `gates` those whose gate is above zero and the neuron's floor, `floors[id]`; NaN
+/// stays. With `prefetch`, their records are pulled towards the cache.
 ///
 /// # Panics
 /// When there is not one gate per id, or an id without a floor.
@@ -57,7 +57,7 @@ pub fn keep_open(
     let mut kept = 0;
     for n in 0..ids.len() {
         let (id, gate) = (ids[n], gates[n]);
-        let floor = floors.map_or(0.0, |floors| floors[id as usize]);
+        let floor = floors.map_or(0.0, |floors| floors[id as usize].max(0.0));
         (ids[kept], gates[kept]) = (id, gate);
         let closed = gate <= floor;
         kept += usize::from(!closed);

@@ -18,9 +18,10 @@ use std::ops::Range;
 
 use half::f16;
 
+use super::super::NeuronRows;
 use crate::activations::ActRef;
 use crate::cpu::{Cpu, Tier};
-use crate::matrix::ROW_GROUP;
+use crate::matrix::{Layout, MatrixShape, ROW_GROUP};
 use crate::quant::{BLOCK, QuantType};
 
 /// Bytes of a block of 16 rows in the top plane.
@@ -170,6 +171,58 @@ impl<'a> GatePlanes<'a> {
         }
         #[cfg(not(target_arch = "x86_64"))]
         let _ = row;
+    }
+
+    /// Writes the signs of row `row` as `Q4_0` blocks in file order to `out` (overwritten): values of
+    /// plus and minus one, so that a product with it gives [`sign_scores`]' bits.
+    ///
+    /// # Panics
+    /// As [`Self::file_row`].
+    pub fn sign_row(&self, row: usize, out: &mut [u8]) {
+        assert!(row < self.shape.n_rows, "row {row} of {:?}", self.shape);
+        assert_eq!(
+            out.len(),
+            QuantType::Q4_0.row_bytes(self.shape.n_cols),
+            "one row"
+        );
+        for (b, block) in out
+            .chunks_exact_mut(QuantType::Q4_0.block_bytes())
+            .enumerate()
+        {
+            let (scale, top) = self.top_of(row, b);
+            let q = |k: usize| if top >> k & 1 == 1 { 9 } else { 7 };
+            block[..2].copy_from_slice(&scale);
+            for k in 0..16 {
+                block[2 + k] = q(k) | q(k + 16) << 4;
+            }
+        }
+    }
+
+    /// Row `row` put together as the only row of a matrix of `Q4_0` in `memory`, which has room for
+    /// two rows.
+    ///
+    /// # Panics
+    /// As [`Self::file_row`], or when `memory` is too short.
+    pub fn unpacked<'m>(&self, row: usize, memory: &'m mut [u8]) -> NeuronRows<'m> {
+        let n_cols = self.shape.n_cols;
+        let (file, packed) = memory.split_at_mut(QuantType::Q4_0.row_bytes(n_cols));
+        self.file_row(row, file);
+        let shape = MatrixShape {
+            quant: QuantType::Q4_0,
+            n_rows: 1,
+            n_cols,
+            layout: Layout::Rows,
+        };
+        let packed = &mut packed[..file.len()];
+        shape.pack(file, 0, packed);
+        NeuronRows {
+            quant: QuantType::Q4_0,
+            n_embd: n_cols,
+            n_neurons: 1,
+            stride_bytes: packed.len(),
+            offset_bytes: 0,
+            bytes: packed,
+        }
     }
 
     /// Writes row `row` as `Q4_0` blocks in file order to `out` (overwritten).

@@ -172,7 +172,7 @@ fn candidates_and_open_gates_are_kept_in_order_with_nan() {
     assert_eq!(ids, [11, 12, 14], "a sum of zero is no candidate");
 
     let (mut ids, mut gates) = (vec![0, 1, 2, 3], vec![0.1, f32::NAN, 0.0, 0.5]);
-    keep_open(&mut ids, &mut gates, Some(&[0.2, 9.0, 0.0, 0.4]), None);
+    keep_open(&mut ids, &mut gates, Some(&[0.2, 9.0, -1.0, 0.4]), None);
     assert_eq!(ids, [1, 3]);
     let (mut ids, mut gates) = (vec![0, 1, 2], vec![0.1, -0.0, -1.0]);
     keep_open(&mut ids, &mut gates, None, None);
