@@ -6,8 +6,10 @@ use std::ops::Range;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 
+use pi_kernels::ROW_GROUP;
 use pi_kernels::elementwise::add_assign;
 use pi_kernels::ffn_sparse::join_subtrees;
+use pi_kernels::head_sparse::kth_largest;
 use pi_kernels::norm::{can_be_normed, rms_norm};
 
 use crate::counters::{Cell, Counters};
@@ -81,13 +83,17 @@ impl DeviceLayer {
         self.work = Counters::default();
         self.count_message(true);
         self.norm(&self.model.weights.output_norm, message.tokens(), team);
-        self.send_shares(
-            message.step,
-            Stage::Head {
-                n_tokens: message.n_tokens,
-            },
-            posts,
-        );
+        if let Some(tap) = &self.model.tap {
+            // SAFETY: the step was written before its first layer, and nobody writes the normed state now.
+            let (step, normed) =
+                unsafe { (*self.model.slots.step.get(), self.model.slots.normed.get()) };
+            tap.head_input(step.position + message.first, message.n_tokens, normed);
+        }
+        let stage = match message {
+            RunHead { sparse: true, .. } => Stage::HeadSketch,
+            RunHead { n_tokens, .. } => Stage::Head { n_tokens },
+        };
+        self.send_shares(message.step, stage, posts);
     }
 
     /// Takes a node's share.
@@ -106,7 +112,11 @@ impl DeviceLayer {
                 self.send_hidden(message.step, posts);
                 self.send_compute(message.step, posts);
             }
-            Stage::Head { .. } => {
+            Stage::HeadSketch => {
+                self.set_threshold();
+                self.send_shares(message.step, Stage::HeadRows, posts);
+            }
+            Stage::Head { .. } | Stage::HeadRows => {
                 let done = HeadDone {
                     step: message.step,
                     work: self.work,
@@ -270,6 +280,25 @@ impl DeviceLayer {
                 )
             };
             tap.ffn_input(self.layer, position, x, normed);
+        }
+    }
+
+    /// Finds the score that makes a token a candidate, and raises those that are candidates anyway above it.
+    fn set_threshold(&self) {
+        let model = &*self.model;
+        let sketch = model.weights.head_sketch.as_ref();
+        let n_groups = sketch.map_or(0, |sketch| sketch.n_groups);
+        let n_vocab = model.shape().n_vocab;
+        let slots = &model.slots.head;
+        // SAFETY: all nodes have answered: scores and maxima are the device's until the next share.
+        unsafe {
+            let maxima = slots.maxima.write(0..n_vocab.div_ceil(ROW_GROUP));
+            *slots.threshold.get_mut() = kth_largest(model.cpu, maxima, n_groups);
+            let scores = slots.scores.write(0..n_vocab);
+            for &(id, _) in &slots.request.get().biases {
+                scores[id as usize] = f32::INFINITY;
+                maxima[id as usize / ROW_GROUP] = f32::INFINITY;
+            }
         }
     }
 

@@ -19,6 +19,8 @@ pub enum ModelPart {
     },
     /// The last norm and the output matrix.
     Head,
+    /// The sketch that picks rows of the output matrix.
+    HeadSketch,
 }
 
 impl fmt::Display for ModelPart {
@@ -27,6 +29,7 @@ impl fmt::Display for ModelPart {
             ModelPart::Embedding => f.write_str("the token embedding"),
             ModelPart::Layer { layer } => write!(f, "layer {layer}"),
             ModelPart::Head => f.write_str("the head (output_norm, output)"),
+            ModelPart::HeadSketch => f.write_str("the sketch of the head"),
         }
     }
 }
@@ -79,6 +82,9 @@ pub enum ActorError {
         /// The first position where it is not.
         position: usize,
     },
+    /// The sparse head is asked for without a sketch.
+    #[error("the sparse head is asked for, but the model was loaded without a sketch of its head")]
+    NoHeadSketch,
     /// The feeder panicked.
     #[error("what feeds the pipeline failed: {reason}")]
     Feeder {
@@ -157,6 +163,7 @@ impl ActorError {
             | ActorError::Gap { .. }
             | ActorError::UnknownToken { .. }
             | ActorError::NotFinite { .. }
+            | ActorError::NoHeadSketch
             | ActorError::NoSuchActor { .. } => false,
             _ => true,
         }

@@ -14,6 +14,39 @@ pub trait Feeder: Any + Send {
     /// The logits `[n_vocab]` f32 after the token at `position`: once for each position that was
     /// asked for, in ascending order.
     fn logits(&mut self, position: usize, logits: &[f32]);
+
+    /// Which head computes the logits of the feed that [`Feeder::next`] gave last.
+    fn head(&self) -> HeadWanted<'_> {
+        HeadWanted::Full
+    }
+
+    /// In place of [`Feeder::logits`], where [`HeadWanted::Sparse`] was asked for; who asks for it has to take them.
+    fn candidates(&mut self, position: usize, candidates: Candidates<'_>) {
+        let _ = (position, candidates);
+    }
+}
+
+/// Which head computes logits.
+#[derive(Debug, Clone, Copy, PartialEq, Default)]
+pub enum HeadWanted<'a> {
+    /// Every token's.
+    #[default]
+    Full,
+    /// Those of candidates that a sketch of the head picks, one position at a time.
+    Sparse {
+        /// What will be added to tokens' logits: they are picked by their sum, so that a token that is forbidden takes no
+        /// other's place, and are candidates whatever it is.
+        biases: &'a [(u32, f32)],
+    },
+}
+
+/// Tokens that a sketch of the head picked, with their logits from the head itself.
+#[derive(Debug, Clone, Copy, PartialEq)]
+pub struct Candidates<'a> {
+    /// Ascending.
+    pub ids: &'a [u32],
+    /// Their logits, the bits of the full head's.
+    pub logits: &'a [f32],
 }
 
 /// What to compute next.

@@ -40,6 +40,6 @@ pub mod weights;
 
 pub use engine::{Engine, EngineOptions, Run};
 pub use error::{ActorError, ModelPart};
-pub use feeder::{Feed, Feeder, LogitsWanted, Next};
+pub use feeder::{Candidates, Feed, Feeder, HeadWanted, LogitsWanted, Next};
 pub use tap::LayerTap;
 pub use teams::{TeamThread, Teams};

@@ -142,6 +142,10 @@ pub enum Stage {
         /// Tokens, rows `0..n_tokens` of the normed slot.
         n_tokens: usize,
     },
+    /// Scores of the node's tokens by the sketch of the head, for row 0 of the normed slot.
+    HeadSketch,
+    /// The node's rows of the head whose scores reach the threshold, for row 0 of the normed slot.
+    HeadRows,
 }
 
 /// A [`Share`] is in its slot.
@@ -258,6 +262,8 @@ pub struct RunHead {
     pub first: usize,
     /// Tokens.
     pub n_tokens: usize,
+    /// Whether a sketch picks whose logits are computed: one token only.
+    pub sparse: bool,
 }
 
 impl RunHead {

@@ -39,6 +39,7 @@ impl Model {
             n_vocab: weights.shape.n_vocab,
             rope_len: rope.row_len(),
             n_head_tokens: HEAD_TOKENS.min(n_ubatch),
+            head_sketch: weights.head_sketch.is_some(),
             ahead: weights.layers.iter().any(|layer| layer.ahead.is_some()),
         };
         let nodes = 0..weights.head.len();

@@ -15,7 +15,7 @@ use pi_kernels::quant::dequantize_block;
 
 use crate::counters::{Cell, Counters, RunTotals};
 use crate::error::{ActorError, ModelPart};
-use crate::feeder::{Feeder, Next};
+use crate::feeder::{Candidates, Feeder, HeadWanted, Next};
 use crate::messages::{ActorId, HeadDone, LayerDone, Message, RunHead, RunLayer, Step};
 use crate::model::Model;
 use crate::posts::Posts;
@@ -42,6 +42,8 @@ pub(crate) struct RunState {
     position: usize,
     /// Those of them whose logits are wanted.
     wanted: Range<usize>,
+    /// Whether a sketch picks whose logits are computed.
+    sparse: bool,
     /// Those of them that are computed.
     done: usize,
     /// Those of them whose logits the feeder has, or does not want.
@@ -62,6 +64,7 @@ impl RunState {
             tokens: Vec::with_capacity(n_ctx),
             position: 0,
             wanted: 0..0,
+            sparse: false,
             done: 0,
             delivered: 0,
             first_feed: true,
@@ -144,6 +147,8 @@ impl Pipeline {
     ) -> Progress {
         let feeder = &mut run.feeder;
         let (tokens, position, wanted) = (&mut run.tokens, &mut run.position, &mut run.wanted);
+        let sparse = &mut run.sparse;
+        let model = &*self.model;
         let n_ctx = self.model.shape().n_ctx;
         let n_vocab = self.model.shape().n_vocab;
         let feed_start = posts.recorder().map(|recorder| recorder.now());
@@ -155,6 +160,7 @@ impl Pipeline {
                 tokens.extend_from_slice(feed.tokens);
                 *position = feed.position;
                 *wanted = feed.logits.range(feed.tokens.len());
+                *sparse = take_head_request(model, feeder.head())?;
                 Ok(true)
             }
         });
@@ -307,15 +313,23 @@ impl Pipeline {
         if first >= end {
             return true;
         }
-        let n_tokens = (end - first).min(self.model.slots.sizes.n_head_tokens);
         let head = RunHead {
             step: self.step,
             first: first - self.in_step.start,
-            n_tokens,
+            n_tokens: self.n_head_tokens(run, end - first),
+            sparse: run.sparse,
         };
         let layer = self.model.shape().n_layer - 1;
         posts.post(ActorId::DeviceLayer { layer }, Message::RunHead(head));
         false
+    }
+
+    /// How many of `n_left` tokens go through the head together.
+    fn n_head_tokens(&self, run: &RunState, n_left: usize) -> usize {
+        if run.sparse {
+            return 1;
+        }
+        n_left.min(self.model.slots.sizes.n_head_tokens)
     }
 
     /// Gives logits to the feeder; `Ok(true)` when the step is complete.
@@ -333,27 +347,81 @@ impl Pipeline {
             messages: 1,
             ..Counters::default()
         });
-        let n_vocab = self.model.shape().n_vocab;
         let first = run.delivered.max(self.in_step.start);
         let end = run.wanted.end.min(self.in_step.end);
-        let n_tokens = (end - first).min(self.model.slots.sizes.n_head_tokens);
-        for n in 0..n_tokens {
-            // SAFETY: the nodes have written the logits, and nobody does again before the next head.
-            let logits = unsafe { self.model.slots.logits.read(n * n_vocab..(n + 1) * n_vocab) };
+        for n in 0..self.n_head_tokens(run, end - first) {
             let position = run.position + first + n;
-            if !all_finite(self.model.cpu, logits) {
-                let part = ModelPart::Head;
-                return Err(ActorError::NotFinite { part, position });
-            }
+            let computed = self.computed(run.sparse, n, position)?;
             run.delivered = first + n + 1;
             let sample_start = posts.recorder().map(|recorder| recorder.now());
-            let taken = called(|| run.feeder.logits(position, logits));
+            let taken = called(|| match computed.ids {
+                Some(ids) => run.feeder.candidates(
+                    position,
+                    Candidates {
+                        ids,
+                        logits: computed.logits,
+                    },
+                ),
+                None => run.feeder.logits(position, computed.logits),
+            });
             if let (Some(recorder), Some(start)) = (posts.recorder(), sample_start) {
                 recorder.phase(Phase::Sample, self.step, start);
             }
             taken?;
         }
         Ok(self.run_head(run, posts))
+    }
+
+    /// The logits of the head's token `n`, which is at `position`.
+    ///
+    /// # Errors
+    /// They are not finite.
+    fn computed(
+        &self,
+        sparse: bool,
+        n: usize,
+        position: usize,
+    ) -> Result<Computed<'_>, ActorError> {
+        let slots = &self.model.slots;
+        let n_vocab = self.model.shape().n_vocab;
+        let computed = if sparse {
+            self.join_candidates()
+        } else {
+            // SAFETY: the nodes have written the logits, and nobody does again before the next head.
+            let logits = unsafe { slots.logits.read(n * n_vocab..(n + 1) * n_vocab) };
+            Computed { ids: None, logits }
+        };
+        let part = match computed.ids {
+            // a score that is no number reaches no threshold
+            Some([]) => ModelPart::HeadSketch,
+            _ => ModelPart::Head,
+        };
+        if computed.logits.is_empty() || !all_finite(self.model.cpu, computed.logits) {
+            return Err(ActorError::NotFinite { part, position });
+        }
+        Ok(computed)
+    }
+
+    /// Moves the nodes' candidates together, in the order of ids.
+    fn join_candidates(&self) -> Computed<'_> {
+        let (model, slots) = (&*self.model, &self.model.slots);
+        let n_vocab = model.shape().n_vocab;
+        // SAFETY: all nodes have written theirs, and nobody touches them before the next head.
+        unsafe {
+            let ids = slots.head.ids.write(0..n_vocab);
+            let logits = slots.logits.write(0..n_vocab);
+            let mut n_ids = 0;
+            for (head, n) in model.weights.head.iter().zip(&slots.head.n_ids) {
+                let from = head.rows.start..head.rows.start + n.get();
+                ids.copy_within(from.clone(), n_ids);
+                logits.copy_within(from, n_ids);
+                n_ids += n.get();
+            }
+            Computed {
+                ids: Some(&ids[..n_ids]),
+                logits: &logits[..n_ids],
+            }
+        }
     }
 
     /// Notes a complete step; true when the feed is complete too.
@@ -366,6 +434,35 @@ impl Pipeline {
         run.first_feed &= !complete;
         complete
     }
+}
+
+/// What a head computed for one token.
+struct Computed<'a> {
+    /// The candidates; none where they are all tokens.
+    ids: Option<&'a [u32]>,
+    logits: &'a [f32],
+}
+
+/// Takes what the feeder asks of the head; true for the sparse one.
+///
+/// # Errors
+/// There is no sketch, or no such token.
+fn take_head_request(model: &Model, wanted: HeadWanted<'_>) -> Result<bool, ActorError> {
+    let HeadWanted::Sparse { biases } = wanted else {
+        return Ok(false);
+    };
+    if model.weights.head_sketch.is_none() {
+        return Err(ActorError::NoHeadSketch);
+    }
+    let n_vocab = model.shape().n_vocab;
+    if let Some(&(token, _)) = biases.iter().find(|(id, _)| *id as usize >= n_vocab) {
+        return Err(ActorError::UnknownToken { token, n_vocab });
+    }
+    // SAFETY: no other actor works on a step now.
+    let request = unsafe { model.slots.head.request.get_mut() };
+    request.biases.clear();
+    request.biases.extend_from_slice(biases);
+    Ok(true)
 }
 
 /// Calls the feeder, whose panics are its own and not the pipeline's.

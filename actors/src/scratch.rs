@@ -11,7 +11,7 @@ use pi_kernels::{ActBatch, ActivationMode, QuantType, ROW_GROUP};
 
 use crate::model::Model;
 use crate::slots::{RankRows, Shared, SharedF32, SharedSlice};
-use crate::weights::{FfnShare, LayerShare, SketchKind};
+use crate::weights::{FfnShare, HeadSketch, LayerShare, SketchKind};
 
 /// Neurons whose gate and up are computed together when there are many tokens; also what a thread
 /// takes at a time.
@@ -43,6 +43,10 @@ pub(crate) struct NodeScratch {
     pub lists: Vec<Shared<ActiveList>>,
     /// Each thread's own.
     pub threads: Vec<Shared<ThreadScratch>>,
+    /// The hidden state projected for the sketch of the head, `[rank]`.
+    pub head_sketch: SharedF32,
+    /// Tokens that each thread found to be candidates, counted from the node's first one.
+    pub head_candidates: Vec<Shared<Vec<u32>>>,
     /// Next piece of work that is not taken.
     pub next: AtomicUsize,
     /// Active neurons counted in a job.
@@ -193,6 +197,8 @@ pub(crate) struct ThreadScratch {
     pub up_chunk: Vec<f32>,
     pub up: Option<UpScratch>,
     pub down: DownScratch,
+    /// The hidden state projected for the sketch of the head, as an activation.
+    pub head_sketch: Option<ActBatch>,
     /// Middle of a low-rank sketch of one token, as activations.
     pub hidden: RankRows,
     /// Candidates of two kinds together.
@@ -218,6 +224,11 @@ impl NodeScratch {
         let states = n_kv_heads * shape.n_ctx.div_ceil(CHUNK_POSITIONS) * heads;
         let n_kv = n_kv_heads * shape.head_dim;
         let n = model.n_ubatch;
+        let head_sketch = model.weights.head_sketch.as_ref();
+        let n_tokens = head_sketch.map_or(0, |_| {
+            let groups = model.weights.head[node].rows.len().div_ceil(ROW_GROUP);
+            groups.div_ceil(n_threads) * ROW_GROUP
+        });
         let sketch = SketchSizes::of(model, node);
         let thread = || Shared::new(ThreadScratch::new(model, node, n_neurons, &sketch));
         let rank_max = sketch.ranks.last().copied().unwrap_or(0);
@@ -236,6 +247,10 @@ impl NodeScratch {
                 .map(|_| Shared::new(ActiveList::new(n_neurons)))
                 .collect(),
             threads: (0..n_threads).map(|_| thread()).collect(),
+            head_sketch: SharedF32::new(head_sketch.map_or(0, HeadSketch::rank)),
+            head_candidates: (0..n_threads)
+                .map(|_| Shared::new(Vec::with_capacity(n_tokens)))
+                .collect(),
             next: AtomicUsize::new(0),
             active: AtomicU64::new(0),
             rows_read: AtomicU64::new(0),
@@ -320,6 +335,8 @@ impl ThreadScratch {
             up_chunk: vec![0.0; n * NEURON_CHUNK],
             up,
             down: DownScratch::default(),
+            head_sketch: (model.weights.head_sketch.as_ref())
+                .map(|sketch| ActBatch::new(model.cpu.mode(), sketch.rank(), 1)),
             hidden: RankRows::new(model.cpu.mode(), &sketch.ranks, 1),
             merged: Vec::with_capacity(n_neurons),
             row: vec![0; group_bytes],

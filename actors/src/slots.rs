@@ -11,6 +11,10 @@
 //! | `heads` | `ColdLayer`s, own columns | `ShareDone` | `DeviceLayer` | next `Share` |
 //! | `attn` | `DeviceLayer` | `Share` | `ColdLayer`s | their reply |
 //! | `projected`, `logits` | `ColdLayer`s, own columns | `ShareDone` | `DeviceLayer`, `Pipeline` | next `Share` |
+//! | `head.request` | `Pipeline` | `RunLayer` of layer 0 | everybody | the next feed |
+//! | `head.scores`, `head.maxima` | `ColdLayer`s, own rows | `ShareDone` | `DeviceLayer` | its next `Share` |
+//! | the same, and `head.threshold` | `DeviceLayer` | `Share` | `ColdLayer`s | their reply |
+//! | `head.ids`, `head.n_ids[node]`, `logits` | `ColdLayer`s, own rows | `ShareDone` | `Pipeline` | next `RunHead` |
 //! | `predicted[node]`, that of the layer | `Predictor` | `Prefetch`, `Compute` | `ColdLayer` of the node | its `Partial` |
 //! | `partials[node]` | `ColdLayer` of the node | `Partial` | `DeviceLayer` | next `Compute` |
 //!
@@ -28,7 +32,7 @@ use std::cell::UnsafeCell;
 use std::collections::BTreeSet;
 use std::ops::Range;
 
-use pi_kernels::{ActBatch, ActWriter, ActivationMode, StridedOut};
+use pi_kernels::{ActBatch, ActWriter, ActivationMode, ROW_GROUP, StridedOut};
 
 /// Values that several threads write and read in turns.
 #[derive(Debug)]
@@ -228,8 +232,47 @@ pub(crate) struct SlotSizes {
     pub n_vocab: usize,
     pub rope_len: usize,
     pub n_head_tokens: usize,
+    /// Whether there is a sketch of the head.
+    pub head_sketch: bool,
     /// Whether some layer is predicted from the one before.
     pub ahead: bool,
+}
+
+/// What the sparse head is asked for.
+#[derive(Debug, Default)]
+pub(crate) struct HeadRequest {
+    /// What is added to tokens' scores; they are candidates whatever it is.
+    pub biases: Vec<(u32, f32)>,
+}
+
+/// Slots of the sparse head; rows of tokens are where the token's id says, whoever writes them.
+#[derive(Debug)]
+pub(crate) struct HeadSlots {
+    pub request: Shared<HeadRequest>,
+    /// Scores by the sketch, `[n_vocab]`.
+    pub scores: SharedF32,
+    /// The best score of each 16 tokens, `[⌈n_vocab / 16⌉]`.
+    pub maxima: SharedF32,
+    /// What a candidate's score reaches.
+    pub threshold: Shared<f32>,
+    /// A node's candidates, from the place of its first row on, `[n_vocab]`; their logits lie likewise in row 0 of
+    /// `logits`.
+    pub ids: SharedSlice<u32>,
+    /// How many each node has.
+    pub n_ids: Vec<Shared<usize>>,
+}
+
+impl HeadSlots {
+    fn new(n_vocab: usize, n_nodes: usize) -> Self {
+        Self {
+            request: Shared::default(),
+            scores: SharedSlice::new(n_vocab),
+            maxima: SharedSlice::new(n_vocab.div_ceil(ROW_GROUP)),
+            threshold: Shared::default(),
+            ids: SharedSlice::new(n_vocab),
+            n_ids: (0..n_nodes).map(|_| Shared::default()).collect(),
+        }
+    }
 }
 
 /// All slots of an engine; see the module's table.
@@ -256,6 +299,8 @@ pub(crate) struct Slots {
     pub predicted: Vec<[Shared<Vec<u32>>; 2]>,
     /// `[n_head_tokens, n_vocab]`
     pub logits: SharedF32,
+    /// Of nothing where there is no sketch of the head.
+    pub head: HeadSlots,
 }
 
 impl Slots {
@@ -290,6 +335,10 @@ impl Slots {
                 })
                 .collect(),
             logits: SharedF32::new(sizes.n_head_tokens * sizes.n_vocab),
+            head: HeadSlots::new(
+                if sizes.head_sketch { sizes.n_vocab } else { 0 },
+                n_sums.len(),
+            ),
         }
     }
 

@@ -305,8 +305,35 @@ impl NeuronStore {
 pub struct HeadShare {
     /// Rows (token ids); multiples of 16 (but for the last). May be empty.
     pub rows: Range<usize>,
-    /// `[rows.len(), n_embd]`, interleaved.
+    /// `[rows.len(), n_embd]`: interleaved; row by row where there is a sketch, which picks single rows.
     pub matrix: Matrix,
+}
+
+/// A low-rank sketch of the head: it says which tokens' logits are worth computing.
+#[derive(Debug, Clone)]
+pub struct HeadSketch {
+    /// Groups of 16 tokens whose best scores set the threshold: at least so many tokens are candidates.
+    pub n_groups: usize,
+    /// Each node's share, by node.
+    pub shares: Vec<HeadSketchShare>,
+}
+
+/// One node's share of a [`HeadSketch`].
+#[derive(Debug, Clone)]
+pub struct HeadSketchShare {
+    /// `[rank, n_embd]`, interleaved; every node has all of it.
+    pub project: Matrix,
+    /// Rows of the node's tokens, `[rows.len(), rank]`, interleaved.
+    pub scores: Matrix,
+}
+
+impl HeadSketch {
+    /// Numbers that the hidden state is projected to.
+    pub fn rank(&self) -> usize {
+        self.shares
+            .first()
+            .map_or(0, |share| share.project.shape.n_rows)
+    }
 }
 
 /// Where the embedding of a token is.
@@ -343,6 +370,8 @@ pub struct ModelWeights {
     pub output_norm: Vec<f32>,
     /// The head, by node.
     pub head: Vec<HeadShare>,
+    /// The head's sketch, where the sparse head may be asked for.
+    pub head_sketch: Option<HeadSketch>,
     /// The embedding.
     pub embedding: Embedding,
 }

@@ -11,7 +11,7 @@ use std::sync::atomic::{AtomicBool, AtomicI32, AtomicUsize, Ordering};
 use common::{Form, PlainModel, Predictors, Setup, SketchForm, engine, tokens};
 use pi_actors::trace::TraceBounds;
 use pi_actors::weights::{GateActivation, SparsityMode};
-use pi_actors::{Engine, Feed, Feeder, LogitsWanted, Next};
+use pi_actors::{Candidates, Engine, Feed, Feeder, HeadWanted, LogitsWanted, Next};
 use pi_kernels::ActivationMode;
 
 /// Counts allocations of the team's threads while a token is under way.
@@ -63,6 +63,8 @@ struct Silent {
     position: usize,
     /// Tokens of the first feed.
     prompt: usize,
+    /// Whether a sketch picks whose logits are computed.
+    sparse: bool,
 }
 
 impl Feeder for Silent {
@@ -85,15 +87,30 @@ impl Feeder for Silent {
     fn logits(&mut self, _: usize, _: &[f32]) {
         TOKEN_UNDER_WAY.store(false, Ordering::SeqCst);
     }
+
+    fn head(&self) -> HeadWanted<'_> {
+        match self.sparse {
+            true => HeadWanted::Sparse {
+                biases: &[(3, -1.0), (50, f32::NEG_INFINITY)],
+            },
+            false => HeadWanted::Full,
+        }
+    }
+
+    fn candidates(&mut self, _: usize, candidates: Candidates<'_>) {
+        TOKEN_UNDER_WAY.store(false, Ordering::SeqCst);
+        assert!(self.sparse && candidates.ids.contains(&50));
+    }
 }
 
 const N_TOKENS: usize = 100;
 
-fn silent() -> Silent {
+fn silent(sparse: bool) -> Silent {
     Silent {
         tokens: tokens(N_TOKENS + 20),
         position: 0,
         prompt: 20,
+        sparse,
     }
 }
 
@@ -117,18 +134,20 @@ const SIGNS: Form = Form::Predicted(Predictors {
     alone: false,
 });
 
-/// Nodes × threads of the engines that have to be quiet, whether they are traced, and what they run.
-const TEAMS: [(usize, usize, bool, Form); 7] = [
-    (1, 2, false, EXACT),
-    (2, 1, false, EXACT),
-    (2, 2, false, PREDICTED),
-    (1, 2, true, EXACT),
-    (2, 2, true, EXACT),
-    (1, 2, true, PREDICTED),
-    (2, 1, false, SIGNS),
+/// Nodes × threads of the engines that have to be quiet, whether they are traced, what they run, and whether the head is
+/// sparse.
+const TEAMS: [(usize, usize, bool, Form, bool); 8] = [
+    (1, 2, false, EXACT, false),
+    (2, 1, false, EXACT, false),
+    (2, 2, false, PREDICTED, false),
+    (1, 2, true, EXACT, false),
+    (2, 2, true, EXACT, true),
+    (1, 2, true, PREDICTED, false),
+    (2, 1, false, SIGNS, false),
+    (1, 2, false, EXACT, true),
 ];
 
-fn setup((n_nodes, n_threads, traced, form): (usize, usize, bool, Form)) -> Setup {
+fn setup((n_nodes, n_threads, traced, form, sparse): (usize, usize, bool, Form, bool)) -> Setup {
     let bounds = TraceBounds {
         n_steps: 2 * N_TOKENS + 10,
         node_bytes_max: 1 << 24,
@@ -139,6 +158,7 @@ fn setup((n_nodes, n_threads, traced, form): (usize, usize, bool, Form)) -> Setu
         form,
         activations: ActivationMode::Q8,
         trace: traced.then_some(bounds),
+        sketch_groups: sparse.then_some(2),
         ..Setup::default()
     }
 }
@@ -163,15 +183,16 @@ fn team_threads_allocate_nothing_and_call_nothing_but_futex() {
     }
     let model = PlainModel::random(41, GateActivation::Relu);
     for team in TEAMS {
+        let (.., sparse) = team;
         let engine = engine(&model, setup(team));
         remember_threads(&engine);
-        let run = engine.run(silent()).unwrap();
+        let run = engine.run(silent(sparse)).unwrap();
         run.outcome.unwrap();
         assert_eq!(run.totals.decode_tokens, N_TOKENS);
         let allocations = ALLOCATIONS.swap(0, Ordering::SeqCst);
         assert_eq!(
             allocations, 0,
-            "{team:?}: nodes, threads, traced, form; {N_TOKENS} tokens"
+            "{team:?}: nodes, threads, traced, form, sparse head; {N_TOKENS} tokens"
         );
         check_trace(&engine);
     }
@@ -204,7 +225,7 @@ fn no_system_call_but_futex() {
         "a team thread made system call number {code:?}\n{said}"
     );
     assert!(
-        said.contains("tokens decoded under the filter: 700"),
+        said.contains("tokens decoded under the filter: 800"),
         "{said}"
     );
 }
@@ -216,9 +237,9 @@ fn decode_under_filter() {
         .map(|&team| engine(&model, setup(team)))
         .collect();
     let mut n_tokens = 0;
-    for engine in &engines {
+    for (engine, (.., sparse)) in engines.iter().zip(TEAMS) {
         // once without the filter, for what happens the first time only
-        engine.run(silent()).unwrap().outcome.unwrap();
+        engine.run(silent(sparse)).unwrap().outcome.unwrap();
         let refused = AtomicBool::new(false);
         engine
             .teams()
@@ -232,7 +253,7 @@ fn decode_under_filter() {
             println!("filter refused");
             return;
         }
-        n_tokens += engine.run(silent()).unwrap().totals.decode_tokens;
+        n_tokens += engine.run(silent(sparse)).unwrap().totals.decode_tokens;
         check_trace(engine);
     }
     println!("tokens decoded under the filter: {n_tokens}");

@@ -11,6 +11,7 @@ pub mod elementwise;
 pub mod error;
 pub mod ffn_sparse;
 pub mod gemm;
+pub mod head_sparse;
 pub mod matrix;
 pub mod norm;
 pub mod quant;

@@ -11,6 +11,7 @@ use thiserror::Error;
 
 use crate::chat::ChatError;
 use crate::gguf::GgufError;
+use crate::head_sketch::HeadSketchError;
 use crate::inspect::InspectError;
 use crate::model::ModelError;
 use crate::perplexity::PerplexityError;
@@ -265,6 +266,9 @@ pub enum RuntimeError {
     /// A sidecar that cannot be used.
     #[error(transparent)]
     Sidecar(#[from] SidecarError),
+    /// A sketch of the head that cannot be made.
+    #[error(transparent)]
+    HeadSketch(#[from] HeadSketchError),
     /// A trace that cannot be written.
     #[error(transparent)]
     Trace(#[from] TraceError),

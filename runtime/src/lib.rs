@@ -7,6 +7,7 @@ pub mod cli;
 pub mod doctor;
 pub mod error;
 pub mod gguf;
+pub mod head_sketch;
 pub mod heap_limit;
 pub mod inspect;
 #[cfg(unix)]

@@ -238,6 +238,7 @@ fn mutated_heads_are_refused_or_read_within_bounds() {
 /// Opens a model, renders its template, and generates two tokens, as the program does.
 fn generate(path: &Path) -> Result<(), RuntimeError> {
     let options = ModelOptions {
+        head: pi_runtime::head_sketch::Head::Full,
         path: path.to_path_buf(),
         n_ctx: 16,
         sparsity: None,

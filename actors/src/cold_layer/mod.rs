@@ -3,6 +3,7 @@
 
 mod attention;
 mod ffn;
+mod head;
 mod predicted;
 mod rows;
 
@@ -85,7 +86,9 @@ impl ColdLayer {
         let work = match message.stage {
             Stage::Attention => attention::run(job, team),
             Stage::Output => rows::output(job, team),
-            Stage::Head { n_tokens } => rows::head(job, team, n_tokens),
+            Stage::Head { n_tokens } => head::full(job, team, n_tokens),
+            Stage::HeadSketch => head::sketch_scores(job, team),
+            Stage::HeadRows => head::candidate_rows(job, team),
         };
         self.cell.add(work);
         let Share { step, layer, stage } = message;

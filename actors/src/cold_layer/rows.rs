@@ -1,4 +1,4 @@
-//! The node's rows of the output projection and of the head.
+//! The node's rows of the output projection.
 #![allow(unsafe_code)]
 
 use std::ops::Range;
@@ -55,28 +55,4 @@ pub(super) fn output(job: Job<'_>, team: &mut Team) -> Counters {
         }
     });
     weights_read(share.wo.bytes.len())
-}
-
-/// The node's rows of the head for rows `0..n_tokens` of the normed slot, into `logits`.
-pub(super) fn head(job: Job<'_>, team: &mut Team, n_tokens: usize) -> Counters {
-    let (head, slots) = (&job.model.weights.head[job.node], &job.model.slots);
-    let n_vocab = job.model.shape().n_vocab;
-    team.run(&|member| {
-        let rows = member.part(head.rows.len(), ROW_GROUP);
-        let columns = head.rows.start + rows.start..head.rows.start + rows.end;
-        // SAFETY: the device wrote `normed` before it sent the share; these columns are this
-        // node's and, of them, this thread's.
-        unsafe {
-            let out = slots.logits.columns(0, n_vocab, n_tokens, columns);
-            multiply(
-                job.model.cpu,
-                &head.matrix,
-                slots.normed.get(),
-                n_tokens,
-                rows,
-                out,
-            );
-        }
-    });
-    weights_read(head.matrix.bytes.len())
 }

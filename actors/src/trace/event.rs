@@ -16,9 +16,13 @@ pub enum MessageKind {
     ShareAttention,
     ShareOutput,
     ShareHead,
+    ShareHeadSketch,
+    ShareHeadRows,
     ShareDoneAttention,
     ShareDoneOutput,
     ShareDoneHead,
+    ShareDoneHeadSketch,
+    ShareDoneHeadRows,
     Hidden,
     Prefetch,
     /// From the `DeviceLayer`.
@@ -44,14 +48,18 @@ pub enum ActorKind {
 
 impl MessageKind {
     /// All of them, in the order of their codes.
-    pub const ALL: [MessageKind; 16] = [
+    pub const ALL: [MessageKind; 20] = [
         MessageKind::RunLayer,
         MessageKind::ShareAttention,
         MessageKind::ShareOutput,
         MessageKind::ShareHead,
+        MessageKind::ShareHeadSketch,
+        MessageKind::ShareHeadRows,
         MessageKind::ShareDoneAttention,
         MessageKind::ShareDoneOutput,
         MessageKind::ShareDoneHead,
+        MessageKind::ShareDoneHeadSketch,
+        MessageKind::ShareDoneHeadRows,
         MessageKind::Hidden,
         MessageKind::Prefetch,
         MessageKind::Compute,
@@ -70,11 +78,15 @@ impl MessageKind {
                 Stage::Attention => MessageKind::ShareAttention,
                 Stage::Output => MessageKind::ShareOutput,
                 Stage::Head { .. } => MessageKind::ShareHead,
+                Stage::HeadSketch => MessageKind::ShareHeadSketch,
+                Stage::HeadRows => MessageKind::ShareHeadRows,
             },
             Message::ShareDone(ShareDone { stage, .. }) => match stage {
                 Stage::Attention => MessageKind::ShareDoneAttention,
                 Stage::Output => MessageKind::ShareDoneOutput,
                 Stage::Head { .. } => MessageKind::ShareDoneHead,
+                Stage::HeadSketch => MessageKind::ShareDoneHeadSketch,
+                Stage::HeadRows => MessageKind::ShareDoneHeadRows,
             },
             Message::Hidden(_) => MessageKind::Hidden,
             Message::Prefetch(_) => MessageKind::Prefetch,
@@ -95,12 +107,16 @@ impl MessageKind {
     pub fn name(self) -> &'static str {
         match self {
             MessageKind::RunLayer => "RunLayer",
-            MessageKind::ShareAttention | MessageKind::ShareOutput | MessageKind::ShareHead => {
-                "Share"
-            }
+            MessageKind::ShareAttention
+            | MessageKind::ShareOutput
+            | MessageKind::ShareHead
+            | MessageKind::ShareHeadSketch
+            | MessageKind::ShareHeadRows => "Share",
             MessageKind::ShareDoneAttention
             | MessageKind::ShareDoneOutput
-            | MessageKind::ShareDoneHead => "ShareDone",
+            | MessageKind::ShareDoneHead
+            | MessageKind::ShareDoneHeadSketch
+            | MessageKind::ShareDoneHeadRows => "ShareDone",
             MessageKind::Hidden => "Hidden",
             MessageKind::Prefetch => "Prefetch",
             MessageKind::Compute | MessageKind::ComputeAhead => "Compute",
@@ -127,8 +143,15 @@ impl MessageKind {
             | MessageKind::ShareDoneHead
             | MessageKind::RunHead
             | MessageKind::HeadDone => Some("head"),
+            MessageKind::ShareHeadSketch | MessageKind::ShareDoneHeadSketch => Some("head sketch"),
+            MessageKind::ShareHeadRows | MessageKind::ShareDoneHeadRows => Some("head rows"),
             MessageKind::RunLayer | MessageKind::LayerDone => None,
         }
+    }
+
+    /// Whether it is about the head.
+    pub fn is_head(self) -> bool {
+        matches!(self.stage(), Some("head" | "head sketch" | "head rows"))
     }
 
     /// Who handles it.
@@ -138,6 +161,8 @@ impl MessageKind {
             MessageKind::ShareAttention
             | MessageKind::ShareOutput
             | MessageKind::ShareHead
+            | MessageKind::ShareHeadSketch
+            | MessageKind::ShareHeadRows
             | MessageKind::Prefetch
             | MessageKind::Compute
             | MessageKind::ComputeAhead
@@ -154,6 +179,8 @@ impl MessageKind {
             MessageKind::ShareDoneAttention
             | MessageKind::ShareDoneOutput
             | MessageKind::ShareDoneHead
+            | MessageKind::ShareDoneHeadSketch
+            | MessageKind::ShareDoneHeadRows
             | MessageKind::Partial => ActorKind::ColdLayer,
             MessageKind::Prefetch | MessageKind::ComputeAhead => ActorKind::Predictor,
             _ => ActorKind::DeviceLayer,

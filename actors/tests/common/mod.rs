@@ -12,8 +12,8 @@ use bytes::Bytes;
 use pi_actors::faults::Faults;
 use pi_actors::trace::TraceBounds;
 use pi_actors::weights::{
-    Embedding, EmbeddingRows, FfnShare, GateActivation, HeadShare, LayerShare, LayerWeights,
-    Matrix, ModelShape, ModelWeights, NeuronStore, SparsityMode, UpRows,
+    Embedding, EmbeddingRows, FfnShare, GateActivation, HeadShare, HeadSketch, HeadSketchShare,
+    LayerShare, LayerWeights, Matrix, ModelShape, ModelWeights, NeuronStore, SparsityMode, UpRows,
 };
 use pi_actors::{
     ActorError, Engine, EngineOptions, Feed, Feeder, LayerTap, LogitsWanted, Next, Run, Teams,
@@ -204,12 +204,14 @@ pub fn weights(model: &PlainModel, n_nodes: usize, form: Form) -> ModelWeights {
             matrix,
         }
     });
+    let head = head.collect();
     ModelWeights {
         shape,
         neuron_groups: std::array::from_fn(|group| group * N_FF / FFN_GROUPS),
         layers: layers.collect(),
         output_norm: model.output_norm.clone(),
-        head: head.collect(),
+        head,
+        head_sketch: None,
         embedding: Embedding::Rows(EmbeddingRows {
             quant: QuantType::F32,
             n_embd: N_EMBD,
@@ -320,6 +322,8 @@ pub struct Setup {
     pub wait_limit: Duration,
     pub trace: Option<TraceBounds>,
     pub tap: Option<Arc<dyn LayerTap>>,
+    /// Groups of the head's sketch, where there is to be one.
+    pub sketch_groups: Option<usize>,
 }
 
 impl Default for Setup {
@@ -334,6 +338,7 @@ impl Default for Setup {
             wait_limit: Duration::from_secs(60),
             trace: None,
             tap: None,
+            sketch_groups: None,
         }
     }
 }
@@ -349,7 +354,36 @@ pub fn engine(model: &PlainModel, setup: Setup) -> Engine {
         trace: setup.trace,
         tap: setup.tap,
     };
-    Engine::start(teams, weights(model, setup.n_nodes, setup.form), options).unwrap()
+    let mut weights = weights(model, setup.n_nodes, setup.form);
+    if let Some(n_groups) = setup.sketch_groups {
+        add_sketch(&mut weights, model, n_groups);
+    }
+    Engine::start(teams, weights, options).unwrap()
+}
+
+/// Numbers of the sketch that [`add_sketch`] adds.
+pub const SKETCH_RANK: usize = 32;
+
+/// A sketch of the head that sees every other number of the hidden state, and the head row by row.
+pub fn add_sketch(weights: &mut ModelWeights, model: &PlainModel, n_groups: usize) {
+    let project: Vec<f32> = (0..SKETCH_RANK * N_EMBD)
+        .map(|i| f32::from(i % N_EMBD == i / N_EMBD * 2))
+        .collect();
+    let scores: Vec<f32> = model.head.iter().step_by(2).copied().collect();
+    let share = |head: &HeadShare| HeadSketchShare {
+        project: interleaved(&project, N_EMBD),
+        scores: interleaved(rows(&scores, SKETCH_RANK, head.rows.clone()), SKETCH_RANK),
+    };
+    weights.head_sketch = Some(HeadSketch {
+        n_groups,
+        shares: weights.head.iter().map(share).collect(),
+    });
+    for head in &mut weights.head {
+        head.matrix.shape.layout = Layout::Rows;
+        // float rows lie in memory as they are
+        let bytes = bytes_of(rows(&model.head, N_EMBD, head.rows.clone()));
+        head.matrix.bytes = Bytes::from(bytes);
+    }
 }
 
 /// Feeds tokens in pieces of given lengths and keeps all logits.

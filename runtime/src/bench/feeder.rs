@@ -2,7 +2,7 @@
 
 use std::time::{Duration, Instant};
 
-use pi_actors::{Feed, Feeder, LogitsWanted, Next};
+use pi_actors::{Candidates, Feed, Feeder, HeadWanted, LogitsWanted, Next};
 
 /// Feeds some tokens from a position on, some at a time.
 #[derive(Debug)]
@@ -13,6 +13,8 @@ pub struct BenchFeeder {
     /// Tokens of a feed.
     step: usize,
     wanted: LogitsWanted,
+    /// Whether a sketch picks whose logits are computed.
+    sparse_head: bool,
     start: Option<Instant>,
     last_logits: Option<Instant>,
 }
@@ -42,8 +44,17 @@ impl BenchFeeder {
             n_given: 0,
             step,
             wanted,
+            sparse_head: false,
             start: None,
             last_logits: None,
+        }
+    }
+
+    /// The same with the sparse head where `sparse` is true.
+    pub fn with_sparse_head(self, sparse: bool) -> Self {
+        Self {
+            sparse_head: sparse,
+            ..self
         }
     }
 
@@ -71,6 +82,17 @@ impl Feeder for BenchFeeder {
     }
 
     fn logits(&mut self, _position: usize, _logits: &[f32]) {
+        self.last_logits = Some(Instant::now());
+    }
+
+    fn head(&self) -> HeadWanted<'_> {
+        match self.sparse_head {
+            true => HeadWanted::Sparse { biases: &[] },
+            false => HeadWanted::Full,
+        }
+    }
+
+    fn candidates(&mut self, _position: usize, _candidates: Candidates<'_>) {
         self.last_logits = Some(Instant::now());
     }
 }

@@ -115,6 +115,8 @@ pub struct BenchRow {
     pub activations: String,
     /// `off` or `exact`.
     pub sparsity: String,
+    /// `full` or `sparse`: which head.
+    pub head: String,
     /// `text` or `random`: what was fed.
     pub token_source: String,
     /// Share of FFN neurons whose gate was open.

@@ -6,6 +6,7 @@ use pi_actors::counters::Counters;
 use super::feeder::BenchFeeder;
 use super::row::{BenchTest, Samples};
 use super::token_source::TokenSource;
+use crate::head_sketch::Head;
 use crate::session::LoadedModel;
 
 /// A model under test, and what its cache holds.
@@ -81,7 +82,8 @@ impl<'a> Runner<'a> {
         } else {
             BenchFeeder::decode(tokens, test.n_depth)
         };
-        let run = self.model.engine.run(feeder)?;
+        let sparse = self.model.head == Head::Sparse;
+        let run = self.model.engine.run(feeder.with_sparse_head(sparse))?;
         run.outcome?;
         let ns = u64::try_from(run.feeder.elapsed().as_nanos()).unwrap_or(u64::MAX);
         Ok((ns, run.totals.prefill + run.totals.decode))

@@ -12,6 +12,7 @@ use super::plan::PlanArgs;
 use super::prepare::PrepareArgs;
 use super::synth::SynthArgs;
 use super::trace::TraceArgs;
+use crate::head_sketch::Head;
 use crate::inspect::InspectArgs;
 use crate::sampler::SamplerParams;
 use crate::session::N_UBATCH;
@@ -132,6 +133,9 @@ pub struct ModelArgs {
     /// predictors pick (needs what `prepare` makes). Default: exact where it is free
     #[arg(long, value_enum, value_name = "MODE")]
     pub sparsity: Option<SparsityArg>,
+    /// sparse: a sketch picks the tokens whose logits are computed, so that most of the head is not read (needs the sidecar)
+    #[arg(long, value_enum, value_name = "HEAD", default_value_t = Head::Full)]
+    pub head: Head,
     /// What `prepare` made for the model [default: the file beside it with .sparse.gguf for .gguf, where it is needed]
     #[arg(long, value_name = "FILE")]
     pub sidecar: Option<PathBuf>,

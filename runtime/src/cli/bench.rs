@@ -182,6 +182,7 @@ impl PlanBench {
             tier: self.options.cpu.tier().name().into(),
             activations: self.options.cpu.mode().to_string(),
             sparsity: self.model.sparsity.mode.name().into(),
+            head: self.model.head.name().into(),
             token_source: self.source.name().into(),
             active_share: work.active_share().unwrap_or(0.0),
             bytes_per_token,

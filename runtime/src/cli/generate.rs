@@ -66,7 +66,7 @@ fn complete(
     let answer = session.answer(tokens, options)?;
     drop(answering);
     tracer.answered(&answer);
-    let lossy = session.model().sparsity.lossy();
+    let lossy = session.model().lossy();
     let timings = Timings::of(&answer, start, load, lossy);
     if args.json {
         Output::default().line(&to_json(&answer, &timings))?;

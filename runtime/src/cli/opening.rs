@@ -36,6 +36,7 @@ impl ModelArgs {
             trace: None,
             tap: None,
             sidecar: self.sidecar.clone(),
+            head: self.head,
             predicting: Predicting {
                 by: match self.predictor {
                     PredictorArg::Auto => None,

@@ -15,6 +15,7 @@ use crate::bench::BenchFeeder;
 use crate::bench::token_source::TEXT;
 use crate::error::RuntimeError;
 use crate::gguf::GgufFile;
+use crate::head_sketch::Head;
 use crate::model::footprint::Footprint;
 use crate::model::predicting::Predicting;
 use crate::model::sparsity::{SparsityPlan, writable_type};
@@ -189,6 +190,7 @@ impl Packing<'_> {
 
     fn open(&self, path: &Path, mode: Sparsity, n_ctx: usize) -> Result<LoadedModel, RuntimeError> {
         let options = ModelOptions {
+            head: Head::Full,
             path: path.to_path_buf(),
             n_ctx,
             sparsity: Some(mode),

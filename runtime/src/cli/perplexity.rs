@@ -4,10 +4,11 @@ use std::path::Path;
 use std::sync::Arc;
 use std::sync::atomic::AtomicBool;
 
-use super::args::PerplexityArgs;
+use super::args::{ModelArgs, PerplexityArgs};
 use super::output::Output;
 use super::text_file;
 use crate::error::RuntimeError;
+use crate::head_sketch::Head;
 use crate::perplexity::{ChunkScorer, Chunks, Estimate, PerplexityError};
 use crate::session::LoadedModel;
 use crate::tokenizer::EncodeOptions;
@@ -19,9 +20,14 @@ use crate::tokenizer::EncodeOptions;
 pub fn run(args: &PerplexityArgs) -> Result<(), RuntimeError> {
     let limit = chunk_limit(args.chunks)?;
     let text = text_file::read(&args.file)?;
-    let model = args.model.open(args.n_ctx as usize, args.threads, None)?;
+    // scores need every token's logit
+    let flags = ModelArgs {
+        head: Head::Full,
+        ..args.model.clone()
+    };
+    let model = flags.open(args.n_ctx as usize, args.threads, None)?;
     let estimate = score(&model, &text, &args.file, limit, &Arc::default())?;
-    for lossy in model.sparsity.lossy() {
+    for lossy in model.lossy() {
         eprintln!("lossy: {lossy}");
     }
     Output::default().line(&estimate.to_string())

@@ -84,6 +84,9 @@ pub(super) fn copy_tasks<'a, 'm>(
             .for_each(|matrix| cutting.matrix(matrix));
     }
     cutting.matrix(&node.head);
+    for part in node.sketch.iter().flatten() {
+        cutting.matrix(part);
+    }
     cutting.tasks
 }
 
@@ -181,7 +184,7 @@ impl<'a> CopyTask<'a, '_> {
         self.to.len() + self.rest.len()
     }
 
-    /// The tensors read, and the rows of each if it is read row by row.
+    /// The model's tensors read, and the rows of each if it is read row by row.
     fn tensors(&self) -> Vec<(&'a FileMatrix, Option<Range<usize>>)> {
         match &self.source {
             Source::Matrix(part) if !part.of_model => vec![],

@@ -16,10 +16,10 @@ pub struct Footprint {
 impl Footprint {
     /// The footprint of a model under a plan.
     pub fn of(hyper: &Hyperparameters, tensors: &ModelTensors, plan: &SparsityPlan) -> Self {
-        let head = tensors.output.as_ref().unwrap_or(&tensors.token_embd);
+        let head = head_bytes(tensors);
         let norms = (2 * hyper.n_layer + 1) * hyper.n_embd * size_of::<f32>();
         let mut footprint = Self {
-            always: (head.bytes.len() + tensors.token_embd.row_bytes() + norms) as u64,
+            always: (head + tensors.token_embd.row_bytes() + norms) as u64,
             if_all_active: 0,
         };
         for (layer, down) in tensors.layers.iter().zip(&plan.down) {
@@ -46,6 +46,37 @@ impl Footprint {
     /// Bytes of a token that activates this share of the neurons.
     pub fn bytes(self, active_share: f64) -> u64 {
         self.always + (self.if_all_active as f64 * active_share).round() as u64
+    }
+}
+
+/// What a head reads.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+pub struct HeadBytes {
+    /// Bytes of a token's row.
+    pub row: usize,
+    /// Bytes of the sketch; 0 where there is none.
+    pub sketch: usize,
+}
+
+impl HeadBytes {
+    /// What the head of these tensors reads.
+    pub fn of(tensors: &ModelTensors) -> Self {
+        let sketch = tensors.head_sketch.as_ref();
+        Self {
+            row: tensors.head().row_bytes(),
+            sketch: sketch.map_or(0, |sketch| {
+                sketch.project.bytes.len() + sketch.scores.bytes.len()
+            }),
+        }
+    }
+}
+
+/// Bytes of the head: all of it, or its sketch and as many candidates as there were when it was made.
+fn head_bytes(tensors: &ModelTensors) -> usize {
+    let HeadBytes { row, sketch } = HeadBytes::of(tensors);
+    match &tensors.head_sketch {
+        None => tensors.head().bytes.len(),
+        Some(made) => sketch + (made.mean_candidates * row as f32) as usize,
     }
 }
 

@@ -156,6 +156,8 @@ pub(super) struct NodeLayout<'a> {
     pub share: NodeShare,
     pub layers: Vec<LayerLayout<'a>>,
     pub head: Placed<MatrixPart<'a>>,
+    /// Projection and rows of the head's sketch, where there is one.
+    pub sketch: Option<[Placed<MatrixPart<'a>>; 2]>,
     /// Bytes of the arena.
     pub bytes: usize,
     /// Bytes of the arena that are filled: all but the gaps before aligned starts.
@@ -220,12 +222,21 @@ impl<'a> NodeLayout<'a> {
                 placing.layer(hyper, layer, plan.mode, *down, of_layer(index), &share)
             })
             .collect();
-        let head = tensors.output.as_ref().unwrap_or(&tensors.token_embd);
-        let head = placing.matrix(MatrixPart::rows(head, share.head_rows.clone()));
+        let mut head = MatrixPart::rows(tensors.head(), share.head_rows.clone());
+        if tensors.head_sketch.is_some() {
+            head.layout = Layout::Rows;
+        }
+        let head = placing.matrix(head);
+        let sketch = tensors.head_sketch.as_ref().map(|sketch| {
+            let project = MatrixPart::of_sidecar(&sketch.project, 0..sketch.project.n_rows());
+            let scores = MatrixPart::of_sidecar(&sketch.scores, share.head_rows.clone());
+            [project, scores].map(|part| placing.matrix(part))
+        });
         Self {
             share,
             layers,
             head,
+            sketch,
             bytes: placing.end,
             filled_bytes: placing.filled,
         }

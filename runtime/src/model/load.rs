@@ -8,9 +8,9 @@ use std::sync::atomic::{AtomicU64, Ordering};
 
 use bytes::Bytes;
 use pi_actors::weights::{
-    AheadWeights, Embedding, EmbeddingRows, FfnShare, GateActivation, HeadShare, LayerShare,
-    LayerWeights, Matrix, ModelShape, ModelWeights, NeuronStore, PlanesStore, SketchKind,
-    SketchShare, UpRows,
+    AheadWeights, Embedding, EmbeddingRows, FfnShare, GateActivation, HeadShare, HeadSketch,
+    HeadSketchShare, LayerShare, LayerWeights, Matrix, ModelShape, ModelWeights, NeuronStore,
+    PlanesStore, SketchKind, SketchShare, UpRows,
 };
 
 use super::copy_task::{CopyTask, PageDrop, copy_tasks};
@@ -239,6 +239,16 @@ impl<'a> Loader<'a> {
                     matrix: matrix(&node.head, arena),
                 })
                 .collect(),
+            head_sketch: self.tensors.head_sketch.as_ref().map(|sketch| HeadSketch {
+                n_groups: sketch.n_groups,
+                shares: nodes()
+                    .filter_map(|(node, arena)| node.sketch.as_ref().zip(Some(arena)))
+                    .map(|([project, scores], arena)| HeadSketchShare {
+                        project: matrix(project, arena),
+                        scores: matrix(scores, arena),
+                    })
+                    .collect(),
+            }),
             embedding: match self.tensors.output {
                 None => Embedding::Tied,
                 Some(_) => Embedding::Rows(EmbeddingRows {

@@ -8,6 +8,7 @@ use super::hyperparameters::Hyperparameters;
 use super::quantize::dequantize_row;
 use super::sparsity::DownStored;
 use crate::gguf::{GgufError, GgufFile, TensorInfo};
+use crate::head_sketch::SketchTensors;
 
 /// A matrix in the file: type, shape and bytes, checked.
 #[derive(Debug, Clone)]
@@ -115,6 +116,8 @@ pub struct ModelTensors {
     pub output_norm: Vec<f32>,
     /// `[n_vocab, n_embd]`; none where the head is the embedding.
     pub output: Option<FileMatrix>,
+    /// The head's sketch, which comes from the sidecar and not from the model's file.
+    pub head_sketch: Option<SketchTensors>,
     /// Llama 3's divisors of the rotary frequencies, `[n_rot / 2]`.
     pub rope_freqs: Option<Vec<f32>>,
 }
@@ -149,8 +152,14 @@ impl ModelTensors {
             token_embd,
             output_norm,
             output,
+            head_sketch: None,
             rope_freqs,
         })
+    }
+
+    /// The matrix of the head.
+    pub fn head(&self) -> &FileMatrix {
+        self.output.as_ref().unwrap_or(&self.token_embd)
     }
 
     /// How each layer's down projection is stored.

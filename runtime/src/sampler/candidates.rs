@@ -44,22 +44,34 @@ impl Candidates {
     /// # Panics
     /// When there are more than the capacity (that would allocate).
     pub fn fill(&mut self, logits: &[f32]) {
+        self.fill_with((0..).zip(logits.iter().copied()), logits.len());
+    }
+
+    /// Takes the tokens `ids`, which ascend, with their `logits`; NaN becomes −∞.
+    ///
+    /// # Panics
+    /// As [`Candidates::fill`], or when the lengths differ.
+    pub fn fill_some(&mut self, ids: &[u32], logits: &[f32]) {
+        assert_eq!(ids.len(), logits.len(), "a logit for each token");
+        self.fill_with(ids.iter().copied().zip(logits.iter().copied()), ids.len());
+    }
+
+    fn fill_with(&mut self, logits: impl Iterator<Item = (u32, f32)>, n: usize) {
         assert!(
-            logits.len() <= self.items.capacity(),
+            n <= self.items.capacity(),
             "more logits than the sampler was made for"
         );
         self.items.clear();
-        self.items
-            .extend(logits.iter().enumerate().map(|(id, &logit)| Candidate {
-                id: id as u32,
-                logit: if logit.is_nan() {
-                    f32::NEG_INFINITY
-                } else {
-                    logit
-                },
-                p: 0.0,
-                key: 0.0,
-            }));
+        self.items.extend(logits.map(|(id, logit)| Candidate {
+            id,
+            logit: if logit.is_nan() {
+                f32::NEG_INFINITY
+            } else {
+                logit
+            },
+            p: 0.0,
+            key: 0.0,
+        }));
         self.sorted = false;
     }
 
@@ -154,14 +166,14 @@ pub(super) fn weight(logit: f32, highest: f32) -> f32 {
     }
 }
 
-/// By id right after [`Candidates::fill`], while they lie in the order of the vocabulary.
+/// By id right after they were filled in, while they lie in the order of the vocabulary.
 impl LogitsById for Candidates {
-    fn logit_mut(&mut self, id: u32) -> &mut f32 {
-        let candidate = &mut self.items[id as usize];
-        debug_assert_eq!(
-            candidate.id, id,
-            "the candidates have left the order of the vocabulary"
-        );
-        &mut candidate.logit
+    fn logit_mut(&mut self, id: u32) -> Option<&mut f32> {
+        let all = self.items.get(id as usize).is_some_and(|c| c.id == id);
+        let at = match all {
+            true => id as usize,
+            false => self.items.binary_search_by_key(&id, |c| c.id).ok()?,
+        };
+        Some(&mut self.items[at].logit)
     }
 }

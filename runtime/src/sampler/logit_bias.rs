@@ -4,20 +4,35 @@ use super::params::LogitBias;
 
 /// A place where logits lie by token id, so that a few of them can be changed.
 pub(super) trait LogitsById {
-    /// The logit of token `id`, which is below the vocabulary's size.
-    fn logit_mut(&mut self, id: u32) -> &mut f32;
+    /// The logit of token `id`, which is below the vocabulary's size; none where it is no candidate.
+    fn logit_mut(&mut self, id: u32) -> Option<&mut f32>;
 }
 
 impl LogitsById for [f32] {
-    fn logit_mut(&mut self, id: u32) -> &mut f32 {
-        &mut self[id as usize]
+    fn logit_mut(&mut self, id: u32) -> Option<&mut f32> {
+        Some(&mut self[id as usize])
+    }
+}
+
+/// Logits of some tokens, whose ids ascend.
+pub(super) struct SomeLogits<'a> {
+    pub ids: &'a [u32],
+    pub logits: &'a mut [f32],
+}
+
+impl LogitsById for SomeLogits<'_> {
+    fn logit_mut(&mut self, id: u32) -> Option<&mut f32> {
+        let at = self.ids.binary_search(&id).ok()?;
+        Some(&mut self.logits[at])
     }
 }
 
 /// Adds each bias to its token's logit; biases of one token add up.
 pub(super) fn apply<L: LogitsById + ?Sized>(logits: &mut L, biases: &[LogitBias]) {
     for bias in biases {
-        *logits.logit_mut(bias.id) += bias.bias;
+        if let Some(logit) = logits.logit_mut(bias.id) {
+            *logit += bias.bias;
+        }
     }
 }
 

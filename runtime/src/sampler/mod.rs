@@ -32,6 +32,8 @@ pub struct Sampler {
     seed: u32,
     candidates: Candidates,
     adjusted: Vec<f32>,
+    /// The parameters' logit biases, as a sparse head takes them.
+    biases: Vec<(u32, f32)>,
 }
 
 impl Sampler {
@@ -58,6 +60,9 @@ impl Sampler {
             seed,
             candidates: Candidates::with_capacity(n_candidates),
             adjusted: vec![0.0; n_adjusted],
+            biases: (params.logit_bias.iter())
+                .map(|bias| (bias.id, bias.bias))
+                .collect(),
             params,
         })
     }
@@ -80,12 +85,52 @@ impl Sampler {
     /// # Panics
     /// When `logits` is empty, or its length is not the `n_vocab` of the constructor.
     pub fn sample(&mut self, logits: &[f32]) -> u32 {
+        self.sample_from(None, logits)
+    }
+
+    /// As [`Sampler::sample`] where only the tokens `ids`, which ascend, can be chosen, and `logits` (f32, `[ids.len()]`)
+    /// are theirs.
+    ///
+    /// # Panics
+    /// When there are none, or more than `n_vocab`, or lengths differ.
+    pub fn sample_candidates(&mut self, ids: &[u32], logits: &[f32]) -> u32 {
+        assert_eq!(ids.len(), logits.len(), "a logit for each token");
+        self.sample_from(Some(ids), logits)
+    }
+
+    fn sample_from(&mut self, ids: Option<&[u32]>, logits: &[f32]) -> u32 {
         assert!(!logits.is_empty(), "no logits to sample from");
         if self.params.is_greedy() {
-            return self.sample_greedy(logits);
+            return self.sample_greedy(ids, logits);
         }
-        self.candidates.fill(logits);
+        self.filter(ids, logits);
+        temperature::draw(&mut self.candidates, &mut self.rng)
+    }
+
+    /// What a token would be drawn from: those that can still be chosen, with their probabilities. `ids` and `logits` as
+    /// in [`Sampler::sample_candidates`]; without ids as in [`Sampler::sample`]. Draws no random number.
+    ///
+    /// # Panics
+    /// As these, or when the parameters always choose the likeliest token.
+    pub fn distribution(&mut self, ids: Option<&[u32]>, logits: &[f32]) -> &[Candidate] {
+        assert!(!self.params.is_greedy(), "nothing is drawn");
+        self.filter(ids, logits);
+        self.candidates.softmax();
+        self.candidates.items()
+    }
+
+    /// What is added to tokens' logits, by token.
+    pub fn biases(&self) -> &[(u32, f32)] {
+        &self.biases
+    }
+
+    /// All of the chain but the draw.
+    fn filter(&mut self, ids: Option<&[u32]>, logits: &[f32]) {
         let candidates = &mut self.candidates;
+        match ids {
+            None => candidates.fill(logits),
+            Some(ids) => candidates.fill_some(ids, logits),
+        }
         logit_bias::apply(candidates, &self.params.logit_bias);
         self.penalties.apply(candidates);
         truncation::top_k(candidates, self.params.top_k.max(0) as usize);
@@ -93,7 +138,6 @@ impl Sampler {
         truncation::top_p(candidates, self.params.top_p);
         truncation::min_p(candidates, self.params.min_p);
         temperature::temperature(candidates, self.params.temp);
-        temperature::draw(candidates, &mut self.rng)
     }
 
     /// Records a token of the sequence, prompt or generated, for the penalties.
@@ -107,14 +151,29 @@ impl Sampler {
         self.rng = Mt19937::new(self.seed);
     }
 
-    fn sample_greedy(&mut self, logits: &[f32]) -> u32 {
+    fn sample_greedy(&mut self, ids: Option<&[u32]>, logits: &[f32]) -> u32 {
+        let best = |logits: &[f32]| {
+            let best = argmax(logits);
+            ids.map_or(best, |ids| ids[best as usize])
+        };
         if !self.params.adjusts_logits() {
-            return argmax(logits);
+            return best(logits);
         }
-        self.adjusted.copy_from_slice(logits);
-        logit_bias::apply(&mut self.adjusted[..], &self.params.logit_bias);
-        self.penalties.apply(&mut self.adjusted[..]);
-        argmax(&self.adjusted)
+        let adjusted = &mut self.adjusted[..logits.len()];
+        adjusted.copy_from_slice(logits);
+        match ids {
+            None => {
+                logit_bias::apply(adjusted, &self.params.logit_bias);
+                self.penalties.apply(adjusted);
+            }
+            Some(ids) => {
+                let logits = &mut *adjusted;
+                let mut some = logit_bias::SomeLogits { ids, logits };
+                logit_bias::apply(&mut some, &self.params.logit_bias);
+                self.penalties.apply(&mut some);
+            }
+        }
+        best(adjusted)
     }
 }
 

@@ -74,7 +74,9 @@ impl Penalties {
     pub fn apply<L: LogitsById + ?Sized>(&self, logits: &mut L) {
         for &id in &self.distinct {
             let count = self.counts[id as usize] as f32;
-            let logit = logits.logit_mut(id);
+            let Some(logit) = logits.logit_mut(id) else {
+                continue;
+            };
             if *logit <= 0.0 {
                 *logit *= self.repeat;
             } else {

@@ -9,6 +9,7 @@ use super::generation::{ContextShift, Finished, Generation, GenerationOptions, T
 use super::opening::LoadedModel;
 use crate::chat::common_prefix;
 use crate::error::RuntimeError;
+use crate::head_sketch::Head;
 use crate::sampler::{LogitBias, Sampler, SamplerParams};
 
 /// A model and what its cache holds.
@@ -103,6 +104,7 @@ impl Session {
                 shift: options.shift,
                 stop_texts: options.stop_texts,
                 hash_logits: options.hash_logits,
+                sparse_head: self.model.head == Head::Sparse,
                 interrupt: options.interrupt,
                 sink: options.sink,
             },

@@ -4,7 +4,7 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{Duration, Instant};
 
-use pi_actors::{Feed, Feeder, LogitsWanted, Next};
+use pi_actors::{Candidates, Feed, Feeder, HeadWanted, LogitsWanted, Next};
 use xxhash_rust::xxh3::Xxh3;
 
 use super::stop_texts::StopTexts;
@@ -57,6 +57,8 @@ pub struct GenerationOptions {
     pub stop_texts: Vec<String>,
     /// Whether to hash all logits.
     pub hash_logits: bool,
+    /// Whether a sketch of the head picks whose logits are computed.
+    pub sparse_head: bool,
     /// Set by Ctrl-C.
     pub interrupt: Arc<AtomicBool>,
     /// Where the text goes.
@@ -173,15 +175,22 @@ impl Generation {
         }
     }
 
-    fn take_logits(&mut self, logits: &[f32]) {
+    /// Takes all logits, or those of `ids`.
+    fn take_logits(&mut self, ids: Option<&[u32]>, logits: &[f32]) {
         if let Some(hash) = &mut self.hash {
+            for id in ids.into_iter().flatten() {
+                hash.update(&id.to_le_bytes());
+            }
             hash_floats(hash, logits);
         }
         if self.options.interrupt.load(Ordering::Acquire) {
             self.stop = Some(Stop::Interrupted);
             return;
         }
-        let id = self.sampler.sample(logits);
+        let id = match ids {
+            None => self.sampler.sample(logits),
+            Some(ids) => self.sampler.sample_candidates(ids, logits),
+        };
         self.sampler.accept(id);
         self.tokens.push(id);
         if self.vocabulary.is_end(id) {
@@ -290,7 +299,21 @@ impl Feeder for Generation {
 
     fn logits(&mut self, _position: usize, logits: &[f32]) {
         self.clock.logits_came();
-        self.take_logits(logits);
+        self.take_logits(None, logits);
+    }
+
+    fn head(&self) -> HeadWanted<'_> {
+        match self.options.sparse_head {
+            true => HeadWanted::Sparse {
+                biases: self.sampler.biases(),
+            },
+            false => HeadWanted::Full,
+        }
+    }
+
+    fn candidates(&mut self, _position: usize, candidates: Candidates<'_>) {
+        self.clock.logits_came();
+        self.take_logits(Some(candidates.ids), candidates.logits);
     }
 }
 
@@ -314,7 +337,7 @@ pub struct Finished {
     pub tokens: Vec<u32>,
     /// What is in the key-value cache now: the prompt, and the tokens but the last.
     pub fed: Vec<u32>,
-    /// xxh3 of the bytes of all logits that tokens were sampled from.
+    /// xxh3 of the bytes of all logits that tokens were sampled from; with a sparse head each time behind their ids'.
     pub logits_hash: Option<u64>,
     /// Why it ended.
     pub stop: Stop,

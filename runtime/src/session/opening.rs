@@ -14,8 +14,9 @@ use pi_topology::Plan;
 use crate::chat::SpecialTexts;
 use crate::error::RuntimeError;
 use crate::gguf::GgufFile;
+use crate::head_sketch::{Head, SketchTensors};
 use crate::model::description::Description;
-use crate::model::footprint::Footprint;
+use crate::model::footprint::{Footprint, HeadBytes};
 use crate::model::predicting::Predicting;
 use crate::model::sparsity::SparsityPlan;
 use crate::model::{Hyperparameters, Loader, ModelError, ModelTensors, Sparsity};
@@ -52,6 +53,8 @@ pub struct ModelOptions {
     pub tap: Option<Arc<dyn LayerTap>>,
     /// The model's sidecar; none: the file beside the model, where a mode needs it.
     pub sidecar: Option<PathBuf>,
+    /// Which head computes logits; the sparse one needs the sidecar.
+    pub head: Head,
     /// How neurons are predicted, where they are.
     pub predicting: Predicting,
 }
@@ -97,6 +100,10 @@ pub struct LoadedModel {
     pub footprint: Footprint,
     /// Its sidecar, where it was named or is needed.
     pub sidecar: Option<Sidecar>,
+    /// Which head computes the logits of answers.
+    pub head: Head,
+    /// What a head reads.
+    pub head_bytes: HeadBytes,
 }
 
 impl LoadedModel {
@@ -112,7 +119,7 @@ impl LoadedModel {
         let file = GgufFile::open(&options.path)?;
         let in_file = |source| model_error(&options.path, source);
         let hyper = Hyperparameters::read(&file).map_err(in_file)?;
-        let needed = options.sparsity == Some(Sparsity::Predicted);
+        let needed = options.sparsity == Some(Sparsity::Predicted) || options.head == Head::Sparse;
         let sidecar = open_sidecar(options, needed, &file, &hyper)?;
         let (tokenizer, engine) = std::thread::scope(|scope| {
             let tokenizer = scope.spawn(|| Tokenizer::from_metadata(file.metadata()));
@@ -128,6 +135,7 @@ impl LoadedModel {
             sparsity,
             footprint,
             n_ctx,
+            head_bytes,
         } = engine?;
         check_vocabulary(&tokenizer, &hyper).map_err(in_file)?;
         let chat_template = file
@@ -145,7 +153,16 @@ impl LoadedModel {
             sparsity,
             footprint,
             sidecar,
+            head: options.head,
+            head_bytes,
         })
+    }
+
+    /// Every part of the model that changes its output, in words.
+    pub fn lossy(&self) -> Vec<String> {
+        let mut lossy = self.sparsity.lossy();
+        lossy.extend((self.head == Head::Sparse).then(|| "head sparse".to_owned()));
+        lossy
     }
 
     /// Why a run ended early, with the model's file where its numbers are at fault.
@@ -204,6 +221,7 @@ struct Started {
     sparsity: SparsityPlan,
     footprint: Footprint,
     n_ctx: usize,
+    head_bytes: HeadBytes,
 }
 
 /// Starts the teams, loads the weights with them and gives both to an engine.
@@ -216,7 +234,11 @@ fn start_engine(
     observer: &dyn LoadObserver,
 ) -> Result<Started, RuntimeError> {
     let in_file = |source| model_error(&options.path, source);
-    let tensors = ModelTensors::find(file, hyper).map_err(in_file)?;
+    let mut tensors = ModelTensors::find(file, hyper).map_err(in_file)?;
+    tensors.head_sketch = match (options.head, sidecar) {
+        (Head::Sparse, Some(sidecar)) => Some(SketchTensors::read(sidecar, hyper)?),
+        _ => None,
+    };
     let sparsity = SparsityPlan::resolve(options.sparsity, hyper.gate, &tensors.stored_downs())
         .map_err(in_file)?;
     let n_ctx = match options.n_ctx {
@@ -267,6 +289,7 @@ fn start_engine(
         sparsity,
         footprint,
         n_ctx,
+        head_bytes: HeadBytes::of(&tensors),
     })
 }
 

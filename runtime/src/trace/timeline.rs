@@ -50,7 +50,7 @@ struct Group {
 
 impl Group {
     fn of(label: Label) -> Self {
-        let is_head = label.kind.stage() == Some("head");
+        let is_head = label.kind.is_head();
         Self {
             step: label.step,
             layer: (!is_head).then_some(label.layer),

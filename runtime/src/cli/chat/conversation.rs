@@ -162,7 +162,7 @@ impl<'a> Conversation<'a> {
         self.tracer.answered(&answer);
         Output::default().line("")?;
         tell_stop(answer.finished.stop, self.session.model());
-        let lossy = self.session.model().sparsity.lossy();
+        let lossy = self.session.model().lossy();
         let timings = Timings::of(&answer, self.start, self.load, lossy);
         match &mut self.timings {
             Some(total) => total.add(&timings),
