@@ -136,6 +136,7 @@ impl Rehearsal {
                 output_norm: vec![1.0; hyper.n_embd],
                 output: Some(output),
                 rope_freqs: tensors.rope_freqs.clone(),
+                head_sketch: None,
             },
             sparsity: SparsityPlan {
                 mode: sparsity.mode,
