@@ -4,6 +4,7 @@
 //! fixed order of [`FFN_GROUPS`], so skipping (adding exact zeros or not) changes no bit.
 
 mod down;
+mod threshold;
 mod tree;
 mod up;
 
@@ -11,6 +12,7 @@ use crate::matrix::{Layout, MatrixRef, MatrixShape};
 use crate::quant::QuantType;
 
 pub use down::{DownScratch, GroupSpan, down_active, down_tokens};
+pub use threshold::{large_active, zero_small};
 pub use tree::{FFN_GROUPS, SUBTREES_MAX, join_subtrees, n_subtrees, subtrees};
 pub use up::{UpScratch, up_active, up_tokens};
 
