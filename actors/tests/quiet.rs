@@ -8,7 +8,7 @@ mod common;
 use std::alloc::{GlobalAlloc, Layout, System};
 use std::sync::atomic::{AtomicBool, AtomicI32, AtomicUsize, Ordering};
 
-use common::{PlainModel, Setup, engine, tokens};
+use common::{Form, PlainModel, Setup, Skip, engine, tokens};
 use pi_actors::trace::TraceBounds;
 use pi_actors::weights::GateActivation;
 use pi_actors::{Engine, Feed, Feeder, LogitsWanted, Next};
@@ -126,6 +126,27 @@ fn setup(n_nodes: usize, n_threads: usize, traced: bool) -> Setup {
     }
 }
 
+/// Every team with ReLU gates, and the largest with thresholds by either criterion.
+fn engines() -> impl Iterator<Item = (usize, usize, bool, impl FnOnce() -> Engine)> {
+    let skip = |by_gate| Form::Threshold(Skip { by_gate, tau: 0.1 });
+    let exact = TEAMS.map(|team| (None, team));
+    let forms = [true, false].map(|by_gate| (Some(skip(by_gate)), (2, 2, false)));
+    let cases = exact.into_iter().chain(forms);
+    cases.map(|(form, (n_nodes, n_threads, traced))| {
+        let start = move || {
+            let setup = setup(n_nodes, n_threads, traced);
+            match form {
+                None => engine(&PlainModel::random(41, GateActivation::Relu), setup),
+                Some(form) => {
+                    let model = PlainModel::random(41, GateActivation::Silu);
+                    engine(&model, Setup { form, ..setup })
+                }
+            }
+        };
+        (n_nodes, n_threads, traced, start)
+    })
+}
+
 /// Every step has been recorded.
 fn check_trace(engine: &Engine) {
     let Some(trace) = engine.trace() else { return };
@@ -144,9 +165,8 @@ fn team_threads_allocate_nothing_and_call_nothing_but_futex() {
     if std::env::var_os(CHILD).is_some() {
         return decode_under_filter();
     }
-    let model = PlainModel::random(41, GateActivation::Relu);
-    for (n_nodes, n_threads, traced) in TEAMS {
-        let engine = engine(&model, setup(n_nodes, n_threads, traced));
+    for (n_nodes, n_threads, traced, engine) in engines() {
+        let engine = engine();
         remember_threads(&engine);
         let run = engine.run(silent()).unwrap();
         run.outcome.unwrap();
@@ -186,18 +206,15 @@ fn no_system_call_but_futex() {
         Some(0),
         "a team thread made system call number {code:?}\n{said}"
     );
+    let n_tokens = engines().count() * N_TOKENS;
     assert!(
-        said.contains("tokens decoded under the filter: 500"),
+        said.contains(&format!("tokens decoded under the filter: {n_tokens}\n")),
         "{said}"
     );
 }
 
 fn decode_under_filter() {
-    let model = PlainModel::random(41, GateActivation::Relu);
-    let engines: Vec<Engine> = TEAMS
-        .iter()
-        .map(|&(n_nodes, n_threads, traced)| engine(&model, setup(n_nodes, n_threads, traced)))
-        .collect();
+    let engines: Vec<Engine> = engines().map(|(.., engine)| engine()).collect();
     let mut n_tokens = 0;
     for engine in &engines {
         // once without the filter, for what happens the first time only

@@ -26,7 +26,8 @@ use pi_runtime::gguf::{GgufFile, Value};
 use pi_runtime::inspect::{InspectArgs, run};
 use pi_runtime::sampler::SamplerParams;
 use pi_runtime::session::{
-    AnswerOptions, LoadedModel, ModelOptions, N_UBATCH, Session, Silent, TopologyFile,
+    AnswerOptions, LoadedModel, ModelOptions, N_UBATCH, Session, Silent, ThresholdSource,
+    TopologyFile,
 };
 use pi_runtime::tokenizer::EncodeOptions;
 
@@ -246,6 +247,7 @@ fn generate(path: &Path) -> Result<(), RuntimeError> {
         trace: None,
         tap: None,
         sidecar: None,
+        thresholds: ThresholdSource::default(),
     };
     let plan = TopologyFile::default().plan(Some(1))?;
     let model = LoadedModel::open(&options, &plan, &Silent)?;

@@ -4,6 +4,7 @@
 mod attention;
 mod ffn;
 mod rows;
+mod threshold;
 
 use std::sync::Arc;
 use std::sync::atomic::Ordering;

@@ -114,6 +114,22 @@ pub enum Form {
     Neurons(SparsityMode),
     /// With a plain `ffn_down`.
     Dense,
+    /// Neuron by neuron, without those that contribute little.
+    Threshold(Skip),
+}
+
+/// Neurons are left out whose |act(gate)| · ‖down row‖, or |act(gate) · up| · ‖down row‖, is not above `tau`.
+#[derive(Debug, Clone, Copy)]
+pub struct Skip {
+    pub by_gate: bool,
+    pub tau: f32,
+}
+
+impl Skip {
+    /// Threshold of the neuron with this row of down.
+    pub fn threshold(self, down: &[f32]) -> f32 {
+        self.tau / down.iter().map(|w| w * w).sum::<f32>().sqrt()
+    }
 }
 
 fn bytes_of(values: &[f32]) -> Vec<u8> {
@@ -225,6 +241,14 @@ fn share(layer: &PlainLayer, n_nodes: usize, node: usize, form: Form) -> LayerSh
         groups,
         gate: matrix(&layer.gate, neurons.clone()),
         ffn: ffn(layer, neurons.clone(), form),
+        thresholds: match form {
+            Form::Threshold(skip) => {
+                let down = rows(&layer.down_t, N_EMBD, neurons.clone());
+                let thresholds = down.chunks_exact(N_EMBD).map(|row| skip.threshold(row));
+                Some(thresholds.collect())
+            }
+            Form::Neurons(_) | Form::Dense => None,
+        },
         neurons,
     }
 }
@@ -249,14 +273,18 @@ fn ffn(layer: &PlainLayer, neurons: std::ops::Range<usize>, form: Form) -> FfnSh
         }
     };
     match form {
-        Form::Neurons(SparsityMode::Off) => FfnShare::Neurons {
-            up: UpRows::Interleaved(up()),
-            rows: records(false),
-        },
-        Form::Neurons(SparsityMode::Exact) => FfnShare::Neurons {
-            up: UpRows::Paired,
-            rows: records(true),
-        },
+        Form::Neurons(SparsityMode::Off) | Form::Threshold(Skip { by_gate: false, .. }) => {
+            FfnShare::Neurons {
+                up: UpRows::Interleaved(up()),
+                rows: records(false),
+            }
+        }
+        Form::Neurons(SparsityMode::Exact) | Form::Threshold(Skip { by_gate: true, .. }) => {
+            FfnShare::Neurons {
+                up: UpRows::Paired,
+                rows: records(true),
+            }
+        }
         Form::Dense => {
             let n = neurons.len();
             let plain: Vec<f32> = (0..N_EMBD * n)

@@ -2,12 +2,17 @@
 
 use pi_actors::weights::GateActivation;
 
-use super::{HEAD_DIM, N_EMBD, N_FF, N_HEAD, N_HEAD_KV, N_VOCAB, PlainLayer, PlainModel};
+use super::{HEAD_DIM, N_EMBD, N_FF, N_HEAD, N_HEAD_KV, N_VOCAB, PlainLayer, PlainModel, Skip};
 
 type Rows = Vec<Vec<f64>>;
 
 /// Logits of every position, and how many neurons are active in all.
 pub fn logits(model: &PlainModel, tokens: &[u32]) -> (Rows, usize) {
+    logits_without(model, tokens, None)
+}
+
+/// The same without the neurons that contribute little.
+pub fn logits_without(model: &PlainModel, tokens: &[u32], skip: Option<Skip>) -> (Rows, usize) {
     let mut caches: Vec<(Rows, Rows)> = model.layers.iter().map(|_| (vec![], vec![])).collect();
     let (mut all, mut active) = (vec![], 0);
     for (position, &token) in tokens.iter().enumerate() {
@@ -21,7 +26,7 @@ pub fn logits(model: &PlainModel, tokens: &[u32]) -> (Rows, usize) {
                 .window
                 .map_or(0, |window| (position + 1).saturating_sub(window));
             attention(layer, cache, first, &mut x);
-            active += ffn(layer, model.activation, &mut x);
+            active += ffn(layer, model.activation, skip, &mut x);
         }
         let x = norm(&x, &model.output_norm);
         all.push(product(&model.head, &x, N_VOCAB));
@@ -99,7 +104,7 @@ fn attention(layer: &PlainLayer, cache: &mut (Rows, Rows), first: usize, x: &mut
     x.iter_mut().zip(out).for_each(|(x, o)| *x += o);
 }
 
-fn ffn(layer: &PlainLayer, activation: GateActivation, x: &mut [f64]) -> usize {
+fn ffn(layer: &PlainLayer, activation: GateActivation, skip: Option<Skip>, x: &mut [f64]) -> usize {
     let h = norm(x, &layer.ffn_norm);
     let gate = product(&layer.gate, &h, N_FF);
     let up = product(&layer.up, &h, N_FF);
@@ -109,8 +114,15 @@ fn ffn(layer: &PlainLayer, activation: GateActivation, x: &mut [f64]) -> usize {
             GateActivation::Relu => gate[neuron].max(0.0),
             GateActivation::Silu => gate[neuron] / (1.0 + (-gate[neuron]).exp()),
         };
-        active += usize::from(a != 0.0);
         let row = &layer.down_t[neuron * N_EMBD..(neuron + 1) * N_EMBD];
+        let small = skip.is_some_and(|skip| {
+            let value = if skip.by_gate { a } else { a * up[neuron] };
+            value.abs() <= f64::from(skip.threshold(row))
+        });
+        if small {
+            continue;
+        }
+        active += usize::from(a != 0.0);
         for (x, &w) in x.iter_mut().zip(row) {
             *x += a * up[neuron] * f64::from(w);
         }

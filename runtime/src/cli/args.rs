@@ -119,12 +119,16 @@ pub struct ModelArgs {
     /// Topology file (TOML) with the teams to use; default: the discovered machine
     #[arg(long, value_name = "FILE")]
     pub topology: Option<PathBuf>,
-    /// off: dense; exact: skip neurons whose ReLU gate is closed (same result). Default: exact where it is free
+    /// off: dense; exact: skip neurons whose ReLU gate is closed (same result); threshold: skip neurons of SiLU gates that
+    /// contribute little (needs what `prepare` makes). Default: exact where it is free
     #[arg(long, value_enum, value_name = "MODE")]
     pub sparsity: Option<SparsityArg>,
     /// What `prepare` made for the model [default: the file beside it with .sparse.gguf for .gguf, where it is needed]
     #[arg(long, value_name = "FILE")]
     pub sidecar: Option<PathBuf>,
+    /// Run --sparsity threshold also where `prepare` found that it gains nothing
+    #[arg(long, hide_short_help = true)]
+    pub force_threshold: bool,
     /// Precision of the activations in dot products
     #[arg(long, value_name = "f32|q8", default_value_t = ActivationMode::Q8)]
     pub activations: ActivationMode,
@@ -334,6 +338,8 @@ pub enum SparsityArg {
     Off,
     /// Neurons whose ReLU gate is closed are skipped
     Exact,
+    /// Neurons that contribute little are skipped, where gates never close
+    Threshold,
 }
 
 /// `--kv`

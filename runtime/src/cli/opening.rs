@@ -10,7 +10,7 @@ use super::demo_model;
 use super::progress::LoadBar;
 use crate::error::RuntimeError;
 use crate::model::Sparsity;
-use crate::session::{LoadedModel, ModelOptions, N_UBATCH, TopologyFile};
+use crate::session::{LoadedModel, ModelOptions, N_UBATCH, ThresholdSource, TopologyFile};
 
 impl ModelArgs {
     /// What the flags ask for, with a context of `n_ctx` tokens (0: the model's own).
@@ -25,6 +25,7 @@ impl ModelArgs {
             sparsity: self.sparsity.map(|mode| match mode {
                 SparsityArg::Off => Sparsity::Off,
                 SparsityArg::Exact => Sparsity::Exact,
+                SparsityArg::Threshold => Sparsity::Threshold,
             }),
             cpu: Cpu::new(tier, self.activations).map_err(RuntimeError::Tier)?,
             kv_type: match self.kv {
@@ -34,6 +35,11 @@ impl ModelArgs {
             trace: None,
             tap: None,
             sidecar: self.sidecar.clone(),
+            thresholds: if self.force_threshold {
+                ThresholdSource::Forced
+            } else {
+                ThresholdSource::Sidecar
+            },
             n_batch: usize::from(self.batch_size).min(N_UBATCH),
         })
     }

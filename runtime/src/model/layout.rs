@@ -7,7 +7,7 @@ use pi_kernels::{Layout, MatrixShape, QuantType, ROW_GROUP};
 
 use super::hyperparameters::Hyperparameters;
 use super::shares::{NodeShare, divide, neuron_groups};
-use super::sparsity::{DownPlan, Sparsity, SparsityPlan};
+use super::sparsity::{DownPlan, Skipping, SparsityPlan};
 use super::tensors::{FileMatrix, LayerTensors, ModelTensors};
 
 /// Every matrix starts at a multiple of this: a cache line, and a vector of the widest kernels.
@@ -154,9 +154,11 @@ impl<'a> NodeLayout<'a> {
         share: NodeShare,
     ) -> Self {
         let mut placing = Placing::default();
-        let layers = tensors.layers.iter().zip(&plan.down);
+        let layers = tensors.layers.iter().zip(&plan.down).enumerate();
         let layers = layers
-            .map(|(layer, down)| placing.layer(hyper, layer, plan.mode, *down, &share))
+            .map(|(index, (layer, down))| {
+                placing.layer(hyper, layer, plan.skipping(index), *down, &share)
+            })
             .collect();
         let head = tensors.output.as_ref().unwrap_or(&tensors.token_embd);
         let head = placing.matrix(MatrixPart::rows(head, share.head_rows.clone()));
@@ -202,7 +204,7 @@ impl Placing {
         &mut self,
         hyper: &Hyperparameters,
         layer: &'a LayerTensors,
-        mode: Sparsity,
+        skipping: Skipping,
         down: DownPlan,
         share: &NodeShare,
     ) -> LayerLayout<'a> {
@@ -218,7 +220,7 @@ impl Placing {
             wv: self.matrix(MatrixPart::rows(&layer.wv, kv_rows)),
             wo: self.matrix(MatrixPart::rows(&layer.wo, share.output_rows.clone())),
             gate: self.matrix(MatrixPart::rows(&layer.gate, share.neurons.clone())),
-            ffn: self.ffn(hyper.n_embd, layer, mode, down, share.neurons.clone()),
+            ffn: self.ffn(hyper.n_embd, layer, skipping, down, share.neurons.clone()),
         }
     }
 
@@ -226,7 +228,7 @@ impl Placing {
         &mut self,
         n_embd: usize,
         layer: &'a LayerTensors,
-        mode: Sparsity,
+        skipping: Skipping,
         down: DownPlan,
         neurons: Range<usize>,
     ) -> FfnLayout<'a> {
@@ -243,16 +245,16 @@ impl Placing {
             }
         };
         let records = RecordsPart {
-            up: (mode == Sparsity::Exact).then_some(&layer.up),
+            up: (skipping == Skipping::UpAndDown).then_some(&layer.up),
             down: layer.down.matrix(),
             down_quant,
             transposed,
             n_embd,
             neurons: neurons.clone(),
         };
-        match mode {
-            Sparsity::Exact => FfnLayout::Paired(self.records(records)),
-            Sparsity::Off => FfnLayout::Apart {
+        match skipping {
+            Skipping::UpAndDown => FfnLayout::Paired(self.records(records)),
+            Skipping::Nothing | Skipping::Down => FfnLayout::Apart {
                 up: self.matrix(MatrixPart::rows(&layer.up, neurons)),
                 down: self.records(records),
             },

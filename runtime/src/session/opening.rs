@@ -11,6 +11,7 @@ use pi_kernels::Cpu;
 use pi_kernels::attention::KvType;
 use pi_topology::Plan;
 
+use super::sparsity::{self, ThresholdSource};
 use crate::chat::SpecialTexts;
 use crate::error::RuntimeError;
 use crate::gguf::GgufFile;
@@ -51,6 +52,8 @@ pub struct ModelOptions {
     pub tap: Option<Arc<dyn LayerTap>>,
     /// The model's sidecar; none: the file beside the model, where a mode needs it.
     pub sidecar: Option<PathBuf>,
+    /// Where the thresholds of `threshold` come from.
+    pub thresholds: ThresholdSource,
 }
 
 /// Watches a model being loaded.
@@ -109,10 +112,11 @@ impl LoadedModel {
         let file = GgufFile::open(&options.path)?;
         let in_file = |source| model_error(&options.path, source);
         let hyper = Hyperparameters::read(&file).map_err(in_file)?;
-        let sidecar = open_sidecar(options, false, &file, &hyper)?;
+        let needed = sparsity::needs_sidecar(options, &hyper);
+        let sidecar = open_sidecar(options, needed, &file, &hyper)?;
         let (tokenizer, engine) = std::thread::scope(|scope| {
             let tokenizer = scope.spawn(|| Tokenizer::from_metadata(file.metadata()));
-            let engine = start_engine(options, plan, &file, &hyper, observer);
+            let engine = start_engine(options, plan, &file, &hyper, sidecar.as_ref(), observer);
             let tokenizer = tokenizer
                 .join()
                 .unwrap_or_else(|panic| std::panic::resume_unwind(panic));
@@ -208,12 +212,12 @@ fn start_engine(
     plan: &Plan,
     file: &GgufFile,
     hyper: &Hyperparameters,
+    sidecar: Option<&Sidecar>,
     observer: &dyn LoadObserver,
 ) -> Result<Started, RuntimeError> {
     let in_file = |source| model_error(&options.path, source);
     let tensors = ModelTensors::find(file, hyper).map_err(in_file)?;
-    let sparsity = SparsityPlan::resolve(options.sparsity, hyper.gate, &tensors.stored_downs())
-        .map_err(in_file)?;
+    let sparsity = sparsity::plan(options, hyper, &tensors.stored_downs(), sidecar)?;
     let n_ctx = match options.n_ctx {
         0 => hyper.n_ctx_max.min(N_CTX_DEFAULT_MAX),
         n_ctx => n_ctx,

@@ -5,11 +5,13 @@
 
 mod error;
 mod hash;
+mod threshold;
 
 use std::path::{Path, PathBuf};
 
 pub use error::SidecarError;
 pub use hash::model_hash;
+pub use threshold::{ThresholdFigures, ThresholdSection};
 
 use crate::gguf::{GgufError, GgufFile, GgufWriter};
 use crate::model::Hyperparameters;
