@@ -8,10 +8,11 @@ mod common;
 use std::alloc::{GlobalAlloc, Layout, System};
 use std::sync::atomic::{AtomicBool, AtomicI32, AtomicUsize, Ordering};
 
-use common::{Form, PlainModel, Setup, Skip, engine, tokens};
+use common::{Form, PlainModel, Predictors, Setup, SketchForm, Skip, engine, tokens};
 use pi_actors::trace::TraceBounds;
-use pi_actors::weights::GateActivation;
+use pi_actors::weights::{GateActivation, SparsityMode};
 use pi_actors::{Engine, Feed, Feeder, LogitsWanted, Next};
+use pi_kernels::ActivationMode;
 
 /// Counts allocations of the team's threads while a token is under way.
 struct Counting;
@@ -104,16 +105,41 @@ fn remember_threads(engine: &Engine) {
     engine.teams().run(&remember).unwrap();
 }
 
-/// Nodes × threads of the engines that have to be quiet, and whether they are traced.
-const TEAMS: [(usize, usize, bool); 5] = [
-    (1, 2, false),
-    (2, 1, false),
-    (2, 2, false),
-    (1, 2, true),
-    (2, 2, true),
+const EXACT: Form = Form::Neurons(SparsityMode::Exact);
+const PREDICTED: Form = Form::Predicted(Predictors {
+    sketch: SketchForm::LowRank,
+    ahead: true,
+    alone: false,
+});
+const SIGNS: Form = Form::Predicted(Predictors {
+    sketch: SketchForm::Signs,
+    ahead: false,
+    alone: false,
+});
+
+const BY_GATE: Form = Form::Threshold(Skip {
+    by_gate: true,
+    tau: 0.1,
+});
+const BY_PRODUCT: Form = Form::Threshold(Skip {
+    by_gate: false,
+    tau: 0.1,
+});
+
+/// Nodes × threads of the engines that have to be quiet, whether they are traced, and what they run.
+const TEAMS: [(usize, usize, bool, Form); 9] = [
+    (1, 2, false, EXACT),
+    (2, 1, false, EXACT),
+    (2, 2, false, PREDICTED),
+    (1, 2, true, EXACT),
+    (2, 2, true, EXACT),
+    (1, 2, true, PREDICTED),
+    (2, 1, false, SIGNS),
+    (2, 2, false, BY_GATE),
+    (1, 2, false, BY_PRODUCT),
 ];
 
-fn setup(n_nodes: usize, n_threads: usize, traced: bool) -> Setup {
+fn setup((n_nodes, n_threads, traced, form): (usize, usize, bool, Form)) -> Setup {
     let bounds = TraceBounds {
         n_steps: 2 * N_TOKENS + 10,
         node_bytes_max: 1 << 24,
@@ -121,30 +147,20 @@ fn setup(n_nodes: usize, n_threads: usize, traced: bool) -> Setup {
     Setup {
         n_nodes,
         n_threads,
+        form,
+        activations: ActivationMode::Q8,
         trace: traced.then_some(bounds),
         ..Setup::default()
     }
 }
 
-/// Every team with ReLU gates, and the largest with thresholds by either criterion.
-fn engines() -> impl Iterator<Item = (usize, usize, bool, impl FnOnce() -> Engine)> {
-    let skip = |by_gate| Form::Threshold(Skip { by_gate, tau: 0.1 });
-    let exact = TEAMS.map(|team| (None, team));
-    let forms = [true, false].map(|by_gate| (Some(skip(by_gate)), (2, 2, false)));
-    let cases = exact.into_iter().chain(forms);
-    cases.map(|(form, (n_nodes, n_threads, traced))| {
-        let start = move || {
-            let setup = setup(n_nodes, n_threads, traced);
-            match form {
-                None => engine(&PlainModel::random(41, GateActivation::Relu), setup),
-                Some(form) => {
-                    let model = PlainModel::random(41, GateActivation::Silu);
-                    engine(&model, Setup { form, ..setup })
-                }
-            }
-        };
-        (n_nodes, n_threads, traced, start)
-    })
+/// Thresholds are for gates that never close.
+fn quiet_engine(team: (usize, usize, bool, Form)) -> Engine {
+    let activation = match team.3 {
+        Form::Threshold(_) => GateActivation::Silu,
+        _ => GateActivation::Relu,
+    };
+    engine(&PlainModel::random(41, activation), setup(team))
 }
 
 /// Every step has been recorded.
@@ -165,8 +181,8 @@ fn team_threads_allocate_nothing_and_call_nothing_but_futex() {
     if std::env::var_os(CHILD).is_some() {
         return decode_under_filter();
     }
-    for (n_nodes, n_threads, traced, engine) in engines() {
-        let engine = engine();
+    for team in TEAMS {
+        let engine = quiet_engine(team);
         remember_threads(&engine);
         let run = engine.run(silent()).unwrap();
         run.outcome.unwrap();
@@ -174,7 +190,7 @@ fn team_threads_allocate_nothing_and_call_nothing_but_futex() {
         let allocations = ALLOCATIONS.swap(0, Ordering::SeqCst);
         assert_eq!(
             allocations, 0,
-            "{n_nodes} × {n_threads} threads, {N_TOKENS} tokens, traced: {traced}"
+            "{team:?}: nodes, threads, traced, form; {N_TOKENS} tokens"
         );
         check_trace(&engine);
     }
@@ -206,15 +222,14 @@ fn no_system_call_but_futex() {
         Some(0),
         "a team thread made system call number {code:?}\n{said}"
     );
-    let n_tokens = engines().count() * N_TOKENS;
     assert!(
-        said.contains(&format!("tokens decoded under the filter: {n_tokens}\n")),
+        said.contains("tokens decoded under the filter: 900"),
         "{said}"
     );
 }
 
 fn decode_under_filter() {
-    let engines: Vec<Engine> = engines().map(|(.., engine)| engine()).collect();
+    let engines = TEAMS.map(quiet_engine);
     let mut n_tokens = 0;
     for engine in &engines {
         // once without the filter, for what happens the first time only

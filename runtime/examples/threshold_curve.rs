@@ -9,6 +9,7 @@ use std::sync::Arc;
 use pi_kernels::attention::KvType;
 use pi_kernels::{ActivationMode, Cpu};
 use pi_runtime::model::Sparsity;
+use pi_runtime::model::predicting::Predicting;
 use pi_runtime::model::sparsity::writable_type;
 use pi_runtime::model::threshold::Criterion;
 use pi_runtime::session::{ModelOptions, N_UBATCH, ThresholdSource, TopologyFile};
@@ -33,6 +34,7 @@ fn main() -> Result<(), Box<dyn std::error::Error>> {
         tap: None,
         sidecar: None,
         thresholds: ThresholdSource::default(),
+        predicting: Predicting::default(),
     };
     let how = CalibrateOptions {
         scored_chunks: rest.first().map_or(Ok(16), |chunks| chunks.parse())?,

@@ -15,6 +15,7 @@ use crate::model::ModelError;
 use crate::perplexity::PerplexityError;
 use crate::sampler::SamplerError;
 use crate::sidecar::SidecarError;
+use crate::synth::SynthError;
 use crate::tokenizer::TokenizerError;
 use crate::trace::TraceError;
 
@@ -109,6 +110,9 @@ pub enum RuntimeError {
         /// Why.
         source: Box<ActorError>,
     },
+    /// A synthetic model that cannot be made.
+    #[error(transparent)]
+    Synth(#[from] SynthError),
     /// `inspect` failed.
     #[error(transparent)]
     Inspect(InspectError),
@@ -283,6 +287,7 @@ impl RuntimeError {
             RuntimeError::Topology(error) => error.is_environment(),
             RuntimeError::Actor(error) => error.is_environment(),
             RuntimeError::Trace(error) => error.is_environment(),
+            RuntimeError::Synth(error) => error.is_environment(),
             RuntimeError::Sidecar(error) => error.is_environment(),
             RuntimeError::StepOf { source, .. } => source.is_environment(),
             RuntimeError::Inspect(InspectError::Gguf(error)) => error.is_environment(),

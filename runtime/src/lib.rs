@@ -18,6 +18,7 @@ pub mod perplexity;
 pub mod sampler;
 pub mod session;
 pub mod sidecar;
+pub mod synth;
 pub mod threshold;
 pub mod tokenizer;
 pub mod trace;

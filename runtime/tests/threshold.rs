@@ -11,6 +11,7 @@ use common::workspace;
 use pi_kernels::attention::KvType;
 use pi_kernels::{ActivationMode, Cpu, QuantType};
 use pi_runtime::gguf::{GgufFile, GgufWriter};
+use pi_runtime::model::predicting::Predicting;
 use pi_runtime::model::threshold::{Criterion, LayerThresholds, Thresholds};
 use pi_runtime::model::{Hyperparameters, ModelTensors, Sparsity};
 use pi_runtime::session::{ModelOptions, N_UBATCH, ThresholdSource, TopologyFile};
@@ -40,6 +41,7 @@ fn options(path: &Path) -> ModelOptions {
         tap: None,
         sidecar: None,
         thresholds: ThresholdSource::default(),
+        predicting: Predicting::default(),
     }
 }
 

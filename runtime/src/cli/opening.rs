@@ -5,11 +5,12 @@ use pi_kernels::attention::KvType;
 use pi_kernels::{Cpu, Tier};
 use pi_topology::Plan;
 
-use super::args::{KvArg, ModelArgs, SparsityArg};
+use super::args::{KvArg, ModelArgs, PredictorArg, PrefetchArg, SparsityArg};
 use super::demo_model;
 use super::progress::LoadBar;
 use crate::error::RuntimeError;
 use crate::model::Sparsity;
+use crate::model::predicting::{PredictBy, Predicting};
 use crate::session::{LoadedModel, ModelOptions, N_UBATCH, ThresholdSource, TopologyFile};
 
 impl ModelArgs {
@@ -26,6 +27,7 @@ impl ModelArgs {
                 SparsityArg::Off => Sparsity::Off,
                 SparsityArg::Exact => Sparsity::Exact,
                 SparsityArg::Threshold => Sparsity::Threshold,
+                SparsityArg::Predicted => Sparsity::Predicted,
             }),
             cpu: Cpu::new(tier, self.activations).map_err(RuntimeError::Tier)?,
             kv_type: match self.kv {
@@ -39,6 +41,15 @@ impl ModelArgs {
                 ThresholdSource::Forced
             } else {
                 ThresholdSource::Sidecar
+            },
+            predicting: Predicting {
+                by: match self.predictor {
+                    PredictorArg::Auto => None,
+                    PredictorArg::InLayer => Some(PredictBy::InLayer),
+                    PredictorArg::Ahead => Some(PredictBy::Ahead),
+                    PredictorArg::Both => Some(PredictBy::Both),
+                },
+                prefetch: self.prefetch == PrefetchArg::On,
             },
             n_batch: usize::from(self.batch_size).min(N_UBATCH),
         })

@@ -16,6 +16,8 @@ pub enum Sparsity {
     Off,
     /// Those whose ReLU gate is open; the others contribute nothing.
     Exact,
+    /// Those that predictors pick and whose gate is open.
+    Predicted,
     /// Those that contribute more than a threshold, where gates never close.
     Threshold,
 }
@@ -26,6 +28,7 @@ impl Sparsity {
         match self {
             Sparsity::Off => "off",
             Sparsity::Exact => "exact",
+            Sparsity::Predicted => "predicted",
             Sparsity::Threshold => "threshold",
         }
     }
@@ -99,7 +102,7 @@ impl SparsityPlan {
     /// other plain files `exact` runs only when asked for.
     ///
     /// # Errors
-    /// [`ModelError::GatesNeverClose`] for `exact` without ReLU gates; [`ModelError::GatesClose`] or
+    /// [`ModelError::GatesNeverClose`] for `exact` and `predicted` without ReLU gates; [`ModelError::GatesClose`] or
     /// [`ModelError::NoThresholds`] for `threshold`, which needs [`SparsityPlan::with_thresholds`].
     pub fn resolve(
         asked: Option<Sparsity>,
@@ -112,8 +115,9 @@ impl SparsityPlan {
             DownStored::Plain(quant) => !quant.is_quantised(),
         });
         let mode = match asked {
-            Some(Sparsity::Exact) if !relu => {
+            Some(mode @ (Sparsity::Exact | Sparsity::Predicted)) if !relu => {
                 return Err(ModelError::GatesNeverClose {
+                    mode: mode.name(),
                     activation: gate.name(),
                 });
             }
@@ -170,7 +174,7 @@ impl SparsityPlan {
         let thresholds = self.thresholds.as_ref();
         match self.mode {
             Sparsity::Off => Skipping::Nothing,
-            Sparsity::Exact => Skipping::UpAndDown,
+            Sparsity::Exact | Sparsity::Predicted => Skipping::UpAndDown,
             Sparsity::Threshold => {
                 match thresholds.and_then(|thresholds| thresholds.layers[layer].as_ref()) {
                     None => Skipping::Nothing,
@@ -191,6 +195,9 @@ impl SparsityPlan {
                 .as_ref()
                 .map(|thresholds| thresholds.words()),
         );
+        if self.mode == Sparsity::Predicted {
+            names.insert(0, "predicted neurons".to_owned());
+        }
         names
     }
 
@@ -208,7 +215,7 @@ fn plan_down(mode: Sparsity, stored: DownStored) -> DownPlan {
     match (stored, mode) {
         (DownStored::NeuronMajor(quant), _) => DownPlan::NeuronRows(quant),
         (DownStored::Plain(quant), Sparsity::Off | Sparsity::Threshold) => DownPlan::Dense(quant),
-        (DownStored::Plain(from), Sparsity::Exact) => DownPlan::Transposed {
+        (DownStored::Plain(from), Sparsity::Exact | Sparsity::Predicted) => DownPlan::Transposed {
             from,
             to: transposed_type(from),
         },

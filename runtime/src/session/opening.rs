@@ -17,6 +17,7 @@ use crate::error::RuntimeError;
 use crate::gguf::GgufFile;
 use crate::model::description::Description;
 use crate::model::footprint::Footprint;
+use crate::model::predicting::Predicting;
 use crate::model::sparsity::SparsityPlan;
 use crate::model::{Hyperparameters, Loader, ModelError, ModelTensors, Sparsity};
 use crate::sidecar::{self, Sidecar, SidecarError};
@@ -52,6 +53,8 @@ pub struct ModelOptions {
     pub tap: Option<Arc<dyn LayerTap>>,
     /// The model's sidecar; none: the file beside the model, where a mode needs it.
     pub sidecar: Option<PathBuf>,
+    /// How neurons are predicted, where they are.
+    pub predicting: Predicting,
     /// Where the thresholds of `threshold` come from.
     pub thresholds: ThresholdSource,
 }
@@ -223,7 +226,26 @@ fn start_engine(
         n_ctx => n_ctx,
     };
     let threads: Vec<usize> = plan.nodes.iter().map(|node| node.cpus.len()).collect();
-    let loader = Loader::new(file, hyper, &tensors, &sparsity, &threads, n_ctx).map_err(in_file)?;
+    let predictors = match (sparsity.mode, sidecar) {
+        (Sparsity::Predicted, Some(sidecar)) => {
+            let found = sidecar.predictors(hyper, &tensors)?;
+            let mut layers = found.ok_or_else(|| sidecar.missing("predictors"))?;
+            options.predicting.choose(&mut layers);
+            Some(layers)
+        }
+        _ => None,
+    };
+    let loader = Loader::predicted(
+        file,
+        hyper,
+        &tensors,
+        &sparsity,
+        predictors.as_deref(),
+        options.predicting,
+        &threads,
+        n_ctx,
+    )
+    .map_err(in_file)?;
     let teams = Teams::start(plan)?;
     observer.begin(loader.copied_bytes());
     let weights = loader.load(&teams, plan, &|bytes| observer.copied(bytes));

@@ -24,7 +24,11 @@ pub enum ThresholdSource {
 /// Whether the mode cannot do without the sidecar.
 pub(super) fn needs_sidecar(options: &ModelOptions, hyper: &Hyperparameters) -> bool {
     let given = matches!(options.thresholds, ThresholdSource::Given(_));
-    options.sparsity == Some(Sparsity::Threshold) && !given && hyper.gate != GateKind::Relu
+    match options.sparsity {
+        Some(Sparsity::Predicted) => true,
+        Some(Sparsity::Threshold) => !given && hyper.gate != GateKind::Relu,
+        _ => false,
+    }
 }
 
 /// The plan for what was asked for.

@@ -5,12 +5,14 @@
 
 mod error;
 mod hash;
+mod predictors;
 mod threshold;
 
 use std::path::{Path, PathBuf};
 
 pub use error::SidecarError;
 pub use hash::model_hash;
+pub use predictors::{AHEAD_KIND_KEY, Ahead, LayerPredictors, SKETCH_KIND_KEY, Sketch, SketchKind};
 pub use threshold::{ThresholdFigures, ThresholdSection};
 
 use crate::gguf::{GgufError, GgufFile, GgufWriter};
