@@ -142,6 +142,7 @@ impl Rehearsal {
                 mode: sparsity.mode,
                 down: layers.iter().map(|&layer| sparsity.down[layer]).collect(),
                 hint: None,
+                thresholds: None,
             },
             head_scale: hyper.n_vocab as f64 / n_vocab as f64,
         }
