@@ -34,6 +34,7 @@ fn main() -> Result<()> {
         tap: Some(tap.clone()),
         sidecar: None,
         predicting: Default::default(),
+        thresholds: Default::default(),
         head: Head::Full,
     };
     let plan = TopologyFile::read(None)?.plan(None)?;

@@ -2,8 +2,8 @@
 //!
 //! The loss of a neuron with score s and share of mass m is (m/λ)·softplus(−s) + softplus(s). Where it is least the
 //! score is the logarithm of the neuron's expected mass over λ: `score > 0` then says that the neuron is worth its
-//! cost, and a threshold at another target is one shift. Training starts from the linear fit, which a ReLU layer of
-//! twice its rank holds exactly: z = relu(z) − relu(−z).
+//! cost, and a threshold at another target is one shift. Training starts from the linear fit of the same rank: its
+//! inner values have variance 1, and a bias of 1 keeps most of them on the straight side of the ReLU.
 
 use std::num::NonZeroUsize;
 
@@ -28,6 +28,8 @@ const ROWS: usize = 16;
 const TOKENS: usize = 64;
 /// Most that one contribution weighs against a missed chance to skip.
 const WEIGHT_MAX: f32 = 30.0;
+/// Bias of inner values at the start, in their deviations.
+const OPEN_AT_START: f32 = 1.0;
 /// What the starting point keeps.
 const AT_START: Target = Target::MassKept(0.95);
 
@@ -143,54 +145,56 @@ struct Net {
 }
 
 impl Net {
-    /// The linear fit of half the rank as a network, and the mass (λ) that is worth a candidate's cost.
+    /// The linear fit as a network, and the mass (λ) that is worth a candidate's cost.
     fn start(
         samples: &LayerSamples,
         workers: Workers,
         training: &Training,
     ) -> Result<(Self, f32), PredictorError> {
-        let (n_embd, n_ff, half) = (samples.n_embd, samples.n_ff, training.rank / 2);
-        let regression = ahead_svd::regression(samples, workers, half)?;
+        let (n_embd, n_ff, rank) = (samples.n_embd, samples.n_ff, training.rank);
+        let linear = rank.min(n_embd);
+        let regression = ahead_svd::regression(samples, workers, linear)?;
         let tokens = samples.fitting();
         let residual = samples
             .residual(tokens.clone())
             .ok_or(PredictorError::NoResidual)?;
-        let a = regression.directions(half);
-        let b = regression.map_from(&a, half)?;
-        let mut inner = vec![0.0; tokens.len() * half];
+        let a = regression.directions(linear);
+        let b = regression.map_from(&a, linear)?;
+        let mut inner = vec![0.0; tokens.len() * linear];
         times_transposed(residual, &a, n_embd, &mut inner);
         let mut scores = vec![0.0; tokens.len() * n_ff];
-        times_transposed(&inner, &b, half, &mut scores);
+        times_transposed(&inner, &b, linear, &mut scores);
         let masses = samples.masses(tokens);
         let models = NeuronModel::fit_all(&scores, masses.gates(), masses.all_shares(), n_ff);
         let (bias, mass_unit) = thresholds::per_neuron_at(&scores, &masses, &models, AT_START);
         // a score of a logistic unit: in deviations of the gate around its line
         let gains: Vec<f32> = models.iter().map(deviations_of).collect();
         let scales = input_scales(residual, n_embd);
-        let mut fc1 = Vec::with_capacity(training.rank * n_embd);
-        for sign in [1.0, -1.0] {
-            for row in a.chunks_exact(n_embd) {
-                fc1.extend(row.iter().zip(&scales).map(|(a, scale)| sign * a / scale));
-            }
+        // rows beyond the linear fit's look the other way, and nobody listens to them yet
+        let mut fc1 = Vec::with_capacity(rank * n_embd);
+        for r in 0..rank {
+            let sign = if r < linear { 1.0 } else { -1.0 };
+            let row = &a[r % linear * n_embd..][..n_embd];
+            fc1.extend(row.iter().zip(&scales).map(|(a, scale)| sign * a / scale));
         }
-        let mut fc2 = Vec::with_capacity(n_ff * training.rank);
-        for (row, gain) in b.chunks_exact(half).zip(&gains) {
-            for sign in [1.0, -1.0] {
-                fc2.extend(row.iter().map(|b| sign * b * gain));
-            }
+        let mut fc2 = vec![0.0; n_ff * rank];
+        let mut fc2_bias = Vec::with_capacity(n_ff);
+        for (i, row) in fc2.chunks_exact_mut(rank).enumerate() {
+            let map = &b[i * linear..][..linear];
+            row.iter_mut()
+                .zip(map)
+                .for_each(|(to, b)| *to = b * gains[i]);
+            let added = OPEN_AT_START * row.iter().sum::<f32>();
+            fc2_bias.push((bias[i] * gains[i]).clamp(-20.0, 20.0) - added);
         }
-        let fc2_bias = bias
-            .iter()
-            .zip(&gains)
-            .map(|(bias, gain)| (bias * gain).clamp(-20.0, 20.0));
         let net = Self {
             n_embd,
-            rank: training.rank,
+            rank,
             input_scale: scales,
             fc1: Adam::new(fc1),
-            fc1_bias: Adam::new(vec![0.0; training.rank]),
+            fc1_bias: Adam::new(vec![OPEN_AT_START; rank]),
             fc2: Adam::new(fc2),
-            fc2_bias: Adam::new(fc2_bias.collect()),
+            fc2_bias: Adam::new(fc2_bias),
         };
         Ok((net, mass_unit as f32))
     }

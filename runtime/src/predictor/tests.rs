@@ -224,7 +224,7 @@ fn thresholds_meet_their_target_and_nearly_so_on_fresh_tokens() {
 /// Neurons whose scores are good for different things: own thresholds need fewer candidates than one.
 #[test]
 fn a_threshold_per_neuron_beats_one_for_all() {
-    let (n_tokens, n_ff) = (2000, 16);
+    let (n_tokens, n_ff) = (1000, 64);
     let mut rng = Mt19937::new(9);
     let gates: Vec<f32> = normal(&mut rng, n_tokens * n_ff, 1.0)
         .iter()
@@ -232,10 +232,10 @@ fn a_threshold_per_neuron_beats_one_for_all() {
         .collect();
     let noise = normal(&mut rng, n_tokens * n_ff, 1.0);
     let scale = |at: usize| {
-        if at % n_ff < 8 {
-            (0.05, 5.0)
+        if at % n_ff < 32 {
+            (0.05, 0.3)
         } else {
-            (0.8, 0.3)
+            (0.8, 5.0)
         }
     };
     let scores: Vec<f32> = (0..gates.len())
