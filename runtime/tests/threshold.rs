@@ -11,7 +11,7 @@ use common::workspace;
 use pi_kernels::attention::KvType;
 use pi_kernels::{ActivationMode, Cpu, QuantType};
 use pi_runtime::gguf::{GgufFile, GgufWriter};
-use pi_runtime::model::Head;
+use pi_runtime::head_sketch::Head;
 use pi_runtime::model::predicting::Predicting;
 use pi_runtime::model::threshold::{Criterion, LayerThresholds, Thresholds};
 use pi_runtime::model::{Hyperparameters, ModelTensors, Sparsity};
