@@ -10,8 +10,10 @@ use crate::messages::ActorId;
 pub struct Counters {
     /// Messages handled.
     pub messages: u64,
-    /// Neurons whose gate was computed, counted once per token.
+    /// Neurons that had to be decided on, counted once per token.
     pub neurons: u64,
+    /// Neurons among them whose gate was computed: all but where a predictor picks candidates.
+    pub candidates: u64,
     /// Neurons among them whose up and down rows were computed: those with an open gate in
     /// `exact`, and in `off` those that had one.
     pub active_neurons: u64,
@@ -26,6 +28,11 @@ impl Counters {
     pub fn active_share(&self) -> Option<f64> {
         (self.neurons > 0).then(|| self.active_neurons as f64 / self.neurons as f64)
     }
+
+    /// Share of neurons whose gate was computed; none where no neuron was decided on.
+    pub fn candidate_share(&self) -> Option<f64> {
+        (self.neurons > 0).then(|| self.candidates as f64 / self.neurons as f64)
+    }
 }
 
 impl Add for Counters {
@@ -35,6 +42,7 @@ impl Add for Counters {
         Counters {
             messages: self.messages + other.messages,
             neurons: self.neurons + other.neurons,
+            candidates: self.candidates + other.candidates,
             active_neurons: self.active_neurons + other.active_neurons,
             weight_bytes: self.weight_bytes + other.weight_bytes,
             kv_bytes: self.kv_bytes + other.kv_bytes,
@@ -55,6 +63,7 @@ impl Sub for Counters {
         Counters {
             messages: self.messages - other.messages,
             neurons: self.neurons - other.neurons,
+            candidates: self.candidates - other.candidates,
             active_neurons: self.active_neurons - other.active_neurons,
             weight_bytes: self.weight_bytes - other.weight_bytes,
             kv_bytes: self.kv_bytes - other.kv_bytes,
@@ -80,6 +89,7 @@ pub(crate) struct Cell {
     starts: AtomicU32,
     messages: AtomicU64,
     neurons: AtomicU64,
+    candidates: AtomicU64,
     active_neurons: AtomicU64,
     weight_bytes: AtomicU64,
     kv_bytes: AtomicU64,
@@ -91,6 +101,7 @@ impl Cell {
         for (counter, more) in [
             (&self.messages, work.messages),
             (&self.neurons, work.neurons),
+            (&self.candidates, work.candidates),
             (&self.active_neurons, work.active_neurons),
             (&self.weight_bytes, work.weight_bytes),
             (&self.kv_bytes, work.kv_bytes),
@@ -115,6 +126,7 @@ impl Cell {
         let counters = Counters {
             messages: get(&self.messages),
             neurons: get(&self.neurons),
+            candidates: get(&self.candidates),
             active_neurons: get(&self.active_neurons),
             weight_bytes: get(&self.weight_bytes),
             kv_bytes: get(&self.kv_bytes),

@@ -12,8 +12,8 @@ use pi_kernels::norm::{can_be_normed, rms_norm};
 
 use crate::counters::{Cell, Counters};
 use crate::messages::{
-    ActorId, Compute, HeadDone, LayerDone, Message, NeuronIds, Partial, RunHead, RunLayer, Share,
-    ShareDone, SlotId, Stage, Step,
+    ActorId, Compute, Correct, HeadDone, Hidden, LayerDone, Message, NeuronIds, Partial, RunHead,
+    RunLayer, Share, ShareDone, SlotId, Stage, Step,
 };
 use crate::model::{Model, sums_of};
 use crate::posts::Posts;
@@ -103,6 +103,7 @@ impl DeviceLayer {
             }
             Stage::Output => {
                 self.add_projected(team);
+                self.send_hidden(message.step, posts);
                 self.send_compute(message.step, posts);
             }
             Stage::Head { .. } => {
@@ -161,14 +162,36 @@ impl DeviceLayer {
         self.send_to_nodes(Message::Share(Share { step, layer, stage }), posts);
     }
 
+    /// Lets the next layer's neurons be predicted, where they are.
+    fn send_hidden(&mut self, step: Step, posts: &mut Posts<'_>) {
+        let layer = self.layer;
+        if self.model.ahead(layer + 1, self.step().n_tokens).is_some() {
+            posts.post(ActorId::Predictor, Message::Hidden(Hidden { step, layer }));
+        }
+    }
+
+    /// Starts the neurons: all, or those that the `Predictor`'s `Compute` named and the nodes' own
+    /// sketches add.
     fn send_compute(&mut self, step: Step, posts: &mut Posts<'_>) {
-        let compute = Compute {
-            step,
-            layer: self.layer,
-            ids: NeuronIds::All,
-            x_slot: SlotId::Normed,
+        let layer = self.layer;
+        let message = match self.model.ahead(layer, self.step().n_tokens) {
+            Some(ahead) => {
+                let ids = if ahead.alone {
+                    NeuronIds::None
+                } else {
+                    NeuronIds::All
+                };
+                Message::Correct(Correct { step, layer, ids })
+            }
+            None => Message::Compute(Compute {
+                step,
+                layer,
+                ids: NeuronIds::All,
+                x_slot: SlotId::Normed,
+                work: Counters::default(),
+            }),
         };
-        self.send_to_nodes(Message::Compute(compute), posts);
+        self.send_to_nodes(message, posts);
     }
 
     /// Other nodes first, so that they start while this one still works on its own message.

@@ -25,6 +25,7 @@ use crate::kv::KvStore;
 use crate::messages::ActorId;
 use crate::model::Model;
 use crate::pipeline::{Pipeline, RunState};
+use crate::predictor::Predictor;
 use crate::scratch::NodeScratch;
 use crate::tap::LayerTap;
 use crate::teams::Teams;
@@ -124,8 +125,9 @@ impl Engine {
         let model = Arc::new(Model::new(weights, cpu, kv_type, n_ubatch).with_tap(tap));
         let caches = caches(&teams, &model)?;
         let n_layer = model.shape().n_layer;
-        let trace = trace.map(|bounds| Arc::new(Trace::new(bounds, n_layer, n_nodes)));
-        let cells = Arc::new(Cells::new(model.shape().n_layer, n_nodes));
+        let ahead = model.slots.sizes.ahead;
+        let trace = trace.map(|bounds| Arc::new(Trace::new(bounds, n_layer, n_nodes, ahead)));
+        let cells = Arc::new(Cells::new(model.shape().n_layer, n_nodes, ahead));
         let control = Builder::new_multi_thread()
             .worker_threads(1)
             .thread_name("pi-control")
@@ -348,6 +350,9 @@ fn build(
     match actor {
         ActorId::Pipeline => Arc::new(move || {
             Incarnation::Pipeline(Pipeline::new(Arc::clone(&model), Arc::clone(&cell)))
+        }),
+        ActorId::Predictor => Arc::new(move || {
+            Incarnation::Predictor(Predictor::new(Arc::clone(&model), Arc::clone(&cell)))
         }),
         ActorId::DeviceLayer { layer } => Arc::new(move || {
             let device = DeviceLayer::new(layer, Arc::clone(&model), Arc::clone(&cell));

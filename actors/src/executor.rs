@@ -20,6 +20,7 @@ use crate::messages::{ActorId, Envelope, Message};
 use crate::model::Model;
 use crate::pipeline::{Pipeline, RunState};
 use crate::posts::Posts;
+use crate::predictor::Predictor;
 use crate::scratch::NodeScratch;
 use crate::team::{Team, panic_text};
 use crate::teams::JobRef;
@@ -81,6 +82,7 @@ pub(crate) struct Failure {
 /// An actor's state on its way to its executor.
 pub(crate) enum Incarnation {
     Pipeline(Pipeline),
+    Predictor(Predictor),
     DeviceLayer(DeviceLayer),
     ColdLayer(ColdLayer),
 }
@@ -102,14 +104,16 @@ pub(crate) struct Attachment {
 #[derive(Debug)]
 pub(crate) struct Cells {
     pub pipeline: Arc<Cell>,
+    /// Where something is predicted ahead.
+    pub predictor: Option<Arc<Cell>>,
     pub devices: Vec<Arc<Cell>>,
     /// By node, then layer.
     pub cold: Vec<Vec<Arc<Cell>>>,
 }
 
 impl Cells {
-    /// For a model of so many layers and nodes.
-    pub fn new(n_layer: usize, n_nodes: usize) -> Self {
+    /// For a model of so many layers and nodes, with a predictor or not.
+    pub fn new(n_layer: usize, n_nodes: usize, predictor: bool) -> Self {
         let cells = || {
             (0..n_layer)
                 .map(|_| Arc::default())
@@ -117,6 +121,7 @@ impl Cells {
         };
         Self {
             pipeline: Arc::default(),
+            predictor: predictor.then(Arc::default),
             devices: cells(),
             cold: (0..n_nodes).map(|_| cells()).collect(),
         }
@@ -126,6 +131,7 @@ impl Cells {
     pub fn get(&self, actor: ActorId) -> Option<&Arc<Cell>> {
         match actor {
             ActorId::Pipeline => Some(&self.pipeline),
+            ActorId::Predictor => self.predictor.as_ref(),
             ActorId::DeviceLayer { layer } => self.devices.get(layer),
             ActorId::ColdLayer { layer, node } => self.cold.get(node)?.get(layer),
         }
@@ -141,7 +147,9 @@ impl Cells {
                 .clone()
                 .map(move |layer| ActorId::ColdLayer { layer, node })
         });
+        let predictor = self.predictor.iter().map(|_| ActorId::Predictor);
         std::iter::once(ActorId::Pipeline)
+            .chain(predictor)
             .chain(devices)
             .chain(cold)
             .collect()
@@ -167,7 +175,10 @@ struct Bench {
     cold: Vec<Option<ColdLayer>>,
     devices: Vec<Option<DeviceLayer>>,
     pipeline: Option<Pipeline>,
+    predictor: Option<Predictor>,
     host: Host,
+    /// Actors that died and are not back: what else their step sends them is dropped.
+    restarting: Vec<ActorId>,
 }
 
 impl Executor {
@@ -242,6 +253,7 @@ impl Executor {
         }
         match outcome {
             Ok(true) => {}
+            Ok(false) if bench.restarting.contains(&envelope.to) => {}
             Ok(false) => self.failed(Failure {
                 actor: envelope.to,
                 reason: None,
@@ -270,6 +282,9 @@ impl Executor {
     fn failed(&mut self, failure: Failure) {
         let Some(bench) = &mut self.bench else { return };
         bench.remove(failure.actor);
+        if failure.reason.is_some() {
+            bench.restarting.push(failure.actor);
+        }
         let notice = failure.reason.clone().map(|reason| (failure.actor, reason));
         if self.node == 0 {
             self.host_failed(failure);
@@ -399,13 +414,19 @@ impl Bench {
             cold: (0..n_layer).map(|_| None).collect(),
             devices: (0..n_devices).map(|_| None).collect(),
             pipeline: None,
+            predictor: None,
             host,
+            restarting: Vec::new(),
         }
     }
 
     fn install(&mut self, actor: ActorId, incarnation: Incarnation) {
+        self.restarting.retain(|waiting| *waiting != actor);
         match (actor, incarnation) {
             (ActorId::Pipeline, Incarnation::Pipeline(pipeline)) => self.pipeline = Some(pipeline),
+            (ActorId::Predictor, Incarnation::Predictor(predictor)) => {
+                self.predictor = Some(predictor);
+            }
             (ActorId::DeviceLayer { layer }, Incarnation::DeviceLayer(device)) => {
                 self.devices[layer] = Some(device);
             }
@@ -419,6 +440,7 @@ impl Bench {
     fn remove(&mut self, actor: ActorId) {
         match actor {
             ActorId::Pipeline => self.pipeline = None,
+            ActorId::Predictor => self.predictor = None,
             ActorId::DeviceLayer { layer } => self.devices[layer] = None,
             ActorId::ColdLayer { layer, .. } => self.cold[layer] = None,
         }
@@ -433,6 +455,7 @@ impl Bench {
             cold,
             devices,
             pipeline,
+            predictor,
             host,
             ..
         } = self;
@@ -442,6 +465,15 @@ impl Bench {
                     return false;
                 };
                 host.handle(message, pipeline, team, posts);
+            }
+            ActorId::Predictor => {
+                let Some(predictor) = predictor else {
+                    return false;
+                };
+                match message {
+                    Message::Hidden(message) => predictor.hidden(message, team, scratch, posts),
+                    other => unreachable!("{to} got {other:?}"),
+                }
             }
             ActorId::DeviceLayer { layer } => {
                 let Some(device) = &mut devices[layer] else {
@@ -460,11 +492,18 @@ impl Bench {
                     return false;
                 };
                 let reply = match message {
-                    Message::Share(message) => cold.share(message, team, scratch),
+                    Message::Share(message) => Some(cold.share(message, team, scratch)),
                     Message::Compute(message) => cold.compute(message, team, scratch),
+                    Message::Correct(message) => cold.correct(message, team, scratch),
+                    Message::Prefetch(message) => {
+                        cold.prefetch(message, team, scratch);
+                        None
+                    }
                     other => unreachable!("{to} got {other:?}"),
                 };
-                posts.post(ActorId::DeviceLayer { layer }, reply);
+                if let Some(reply) = reply {
+                    posts.post(ActorId::DeviceLayer { layer }, reply);
+                }
             }
         }
         true

@@ -24,6 +24,7 @@ pub mod messages;
 mod model;
 mod pipeline;
 mod posts;
+mod predictor;
 mod scratch;
 #[doc(hidden)]
 pub mod slots;

@@ -14,6 +14,8 @@ use crate::counters::Counters;
 pub enum ActorId {
     /// The token loop.
     Pipeline,
+    /// Predicts one layer ahead.
+    Predictor,
     /// The device's part of a layer.
     DeviceLayer {
         /// Counted from 0.
@@ -33,7 +35,7 @@ impl ActorId {
     /// layers live with node 0.
     pub fn executor(self) -> usize {
         match self {
-            ActorId::Pipeline | ActorId::DeviceLayer { .. } => 0,
+            ActorId::Pipeline | ActorId::Predictor | ActorId::DeviceLayer { .. } => 0,
             ActorId::ColdLayer { node, .. } => node,
         }
     }
@@ -43,6 +45,7 @@ impl fmt::Display for ActorId {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match self {
             ActorId::Pipeline => f.write_str("Pipeline"),
+            ActorId::Predictor => f.write_str("Predictor"),
             ActorId::DeviceLayer { layer } => write!(f, "DeviceLayer {layer}"),
             ActorId::ColdLayer { layer, node } => write!(f, "ColdLayer {layer} on node {node}"),
         }
@@ -70,8 +73,14 @@ pub enum Message {
     Share(Share),
     /// `ColdLayer` → `DeviceLayer`
     ShareDone(ShareDone),
-    /// `DeviceLayer` → each `ColdLayer` of the layer
+    /// `DeviceLayer` → `Predictor`
+    Hidden(Hidden),
+    /// `Predictor` → each `ColdLayer` of the next layer
+    Prefetch(Prefetch),
+    /// `DeviceLayer` or `Predictor` → each `ColdLayer` of the layer
     Compute(Compute),
+    /// `DeviceLayer` → each `ColdLayer` of the layer, where `Compute` came from the `Predictor`
+    Correct(Correct),
     /// `ColdLayer` → `DeviceLayer`
     Partial(Partial),
     /// `DeviceLayer` → `Pipeline`
@@ -89,7 +98,10 @@ impl Message {
             Message::RunLayer(RunLayer { step, .. })
             | Message::Share(Share { step, .. })
             | Message::ShareDone(ShareDone { step, .. })
+            | Message::Hidden(Hidden { step, .. })
+            | Message::Prefetch(Prefetch { step, .. })
             | Message::Compute(Compute { step, .. })
+            | Message::Correct(Correct { step, .. })
             | Message::Partial(Partial { step, .. })
             | Message::LayerDone(LayerDone { step, .. })
             | Message::RunHead(RunHead { step, .. })
@@ -147,7 +159,27 @@ pub struct ShareDone {
     pub work: Counters,
 }
 
-/// Compute the node's neurons.
+/// The residual stream has passed the layer's attention: predict the next layer's neurons from it.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Hidden {
+    /// The step.
+    pub step: Step,
+    /// The layer that it is in; neurons of the next one are predicted.
+    pub layer: usize,
+}
+
+/// Pull the bundles of neurons towards the cache.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Prefetch {
+    /// The step.
+    pub step: Step,
+    /// The layer.
+    pub layer: usize,
+    /// Which.
+    pub ids: NeuronIds,
+}
+
+/// Compute the node's neurons: at once where the ids need no `Correct`, else when it has come.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Compute {
     /// The step.
@@ -156,15 +188,32 @@ pub struct Compute {
     pub layer: usize,
     /// Which neurons are candidates.
     pub ids: NeuronIds,
-    /// Where the normed hidden state is.
+    /// Where the normed hidden state is, or will be.
     pub x_slot: SlotId,
+    /// What it took to predict the ids.
+    pub work: Counters,
 }
 
-/// Candidates of a [`Compute`].
+/// The hidden state is there: compute what `Compute` named, and these neurons.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Correct {
+    /// The step.
+    pub step: Step,
+    /// The layer.
+    pub layer: usize,
+    /// Which neurons are candidates beside those of `Compute`.
+    pub ids: NeuronIds,
+}
+
+/// Candidates of a [`Compute`] or [`Correct`].
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum NeuronIds {
-    /// All neurons of the node.
+    /// None.
+    None,
+    /// All neurons of the node, or those that its own sketch picks where the layer has one.
     All,
+    /// Those that the `Predictor` wrote to the layer's slot.
+    Predicted,
 }
 
 /// A slot for activations.

@@ -10,7 +10,7 @@ use pi_kernels::rope::RopeTable;
 
 use crate::slots::{SlotSizes, Slots};
 use crate::tap::LayerTap;
-use crate::weights::{FfnShare, LayerShare, ModelShape, ModelWeights};
+use crate::weights::{AheadWeights, FfnShare, LayerShare, ModelShape, ModelWeights};
 
 /// Tokens whose logits are computed together.
 pub(crate) const HEAD_TOKENS: usize = 16;
@@ -39,14 +39,20 @@ impl Model {
             n_vocab: weights.shape.n_vocab,
             rope_len: rope.row_len(),
             n_head_tokens: HEAD_TOKENS.min(n_ubatch),
+            ahead: weights.layers.iter().any(|layer| layer.ahead.is_some()),
         };
         let nodes = 0..weights.head.len();
+        let n_neurons = |node: usize| {
+            let shares = weights.layers.iter().map(|layer| &layer.shares[node]);
+            shares.map(|share| share.neurons.len()).max().unwrap_or(0)
+        };
+        let n_neurons: Vec<usize> = nodes.clone().map(n_neurons).collect();
         let n_sums = |node: usize| {
             let shares = weights.layers.iter().map(|layer| &layer.shares[node]);
             shares.map(|share| sums_of(share).len()).max().unwrap_or(0)
         };
         let n_sums: Vec<usize> = nodes.map(n_sums).collect();
-        let slots = Slots::new(sizes, &n_sums);
+        let slots = Slots::new(sizes, &n_sums, &n_neurons);
         Self {
             weights,
             rope,
@@ -76,6 +82,19 @@ impl Model {
     /// A node's share of a layer.
     pub fn share(&self, layer: usize, node: usize) -> &LayerShare {
         &self.weights.layers[layer].shares[node]
+    }
+
+    /// What predicts the layer's neurons from the layer before, in a step of `n_tokens`: only decoding
+    /// is predicted ahead, and the first layer never.
+    pub fn ahead(&self, index: usize, n_tokens: usize) -> Option<&AheadWeights> {
+        let layer = self.weights.layers.get(index)?;
+        layer.ahead.as_ref().filter(|_| n_tokens == 1 && index > 0)
+    }
+
+    /// Whether the layer's predicted bundles are pulled towards the cache.
+    pub fn prefetches(&self, layer: usize) -> bool {
+        let ahead = self.weights.layers[layer].ahead.as_ref();
+        ahead.is_some_and(|ahead| ahead.prefetch)
     }
 
     /// Where node `node`'s partial sum `sum` starts in its slot.

@@ -1,14 +1,17 @@
 //! Memory that a node's team works in; all layers of the node use it one after the other.
 
+use std::collections::BTreeSet;
 use std::sync::atomic::{AtomicU64, AtomicUsize};
 
-use pi_kernels::ActBatch;
 use pi_kernels::attention::{CHUNK_POSITIONS, state_len};
+use pi_kernels::ffn_sparse::sketch::planes::TABLE_BYTES;
 use pi_kernels::ffn_sparse::{DownScratch, FFN_GROUPS, GroupSpan, UpScratch};
+use pi_kernels::quant::BLOCK;
+use pi_kernels::{ActBatch, ActivationMode, QuantType, ROW_GROUP};
 
 use crate::model::Model;
-use crate::slots::{Shared, SharedF32};
-use crate::weights::{FfnShare, LayerShare, UpRows};
+use crate::slots::{RankRows, Shared, SharedF32, SharedSlice};
+use crate::weights::{FfnShare, LayerShare, SketchKind};
 
 /// Neurons whose gate and up are computed together when there are many tokens; also what a thread
 /// takes at a time.
@@ -46,6 +49,102 @@ pub(crate) struct NodeScratch {
     pub active: AtomicU64,
     /// Neurons whose rows were read in a job.
     pub rows_read: AtomicU64,
+    /// Candidates counted in a job.
+    pub candidates: AtomicU64,
+    /// Middle of a low-rank sketch, `[n_ubatch, rank]`.
+    pub hidden: SharedF32,
+    /// The same as activations.
+    pub hidden_rows: RankRows,
+    /// 8-bit activations for sign planes, where others are computed with.
+    pub sketch_x: Shared<ActBatch>,
+    /// Sums of four activations with all signs, for one token.
+    pub tables: SharedSlice<u8>,
+    /// Sums of signs, `[groups of neurons, blocks, 16]`.
+    pub sums: SharedSlice<i16>,
+    /// The predictor's, on node 0.
+    pub ahead: Option<AheadScratch>,
+}
+
+/// What the predictor works in.
+#[derive(Debug)]
+pub(crate) struct AheadScratch {
+    /// `[n_embd]` ones: the residual stream is normed without weights.
+    pub ones: Vec<f32>,
+    /// The normed residual stream.
+    pub residual: Shared<ActBatch>,
+    /// Middle of the predictor, `[rank]`.
+    pub hidden: SharedF32,
+    /// `[n_ff]`
+    pub scores: SharedF32,
+    /// The middle as activations, for each thread.
+    pub activations: Vec<Shared<RankRows>>,
+    /// Neurons that each thread predicts.
+    pub lists: Vec<Shared<Vec<u32>>>,
+}
+
+impl AheadScratch {
+    fn bytes(&mut self) -> usize {
+        let rows = self.activations.iter_mut().map(|rows| rows.own().bytes());
+        let rows: usize = rows.sum();
+        let lists = self.lists.iter_mut().map(|list| list.own().capacity());
+        let lists: usize = lists.sum();
+        let floats = size_of_val(&*self.ones) + self.hidden.bytes() + self.scores.bytes();
+        floats + self.residual.own().bytes() + rows + 4 * lists
+    }
+
+    fn new(model: &Model, n_threads: usize) -> Option<Self> {
+        let ahead = || model.weights.layers.iter().filter_map(|l| l.ahead.as_ref());
+        let ranks: BTreeSet<usize> = ahead().map(|ahead| ahead.a.shape.n_rows).collect();
+        let rank_max = *ranks.last()?;
+        let (mode, shape) = (model.cpu.mode(), model.shape());
+        let rows = |_| Shared::new(RankRows::new(mode, &ranks, 1));
+        let list = |_| Shared::new(Vec::with_capacity(shape.n_ff));
+        Some(Self {
+            ones: vec![1.0; shape.n_embd],
+            residual: Shared::new(ActBatch::new(mode, shape.n_embd, 1)),
+            hidden: SharedF32::new(rank_max),
+            scores: SharedF32::new(shape.n_ff),
+            activations: (0..n_threads).map(rows).collect(),
+            lists: (0..n_threads).map(list).collect(),
+        })
+    }
+}
+
+/// What the sketches of a node's layers need.
+struct SketchSizes {
+    ranks: BTreeSet<usize>,
+    /// Most blocks of a row in sign planes, and most of them of all rows; 0 without.
+    n_blocks: usize,
+    n_sums: usize,
+}
+
+impl SketchSizes {
+    fn of(model: &Model, node: usize) -> Self {
+        let mut sizes = Self {
+            ranks: BTreeSet::new(),
+            n_blocks: 0,
+            n_sums: 0,
+        };
+        for layer in &model.weights.layers {
+            match layer.shares[node]
+                .sketch
+                .as_ref()
+                .map(|sketch| &sketch.kind)
+            {
+                None => {}
+                Some(SketchKind::LowRank { a, .. }) => {
+                    sizes.ranks.insert(a.shape.n_rows);
+                }
+                Some(SketchKind::Signs(planes)) => {
+                    let n_blocks = planes.shape.n_blocks();
+                    let padded = planes.shape.n_rows.next_multiple_of(ROW_GROUP);
+                    sizes.n_blocks = sizes.n_blocks.max(n_blocks);
+                    sizes.n_sums = sizes.n_sums.max(padded * n_blocks);
+                }
+            }
+        }
+        sizes
+    }
 }
 
 /// Active neurons of one token, ascending.
@@ -93,6 +192,13 @@ pub(crate) struct ThreadScratch {
     pub up_chunk: Vec<f32>,
     pub up: Option<UpScratch>,
     pub down: DownScratch,
+    /// Middle of a low-rank sketch of one token, as activations.
+    pub hidden: RankRows,
+    /// Candidates of two kinds together.
+    pub merged: Vec<u32>,
+    /// 16 rows of planes put together, in file order, and interleaved.
+    pub row: Vec<u8>,
+    pub image: Vec<u8>,
 }
 
 impl NodeScratch {
@@ -111,7 +217,11 @@ impl NodeScratch {
         let states = n_kv_heads * shape.n_ctx.div_ceil(CHUNK_POSITIONS) * heads;
         let n_kv = n_kv_heads * shape.head_dim;
         let n = model.n_ubatch;
-        let thread = || Shared::new(ThreadScratch::new(model, node, n_neurons));
+        let sketch = SketchSizes::of(model, node);
+        let thread = || Shared::new(ThreadScratch::new(model, node, n_neurons, &sketch));
+        let rank_max = sketch.ranks.last().copied().unwrap_or(0);
+        let q8_apart = sketch.n_blocks > 0 && model.cpu.mode() == ActivationMode::F32;
+        let sketch_cols = if q8_apart { shape.n_embd } else { 0 };
         Self {
             q: SharedF32::new(n * n_kv * heads),
             k: SharedF32::new(n * n_kv),
@@ -128,6 +238,15 @@ impl NodeScratch {
             next: AtomicUsize::new(0),
             active: AtomicU64::new(0),
             rows_read: AtomicU64::new(0),
+            candidates: AtomicU64::new(0),
+            hidden: SharedF32::new(n * rank_max),
+            hidden_rows: RankRows::new(model.cpu.mode(), &sketch.ranks, n),
+            sketch_x: Shared::new(ActBatch::new(ActivationMode::Q8, sketch_cols, n)),
+            tables: SharedSlice::new(sketch.n_blocks * TABLE_BYTES),
+            sums: SharedSlice::new(sketch.n_sums),
+            ahead: (node == 0)
+                .then(|| AheadScratch::new(model, n_threads))
+                .flatten(),
         }
     }
 
@@ -141,24 +260,24 @@ impl NodeScratch {
             &self.gate,
             &self.up,
             &self.act,
+            &self.hidden,
         ];
         let floats: usize = floats.iter().map(|values| values.bytes()).sum();
-        let lists = self
-            .lists
-            .iter_mut()
-            .map(|list| list.get_unshared().bytes());
+        let lists = self.lists.iter_mut().map(|list| list.own().bytes());
         let lists: usize = lists.sum();
-        let threads = self
-            .threads
-            .iter_mut()
-            .map(|own| own.get_unshared().bytes());
+        let threads = self.threads.iter_mut().map(|thread| thread.own().bytes());
         let threads: usize = threads.sum();
-        floats + self.act_rows.get_unshared().bytes() + lists + threads
+        let sketch = self.hidden_rows.bytes()
+            + self.sketch_x.own().bytes()
+            + self.tables.bytes()
+            + self.sums.bytes();
+        let ahead = self.ahead.as_mut().map_or(0, AheadScratch::bytes);
+        floats + self.act_rows.own().bytes() + lists + threads + sketch + ahead
     }
 }
 
 impl ThreadScratch {
-    fn bytes(&self) -> usize {
+    fn bytes(&mut self) -> usize {
         let floats = [
             &self.queries,
             &self.states,
@@ -167,25 +286,25 @@ impl ThreadScratch {
         ];
         let floats: usize = floats.iter().map(|values| size_of_val(&***values)).sum();
         let up = self.up.as_ref().map_or(0, UpScratch::bytes);
-        self.all.bytes() + floats + up + self.down.bytes()
+        let bytes = self.row.len() + self.image.len() + 4 * self.merged.capacity();
+        self.all.bytes() + floats + up + self.down.bytes() + self.hidden.bytes() + bytes
     }
 
-    fn new(model: &Model, node: usize, n_neurons: usize) -> Self {
+    fn new(model: &Model, node: usize, n_neurons: usize, sketch: &SketchSizes) -> Self {
         let shape = model.shape();
+        let group_bytes = ROW_GROUP * QuantType::Q4_0.row_bytes(sketch.n_blocks * BLOCK);
         let heads = shape.heads_per_kv();
         let n = model.n_ubatch;
-        let paired =
-            model
-                .weights
-                .layers
-                .iter()
-                .filter_map(|layer| match &layer.shares[node].ffn {
-                    FfnShare::Neurons {
-                        up: UpRows::Paired,
-                        rows,
-                    } => Some(rows.up_row_bytes()),
-                    _ => None,
-                });
+        let row_bytes = |share: &LayerShare| {
+            let up = share.ffn.paired()?.up_row_bytes();
+            let gate = share
+                .sketch
+                .as_ref()
+                .map_or(0, |_| share.gate.shape.row_bytes());
+            Some(up.max(gate))
+        };
+        let shares = model.weights.layers.iter().map(|layer| &layer.shares[node]);
+        let paired = shares.filter_map(row_bytes);
         let up = paired
             .max()
             .map(|bytes| UpScratch::new(n, NEURON_CHUNK, bytes));
@@ -198,6 +317,10 @@ impl ThreadScratch {
             up_chunk: vec![0.0; n * NEURON_CHUNK],
             up,
             down: DownScratch::default(),
+            hidden: RankRows::new(model.cpu.mode(), &sketch.ranks, 1),
+            merged: Vec::with_capacity(n_neurons),
+            row: vec![0; group_bytes],
+            image: vec![0; group_bytes],
         }
     }
 }

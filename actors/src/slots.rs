@@ -11,6 +11,7 @@
 //! | `heads` | `ColdLayer`s, own columns | `ShareDone` | `DeviceLayer` | next `Share` |
 //! | `attn` | `DeviceLayer` | `Share` | `ColdLayer`s | their reply |
 //! | `projected`, `logits` | `ColdLayer`s, own columns | `ShareDone` | `DeviceLayer`, `Pipeline` | next `Share` |
+//! | `predicted[node]`, that of the layer | `Predictor` | `Prefetch`, `Compute` | `ColdLayer` of the node | its `Partial` |
 //! | `partials[node]` | `ColdLayer` of the node | `Partial` | `DeviceLayer` | next `Compute` |
 //!
 //! A message that changes executors goes through a doorbell (release, then acquire); one that stays
@@ -24,26 +25,30 @@
 #![allow(unsafe_code)]
 
 use std::cell::UnsafeCell;
+use std::collections::BTreeSet;
 use std::ops::Range;
 
-use pi_kernels::{ActBatch, ActivationMode, StridedOut};
+use pi_kernels::{ActBatch, ActWriter, ActivationMode, StridedOut};
 
-/// f32 values that several threads write and read in turns.
+/// Values that several threads write and read in turns.
 #[derive(Debug)]
-pub struct SharedF32 {
-    start: *mut f32,
+pub struct SharedSlice<T> {
+    start: *mut T,
     len: usize,
 }
 
-// SAFETY: all access is through unsafe functions whose contract keeps writers and readers apart.
-unsafe impl Send for SharedF32 {}
-// SAFETY: as above.
-unsafe impl Sync for SharedF32 {}
+/// f32 values that several threads write and read in turns.
+pub type SharedF32 = SharedSlice<f32>;
 
-impl SharedF32 {
+// SAFETY: all access is through unsafe functions whose contract keeps writers and readers apart.
+unsafe impl<T: Send> Send for SharedSlice<T> {}
+// SAFETY: as above.
+unsafe impl<T: Send + Sync> Sync for SharedSlice<T> {}
+
+impl<T: Copy + Default> SharedSlice<T> {
     /// Zeros; their pages are taken when they are first written.
     pub fn new(len: usize) -> Self {
-        let values = vec![0.0f32; len].into_boxed_slice();
+        let values = vec![T::default(); len].into_boxed_slice();
         Self {
             start: Box::into_raw(values).cast(),
             len,
@@ -52,12 +57,12 @@ impl SharedF32 {
 
     /// Bytes of memory.
     pub fn bytes(&self) -> usize {
-        self.len * size_of::<f32>()
+        self.len * size_of::<T>()
     }
 
     /// # Safety
     /// Nobody writes these values while the slice lives.
-    pub unsafe fn read(&self, range: Range<usize>) -> &[f32] {
+    pub unsafe fn read(&self, range: Range<usize>) -> &[T] {
         assert!(
             range.start <= range.end && range.end <= self.len,
             "{range:?} of {}",
@@ -70,7 +75,7 @@ impl SharedF32 {
     /// # Safety
     /// Nobody else touches these values while the slice lives.
     #[allow(clippy::mut_from_ref)]
-    pub unsafe fn write(&self, range: Range<usize>) -> &mut [f32] {
+    pub unsafe fn write(&self, range: Range<usize>) -> &mut [T] {
         assert!(
             range.start <= range.end && range.end <= self.len,
             "{range:?} of {}",
@@ -79,7 +84,9 @@ impl SharedF32 {
         // SAFETY: inside the allocation; this function's contract.
         unsafe { std::slice::from_raw_parts_mut(self.start.add(range.start), range.len()) }
     }
+}
 
+impl SharedF32 {
     /// Columns `columns` of rows of `stride` values: `n_tokens` rows from value `offset` on.
     ///
     /// # Safety
@@ -108,7 +115,7 @@ impl SharedF32 {
     }
 }
 
-impl Drop for SharedF32 {
+impl<T> Drop for SharedSlice<T> {
     fn drop(&mut self) {
         let values = std::ptr::slice_from_raw_parts_mut(self.start, self.len);
         // SAFETY: it came from a box of this length.
@@ -129,8 +136,8 @@ impl<T> Shared<T> {
         Self(UnsafeCell::new(value))
     }
 
-    /// The value, which nobody shares yet.
-    pub fn get_unshared(&mut self) -> &T {
+    /// The value of one who has it alone.
+    pub fn own(&mut self) -> &mut T {
         self.0.get_mut()
     }
 
@@ -147,6 +154,56 @@ impl<T> Shared<T> {
     pub unsafe fn get_mut(&self) -> &mut T {
         // SAFETY: this function's contract.
         unsafe { &mut *self.0.get() }
+    }
+}
+
+/// Activations of ranks: a batch for each rank that some layer has.
+#[derive(Debug)]
+pub(crate) struct RankRows(Vec<(usize, Shared<ActBatch>)>);
+
+impl RankRows {
+    /// Room for `n_tokens` rows of each of `ranks` values.
+    pub fn new(mode: ActivationMode, ranks: &BTreeSet<usize>, n_tokens: usize) -> Self {
+        let batch = |&rank: &usize| (rank, Shared::new(ActBatch::new(mode, rank, n_tokens)));
+        Self(ranks.iter().map(batch).collect())
+    }
+
+    /// Bytes of memory.
+    pub fn bytes(&mut self) -> usize {
+        let batches = self.0.iter_mut().map(|(_, batch)| batch.own().bytes());
+        batches.sum()
+    }
+
+    fn find(&self, rank: usize) -> &Shared<ActBatch> {
+        let batch = self.0.iter().find(|(of, _)| *of == rank);
+        &batch.expect("there is scratch for every layer's rank").1
+    }
+
+    /// The rows of rank `rank`.
+    ///
+    /// # Safety
+    /// Nobody writes them while the reference lives.
+    pub unsafe fn get(&self, rank: usize) -> &ActBatch {
+        // SAFETY: this function's contract.
+        unsafe { self.find(rank).get() }
+    }
+
+    /// The rows of rank `rank`, to be set by several threads.
+    ///
+    /// # Safety
+    /// Nobody else touches them while the writer lives.
+    pub unsafe fn writer(&self, rank: usize) -> ActWriter<'_> {
+        // SAFETY: this function's contract.
+        unsafe { self.find(rank).get_mut() }.writer()
+    }
+
+    /// The rows of rank `rank`, of one who has them alone.
+    pub fn of(&mut self, rank: usize) -> &mut ActBatch {
+        let batch = self.0.iter_mut().find(|(of, _)| *of == rank);
+        batch
+            .expect("there is scratch for every layer's rank")
+            .1
+            .own()
     }
 }
 
@@ -169,6 +226,8 @@ pub(crate) struct SlotSizes {
     pub n_vocab: usize,
     pub rope_len: usize,
     pub n_head_tokens: usize,
+    /// Whether some layer is predicted from the one before.
+    pub ahead: bool,
 }
 
 /// All slots of an engine; see the module's table.
@@ -190,13 +249,19 @@ pub(crate) struct Slots {
     pub projected: SharedF32,
     /// For each node `[n_sums, n_ubatch, n_embd]`.
     pub partials: Vec<SharedF32>,
+    /// For each node the ids of neurons that were predicted for a layer, counted from the node's first
+    /// one, ascending: of even and of odd layers, as the next layer's are written while one is computed.
+    pub predicted: Vec<[Shared<Vec<u32>>; 2]>,
+    /// Room of each node's two lists.
+    n_predicted: Vec<usize>,
     /// `[n_head_tokens, n_vocab]`
     pub logits: SharedF32,
 }
 
 impl Slots {
-    /// Slots for nodes that send `n_sums[node]` partial sums each.
-    pub fn new(sizes: SlotSizes, n_sums: &[usize]) -> Self {
+    /// Slots for nodes that have at most `n_neurons[node]` neurons of a layer and send `n_sums[node]`
+    /// partial sums each.
+    pub fn new(sizes: SlotSizes, n_sums: &[usize], n_neurons: &[usize]) -> Self {
         let SlotSizes {
             mode,
             n_ubatch,
@@ -208,6 +273,8 @@ impl Slots {
             .iter()
             .map(|n| SharedF32::new(n * n_ubatch * n_embd))
             .collect();
+        let room = |n: &usize| if sizes.ahead { *n } else { 0 };
+        let n_predicted: Vec<usize> = n_neurons.iter().map(room).collect();
         Self {
             sizes,
             step: Shared::default(),
@@ -218,6 +285,11 @@ impl Slots {
             attn: Shared::new(ActBatch::new(mode, n_attn, n_ubatch)),
             projected: SharedF32::new(n_ubatch * n_embd),
             partials,
+            predicted: n_predicted
+                .iter()
+                .map(|n| std::array::from_fn(|_| Shared::new(Vec::with_capacity(*n))))
+                .collect(),
+            n_predicted,
             logits: SharedF32::new(sizes.n_head_tokens * sizes.n_vocab),
         }
     }
@@ -240,7 +312,9 @@ impl Slots {
             &self.logits,
         ];
         let floats: usize = floats.iter().map(|slot| slot.bytes()).sum();
-        let own = self.partials.iter().map(SharedF32::bytes).collect();
+        let own = self.partials.iter().zip(&self.n_predicted);
+        let own = own.map(|(partials, n)| partials.bytes() + 2 * n * size_of::<u32>());
+        let own = own.collect();
         (floats + batch(n_embd) + batch(n_attn), own)
     }
 }

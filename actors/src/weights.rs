@@ -7,6 +7,7 @@
 use std::ops::Range;
 
 use bytes::Bytes;
+use pi_kernels::ffn_sparse::sketch::planes::{GatePlanes, PlanesShape};
 use pi_kernels::ffn_sparse::{FFN_GROUPS, NeuronRows};
 use pi_kernels::rope::RopeSpec;
 use pi_kernels::{MatrixRef, MatrixShape, QuantType};
@@ -27,6 +28,8 @@ pub enum SparsityMode {
     Off,
     /// All gates, then up and down of the neurons whose ReLU gate is open: equals `Off`.
     Exact,
+    /// Gates of neurons that a predictor picks, then up and down of those that are open.
+    Predicted,
 }
 
 /// Sizes and constants of a model.
@@ -86,6 +89,18 @@ impl Matrix {
     pub fn view(&self) -> MatrixRef<'_> {
         MatrixRef::new(self.shape, &self.bytes)
     }
+
+    /// The rows of a matrix in `Layout::Rows`, to be read one by one.
+    pub fn neuron_rows(&self) -> NeuronRows<'_> {
+        NeuronRows {
+            quant: self.shape.quant,
+            n_embd: self.shape.n_cols,
+            n_neurons: self.shape.n_rows,
+            stride_bytes: self.shape.row_bytes(),
+            offset_bytes: 0,
+            bytes: &self.bytes,
+        }
+    }
 }
 
 /// One layer.
@@ -97,6 +112,70 @@ pub struct LayerWeights {
     pub ffn_norm: Vec<f32>,
     /// Each node's share, by node.
     pub shares: Vec<LayerShare>,
+    /// What predicts the layer's neurons from the layer before.
+    pub ahead: Option<AheadWeights>,
+}
+
+/// A predictor one layer ahead: `b · h + b_bias` above zero, with `h = a · r`, or
+/// `h = relu(a · r + a_bias)`, and r the residual stream after attention of the layer before, over
+/// its root mean square.
+#[derive(Debug, Clone)]
+pub struct AheadWeights {
+    /// `[rank, n_embd]`, interleaved.
+    pub a: Matrix,
+    /// `[rank]` f32, where h is rectified.
+    pub a_bias: Option<Vec<f32>>,
+    /// `[n_ff, rank]`, interleaved.
+    pub b: Matrix,
+    /// `[n_ff]` f32.
+    pub b_bias: Vec<f32>,
+    /// Whether the bundles are pulled towards the cache.
+    pub prefetch: bool,
+    /// Whether what it does not name is not looked for: no `Correct` names more.
+    pub alone: bool,
+}
+
+/// How a node finds the candidates of a layer when the hidden state is there.
+#[derive(Debug, Clone)]
+pub struct SketchShare {
+    /// What scores neurons.
+    pub kind: SketchKind,
+    /// `[neurons.len()]`: a neuron is a candidate when score and bias are together above zero.
+    pub bias: Vec<f32>,
+    /// `[neurons.len()]`: a candidate is active when its gate is above that and above zero.
+    pub floor: Option<Vec<f32>>,
+}
+
+/// What scores neurons.
+#[derive(Debug, Clone)]
+pub enum SketchKind {
+    /// `b · (a · x)`; the share's gate has the order `Layout::Rows`.
+    LowRank {
+        /// `[rank, n_embd]`, interleaved; the same on every node.
+        a: Matrix,
+        /// `[neurons.len(), rank]`, interleaved.
+        b: Matrix,
+    },
+    /// The gate's own signs; the gates are in these planes, and the share's gate is empty.
+    Signs(PlanesStore),
+}
+
+/// Gates in planes.
+#[derive(Debug, Clone)]
+pub struct PlanesStore {
+    /// `[neurons.len(), n_embd]`
+    pub shape: PlanesShape,
+    /// `[shape.top_bytes()]`
+    pub top: Bytes,
+    /// `[shape.rest_bytes()]`
+    pub rest: Bytes,
+}
+
+impl PlanesStore {
+    /// The planes as the kernels take them.
+    pub fn view(&self) -> GatePlanes<'_> {
+        GatePlanes::new(self.shape, &self.top, &self.rest)
+    }
 }
 
 /// One node's share of a layer.
@@ -124,8 +203,10 @@ pub struct LayerShare {
     pub groups: Range<usize>,
     /// Neurons of these groups: `neuron_groups[groups.start]..neuron_groups[groups.end]`.
     pub neurons: Range<usize>,
-    /// Their gate rows, `[neurons.len(), n_embd]`, interleaved.
+    /// Their gate rows, `[neurons.len(), n_embd]`: interleaved, or as [`SketchKind`] says.
     pub gate: Matrix,
+    /// How candidates are found, where not all gates are computed.
+    pub sketch: Option<SketchShare>,
     /// Their up and down weights.
     pub ffn: FfnShare,
 }
@@ -149,12 +230,25 @@ pub enum FfnShare {
     },
 }
 
+impl FfnShare {
+    /// The records, where up and down rows of active neurons are read one by one.
+    pub fn paired(&self) -> Option<&NeuronStore> {
+        match self {
+            FfnShare::Neurons {
+                up: UpRows::Paired,
+                rows,
+            } => Some(rows),
+            _ => None,
+        }
+    }
+}
+
 /// Where the up rows of [`FfnShare::Neurons`] are.
 #[derive(Debug, Clone)]
 pub enum UpRows {
     /// A matrix of their own, `[neurons.len(), n_embd]`, interleaved: [`SparsityMode::Off`].
     Interleaved(Matrix),
-    /// Beside the down rows in the neurons' records: [`SparsityMode::Exact`].
+    /// Beside the down rows in the neurons' records: [`SparsityMode::Exact`] and `Predicted`.
     Paired,
 }
 

@@ -102,6 +102,7 @@ fn every_cold_layer_handles_three_messages_a_token_and_the_last_four() {
         let messages = counters.counters.messages;
         match counters.actor {
             ActorId::Pipeline => assert_eq!(messages, 10 * (N_LAYER as u64 + 1)),
+            ActorId::Predictor => panic!("nothing is predicted"),
             ActorId::DeviceLayer { layer: 2 } => assert_eq!(messages, 10 * 10),
             ActorId::DeviceLayer { .. } => assert_eq!(messages, 10 * 7),
             ActorId::ColdLayer { layer: 2, .. } => assert_eq!(messages, 10 * 4),

@@ -30,6 +30,7 @@ fn model() -> PlainModel {
 fn messages_per_token(actor: ActorId) -> u64 {
     match actor {
         ActorId::Pipeline => 4,
+        ActorId::Predictor => 0,
         ActorId::DeviceLayer { layer } => {
             if layer == 2 {
                 10

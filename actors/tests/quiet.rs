@@ -8,10 +8,11 @@ mod common;
 use std::alloc::{GlobalAlloc, Layout, System};
 use std::sync::atomic::{AtomicBool, AtomicI32, AtomicUsize, Ordering};
 
-use common::{PlainModel, Setup, engine, tokens};
+use common::{Form, PlainModel, Predictors, Setup, SketchForm, engine, tokens};
 use pi_actors::trace::TraceBounds;
-use pi_actors::weights::GateActivation;
+use pi_actors::weights::{GateActivation, SparsityMode};
 use pi_actors::{Engine, Feed, Feeder, LogitsWanted, Next};
+use pi_kernels::ActivationMode;
 
 /// Counts allocations of the team's threads while a token is under way.
 struct Counting;
@@ -104,16 +105,30 @@ fn remember_threads(engine: &Engine) {
     engine.teams().run(&remember).unwrap();
 }
 
-/// Nodes × threads of the engines that have to be quiet, and whether they are traced.
-const TEAMS: [(usize, usize, bool); 5] = [
-    (1, 2, false),
-    (2, 1, false),
-    (2, 2, false),
-    (1, 2, true),
-    (2, 2, true),
+const EXACT: Form = Form::Neurons(SparsityMode::Exact);
+const PREDICTED: Form = Form::Predicted(Predictors {
+    sketch: SketchForm::LowRank,
+    ahead: true,
+    alone: false,
+});
+const SIGNS: Form = Form::Predicted(Predictors {
+    sketch: SketchForm::Signs,
+    ahead: false,
+    alone: false,
+});
+
+/// Nodes × threads of the engines that have to be quiet, whether they are traced, and what they run.
+const TEAMS: [(usize, usize, bool, Form); 7] = [
+    (1, 2, false, EXACT),
+    (2, 1, false, EXACT),
+    (2, 2, false, PREDICTED),
+    (1, 2, true, EXACT),
+    (2, 2, true, EXACT),
+    (1, 2, true, PREDICTED),
+    (2, 1, false, SIGNS),
 ];
 
-fn setup(n_nodes: usize, n_threads: usize, traced: bool) -> Setup {
+fn setup((n_nodes, n_threads, traced, form): (usize, usize, bool, Form)) -> Setup {
     let bounds = TraceBounds {
         n_steps: 2 * N_TOKENS + 10,
         node_bytes_max: 1 << 24,
@@ -121,6 +136,8 @@ fn setup(n_nodes: usize, n_threads: usize, traced: bool) -> Setup {
     Setup {
         n_nodes,
         n_threads,
+        form,
+        activations: ActivationMode::Q8,
         trace: traced.then_some(bounds),
         ..Setup::default()
     }
@@ -145,8 +162,8 @@ fn team_threads_allocate_nothing_and_call_nothing_but_futex() {
         return decode_under_filter();
     }
     let model = PlainModel::random(41, GateActivation::Relu);
-    for (n_nodes, n_threads, traced) in TEAMS {
-        let engine = engine(&model, setup(n_nodes, n_threads, traced));
+    for team in TEAMS {
+        let engine = engine(&model, setup(team));
         remember_threads(&engine);
         let run = engine.run(silent()).unwrap();
         run.outcome.unwrap();
@@ -154,7 +171,7 @@ fn team_threads_allocate_nothing_and_call_nothing_but_futex() {
         let allocations = ALLOCATIONS.swap(0, Ordering::SeqCst);
         assert_eq!(
             allocations, 0,
-            "{n_nodes} × {n_threads} threads, {N_TOKENS} tokens, traced: {traced}"
+            "{team:?}: nodes, threads, traced, form; {N_TOKENS} tokens"
         );
         check_trace(&engine);
     }
@@ -187,7 +204,7 @@ fn no_system_call_but_futex() {
         "a team thread made system call number {code:?}\n{said}"
     );
     assert!(
-        said.contains("tokens decoded under the filter: 500"),
+        said.contains("tokens decoded under the filter: 700"),
         "{said}"
     );
 }
@@ -196,7 +213,7 @@ fn decode_under_filter() {
     let model = PlainModel::random(41, GateActivation::Relu);
     let engines: Vec<Engine> = TEAMS
         .iter()
-        .map(|&(n_nodes, n_threads, traced)| engine(&model, setup(n_nodes, n_threads, traced)))
+        .map(|&team| engine(&model, setup(team)))
         .collect();
     let mut n_tokens = 0;
     for engine in &engines {

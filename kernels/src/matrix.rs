@@ -301,6 +301,14 @@ impl<'a> StridedOut<'a> {
         unsafe { std::slice::from_raw_parts_mut(self.start.add(token * self.stride), self.n_rows) }
     }
 
+    /// Columns `columns` of the same output, borrowed.
+    ///
+    /// # Panics
+    /// When it has fewer.
+    pub fn columns_of(&mut self, columns: Range<usize>) -> StridedOut<'_> {
+        self.part(0..self.n_tokens, columns)
+    }
+
     /// The same output without its first `n` tokens and from column `column` on, borrowed.
     pub(crate) fn part(&mut self, tokens: Range<usize>, rows: Range<usize>) -> StridedOut<'_> {
         assert!(

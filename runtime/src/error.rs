@@ -16,6 +16,7 @@ use crate::model::ModelError;
 use crate::perplexity::PerplexityError;
 use crate::sampler::SamplerError;
 use crate::sidecar::SidecarError;
+use crate::synth::SynthError;
 use crate::tokenizer::TokenizerError;
 use crate::trace::TraceError;
 
@@ -113,6 +114,9 @@ pub enum RuntimeError {
         /// Why.
         source: Box<ActorError>,
     },
+    /// A synthetic model that cannot be made.
+    #[error(transparent)]
+    Synth(#[from] SynthError),
     /// `inspect` failed.
     #[error(transparent)]
     Inspect(InspectError),
@@ -288,6 +292,7 @@ impl RuntimeError {
             RuntimeError::Placement(_) => true,
             RuntimeError::Actor(error) => error.is_environment(),
             RuntimeError::Trace(error) => error.is_environment(),
+            RuntimeError::Synth(error) => error.is_environment(),
             RuntimeError::Sidecar(error) => error.is_environment(),
             RuntimeError::StepOf { source, .. } => source.is_environment(),
             RuntimeError::Inspect(InspectError::Gguf(error)) => error.is_environment(),

@@ -19,6 +19,7 @@ pub mod plan;
 pub mod sampler;
 pub mod session;
 pub mod sidecar;
+pub mod synth;
 pub mod tokenizer;
 pub mod trace;
 pub mod unfinished_file;

@@ -24,6 +24,7 @@ use pi_runtime::chat::{ChatError, ChatTemplate, Message, Role};
 use pi_runtime::error::RuntimeError;
 use pi_runtime::gguf::{GgufFile, Value};
 use pi_runtime::inspect::{InspectArgs, run};
+use pi_runtime::model::predicting::Predicting;
 use pi_runtime::sampler::SamplerParams;
 use pi_runtime::session::{
     AnswerOptions, LoadedModel, ModelOptions, N_UBATCH, Session, Silent, TopologyFile,
@@ -246,6 +247,7 @@ fn generate(path: &Path) -> Result<(), RuntimeError> {
         trace: None,
         tap: None,
         sidecar: None,
+        predicting: Predicting::default(),
     };
     let plan = TopologyFile::default().plan(Some(1))?;
     let model = LoadedModel::open(&options, &plan, &Silent)?;

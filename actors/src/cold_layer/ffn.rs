@@ -11,14 +11,15 @@ use std::sync::atomic::Ordering;
 
 use pi_kernels::elementwise::{relu_mul, silu_mul};
 use pi_kernels::ffn_sparse::{
-    GroupSpan, SUBTREES_MAX, down_active, down_tokens, gate_active, up_active, up_tokens,
+    GroupSpan, NeuronRows, SUBTREES_MAX, down_active, down_tokens, gate_active, up_active,
+    up_tokens,
 };
 use pi_kernels::gemm::gemv;
 use pi_kernels::quant::BLOCK;
 use pi_kernels::{ActWriter, Cpu, ROW_GROUP, StridedOut};
 
 use super::rows::multiply;
-use super::{Job, weights_read};
+use super::{Job, predicted, weights_read};
 use crate::counters::Counters;
 use crate::model::group_neurons;
 use crate::scratch::{NEURON_CHUNK, ThreadScratch};
@@ -32,6 +33,9 @@ pub(super) fn run(job: Job<'_>, team: &mut Team) -> Counters {
         return weights_read(0);
     }
     let n_tokens = job.step.n_tokens;
+    if let Some(sketch) = &share.sketch {
+        predicted::set_input(&job, sketch);
+    }
     match (&share.ffn, n_tokens) {
         (
             FfnShare::Neurons {
@@ -49,7 +53,8 @@ pub(super) fn run(job: Job<'_>, team: &mut Team) -> Counters {
             },
             _,
         ) => {
-            team.run(&|member| sparse_tokens(&job, rows, member));
+            let writer = predicted::hidden_writer(&job);
+            team.run(&|member| sparse_tokens(&job, rows, writer.as_ref(), member));
         }
         (
             FfnShare::Neurons {
@@ -92,8 +97,28 @@ fn count(job: &Job<'_>) -> Counters {
         } => up.bytes.len() + rows.bytes.len(),
         FfnShare::Dense { up, down } => up.bytes.len() + down.bytes.len(),
     };
-    let mut work = weights_read(share.gate.bytes.len() + bytes);
-    work.neurons = (neurons * job.step.n_tokens) as u64;
+    let n_tokens = job.step.n_tokens;
+    let mut work = weights_read(bytes);
+    work.neurons = (neurons * n_tokens) as u64;
+    let gate_bytes = match &share.sketch {
+        None => {
+            work.candidates = work.neurons;
+            share.gate.bytes.len()
+        }
+        Some(sketch) => {
+            work.candidates = job.scratch.candidates.load(Ordering::Relaxed);
+            let own = job.candidates.own;
+            let (scores, candidate) = predicted::gate_bytes(&share.gate, sketch, own);
+            // many tokens need all rows
+            let read = if n_tokens > 1 {
+                neurons
+            } else {
+                work.candidates as usize
+            };
+            scores + read * candidate
+        }
+    };
+    work.weight_bytes += gate_bytes as u64;
     work.active_neurons = job.scratch.active.load(Ordering::Relaxed);
     work
 }
@@ -103,19 +128,15 @@ fn sparse_token(job: &Job<'_>, rows: &NeuronStore, member: Member<'_>) {
     let (model, scratch, share) = (job.model, job.scratch, job.share);
     let cpu = model.cpu;
     let up_rows = rows.up_rows().expect("records have up rows");
-    let part = member.part(share.neurons.len(), ROW_GROUP);
-    // SAFETY: `normed` was written before the message was sent; until the barrier, the neurons and
-    // the list are this thread's.
-    let x = unsafe {
-        let x = model.slots.normed.get().token(0);
-        let list = scratch.lists[member.thread].get_mut();
-        let gate = scratch.gate.write(part.clone());
-        gemv(cpu, share.gate.view(), x, part.clone(), gate);
-        list.clear();
-        let first = part.start as u32;
-        gate_active(gate, first, Some(up_rows), &mut list.ids, &mut list.gates);
-        x
-    };
+    match &share.sketch {
+        None => open_gates(job, up_rows, &member),
+        Some(sketch) => {
+            predicted::prepare(job, sketch, &member);
+            predicted::open_gates(job, sketch, up_rows, &member);
+        }
+    }
+    // SAFETY: `normed` was written before the message was sent.
+    let x = unsafe { model.slots.normed.get().token(0) };
     member.barrier();
     // SAFETY: each thread has its own.
     let ThreadScratch { all, spans, .. } = unsafe { scratch.threads[member.thread].get_mut() };
@@ -161,6 +182,23 @@ fn sparse_token(job: &Job<'_>, rows: &NeuronStore, member: Member<'_>) {
     sum_token(job, rows, &all.ids, act, spans, &member);
 }
 
+/// Lists the thread's active neurons of one token: all gates are computed.
+fn open_gates(job: &Job<'_>, up_rows: NeuronRows<'_>, member: &Member<'_>) {
+    let (model, scratch, share) = (job.model, job.scratch, job.share);
+    let part = member.part(share.neurons.len(), ROW_GROUP);
+    // SAFETY: `normed` was written before the message was sent; until the barrier, the neurons and
+    // the list are this thread's.
+    unsafe {
+        let x = model.slots.normed.get().token(0);
+        let list = scratch.lists[member.thread].get_mut();
+        let gate = scratch.gate.write(part.clone());
+        gemv(model.cpu, share.gate.view(), x, part.clone(), gate);
+        list.clear();
+        let first = part.start as u32;
+        gate_active(gate, first, Some(up_rows), &mut list.ids, &mut list.gates);
+    }
+}
+
 /// The thread's columns of the partial sums of one token.
 fn sum_token(
     job: &Job<'_>,
@@ -195,24 +233,36 @@ fn sum_token(
 }
 
 /// Many tokens, the union of their active neurons only. A chunk of neurons is whoever's is free.
-fn sparse_tokens(job: &Job<'_>, rows: &NeuronStore, member: Member<'_>) {
+fn sparse_tokens(
+    job: &Job<'_>,
+    rows: &NeuronStore,
+    writer: Option<&ActWriter<'_>>,
+    member: Member<'_>,
+) {
     let (model, scratch, share) = (job.model, job.scratch, job.share);
     let n_neurons = share.neurons.len();
     let n_tokens = job.step.n_tokens;
     let up_rows = rows.up_rows().expect("records have up rows");
+    if let Some(sketch) = &share.sketch {
+        predicted::prepare_batch(job, sketch, writer, &member);
+    }
     // SAFETY: each thread has its own.
     let mine = unsafe { scratch.threads[member.thread].get_mut() };
-    let up_scratch = mine.up.as_mut().expect("scratch for paired rows");
     // SAFETY: written before the message was sent.
     let x = unsafe { model.slots.normed.get() };
     while let Some(chunk) = job.take(n_neurons.div_ceil(NEURON_CHUNK)) {
         let neurons = chunk * NEURON_CHUNK..((chunk + 1) * NEURON_CHUNK).min(n_neurons);
         // SAFETY: the chunk's neurons are this thread's.
         let mut act = unsafe { scratch.act.columns(0, n_neurons, n_tokens, neurons.clone()) };
-        // SAFETY: as above; this output ends before `act` is used.
-        let out = unsafe { scratch.act.columns(0, n_neurons, n_tokens, neurons.clone()) };
-        multiply(model.cpu, &share.gate, x, n_tokens, neurons.clone(), out);
+        if let Some(sketch) = &share.sketch {
+            let found = predicted::gates_of_chunk(job, sketch, neurons.clone(), mine, &mut act);
+            scratch.candidates.fetch_add(found, Ordering::Relaxed);
+        } else {
+            let out = act.columns_of(0..neurons.len());
+            multiply(model.cpu, &share.gate, x, n_tokens, neurons.clone(), out);
+        }
         let active = close_gates(&mut act);
+        let up_scratch = mine.up.as_mut().expect("scratch for paired rows");
         let read = up_tokens(
             model.cpu,
             up_rows,

@@ -3,6 +3,7 @@
 
 mod attention;
 mod ffn;
+mod predicted;
 mod rows;
 
 use std::sync::Arc;
@@ -10,7 +11,9 @@ use std::sync::atomic::Ordering;
 
 use crate::counters::{Cell, Counters};
 use crate::kv::KvStore;
-use crate::messages::{Compute, Message, Partial, Share, ShareDone, Stage};
+use crate::messages::{
+    Compute, Correct, Message, NeuronIds, Partial, Prefetch, Share, ShareDone, Stage, Step,
+};
 use crate::model::{Model, sums_of};
 use crate::scratch::NodeScratch;
 use crate::slots::StepInfo;
@@ -27,6 +30,8 @@ pub(crate) struct ColdLayer {
     cell: Arc<Cell>,
     /// Partial sums that the node sends.
     n_sums: usize,
+    /// What the `Predictor` asked for ahead of the hidden state.
+    early: Option<Compute>,
 }
 
 /// What a job of the team works on.
@@ -40,6 +45,17 @@ struct Job<'a> {
     node: usize,
     n_sums: usize,
     step: StepInfo,
+    /// Whose gates may be open.
+    candidates: Candidates,
+}
+
+/// Neurons that may be active.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) struct Candidates {
+    /// All, or those that the layer's sketch picks.
+    own: bool,
+    /// Those that the `Predictor` named.
+    predicted: bool,
 }
 
 impl ColdLayer {
@@ -59,6 +75,7 @@ impl ColdLayer {
             kv,
             cell,
             n_sums,
+            early: None,
         }
     }
 
@@ -81,16 +98,73 @@ impl ColdLayer {
         })
     }
 
-    /// Computes the node's neurons with its team.
-    pub fn compute(&mut self, message: Compute, team: &mut Team, scratch: &NodeScratch) -> Message {
-        let work = ffn::run(self.job(scratch), team);
-        self.cell.add(work);
+    /// Pulls the bundles of predicted neurons towards the team's caches.
+    pub fn prefetch(&mut self, _: Prefetch, team: &mut Team, scratch: &NodeScratch) {
+        predicted::prefetch(&self.job(scratch), team);
+        self.cell.add(weights_read(0));
+    }
+
+    /// Computes the node's neurons with its team, or notes the prediction until the hidden state is
+    /// there.
+    pub fn compute(
+        &mut self,
+        message: Compute,
+        team: &mut Team,
+        scratch: &NodeScratch,
+    ) -> Option<Message> {
+        if message.ids == NeuronIds::Predicted {
+            self.early = Some(message);
+            self.cell.add(weights_read(0));
+            return None;
+        }
+        let candidates = Candidates {
+            own: true,
+            predicted: false,
+        };
         let Compute { step, layer, .. } = message;
+        Some(self.neurons(step, layer, candidates, Counters::default(), team, scratch))
+    }
+
+    /// Computes the neurons that were predicted, and those that the layer's own sketch adds. Without the
+    /// step's `Compute` the actor was restarted in between, and the step has been given up.
+    pub fn correct(
+        &mut self,
+        message: Correct,
+        team: &mut Team,
+        scratch: &NodeScratch,
+    ) -> Option<Message> {
+        let Correct { step, layer, ids } = message;
+        let early = self.early.take().filter(|early| early.step == step)?;
+        let candidates = Candidates {
+            own: ids == NeuronIds::All,
+            predicted: true,
+        };
+        // what the prediction took is counted here, and the messages before this one
+        let mut before = early.work;
+        before.messages += 1 + u64::from(self.model.prefetches(layer));
+        Some(self.neurons(step, layer, candidates, before, team, scratch))
+    }
+
+    fn neurons(
+        &mut self,
+        step: Step,
+        layer: usize,
+        candidates: Candidates,
+        before: Counters,
+        team: &mut Team,
+        scratch: &NodeScratch,
+    ) -> Message {
+        let job = Job {
+            candidates,
+            ..self.job(scratch)
+        };
+        let work = ffn::run(job, team);
+        self.cell.add(work);
         Message::Partial(Partial {
             step,
             layer,
             node: self.node,
-            work,
+            work: work + before,
         })
     }
 
@@ -100,6 +174,7 @@ impl ColdLayer {
         let step = unsafe { *self.model.slots.step.get() };
         scratch.next.store(0, Ordering::Relaxed);
         scratch.active.store(0, Ordering::Relaxed);
+        scratch.candidates.store(0, Ordering::Relaxed);
         scratch.rows_read.store(0, Ordering::Relaxed);
         Job {
             model: &self.model,
@@ -110,6 +185,10 @@ impl ColdLayer {
             node: self.node,
             n_sums: self.n_sums,
             step,
+            candidates: Candidates {
+                own: true,
+                predicted: false,
+            },
         }
     }
 }

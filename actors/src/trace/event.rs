@@ -1,6 +1,8 @@
 //! What is recorded, and how it is packed into an event's words.
 
-use crate::messages::{ActorId, Envelope, Message, Partial, Share, ShareDone, Stage};
+use crate::messages::{
+    ActorId, Compute, Envelope, Message, NeuronIds, Partial, Share, ShareDone, Stage,
+};
 
 use super::clock::Scale;
 use super::ring::WORDS;
@@ -17,7 +19,13 @@ pub enum MessageKind {
     ShareDoneAttention,
     ShareDoneOutput,
     ShareDoneHead,
+    Hidden,
+    Prefetch,
+    /// From the `DeviceLayer`.
     Compute,
+    /// From the `Predictor`.
+    ComputeAhead,
+    Correct,
     Partial,
     LayerDone,
     RunHead,
@@ -31,11 +39,12 @@ pub enum ActorKind {
     Pipeline,
     DeviceLayer,
     ColdLayer,
+    Predictor,
 }
 
 impl MessageKind {
     /// All of them, in the order of their codes.
-    pub const ALL: [MessageKind; 12] = [
+    pub const ALL: [MessageKind; 16] = [
         MessageKind::RunLayer,
         MessageKind::ShareAttention,
         MessageKind::ShareOutput,
@@ -43,7 +52,11 @@ impl MessageKind {
         MessageKind::ShareDoneAttention,
         MessageKind::ShareDoneOutput,
         MessageKind::ShareDoneHead,
+        MessageKind::Hidden,
+        MessageKind::Prefetch,
         MessageKind::Compute,
+        MessageKind::ComputeAhead,
+        MessageKind::Correct,
         MessageKind::Partial,
         MessageKind::LayerDone,
         MessageKind::RunHead,
@@ -63,7 +76,14 @@ impl MessageKind {
                 Stage::Output => MessageKind::ShareDoneOutput,
                 Stage::Head { .. } => MessageKind::ShareDoneHead,
             },
+            Message::Hidden(_) => MessageKind::Hidden,
+            Message::Prefetch(_) => MessageKind::Prefetch,
+            Message::Compute(Compute {
+                ids: NeuronIds::Predicted,
+                ..
+            }) => MessageKind::ComputeAhead,
             Message::Compute(_) => MessageKind::Compute,
+            Message::Correct(_) => MessageKind::Correct,
             Message::Partial(_) => MessageKind::Partial,
             Message::LayerDone(_) => MessageKind::LayerDone,
             Message::RunHead(_) => MessageKind::RunHead,
@@ -81,7 +101,10 @@ impl MessageKind {
             MessageKind::ShareDoneAttention
             | MessageKind::ShareDoneOutput
             | MessageKind::ShareDoneHead => "ShareDone",
-            MessageKind::Compute => "Compute",
+            MessageKind::Hidden => "Hidden",
+            MessageKind::Prefetch => "Prefetch",
+            MessageKind::Compute | MessageKind::ComputeAhead => "Compute",
+            MessageKind::Correct => "Correct",
             MessageKind::Partial => "Partial",
             MessageKind::LayerDone => "LayerDone",
             MessageKind::RunHead => "RunHead",
@@ -94,7 +117,12 @@ impl MessageKind {
         match self {
             MessageKind::ShareAttention | MessageKind::ShareDoneAttention => Some("attention"),
             MessageKind::ShareOutput | MessageKind::ShareDoneOutput => Some("output"),
-            MessageKind::Compute | MessageKind::Partial => Some("ffn"),
+            MessageKind::Compute
+            | MessageKind::ComputeAhead
+            | MessageKind::Correct
+            | MessageKind::Partial => Some("ffn"),
+            MessageKind::Hidden => Some("predict"),
+            MessageKind::Prefetch => Some("prefetch"),
             MessageKind::ShareHead
             | MessageKind::ShareDoneHead
             | MessageKind::RunHead
@@ -110,7 +138,11 @@ impl MessageKind {
             MessageKind::ShareAttention
             | MessageKind::ShareOutput
             | MessageKind::ShareHead
-            | MessageKind::Compute => ActorKind::ColdLayer,
+            | MessageKind::Prefetch
+            | MessageKind::Compute
+            | MessageKind::ComputeAhead
+            | MessageKind::Correct => ActorKind::ColdLayer,
+            MessageKind::Hidden => ActorKind::Predictor,
             _ => ActorKind::DeviceLayer,
         }
     }
@@ -123,6 +155,7 @@ impl MessageKind {
             | MessageKind::ShareDoneOutput
             | MessageKind::ShareDoneHead
             | MessageKind::Partial => ActorKind::ColdLayer,
+            MessageKind::Prefetch | MessageKind::ComputeAhead => ActorKind::Predictor,
             _ => ActorKind::DeviceLayer,
         }
     }
@@ -149,7 +182,8 @@ impl Label {
         let layer = match (to, message) {
             (ActorId::DeviceLayer { layer } | ActorId::ColdLayer { layer, .. }, _) => *layer,
             (ActorId::Pipeline, Message::LayerDone(done)) => done.layer,
-            (ActorId::Pipeline, _) => 0,
+            (ActorId::Predictor, Message::Hidden(hidden)) => hidden.layer,
+            (ActorId::Pipeline | ActorId::Predictor, _) => 0,
         };
         let node = match message {
             Message::ShareDone(ShareDone { node, .. }) | Message::Partial(Partial { node, .. }) => {

@@ -47,9 +47,11 @@ pub struct NodeEvents {
 }
 
 impl Trace {
-    /// With room for the steps of `bounds` through `n_layer` layers on `n_nodes` nodes.
-    pub(crate) fn new(bounds: TraceBounds, n_layer: usize, n_nodes: usize) -> Self {
-        let wanted = bounds.n_steps.saturating_mul(step_events(n_layer, n_nodes));
+    /// With room for the steps of `bounds` through `n_layer` layers on `n_nodes` nodes, predicted ahead
+    /// or not.
+    pub(crate) fn new(bounds: TraceBounds, n_layer: usize, n_nodes: usize, ahead: bool) -> Self {
+        let events = step_events(n_layer, n_nodes, ahead);
+        let wanted = bounds.n_steps.saturating_mul(events);
         Self {
             clock: Clock::start(),
             capacity: wanted.min(bounds.node_bytes_max / EVENT_BYTES),
@@ -91,8 +93,9 @@ impl Trace {
 
 /// Events of one step of few logits on node 0, which has most: every message that it posts or
 /// handles, and the step's phases.
-fn step_events(n_layer: usize, n_nodes: usize) -> usize {
-    let layer = 6 * n_nodes + 10;
+fn step_events(n_layer: usize, n_nodes: usize, ahead: bool) -> usize {
+    let predicted = if ahead { 2 * n_nodes + 4 } else { 0 };
+    let layer = 6 * n_nodes + 10 + predicted;
     let head = 2 * n_nodes + 6;
     n_layer * layer + head + 1 + Phase::ALL.len()
 }

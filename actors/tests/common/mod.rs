@@ -3,6 +3,7 @@
 #![allow(dead_code)]
 
 pub mod naive;
+pub mod sketches;
 
 use std::sync::Arc;
 use std::time::Duration;
@@ -65,6 +66,7 @@ pub struct PlainLayer {
     pub gate: Vec<f32>,
     pub up: Vec<f32>,
     pub down_t: Vec<f32>,
+    pub predictors: PlainPredictors,
 }
 
 /// A model's weights as plain rows.
@@ -95,6 +97,7 @@ impl PlainModel {
             gate: random.matrix(N_FF, N_EMBD),
             up: random.matrix(N_FF, N_EMBD),
             down_t: random.matrix(N_FF, N_EMBD),
+            predictors: PlainPredictors::default(),
         };
         Self {
             activation,
@@ -104,6 +107,15 @@ impl PlainModel {
             output_norm: norm(&mut random),
             layers: (0..N_LAYER).map(|_| layer(&mut random)).collect(),
         }
+        .with_predictors(seed)
+    }
+
+    fn with_predictors(mut self, seed: u64) -> Self {
+        let mut random = Random(seed ^ 0x5EED);
+        for layer in &mut self.layers {
+            layer.predictors = PlainPredictors::random(&mut random);
+        }
+        self
     }
 }
 
@@ -114,7 +126,12 @@ pub enum Form {
     Neurons(SparsityMode),
     /// With a plain `ffn_down`.
     Dense,
+    /// Predicted: by these predictors.
+    Predicted(Predictors),
 }
+
+#[allow(unused_imports)]
+pub use sketches::{PlainPredictors, Predictors, SketchForm};
 
 fn bytes_of(values: &[f32]) -> Vec<u8> {
     values
@@ -177,6 +194,7 @@ pub fn weights(model: &PlainModel, n_nodes: usize, form: Form) -> ModelWeights {
         shares: (0..n_nodes)
             .map(|node| share(layer, n_nodes, node, form))
             .collect(),
+        ahead: sketches::ahead(layer, form),
     });
     let head = (0..n_nodes).map(|node| {
         let rows_of = part(N_VOCAB, n_nodes, node, 16);
@@ -223,7 +241,8 @@ fn share(layer: &PlainLayer, n_nodes: usize, node: usize, form: Form) -> LayerSh
             N_HEAD * HEAD_DIM,
         ),
         groups,
-        gate: matrix(&layer.gate, neurons.clone()),
+        gate: sketches::gate(layer, neurons.clone(), form),
+        sketch: sketches::sketch(layer, neurons.clone(), form),
         ffn: ffn(layer, neurons.clone(), form),
         neurons,
     }
@@ -253,7 +272,7 @@ fn ffn(layer: &PlainLayer, neurons: std::ops::Range<usize>, form: Form) -> FfnSh
             up: UpRows::Interleaved(up()),
             rows: records(false),
         },
-        Form::Neurons(SparsityMode::Exact) => FfnShare::Neurons {
+        Form::Neurons(_) | Form::Predicted(_) => FfnShare::Neurons {
             up: UpRows::Paired,
             rows: records(true),
         },
@@ -295,6 +314,7 @@ pub struct Setup {
     pub n_nodes: usize,
     pub n_threads: usize,
     pub form: Form,
+    pub activations: ActivationMode,
     pub n_ubatch: usize,
     pub faults: Faults,
     pub wait_limit: Duration,
@@ -308,6 +328,7 @@ impl Default for Setup {
             n_nodes: 1,
             n_threads: 2,
             form: Form::Neurons(SparsityMode::Exact),
+            activations: ActivationMode::F32,
             n_ubatch: 64,
             faults: Faults::default(),
             wait_limit: Duration::from_secs(60),
@@ -320,7 +341,7 @@ impl Default for Setup {
 pub fn engine(model: &PlainModel, setup: Setup) -> Engine {
     let teams = Teams::start(&plan(setup.n_nodes, setup.n_threads)).unwrap();
     let options = EngineOptions {
-        cpu: Cpu::detect(ActivationMode::F32),
+        cpu: Cpu::detect(setup.activations),
         kv_type: KvType::F32,
         n_ubatch: setup.n_ubatch,
         wait_limit: setup.wait_limit,

@@ -2,31 +2,87 @@
 
 use pi_actors::weights::GateActivation;
 
-use super::{HEAD_DIM, N_EMBD, N_FF, N_HEAD, N_HEAD_KV, N_VOCAB, PlainLayer, PlainModel};
+use super::sketches::RANK;
+use super::{
+    HEAD_DIM, N_EMBD, N_FF, N_HEAD, N_HEAD_KV, N_VOCAB, PlainLayer, PlainModel, Predictors,
+};
 
 type Rows = Vec<Vec<f64>>;
 
 /// Logits of every position, and how many neurons are active in all.
 pub fn logits(model: &PlainModel, tokens: &[u32]) -> (Rows, usize) {
+    let (logits, counts) = predicted(model, tokens, None);
+    (logits, counts.active)
+}
+
+/// Neurons of all tokens and layers.
+#[derive(Debug, Default, PartialEq, Eq)]
+pub struct Counts {
+    pub candidates: usize,
+    pub active: usize,
+}
+
+/// The same with low-rank predictors, all of them for every token.
+pub fn predicted(
+    model: &PlainModel,
+    tokens: &[u32],
+    predictors: Option<Predictors>,
+) -> (Rows, Counts) {
     let mut caches: Vec<(Rows, Rows)> = model.layers.iter().map(|_| (vec![], vec![])).collect();
-    let (mut all, mut active) = (vec![], 0);
+    let (mut all, mut counts) = (vec![], Counts::default());
     for (position, &token) in tokens.iter().enumerate() {
         let at = token as usize * N_EMBD;
         let mut x: Vec<f64> = model.embedding[at..at + N_EMBD]
             .iter()
             .map(|&v| f64::from(v))
             .collect();
+        let mut before: Option<Vec<f64>> = None;
         for (layer, cache) in model.layers.iter().zip(&mut caches) {
             let first = model
                 .window
                 .map_or(0, |window| (position + 1).saturating_sub(window));
             attention(layer, cache, first, &mut x);
-            active += ffn(layer, model.activation, &mut x);
+            let after_attention = norm(&x, &vec![1.0; N_EMBD]);
+            let named = predictors.map(|who| candidates(layer, who, before.as_deref(), &x));
+            ffn(
+                layer,
+                model.activation,
+                named.as_deref(),
+                &mut x,
+                &mut counts,
+            );
+            before = Some(after_attention);
         }
         let x = norm(&x, &model.output_norm);
         all.push(product(&model.head, &x, N_VOCAB));
     }
-    (all, active)
+    (all, counts)
+}
+
+/// Which neurons are looked at; `before` is the normed residual stream after the attention of the
+/// layer before.
+fn candidates(layer: &PlainLayer, who: Predictors, before: Option<&[f64]>, x: &[f64]) -> Vec<bool> {
+    let plain = &layer.predictors;
+    let mut named = vec![false; N_FF];
+    let ahead = before.filter(|_| who.ahead);
+    if !(who.alone && ahead.is_some()) {
+        let h = product(&plain.sketch_a, &norm(x, &layer.ffn_norm), RANK);
+        let scores = with_bias(product(&plain.sketch_b, &h, N_FF), &plain.bias);
+        named
+            .iter_mut()
+            .zip(scores)
+            .for_each(|(n, s)| *n |= s > 0.0);
+    }
+    if let Some(before) = ahead {
+        let mut h = with_bias(product(&plain.ahead_a, before, RANK), &plain.ahead_a_bias);
+        h.iter_mut().for_each(|h| *h = h.max(0.0));
+        let scores = with_bias(product(&plain.ahead_b, &h, N_FF), &plain.ahead_b_bias);
+        named
+            .iter_mut()
+            .zip(scores)
+            .for_each(|(n, s)| *n |= s > 0.0);
+    }
+    named
 }
 
 fn norm(x: &[f64], weight: &[f32]) -> Vec<f64> {
@@ -99,21 +155,35 @@ fn attention(layer: &PlainLayer, cache: &mut (Rows, Rows), first: usize, x: &mut
     x.iter_mut().zip(out).for_each(|(x, o)| *x += o);
 }
 
-fn ffn(layer: &PlainLayer, activation: GateActivation, x: &mut [f64]) -> usize {
+fn ffn(
+    layer: &PlainLayer,
+    activation: GateActivation,
+    named: Option<&[bool]>,
+    x: &mut [f64],
+    counts: &mut Counts,
+) {
     let h = norm(x, &layer.ffn_norm);
     let gate = product(&layer.gate, &h, N_FF);
     let up = product(&layer.up, &h, N_FF);
-    let mut active = 0;
     for neuron in 0..N_FF {
+        let floor = named.map_or(f64::NEG_INFINITY, |_| {
+            f64::from(layer.predictors.floor[neuron]).max(0.0)
+        });
+        if named.is_some_and(|named| !named[neuron]) {
+            continue;
+        }
+        counts.candidates += 1;
+        if gate[neuron] <= floor {
+            continue;
+        }
         let a = match activation {
             GateActivation::Relu => gate[neuron].max(0.0),
             GateActivation::Silu => gate[neuron] / (1.0 + (-gate[neuron]).exp()),
         };
-        active += usize::from(a != 0.0);
+        counts.active += usize::from(a != 0.0);
         let row = &layer.down_t[neuron * N_EMBD..(neuron + 1) * N_EMBD];
         for (x, &w) in x.iter_mut().zip(row) {
             *x += a * up[neuron] * f64::from(w);
         }
     }
-    active
 }

@@ -104,6 +104,13 @@ pub(crate) trait RowUnpack {
     const HALVES: bool = false;
     /// 32 signed bytes: columns 32·sub … 32·sub+31, offset taken off.
     unsafe fn values(planes: &RowPlanes, sub: usize) -> __m256i;
+    /// Shift of the offset, where products are cheaper of unsigned values with the offset on.
+    const OFFSET_SHIFT: Option<i32> = None;
+    /// 32 unsigned bytes with the offset on (with [`Self::OFFSET_SHIFT`]).
+    unsafe fn unsigned_values(planes: &RowPlanes, sub: usize) -> __m256i {
+        // SAFETY: the trait's contract.
+        unsafe { Self::values(planes, sub) }
+    }
     /// Plane of half-precision scales, one per sub-block, where the format has such a plane.
     const SCALE_PLANE: Option<usize> = None;
     /// Scale of the sub-block (with [`Self::HALVES`]: without the integer scales).
@@ -207,6 +214,8 @@ mod formats {
 
     row_unpack!(Q4_0 {
         const SCALE_PLANE: Option<usize> = Some(1);
+        const OFFSET_SHIFT: Option<i32> = Some(3);
+        part!(unsigned_values -> __m256i, |p, s| nibbles(p.at[0].add(16 * s)));
         part!(values -> __m256i, |p, s| {
             _mm256_sub_epi8(nibbles(p.at[0].add(16 * s)), _mm256_set1_epi8(8))
         });
@@ -315,7 +324,7 @@ pub(crate) use formats::{Q2_K, Q3_K, Q4_0, Q4_1, Q4_K, Q5_0, Q5_1, Q5_K, Q6_K, Q
 
 avx2_fn! {
     /// Sums of eight vectors of 8 × i32, in order.
-    fn sums_of_eight(v: [__m256i; 8]) -> __m256i {
+    pub(crate) fn sums_of_eight(v: [__m256i; 8]) -> __m256i {
         let (a, b) = (_mm256_hadd_epi32(v[0], v[1]), _mm256_hadd_epi32(v[2], v[3]));
         let (c, d) = (_mm256_hadd_epi32(v[4], v[5]), _mm256_hadd_epi32(v[6], v[7]));
         let (low, high) = (_mm256_hadd_epi32(a, b), _mm256_hadd_epi32(c, d));
@@ -327,10 +336,14 @@ avx2_fn! {
 }
 
 avx2_fn! {
-    /// 8 integer sums whose total is sub-block `sub` · x.
+    /// 8 integer sums whose total is sub-block `sub` · x (with `OFFSET_SHIFT`: with the offset on).
     fn product<U: RowUnpack>(planes: &RowPlanes, sub: usize, x: ActRef<'_>) -> __m256i {
-        let w = U::values(planes, sub);
         let xq = _mm256_loadu_si256(x.q.as_ptr().add(sub * BLOCK).cast());
+        if U::OFFSET_SHIFT.is_some() {
+            let sums = _mm256_maddubs_epi16(U::unsigned_values(planes, sub), xq);
+            return _mm256_madd_epi16(sums, _mm256_set1_epi16(1));
+        }
+        let w = U::values(planes, sub);
         let sums = _mm256_maddubs_epi16(_mm256_abs_epi8(w), _mm256_sign_epi8(xq, w));
         let product = _mm256_madd_epi16(sums, _mm256_set1_epi16(1));
         if U::HALVES {
@@ -363,6 +376,18 @@ avx2_fn! {
 }
 
 avx2_fn! {
+    /// The first `count` of eight integers; zeros behind.
+    fn first_of_eight(p: *const i32, count: usize) -> __m256i {
+        if count == 8 {
+            return _mm256_loadu_si256(p.cast());
+        }
+        let lanes = _mm256_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7);
+        let mask = _mm256_cmpgt_epi32(_mm256_set1_epi32(count as i32), lanes);
+        _mm256_maskload_epi32(p, mask)
+    }
+}
+
+avx2_fn! {
     /// Row · x with 8-bit activations, in the order of the specification.
     pub(crate) fn dot_q8<U: RowUnpack>(planes: &RowPlanes, n_cols: usize, x: ActRef<'_>) -> f32 {
         let n_subs = n_cols / BLOCK;
@@ -380,7 +405,12 @@ avx2_fn! {
                     products[n] = product::<U>(planes, first + n, x);
                 }
             }
-            let sums = _mm256_cvtepi32_ps(sums_of_eight(products));
+            let mut sums = sums_of_eight(products);
+            if let Some(shift) = U::OFFSET_SHIFT {
+                let offsets = first_of_eight(x.block_sums.as_ptr().add(first), count);
+                sums = _mm256_sub_epi32(sums, _mm256_sll_epi32(offsets, _mm_cvtsi32_si128(shift)));
+            }
+            let sums = _mm256_cvtepi32_ps(sums);
             let mut x_scales = [0.0f32; 8];
             std::ptr::copy_nonoverlapping(x.scales.as_ptr().add(first), x_scales.as_mut_ptr(), count);
             let scales = scales_of_eight::<U>(planes, first, n_subs);

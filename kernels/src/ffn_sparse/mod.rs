@@ -4,6 +4,7 @@
 //! fixed order of [`FFN_GROUPS`], so skipping (adding exact zeros or not) changes no bit.
 
 mod down;
+pub mod sketch;
 mod tree;
 mod up;
 
@@ -12,7 +13,7 @@ use crate::quant::QuantType;
 
 pub use down::{DownScratch, GroupSpan, down_active, down_tokens};
 pub use tree::{FFN_GROUPS, SUBTREES_MAX, join_subtrees, n_subtrees, subtrees};
-pub use up::{UpScratch, up_active, up_tokens};
+pub use up::{UpScratch, row_products, row_products_tokens, up_active, up_tokens};
 
 /// One of the two rows (`up`, or `down` = a row of `ffn_down_t`) of each neuron, `[n_neurons,
 /// n_embd]`, each row packed as [`Layout::Rows`], rows `stride_bytes` apart.

@@ -1,4 +1,4 @@
-//! `up` of active neurons: a·(row · x).
+//! Rows of some neurons times x: `up` of active ones, and gates of candidates.
 
 use std::ops::Range;
 
@@ -21,29 +21,39 @@ pub fn up_active(
     gate: &[f32],
     out: &mut [f32],
 ) {
+    assert_eq!(ids.len(), gate.len(), "one gate per id");
+    row_products(cpu, up, x, ids, out);
+    for (out, gate) in out.iter_mut().zip(gate) {
+        *out *= gate;
+    }
+}
+
+/// Writes `rows[ids[j]] · x` to `out[j]` (overwritten); `x` is `[n_embd]`. The bits equal
+/// [`crate::gemm::gemv`]'s.
+///
+/// # Panics
+/// When an id has no row, or lengths differ.
+pub fn row_products(cpu: Cpu, rows: NeuronRows<'_>, x: ActRef<'_>, ids: &[u32], out: &mut [f32]) {
+    assert_eq!(ids.len(), out.len(), "one output per id");
     assert!(
-        ids.len() == gate.len() && ids.len() == out.len(),
-        "one gate and output per id"
-    );
-    assert!(
-        x.values.len() >= up.n_embd,
+        x.values.len() >= rows.n_embd,
         "activations of n_embd {}",
-        up.n_embd
+        rows.n_embd
     );
-    let q8 = cpu.mode() == ActivationMode::Q8 && up.quant.is_quantised();
+    let q8 = cpu.mode() == ActivationMode::Q8 && rows.quant.is_quantised();
     assert!(
-        !q8 || x.q.len() >= up.n_embd,
+        !q8 || x.q.len() >= rows.n_embd,
         "activations have 8-bit blocks"
     );
     #[cfg(target_arch = "x86_64")]
     if cpu.tier() >= Tier::Avx2 {
         // SAFETY: a `Cpu` exists only for tiers that the machine has; `x` fits (asserted).
-        unsafe { x86::up_active(up, x, q8, ids, gate, out) };
+        unsafe { x86::row_products(rows, x, q8, ids, out) };
         return;
     }
     debug_assert_eq!(cpu.tier(), Tier::Scalar);
-    for ((&id, &gate), out) in ids.iter().zip(gate).zip(out) {
-        *out = gate * scalar::dot(up.matrix(id as usize), 0, x, cpu.mode());
+    for (&id, out) in ids.iter().zip(out) {
+        *out = scalar::dot(rows.matrix(id as usize), 0, x, cpu.mode());
     }
 }
 
@@ -54,62 +64,59 @@ mod x86 {
     use crate::quant::QuantType;
 
     /// # Safety
-    /// The machine has AVX2, FMA and F16C; `x` has `up.n_embd` values, with 8-bit blocks for `q8`.
+    /// The machine has AVX2, FMA and F16C; `x` has `rows.n_embd` values, with 8-bit blocks for `q8`.
     #[target_feature(enable = "avx2,fma,f16c")]
-    pub(super) unsafe fn up_active(
-        up: NeuronRows<'_>,
+    pub(super) unsafe fn row_products(
+        rows: NeuronRows<'_>,
         x: ActRef<'_>,
         q8: bool,
         ids: &[u32],
-        gate: &[f32],
         out: &mut [f32],
     ) {
         // SAFETY: this function's contract.
         unsafe {
-            match up.quant {
+            match rows.quant {
                 QuantType::F32 | QuantType::F16 | QuantType::BF16 => {
-                    for ((&id, &gate), out) in ids.iter().zip(gate).zip(out) {
-                        let row = up.row(id as usize).as_ptr();
-                        *out = gate * row::dot_floats(up.quant, row, up.n_embd, x);
+                    for (&id, out) in ids.iter().zip(out) {
+                        let row = rows.row(id as usize).as_ptr();
+                        *out = row::dot_floats(rows.quant, row, rows.n_embd, x);
                     }
                 }
-                QuantType::Q4_0 => blocks::<row::Q4_0>(up, x, q8, ids, gate, out),
-                QuantType::Q4_1 => blocks::<row::Q4_1>(up, x, q8, ids, gate, out),
-                QuantType::Q5_0 => blocks::<row::Q5_0>(up, x, q8, ids, gate, out),
-                QuantType::Q5_1 => blocks::<row::Q5_1>(up, x, q8, ids, gate, out),
-                QuantType::Q8_0 => blocks::<row::Q8_0>(up, x, q8, ids, gate, out),
-                QuantType::Q2_K => blocks::<row::Q2_K>(up, x, q8, ids, gate, out),
-                QuantType::Q3_K => blocks::<row::Q3_K>(up, x, q8, ids, gate, out),
-                QuantType::Q4_K => blocks::<row::Q4_K>(up, x, q8, ids, gate, out),
-                QuantType::Q5_K => blocks::<row::Q5_K>(up, x, q8, ids, gate, out),
-                QuantType::Q6_K => blocks::<row::Q6_K>(up, x, q8, ids, gate, out),
+                QuantType::Q4_0 => blocks::<row::Q4_0>(rows, x, q8, ids, out),
+                QuantType::Q4_1 => blocks::<row::Q4_1>(rows, x, q8, ids, out),
+                QuantType::Q5_0 => blocks::<row::Q5_0>(rows, x, q8, ids, out),
+                QuantType::Q5_1 => blocks::<row::Q5_1>(rows, x, q8, ids, out),
+                QuantType::Q8_0 => blocks::<row::Q8_0>(rows, x, q8, ids, out),
+                QuantType::Q2_K => blocks::<row::Q2_K>(rows, x, q8, ids, out),
+                QuantType::Q3_K => blocks::<row::Q3_K>(rows, x, q8, ids, out),
+                QuantType::Q4_K => blocks::<row::Q4_K>(rows, x, q8, ids, out),
+                QuantType::Q5_K => blocks::<row::Q5_K>(rows, x, q8, ids, out),
+                QuantType::Q6_K => blocks::<row::Q6_K>(rows, x, q8, ids, out),
             }
         }
     }
 
     /// # Safety
-    /// As [`up_active`].
+    /// As [`row_products`].
     #[target_feature(enable = "avx2,fma,f16c")]
     unsafe fn blocks<U: RowUnpack>(
-        up: NeuronRows<'_>,
+        rows: NeuronRows<'_>,
         x: ActRef<'_>,
         q8: bool,
         ids: &[u32],
-        gate: &[f32],
         out: &mut [f32],
     ) {
-        let n_blocks = up.n_embd / U::QUANT.block_values();
-        for ((&id, &gate), out) in ids.iter().zip(gate).zip(out) {
+        let n_blocks = rows.n_embd / U::QUANT.block_values();
+        for (&id, out) in ids.iter().zip(out) {
             // SAFETY: the row is whole, `x` has its columns.
-            *out = gate
-                * unsafe {
-                    let planes = RowPlanes::new(U::QUANT, up.row(id as usize).as_ptr(), n_blocks);
-                    if q8 {
-                        row::dot_q8::<U>(&planes, up.n_embd, x)
-                    } else {
-                        row::dot_f32::<U>(&planes, up.n_embd, x)
-                    }
-                };
+            *out = unsafe {
+                let planes = RowPlanes::new(U::QUANT, rows.row(id as usize).as_ptr(), n_blocks);
+                if q8 {
+                    row::dot_q8::<U>(&planes, rows.n_embd, x)
+                } else {
+                    row::dot_f32::<U>(&planes, rows.n_embd, x)
+                }
+            };
         }
     }
 }
@@ -193,6 +200,35 @@ pub fn up_tokens(
         }
     }
     n_ids
+}
+
+/// Writes the products of rows `neurons` with rows `tokens` of `x` to `out` (`[tokens.len(),
+/// neurons.len()]` f32, overwritten). Bits equal [`row_products`]'.
+///
+/// # Panics
+/// When shapes do not fit.
+pub fn row_products_tokens(
+    cpu: Cpu,
+    rows: NeuronRows<'_>,
+    x: &ActBatch,
+    tokens: Range<usize>,
+    neurons: Range<usize>,
+    out: &mut StridedOut<'_>,
+    scratch: &mut UpScratch,
+) {
+    assert!(
+        out.n_tokens() == tokens.len() && out.n_rows() == neurons.len(),
+        "outputs fit"
+    );
+    let UpScratch { ids, group, .. } = scratch;
+    for first in (0..neurons.len()).step_by(ROW_GROUP) {
+        let columns = first..(first + ROW_GROUP).min(neurons.len());
+        ids.clear();
+        ids.extend(columns.clone().map(|n| n as u32));
+        let m = interleave(rows, neurons.start, ids, group);
+        let part = out.part(0..tokens.len(), columns);
+        gemm(cpu, m, x, tokens.clone(), 0..ids.len(), part);
+    }
 }
 
 /// Rows `first + ids` as one interleaved group in `group`.

@@ -9,6 +9,7 @@ use pi_kernels::{ActivationMode, Tier};
 use super::answer_args::{AnswerArgs, ChatArgs};
 use super::doctor::DoctorArgs;
 use super::plan::PlanArgs;
+use super::synth::SynthArgs;
 use super::trace::TraceArgs;
 use crate::inspect::InspectArgs;
 use crate::sampler::SamplerParams;
@@ -82,6 +83,8 @@ pub enum Command {
     Tokenize(TokenizeArgs),
     /// Write a neuron-major copy of a model, for sparse running
     Pack(PackArgs),
+    /// Write a model of random weights, of any shape and type, whose neurons fire as planned
+    Synth(SynthArgs),
     /// Measure perplexity on a text, chunked and scored as llama.cpp does
     Perplexity(PerplexityArgs),
     /// Measure prefill and decode speed
@@ -122,12 +125,19 @@ pub struct ModelArgs {
     /// Topology file (TOML) with the teams to use; default: the discovered machine
     #[arg(long, value_name = "FILE")]
     pub topology: Option<PathBuf>,
-    /// off: dense; exact: skip neurons whose ReLU gate is closed (same result). Default: exact where it is free
+    /// off: dense; exact: skip neurons whose ReLU gate is closed (same result); predicted: look only at neurons that
+    /// predictors pick (needs what `prepare` makes). Default: exact where it is free
     #[arg(long, value_enum, value_name = "MODE")]
     pub sparsity: Option<SparsityArg>,
     /// What `prepare` made for the model [default: the file beside it with .sparse.gguf for .gguf, where it is needed]
     #[arg(long, value_name = "FILE")]
     pub sidecar: Option<PathBuf>,
+    /// Who predicts with --sparsity predicted
+    #[arg(long, value_enum, value_name = "WHO", default_value_t = PredictorArg::Auto)]
+    pub predictor: PredictorArg,
+    /// Whether what is predicted one layer ahead is prefetched
+    #[arg(long, value_enum, value_name = "on|off", default_value_t = PrefetchArg::On)]
+    pub prefetch: PrefetchArg,
     /// Precision of the activations in dot products
     #[arg(long, value_name = "f32|q8", default_value_t = ActivationMode::Q8)]
     pub activations: ActivationMode,
@@ -337,6 +347,30 @@ pub enum SparsityArg {
     Off,
     /// Neurons whose ReLU gate is closed are skipped
     Exact,
+    /// Only neurons that predictors pick are looked at
+    Predicted,
+}
+
+/// `--predictor`
+#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
+pub enum PredictorArg {
+    /// As the plan decides
+    Auto,
+    /// From the layer's own hidden state, when it is there
+    InLayer,
+    /// From the layer before alone
+    Ahead,
+    /// From the layer before, and corrected when the hidden state is there
+    Both,
+}
+
+/// `--prefetch`
+#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
+pub enum PrefetchArg {
+    /// What is predicted ahead is pulled towards the cache
+    On,
+    /// It is not
+    Off,
 }
 
 /// `--kv`

@@ -21,6 +21,7 @@ mod pack;
 mod perplexity;
 mod plan;
 mod progress;
+mod synth;
 mod text_file;
 mod timings;
 mod tokenize;
@@ -95,6 +96,7 @@ fn run(cli: &Cli, start: Instant, control: &ControlLog) -> Result<ExitCode, Runt
         Some(Command::Inspect(args)) => inspect::run(args, &mut std::io::stdout().lock())?,
         Some(Command::Tokenize(args)) => tokenize::run(args)?,
         Some(Command::Pack(args)) => pack::run(args)?,
+        Some(Command::Synth(args)) => synth::run(args)?,
         Some(Command::Perplexity(args)) => perplexity::run(args)?,
         Some(Command::Bench(args)) => bench::run(args, control)?,
         Some(Command::Plan(args)) => plan::run(args)?,

@@ -5,11 +5,12 @@ use pi_kernels::attention::KvType;
 use pi_kernels::{Cpu, Tier};
 use pi_topology::Plan;
 
-use super::args::{KvArg, ModelArgs, SparsityArg};
+use super::args::{KvArg, ModelArgs, PredictorArg, PrefetchArg, SparsityArg};
 use super::demo_model;
 use super::progress::LoadBar;
 use crate::error::RuntimeError;
 use crate::model::Sparsity;
+use crate::model::predicting::{PredictBy, Predicting};
 use crate::session::{LoadedModel, ModelOptions, N_UBATCH, TopologyFile};
 
 impl ModelArgs {
@@ -25,6 +26,7 @@ impl ModelArgs {
             sparsity: self.sparsity.map(|mode| match mode {
                 SparsityArg::Off => Sparsity::Off,
                 SparsityArg::Exact => Sparsity::Exact,
+                SparsityArg::Predicted => Sparsity::Predicted,
             }),
             cpu: Cpu::new(tier, self.activations).map_err(RuntimeError::Tier)?,
             kv_type: match self.kv {
@@ -34,6 +36,15 @@ impl ModelArgs {
             trace: None,
             tap: None,
             sidecar: self.sidecar.clone(),
+            predicting: Predicting {
+                by: match self.predictor {
+                    PredictorArg::Auto => None,
+                    PredictorArg::InLayer => Some(PredictBy::InLayer),
+                    PredictorArg::Ahead => Some(PredictBy::Ahead),
+                    PredictorArg::Both => Some(PredictBy::Both),
+                },
+                prefetch: self.prefetch == PrefetchArg::On,
+            },
             n_batch: usize::from(self.batch_size).min(N_UBATCH),
         })
     }

@@ -16,6 +16,7 @@ use crate::bench::token_source::TEXT;
 use crate::error::RuntimeError;
 use crate::gguf::GgufFile;
 use crate::model::footprint::Footprint;
+use crate::model::predicting::Predicting;
 use crate::model::sparsity::{SparsityPlan, writable_type};
 use crate::model::{ModelError, Sparsity};
 use crate::pack::{PackedOutput, Packer};
@@ -196,6 +197,7 @@ impl Packing<'_> {
             trace: None,
             tap: None,
             sidecar: None,
+            predicting: Predicting::default(),
             n_batch: N_UBATCH,
         };
         LoadedModel::open(&options, &self.plan, &LoadBar::default())

@@ -26,13 +26,22 @@ pub struct LoadBar {
 
 impl Default for LoadBar {
     fn default() -> Self {
+        Self::new("loading")
+    }
+}
+
+impl LoadBar {
+    /// A bar that says what is done.
+    pub fn new(verb: &str) -> Self {
         let target = if is_shown() {
             ProgressDrawTarget::stderr_with_hz(10)
         } else {
             ProgressDrawTarget::hidden()
         };
         let bar = ProgressBar::with_draw_target(None, target);
-        let style = ProgressStyle::with_template("loading {bar:40} {bytes} of {total_bytes}");
+        let style = ProgressStyle::with_template(&format!(
+            "{verb} {{bar:40}} {{bytes}} of {{total_bytes}}"
+        ));
         Self {
             bar: match style {
                 Ok(style) => bar.with_style(style),

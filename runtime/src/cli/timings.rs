@@ -27,6 +27,8 @@ pub struct Timings {
     pub n_refed: usize,
     /// Share of FFN neurons computed with an open gate while decoding; none when nothing was decoded.
     pub active_share: Option<f64>,
+    /// Share of FFN neurons whose gate was computed while decoding; none when nothing was decoded.
+    pub candidate_share: Option<f64>,
     /// Weight bytes read for a decoded token; none when nothing was decoded.
     pub bytes_per_token: Option<u64>,
     /// Bytes of cached keys and values read for a decoded token; none when nothing was decoded.
@@ -54,6 +56,7 @@ impl Timings {
             decode: finished.decode,
             n_refed: finished.n_refed,
             active_share: decode.active_share(),
+            candidate_share: decode.candidate_share(),
             bytes_per_token: per_token(decode.weight_bytes),
             kv_bytes_per_token: per_token(decode.kv_bytes),
             lossy,
@@ -68,6 +71,7 @@ impl Timings {
             (a, b) => a.or(b),
         };
         self.active_share = mean(self.active_share, other.active_share);
+        self.candidate_share = mean(self.candidate_share, other.candidate_share);
         let mean_bytes = |a: Option<u64>, b: Option<u64>| {
             let mean = mean(a.map(|a| a as f64), b.map(|b| b as f64));
             mean.map(|bytes| bytes.round() as u64)
@@ -94,6 +98,7 @@ impl Timings {
             "predicted_per_second": per_second(self.n_decoded, self.decode),
             "refed_n": self.n_refed,
             "active_share": self.active_share,
+            "candidate_share": self.candidate_share,
             "bytes_per_token": self.bytes_per_token,
             "kv_bytes_per_token": self.kv_bytes_per_token,
             "lossy": self.lossy,
@@ -115,6 +120,9 @@ impl fmt::Display for Timings {
         write!(f, " | decode {}", speed(self.n_decoded, self.decode))?;
         if self.n_refed > 0 {
             write!(f, " with {} fed again", self.n_refed)?;
+        }
+        if let Some(share) = self.candidate_share.filter(|share| *share < 1.0) {
+            write!(f, " | candidates {:.1} %", share * 100.0)?;
         }
         if let Some(share) = self.active_share {
             write!(f, " | active {:.1} %", share * 100.0)?;
@@ -156,6 +164,7 @@ mod tests {
             decode: Duration::from_millis(100),
             n_refed: 0,
             active_share: Some(0.1),
+            candidate_share: Some(1.0),
             bytes_per_token: Some(60_000_000),
             kv_bytes_per_token: Some(1_200_000),
             lossy: vec![],
@@ -177,6 +186,15 @@ mod tests {
             shifted
                 .to_string()
                 .contains("100.0 tok/s with 7 fed again |")
+        );
+        let predicted = Timings {
+            candidate_share: Some(0.2),
+            ..timings()
+        };
+        let line = predicted.to_string();
+        assert!(
+            line.contains("| candidates 20.0 % | active 10.0 % |"),
+            "{line}"
         );
         let nothing = Timings {
             lossy: vec!["down re-quantised Q4_0 -> Q5_0".into()],

@@ -6,7 +6,9 @@ use std::sync::atomic::{AtomicUsize, Ordering};
 
 use pi_kernels::{Layout, MatrixShape, QuantType, ROW_GROUP};
 
-use super::layout::{FfnLayout, LayerLayout, MatrixPart, NodeLayout, Placed, RecordsPart};
+use super::layout::{
+    FfnLayout, LayerLayout, MatrixPart, NodeLayout, Placed, PlanesPart, RecordsPart, SketchLayout,
+};
 use super::tensors::FileMatrix;
 use super::transpose::Transposer;
 use crate::gguf::GgufFile;
@@ -21,6 +23,7 @@ const TRANSPOSED_NEURONS: usize = 256;
 enum Source<'a> {
     Matrix(MatrixPart<'a>),
     Records(RecordsPart<'a>),
+    Planes(PlanesPart<'a>),
 }
 
 /// Some rows of the file, and where they go.
@@ -28,6 +31,8 @@ enum Source<'a> {
 pub(super) struct CopyTask<'a, 'm> {
     source: Source<'a>,
     to: &'m mut [u8],
+    /// The rest of planes, whose top goes to `to`.
+    rest: &'m mut [u8],
 }
 
 /// The tasks that fill a node's arena, in the order of the arena (and nearly that of the file).
@@ -48,6 +53,8 @@ pub(super) fn copy_tasks<'a, 'm>(
             wo,
             gate,
             ffn,
+            sketch,
+            ahead,
         } = layer;
         for matrix in [wq, wk, wv, wo, gate] {
             cutting.matrix(matrix);
@@ -63,6 +70,18 @@ pub(super) fn copy_tasks<'a, 'm>(
                 cutting.matrix(down);
             }
         }
+        match sketch {
+            None => {}
+            Some(SketchLayout::LowRank { a, b }) => {
+                cutting.matrix(a);
+                cutting.matrix(b);
+            }
+            Some(SketchLayout::Signs(planes)) => cutting.planes(planes),
+        }
+        ahead
+            .iter()
+            .flatten()
+            .for_each(|matrix| cutting.matrix(matrix));
     }
     cutting.matrix(&node.head);
     cutting.tasks
@@ -100,7 +119,29 @@ impl<'a, 'm> Cutting<'a, 'm> {
                 rows: start..(start + step).min(part.rows.end),
                 ..part.clone()
             });
-            self.tasks.push(CopyTask { source, to });
+            let rest = &mut [];
+            self.tasks.push(CopyTask { source, to, rest });
+        }
+    }
+
+    fn planes(&mut self, placed: &Placed<PlanesPart<'a>>) {
+        if placed.at.is_empty() {
+            return;
+        }
+        let (part, shape) = (&placed.part, placed.part.shape());
+        let row_bytes = part.source.row_bytes();
+        let step = (TASK_BYTES / row_bytes).next_multiple_of(ROW_GROUP);
+        let top_step = step * shape.top_bytes() / shape.n_rows.next_multiple_of(ROW_GROUP);
+        let (top, rest) = self.take(&placed.at).split_at_mut(shape.top_bytes());
+        let tops = top.chunks_mut(top_step);
+        let rests = rest.chunks_mut(step * shape.rest_row_bytes());
+        let starts = part.neurons.clone().step_by(step);
+        for ((start, to), rest) in starts.zip(tops).zip(rests) {
+            let source = Source::Planes(PlanesPart {
+                neurons: start..(start + step).min(part.neurons.end),
+                ..part.clone()
+            });
+            self.tasks.push(CopyTask { source, to, rest });
         }
     }
 
@@ -120,7 +161,8 @@ impl<'a, 'm> Cutting<'a, 'm> {
                 neurons: start..(start + step).min(part.neurons.end),
                 ..part.clone()
             });
-            self.tasks.push(CopyTask { source, to });
+            let rest = &mut [];
+            self.tasks.push(CopyTask { source, to, rest });
         }
     }
 }
@@ -131,13 +173,19 @@ impl<'a> CopyTask<'a, '_> {
         match &self.source {
             Source::Matrix(part) => copy_matrix(part, self.to),
             Source::Records(part) => copy_records(part, self.to),
+            Source::Planes(part) => {
+                let rows = part.source.rows(part.neurons.clone());
+                part.shape().pack(rows, 0, self.to, self.rest);
+            }
         }
-        self.to.len()
+        self.to.len() + self.rest.len()
     }
 
     /// The tensors read, and the rows of each if it is read row by row.
     fn tensors(&self) -> Vec<(&'a FileMatrix, Option<Range<usize>>)> {
         match &self.source {
+            Source::Matrix(part) if !part.of_model => vec![],
+            Source::Planes(part) => vec![(part.source, Some(part.neurons.clone()))],
             Source::Matrix(part) => {
                 let whole = part.cols.len() == part.source.n_cols();
                 vec![(part.source, whole.then(|| part.rows.clone()))]

@@ -65,9 +65,11 @@ pub enum ModelError {
     },
     /// `exact` on a model whose gates never close.
     #[error(
-        "--sparsity exact needs gates that close (ReLU), but this model's gates are {activation}: use --sparsity off"
+        "--sparsity {mode} needs gates that close (ReLU), but this model's gates are {activation}: use --sparsity off"
     )]
     GatesNeverClose {
+        /// What was asked for.
+        mode: &'static str,
         /// The model's activation.
         activation: &'static str,
     },

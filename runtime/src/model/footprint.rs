@@ -36,7 +36,8 @@ impl Footprint {
             let neurons = layer.up.bytes.len() as u64 + down_bytes(*down, hyper);
             match plan.mode {
                 Sparsity::Off => footprint.always += neurons,
-                Sparsity::Exact => footprint.if_all_active += neurons,
+                // what a predictor leaves out of the gates is not known here
+                Sparsity::Exact | Sparsity::Predicted => footprint.if_all_active += neurons,
             }
         }
         footprint

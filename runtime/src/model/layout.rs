@@ -3,12 +3,14 @@
 use std::ops::Range;
 
 use pi_kernels::ffn_sparse::FFN_GROUPS;
+use pi_kernels::ffn_sparse::sketch::planes::PlanesShape;
 use pi_kernels::{Layout, MatrixShape, QuantType, ROW_GROUP};
 
 use super::hyperparameters::Hyperparameters;
 use super::shares::{NodeShare, divide, neuron_groups};
 use super::sparsity::{DownPlan, Sparsity, SparsityPlan};
 use super::tensors::{FileMatrix, LayerTensors, ModelTensors};
+use crate::sidecar::{LayerPredictors, SketchKind};
 
 /// Every matrix starts at a multiple of this: a cache line, and a vector of the widest kernels.
 pub(super) const ALIGNMENT_BYTES: usize = 64;
@@ -22,18 +24,36 @@ pub(super) struct Placed<T> {
     pub part: T,
 }
 
-/// Some rows, and some columns of them, of a matrix in the file; interleaved in memory.
+/// Some rows, and some columns of them, of a matrix in a file.
 #[derive(Debug, Clone)]
 pub(super) struct MatrixPart<'a> {
     pub source: &'a FileMatrix,
     pub rows: Range<usize>,
     pub cols: Range<usize>,
+    /// Order in memory.
+    pub layout: Layout,
+    /// Whether the file is the model's, whose pages are given back.
+    pub of_model: bool,
 }
 
 impl<'a> MatrixPart<'a> {
     fn rows(source: &'a FileMatrix, rows: Range<usize>) -> Self {
         let cols = 0..source.n_cols();
-        Self { source, rows, cols }
+        Self {
+            source,
+            rows,
+            cols,
+            layout: Layout::Interleaved,
+            of_model: true,
+        }
+    }
+
+    /// Rows of a matrix of the sidecar.
+    fn of_sidecar(source: &'a FileMatrix, rows: Range<usize>) -> Self {
+        Self {
+            of_model: false,
+            ..Self::rows(source, rows)
+        }
     }
 
     /// The packed matrix.
@@ -42,9 +62,37 @@ impl<'a> MatrixPart<'a> {
             quant: self.source.quant,
             n_rows: self.rows.len(),
             n_cols: self.cols.len(),
-            layout: Layout::Interleaved,
+            layout: self.layout,
         }
     }
+}
+
+/// Gates in two planes.
+#[derive(Debug, Clone)]
+pub(super) struct PlanesPart<'a> {
+    pub source: &'a FileMatrix,
+    pub neurons: Range<usize>,
+}
+
+impl PlanesPart<'_> {
+    /// Their size.
+    pub fn shape(&self) -> PlanesShape {
+        PlanesShape {
+            n_rows: self.neurons.len(),
+            n_cols: self.source.n_cols(),
+        }
+    }
+}
+
+/// A node's part of a layer's sketch.
+#[derive(Debug, Clone)]
+pub(super) enum SketchLayout<'a> {
+    LowRank {
+        a: Placed<MatrixPart<'a>>,
+        b: Placed<MatrixPart<'a>>,
+    },
+    /// The top plane, and behind it the rest.
+    Signs(Placed<PlanesPart<'a>>),
 }
 
 /// Neurons' records: `[up row][down row]`, or `[down row]`.
@@ -97,6 +145,9 @@ pub(super) struct LayerLayout<'a> {
     pub wo: Placed<MatrixPart<'a>>,
     pub gate: Placed<MatrixPart<'a>>,
     pub ffn: FfnLayout<'a>,
+    pub sketch: Option<SketchLayout<'a>>,
+    /// The two matrices that predict the layer from the one before; on node 0.
+    pub ahead: Option<[Placed<MatrixPart<'a>>; 2]>,
 }
 
 /// One node's arena.
@@ -124,14 +175,17 @@ impl<'a> ModelLayout<'a> {
         hyper: &Hyperparameters,
         tensors: &'a ModelTensors,
         plan: &SparsityPlan,
+        predictors: Option<&'a [LayerPredictors]>,
         threads: &[usize],
     ) -> Self {
         let multiple = neuron_multiple(plan);
-        let nodes = divide(hyper, threads, multiple).into_iter();
+        let nodes = divide(hyper, threads, multiple).into_iter().enumerate();
         Self {
             neuron_groups: neuron_groups(hyper.n_ff, multiple),
             nodes: nodes
-                .map(|share| NodeLayout::new(hyper, tensors, plan, share))
+                .map(|(node, share)| {
+                    NodeLayout::new(hyper, tensors, plan, predictors, node == 0, share)
+                })
                 .collect(),
         }
     }
@@ -151,12 +205,20 @@ impl<'a> NodeLayout<'a> {
         hyper: &Hyperparameters,
         tensors: &'a ModelTensors,
         plan: &SparsityPlan,
+        predictors: Option<&'a [LayerPredictors]>,
+        is_device: bool,
         share: NodeShare,
     ) -> Self {
-        let mut placing = Placing::default();
-        let layers = tensors.layers.iter().zip(&plan.down);
+        let mut placing = Placing {
+            is_device,
+            ..Placing::default()
+        };
+        let of_layer = |index: usize| predictors.map(|all| &all[index]);
+        let layers = tensors.layers.iter().zip(&plan.down).enumerate();
         let layers = layers
-            .map(|(layer, down)| placing.layer(hyper, layer, plan.mode, *down, &share))
+            .map(|(index, (layer, down))| {
+                placing.layer(hyper, layer, plan.mode, *down, of_layer(index), &share)
+            })
             .collect();
         let head = tensors.output.as_ref().unwrap_or(&tensors.token_embd);
         let head = placing.matrix(MatrixPart::rows(head, share.head_rows.clone()));
@@ -175,6 +237,8 @@ impl<'a> NodeLayout<'a> {
 struct Placing {
     end: usize,
     filled: usize,
+    /// Whether the arena is the device's, which predicts ahead.
+    is_device: bool,
 }
 
 impl Placing {
@@ -204,6 +268,7 @@ impl Placing {
         layer: &'a LayerTensors,
         mode: Sparsity,
         down: DownPlan,
+        predictors: Option<&'a LayerPredictors>,
         share: &NodeShare,
     ) -> LayerLayout<'a> {
         let rows = |heads: &Range<usize>, heads_per_kv: usize| {
@@ -217,9 +282,64 @@ impl Placing {
             wk: self.matrix(MatrixPart::rows(&layer.wk, kv_rows.clone())),
             wv: self.matrix(MatrixPart::rows(&layer.wv, kv_rows)),
             wo: self.matrix(MatrixPart::rows(&layer.wo, share.output_rows.clone())),
-            gate: self.matrix(MatrixPart::rows(&layer.gate, share.neurons.clone())),
+            gate: self.gate(layer, predictors, share.neurons.clone()),
             ffn: self.ffn(hyper.n_embd, layer, mode, down, share.neurons.clone()),
+            sketch: self.sketch(layer, predictors, share.neurons.clone()),
+            ahead: self.ahead(predictors),
         }
+    }
+
+    /// The gate as its sketch wants it: in planes there is nothing left of it here.
+    fn gate<'a>(
+        &mut self,
+        layer: &'a LayerTensors,
+        predictors: Option<&LayerPredictors>,
+        neurons: Range<usize>,
+    ) -> Placed<MatrixPart<'a>> {
+        let sketch = predictors.and_then(|layer| layer.sketch.as_ref());
+        let whole = MatrixPart::rows(&layer.gate, neurons.clone());
+        self.matrix(match sketch.map(|sketch| &sketch.kind) {
+            None => whole,
+            Some(SketchKind::LowRank { .. }) => MatrixPart {
+                layout: Layout::Rows,
+                ..whole
+            },
+            Some(SketchKind::Signs) => MatrixPart {
+                rows: neurons.start..neurons.start,
+                ..whole
+            },
+        })
+    }
+
+    fn sketch<'a>(
+        &mut self,
+        layer: &'a LayerTensors,
+        predictors: Option<&'a LayerPredictors>,
+        neurons: Range<usize>,
+    ) -> Option<SketchLayout<'a>> {
+        Some(match &predictors?.sketch.as_ref()?.kind {
+            SketchKind::LowRank { a, b } => SketchLayout::LowRank {
+                a: self.matrix(MatrixPart::of_sidecar(a, 0..a.n_rows())),
+                b: self.matrix(MatrixPart::of_sidecar(b, neurons)),
+            },
+            SketchKind::Signs => {
+                let source = &layer.gate;
+                let part = PlanesPart { source, neurons };
+                let bytes = part.shape().top_bytes() + part.shape().rest_bytes();
+                SketchLayout::Signs(self.place(part, bytes))
+            }
+        })
+    }
+
+    fn ahead<'a>(
+        &mut self,
+        predictors: Option<&'a LayerPredictors>,
+    ) -> Option<[Placed<MatrixPart<'a>>; 2]> {
+        let ahead = predictors?.ahead.as_ref().filter(|_| self.is_device)?;
+        Some([&ahead.a, &ahead.b].map(|matrix| {
+            let rows = 0..matrix.n_rows();
+            self.matrix(MatrixPart::of_sidecar(matrix, rows))
+        }))
     }
 
     fn ffn<'a>(
@@ -238,12 +358,15 @@ impl Placing {
                 let (rows, cols) = (0..source.n_rows(), neurons.clone());
                 return FfnLayout::Dense {
                     up: self.matrix(MatrixPart::rows(&layer.up, neurons)),
-                    down: self.matrix(MatrixPart { source, rows, cols }),
+                    down: self.matrix(MatrixPart {
+                        cols,
+                        ..MatrixPart::rows(source, rows)
+                    }),
                 };
             }
         };
         let records = RecordsPart {
-            up: (mode == Sparsity::Exact).then_some(&layer.up),
+            up: (mode != Sparsity::Off).then_some(&layer.up),
             down: layer.down.matrix(),
             down_quant,
             transposed,
@@ -251,7 +374,7 @@ impl Placing {
             neurons: neurons.clone(),
         };
         match mode {
-            Sparsity::Exact => FfnLayout::Paired(self.records(records)),
+            Sparsity::Exact | Sparsity::Predicted => FfnLayout::Paired(self.records(records)),
             Sparsity::Off => FfnLayout::Apart {
                 up: self.matrix(MatrixPart::rows(&layer.up, neurons)),
                 down: self.records(records),

@@ -8,20 +8,25 @@ use std::sync::atomic::{AtomicU64, Ordering};
 
 use bytes::Bytes;
 use pi_actors::weights::{
-    Embedding, EmbeddingRows, FfnShare, GateActivation, HeadShare, LayerShare, LayerWeights,
-    Matrix, ModelShape, ModelWeights, NeuronStore, UpRows,
+    AheadWeights, Embedding, EmbeddingRows, FfnShare, GateActivation, HeadShare, LayerShare,
+    LayerWeights, Matrix, ModelShape, ModelWeights, NeuronStore, PlanesStore, SketchKind,
+    SketchShare, UpRows,
 };
 
 use super::copy_task::{CopyTask, PageDrop, copy_tasks};
 use super::error::ModelError;
 use super::hyperparameters::{GateKind, Hyperparameters};
-use super::layout::{FfnLayout, LayerLayout, MatrixPart, ModelLayout, Placed, RecordsPart};
+use super::layout::{
+    FfnLayout, LayerLayout, MatrixPart, ModelLayout, Placed, RecordsPart, SketchLayout,
+};
 use super::node_memory::{Arena, NodeMemory, NodeThreads};
+use super::predicting::{PredictBy, Predicting};
 use super::shares::NodeShare;
 use super::sparsity::SparsityPlan;
 use super::tensors::{ModelTensors, QkvBias};
 use crate::gguf::GgufFile;
 use crate::mapped_file::Access;
+use crate::sidecar::LayerPredictors;
 
 /// Sizes and constants of a model with a context of `n_ctx` tokens, as the actors take them.
 ///
@@ -67,6 +72,8 @@ pub struct Loader<'a> {
     layout: ModelLayout<'a>,
     /// Bytes of transposed copies.
     transposed_bytes: u64,
+    predictors: Option<&'a [LayerPredictors]>,
+    predicting: Predicting,
 }
 
 impl<'a> Loader<'a> {
@@ -85,6 +92,27 @@ impl<'a> Loader<'a> {
         threads: &[usize],
         n_ctx: usize,
     ) -> Result<Self, ModelError> {
+        let nobody = Predicting::default();
+        Self::predicted(file, hyper, tensors, plan, None, nobody, threads, n_ctx)
+    }
+
+    /// The same with predictors, of which `predicting` says who predicts.
+    ///
+    /// # Errors
+    /// As [`model_shape`].
+    ///
+    /// # Panics
+    /// As [`Loader::new`].
+    pub fn predicted(
+        file: &'a GgufFile,
+        hyper: &Hyperparameters,
+        tensors: &'a ModelTensors,
+        plan: &SparsityPlan,
+        predictors: Option<&'a [LayerPredictors]>,
+        predicting: Predicting,
+        threads: &[usize],
+        n_ctx: usize,
+    ) -> Result<Self, ModelError> {
         assert!(
             !threads.is_empty() && !threads.contains(&0),
             "every node has threads: {threads:?}"
@@ -93,8 +121,10 @@ impl<'a> Loader<'a> {
             file,
             tensors,
             shape: model_shape(hyper, tensors, n_ctx)?,
-            layout: ModelLayout::new(hyper, tensors, plan, threads),
+            layout: ModelLayout::new(hyper, tensors, plan, predictors, threads),
             transposed_bytes: plan.transposed_bytes(hyper.n_embd, hyper.n_ff),
+            predictors,
+            predicting,
         })
     }
 
@@ -191,9 +221,10 @@ impl<'a> Loader<'a> {
                 shares: nodes()
                     .map(|(node, arena)| {
                         let bias = layer.qkv_bias.as_ref();
-                        self.layer_share(&node.share, &node.layers[index], bias, arena)
+                        self.layer_share(&node.share, &node.layers[index], bias, index, arena)
                     })
                     .collect(),
+                ahead: self.ahead(index, &arenas[0]),
             })
             .collect();
         let token_embd = &self.tensors.token_embd;
@@ -224,6 +255,7 @@ impl<'a> Loader<'a> {
         share: &NodeShare,
         layer: &LayerLayout<'_>,
         bias: Option<&QkvBias>,
+        index: usize,
         arena: &Bytes,
     ) -> LayerShare {
         let part =
@@ -241,6 +273,7 @@ impl<'a> Loader<'a> {
             groups: share.groups.clone(),
             neurons: share.neurons.clone(),
             gate: matrix(&layer.gate, arena),
+            sketch: self.sketch(share, layer, index, arena),
             ffn: match &layer.ffn {
                 FfnLayout::Paired(placed) => FfnShare::Neurons {
                     up: UpRows::Paired,
@@ -256,6 +289,52 @@ impl<'a> Loader<'a> {
                 },
             },
         }
+    }
+}
+
+impl Loader<'_> {
+    fn sketch(
+        &self,
+        share: &NodeShare,
+        layer: &LayerLayout<'_>,
+        index: usize,
+        arena: &Bytes,
+    ) -> Option<SketchShare> {
+        let sketch = self.predictors?[index].sketch.as_ref()?;
+        let neurons = || share.neurons.clone();
+        let kind = match layer.sketch.as_ref()? {
+            SketchLayout::LowRank { a, b } => SketchKind::LowRank {
+                a: matrix(a, arena),
+                b: matrix(b, arena),
+            },
+            SketchLayout::Signs(placed) => {
+                let shape = placed.part.shape();
+                let both = arena.slice(placed.at.clone());
+                SketchKind::Signs(PlanesStore {
+                    shape,
+                    top: both.slice(..shape.top_bytes()),
+                    rest: both.slice(shape.top_bytes()..),
+                })
+            }
+        };
+        Some(SketchShare {
+            kind,
+            bias: sketch.bias[neurons()].to_vec(),
+            floor: (sketch.floor.as_ref()).map(|floor| floor[neurons()].to_vec()),
+        })
+    }
+
+    fn ahead(&self, index: usize, arena: &Bytes) -> Option<AheadWeights> {
+        let ahead = self.predictors?[index].ahead.as_ref()?;
+        let [a, b] = self.layout.nodes[0].layers[index].ahead.as_ref()?;
+        Some(AheadWeights {
+            a: matrix(a, arena),
+            a_bias: ahead.a_bias.clone(),
+            b: matrix(b, arena),
+            b_bias: ahead.b_bias.clone(),
+            prefetch: self.predicting.prefetch,
+            alone: self.predicting.by == Some(PredictBy::Ahead),
+        })
     }
 }
 

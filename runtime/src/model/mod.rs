@@ -9,6 +9,7 @@ pub mod hyperparameters;
 mod layout;
 pub mod load;
 pub mod node_memory;
+pub mod predicting;
 pub mod quantize;
 pub mod rope;
 pub mod shares;

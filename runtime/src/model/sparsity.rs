@@ -13,6 +13,8 @@ pub enum Sparsity {
     Off,
     /// Those whose ReLU gate is open; the others contribute nothing.
     Exact,
+    /// Those that predictors pick and whose gate is open.
+    Predicted,
 }
 
 impl Sparsity {
@@ -21,6 +23,7 @@ impl Sparsity {
         match self {
             Sparsity::Off => "off",
             Sparsity::Exact => "exact",
+            Sparsity::Predicted => "predicted",
         }
     }
 }
@@ -80,7 +83,7 @@ impl SparsityPlan {
     /// other plain files `exact` runs only when asked for.
     ///
     /// # Errors
-    /// [`ModelError::GatesNeverClose`] for `exact` without ReLU gates.
+    /// [`ModelError::GatesNeverClose`] for `exact` and `predicted` without ReLU gates.
     pub fn resolve(
         asked: Option<Sparsity>,
         gate: GateKind,
@@ -92,8 +95,9 @@ impl SparsityPlan {
             DownStored::Plain(quant) => !quant.is_quantised(),
         });
         let mode = match asked {
-            Some(Sparsity::Exact) if !relu => {
+            Some(mode @ (Sparsity::Exact | Sparsity::Predicted)) if !relu => {
                 return Err(ModelError::GatesNeverClose {
+                    mode: mode.name(),
                     activation: gate.name(),
                 });
             }
@@ -115,6 +119,9 @@ impl SparsityPlan {
         let mut names: Vec<String> = self.down.iter().filter_map(|down| down.lossy()).collect();
         names.sort();
         names.dedup();
+        if self.mode == Sparsity::Predicted {
+            names.insert(0, "predicted neurons".to_owned());
+        }
         names
     }
 
@@ -132,7 +139,7 @@ fn plan_down(mode: Sparsity, stored: DownStored) -> DownPlan {
     match (stored, mode) {
         (DownStored::NeuronMajor(quant), _) => DownPlan::NeuronRows(quant),
         (DownStored::Plain(quant), Sparsity::Off) => DownPlan::Dense(quant),
-        (DownStored::Plain(from), Sparsity::Exact) => DownPlan::Transposed {
+        (DownStored::Plain(from), Sparsity::Exact | Sparsity::Predicted) => DownPlan::Transposed {
             from,
             to: transposed_type(from),
         },

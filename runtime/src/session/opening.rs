@@ -16,6 +16,7 @@ use crate::error::RuntimeError;
 use crate::gguf::GgufFile;
 use crate::model::description::Description;
 use crate::model::footprint::Footprint;
+use crate::model::predicting::Predicting;
 use crate::model::sparsity::SparsityPlan;
 use crate::model::{Hyperparameters, Loader, ModelError, ModelTensors, Sparsity};
 use crate::sidecar::{self, Sidecar, SidecarError};
@@ -51,6 +52,8 @@ pub struct ModelOptions {
     pub tap: Option<Arc<dyn LayerTap>>,
     /// The model's sidecar; none: the file beside the model, where a mode needs it.
     pub sidecar: Option<PathBuf>,
+    /// How neurons are predicted, where they are.
+    pub predicting: Predicting,
 }
 
 /// Watches a model being loaded.
@@ -109,10 +112,11 @@ impl LoadedModel {
         let file = GgufFile::open(&options.path)?;
         let in_file = |source| model_error(&options.path, source);
         let hyper = Hyperparameters::read(&file).map_err(in_file)?;
-        let sidecar = open_sidecar(options, false, &file, &hyper)?;
+        let needed = options.sparsity == Some(Sparsity::Predicted);
+        let sidecar = open_sidecar(options, needed, &file, &hyper)?;
         let (tokenizer, engine) = std::thread::scope(|scope| {
             let tokenizer = scope.spawn(|| Tokenizer::from_metadata(file.metadata()));
-            let engine = start_engine(options, plan, &file, &hyper, observer);
+            let engine = start_engine(options, plan, &file, &hyper, sidecar.as_ref(), observer);
             let tokenizer = tokenizer
                 .join()
                 .unwrap_or_else(|panic| std::panic::resume_unwind(panic));
@@ -208,6 +212,7 @@ fn start_engine(
     plan: &Plan,
     file: &GgufFile,
     hyper: &Hyperparameters,
+    sidecar: Option<&Sidecar>,
     observer: &dyn LoadObserver,
 ) -> Result<Started, RuntimeError> {
     let in_file = |source| model_error(&options.path, source);
@@ -219,7 +224,26 @@ fn start_engine(
         n_ctx => n_ctx,
     };
     let threads: Vec<usize> = plan.nodes.iter().map(|node| node.cpus.len()).collect();
-    let loader = Loader::new(file, hyper, &tensors, &sparsity, &threads, n_ctx).map_err(in_file)?;
+    let predictors = match (sparsity.mode, sidecar) {
+        (Sparsity::Predicted, Some(sidecar)) => {
+            let found = sidecar.predictors(hyper, &tensors)?;
+            let mut layers = found.ok_or_else(|| sidecar.missing("predictors"))?;
+            options.predicting.choose(&mut layers);
+            Some(layers)
+        }
+        _ => None,
+    };
+    let loader = Loader::predicted(
+        file,
+        hyper,
+        &tensors,
+        &sparsity,
+        predictors.as_deref(),
+        options.predicting,
+        &threads,
+        n_ctx,
+    )
+    .map_err(in_file)?;
     let teams = Teams::start(plan)?;
     observer.begin(loader.copied_bytes());
     let weights = loader.load(&teams, plan, &|bytes| observer.copied(bytes));

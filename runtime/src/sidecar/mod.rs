@@ -5,11 +5,13 @@
 
 mod error;
 mod hash;
+mod predictors;
 
 use std::path::{Path, PathBuf};
 
 pub use error::SidecarError;
 pub use hash::model_hash;
+pub use predictors::{AHEAD_KIND_KEY, Ahead, LayerPredictors, SKETCH_KIND_KEY, Sketch, SketchKind};
 
 use crate::gguf::{GgufError, GgufFile, GgufWriter};
 use crate::model::Hyperparameters;

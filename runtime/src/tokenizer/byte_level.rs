@@ -5,7 +5,7 @@
 /// Printable bytes of Latin-1 stand for themselves, the other 68 for U+0100 and up, in order.
 ///
 /// Source: `bytes_to_unicode` of GPT-2's encoder.
-pub(super) const fn byte_to_char(byte: u8) -> char {
+pub(crate) const fn byte_to_char(byte: u8) -> char {
     match byte {
         b'!'..=b'~' | 0xa1..=0xac | 0xae..=0xff => byte as char,
         0..=0x20 => shifted(byte as u32),

@@ -18,6 +18,7 @@ use std::sync::Arc;
 
 use crate::gguf::Metadata;
 
+pub(crate) use byte_level::byte_to_char;
 pub use command::{TokenizeArgs, TokenizeError, run};
 pub use error::TokenizerError;
 pub use token_stream::TokenStream;

@@ -89,6 +89,7 @@ impl EngineTracks {
         self.number(match kind {
             ActorKind::Pipeline => 0x100,
             ActorKind::DeviceLayer => 0x101,
+            ActorKind::Predictor => 0x102,
             ActorKind::ColdLayer => 0x200 + node,
         })
     }
@@ -127,6 +128,7 @@ impl EngineTracks {
         let actors = [
             (ActorKind::Pipeline, 0, "Pipeline".to_owned()),
             (ActorKind::DeviceLayer, 0, "DeviceLayer".to_owned()),
+            (ActorKind::Predictor, 0, "Predictor".to_owned()),
         ];
         let cold = (0..threads.len())
             .map(|node| (ActorKind::ColdLayer, node, format!("ColdLayer node {node}")));

@@ -1,6 +1,7 @@
 //! What several test binaries need; not every binary uses all of it.
 #![allow(dead_code)]
 
+pub mod all_candidates;
 pub mod engine;
 pub mod gguf_parts;
 pub mod plain_twin;
@@ -10,6 +11,7 @@ pub mod threads;
 pub mod tiny_kinds;
 pub mod tiny_model;
 pub mod trace_file;
+pub mod watch;
 
 use std::path::PathBuf;
 

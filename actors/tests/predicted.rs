@@ -1,0 +1,173 @@
+//! Predicted neurons: equal to plain loops that leave out the same ones, and the same bits however the
+//! work is divided.
+
+mod common;
+
+use common::naive::{self, Counts};
+use common::{Collector, Form, N_FF, N_LAYER, PlainModel, Predictors, Setup, SketchForm};
+use common::{engine, error_text, run, tokens};
+use pi_actors::counters::Counters;
+use pi_actors::faults::{Fault, FaultPlace, Faults};
+use pi_actors::messages::ActorId;
+use pi_actors::weights::GateActivation;
+use pi_kernels::ActivationMode;
+
+const IN_LAYER: Predictors = Predictors {
+    sketch: SketchForm::LowRank,
+    ahead: false,
+    alone: false,
+};
+const BOTH: Predictors = Predictors {
+    ahead: true,
+    ..IN_LAYER
+};
+const AHEAD: Predictors = Predictors {
+    alone: true,
+    ..BOTH
+};
+
+fn model() -> PlainModel {
+    PlainModel::random(47, GateActivation::Relu)
+}
+
+fn signs(sketch: SketchForm) -> Predictors {
+    Predictors { sketch, ..IN_LAYER }
+}
+
+#[test]
+fn logits_and_counts_are_those_of_plain_loops_that_leave_out_the_same_neurons() {
+    let (model, tokens) = (model(), tokens(40));
+    for who in [IN_LAYER, BOTH, AHEAD] {
+        let (want, counts) = naive::predicted(&model, &tokens, Some(who));
+        assert!(
+            counts.candidates < 40 * N_LAYER * N_FF * 9 / 10,
+            "{counts:?}"
+        );
+        for n_nodes in [1, 2] {
+            let setup = Setup {
+                n_nodes,
+                form: Form::Predicted(who),
+                ..Setup::default()
+            };
+            let run = run(&engine(&model, setup), Collector::new(&tokens, true));
+            assert_eq!(error_text(&run), "no error");
+            let total = run.totals.prefill + run.totals.decode;
+            let got = Counts {
+                candidates: total.candidates as usize,
+                active: total.active_neurons as usize,
+            };
+            assert_eq!(got, counts, "{who:?} on {n_nodes} nodes");
+            for (position, logits) in &run.feeder.logits {
+                for (got, want) in logits.iter().zip(&want[*position]) {
+                    let close = (f64::from(*got) - want).abs() < 2e-4;
+                    assert!(close, "{who:?}, position {position}: {got} is not {want}");
+                }
+            }
+        }
+    }
+}
+
+#[test]
+fn bits_do_not_depend_on_nodes_threads_or_batch() {
+    let (model, tokens) = (model(), tokens(150));
+    for (who, pieces) in [
+        (IN_LAYER, vec![1, 60, 1, 1, 87]),
+        (signs(SketchForm::Signs), vec![1, 60, 1, 1, 87]),
+        // only decoding is predicted ahead
+        (BOTH, vec![1; 150]),
+        (AHEAD, vec![1; 150]),
+    ] {
+        for activations in [ActivationMode::F32, ActivationMode::Q8] {
+            let setup = || Setup {
+                form: Form::Predicted(who),
+                activations,
+                ..Setup::default()
+            };
+            let one_by_one = Collector::new(&tokens, true);
+            let want = run(&engine(&model, setup()), one_by_one).feeder.bits();
+            for (n_nodes, n_threads) in [(1, 1), (1, 3), (2, 1), (2, 2), (4, 1)] {
+                let setup = Setup {
+                    n_nodes,
+                    n_threads,
+                    n_ubatch: 23,
+                    ..setup()
+                };
+                let feeder = Collector::in_pieces(&tokens, pieces.clone());
+                let run = run(&engine(&model, setup), feeder);
+                assert_eq!(error_text(&run), "no error");
+                let same = run.feeder.bits() == want;
+                assert!(same, "{who:?}, {activations}, {n_nodes} × {n_threads}");
+            }
+        }
+    }
+}
+
+#[test]
+fn planes_of_all_candidates_give_the_bits_of_the_whole_gate() {
+    let (model, tokens) = (model(), tokens(60));
+    for activations in [ActivationMode::F32, ActivationMode::Q8] {
+        let bits = |sketch| {
+            let setup = Setup {
+                form: Form::Predicted(signs(sketch)),
+                activations,
+                ..Setup::default()
+            };
+            let feeder = Collector::in_pieces(&tokens, vec![20, 1, 1, 38]);
+            run(&engine(&model, setup), feeder).feeder.bits()
+        };
+        let same = bits(SketchForm::SignsOfAll) == bits(SketchForm::RoundedGates);
+        assert!(same, "{activations}");
+    }
+}
+
+#[test]
+fn counters_of_all_actors_with_the_predictor_s_are_the_run_s_totals() {
+    let (model, tokens) = (model(), tokens(40));
+    for (who, n_nodes) in [(IN_LAYER, 1), (BOTH, 2), (AHEAD, 1)] {
+        let setup = Setup {
+            n_nodes,
+            form: Form::Predicted(who),
+            ..Setup::default()
+        };
+        let engine = engine(&model, setup);
+        let run = run(&engine, Collector::in_pieces(&tokens, vec![20, 1, 1, 18]));
+        let all = engine.counters().unwrap();
+        let predictors = all.iter().filter(|c| c.actor == ActorId::Predictor);
+        assert_eq!(predictors.count(), usize::from(who.ahead));
+        let sum = (all.iter()).fold(Counters::default(), |sum, actor| sum + actor.counters);
+        assert_eq!(sum, run.totals.prefill + run.totals.decode, "{who:?}");
+    }
+}
+
+#[test]
+fn a_panic_of_the_predictor_or_between_its_messages_changes_no_bit() {
+    let (model, tokens) = (model(), tokens(12));
+    let setup = || Setup {
+        n_nodes: 2,
+        form: Form::Predicted(BOTH),
+        ..Setup::default()
+    };
+    let want = run(&engine(&model, setup()), Collector::new(&tokens, true))
+        .feeder
+        .bits();
+    let cold = ActorId::ColdLayer { layer: 1, node: 1 };
+    for (actor, per_token) in [(ActorId::Predictor, 2), (cold, 5)] {
+        for nth in 0..per_token {
+            let fault = Fault {
+                actor,
+                after_messages: 5 * per_token + nth,
+                place: FaultPlace::Handler,
+                once: true,
+            };
+            let faults = Faults::new([fault]);
+            let setup = Setup {
+                faults: faults.clone(),
+                ..setup()
+            };
+            let run = run(&engine(&model, setup), Collector::new(&tokens, true));
+            assert_eq!(error_text(&run), "no error", "{fault:?}");
+            assert!(faults.all_happened(), "{fault:?}");
+            assert!(run.feeder.bits() == want, "{fault:?}");
+        }
+    }
+}

@@ -1,0 +1,70 @@
+//! Sketches of gates: which neurons may have an open one, for less than all gates cost.
+//!
+//! A sketch scores all neurons; those whose score and bias together are above zero are
+//! *candidates*, and only their gates are computed. Two kinds are here: the sign plane of the gate
+//! rows ([`planes`]), and any low-rank product (two matrices, see [`crate::gemm`]).
+
+pub mod planes;
+#[cfg(target_arch = "x86_64")]
+mod x86;
+
+#[cfg(test)]
+mod tests;
+
+use super::NeuronRows;
+
+/// Replaces `ids` by the ids (`first_id` + index) of neurons whose score and bias are together above
+/// zero, ascending. NaN counts as a candidate, so that it surfaces.
+///
+/// With `prefetch`, the records of candidates are pulled towards the cache; ids index its neurons.
+///
+/// # Panics
+/// When there is not one bias per score.
+pub fn candidates(
+    scores: &[f32],
+    bias: &[f32],
+    first_id: u32,
+    prefetch: Option<NeuronRows<'_>>,
+    ids: &mut Vec<u32>,
+) {
+    assert_eq!(scores.len(), bias.len(), "one bias per score");
+    ids.clear();
+    ids.resize(scores.len(), 0);
+    let mut kept = 0;
+    for ((id, score), bias) in (first_id..).zip(scores).zip(bias) {
+        ids[kept] = id;
+        let out = score + bias <= 0.0;
+        kept += usize::from(!out);
+    }
+    ids.truncate(kept);
+    if let Some(rows) = prefetch {
+        ids.iter().for_each(|&id| rows.prefetch(id as usize));
+    }
+}
+
+/// Keeps of `ids` and `gates` those whose gate is above zero and the neuron's floor, `floors[id]`; NaN
+/// stays. With `prefetch`, their records are pulled towards the cache.
+///
+/// # Panics
+/// When there is not one gate per id, or an id without a floor.
+pub fn keep_open(
+    ids: &mut Vec<u32>,
+    gates: &mut Vec<f32>,
+    floors: Option<&[f32]>,
+    prefetch: Option<NeuronRows<'_>>,
+) {
+    assert_eq!(ids.len(), gates.len(), "one gate per id");
+    let mut kept = 0;
+    for n in 0..ids.len() {
+        let (id, gate) = (ids[n], gates[n]);
+        let floor = floors.map_or(0.0, |floors| floors[id as usize].max(0.0));
+        (ids[kept], gates[kept]) = (id, gate);
+        let closed = gate <= floor;
+        kept += usize::from(!closed);
+    }
+    ids.truncate(kept);
+    gates.truncate(kept);
+    if let Some(rows) = prefetch {
+        ids.iter().for_each(|&id| rows.prefetch(id as usize));
+    }
+}
