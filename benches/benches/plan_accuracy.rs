@@ -8,10 +8,13 @@ use std::path::{Path, PathBuf};
 use pi_kernels::attention::KvType;
 use pi_kernels::{ActivationMode, Cpu};
 use pi_runtime::bench::{BenchTest, Runner, TokenSource};
+use pi_runtime::head_sketch::Head;
 use pi_runtime::model::Sparsity;
-use pi_runtime::model::predicting::Predicting;
+use pi_runtime::model::predicting::{PredictBy, Predicting};
 use pi_runtime::plan::{FrequencySource, PlanRequest, plan};
-use pi_runtime::session::{LoadedModel, ModelOptions, N_UBATCH, Silent, TopologyFile};
+use pi_runtime::session::{
+    LoadedModel, ModelOptions, N_UBATCH, Silent, ThresholdSource, TopologyFile,
+};
 use pi_runtime::tokenizer::EncodeOptions;
 
 const DEMO: &str = concat!(
@@ -38,7 +41,7 @@ fn main() {
     let mut far = 0;
     for model in &models {
         for threads in [1, 2] {
-            for mode in [Sparsity::Off, Sparsity::Exact] {
+            for mode in [Sparsity::Off, Sparsity::Exact, Sparsity::Predicted] {
                 far += usize::from(!compare(model, threads, mode));
             }
         }
@@ -68,7 +71,13 @@ fn compare(model: &Path, threads: usize, mode: Sparsity) -> bool {
         n_batch: N_UBATCH,
         tap: None,
         sidecar: None,
-        predicting: Predicting::default(),
+        head: Head::default(),
+        thresholds: ThresholdSource::default(),
+        // as the program runs it where nothing is said
+        predicting: Predicting {
+            by: (mode == Sparsity::Predicted).then_some(PredictBy::InLayer),
+            prefetch: true,
+        },
     };
     let loaded = match LoadedModel::open(&options, &machine, &Silent) {
         Ok(loaded) => loaded,
@@ -92,7 +101,6 @@ fn compare(model: &Path, threads: usize, mode: Sparsity) -> bool {
     let request = PlanRequest {
         model: options.clone(),
         plan: machine,
-        sidecar: None,
         depth: 0,
     };
     let (mut planned, mut measured) = (Vec::new(), Vec::new());

@@ -31,6 +31,7 @@ fn options(n_ctx: usize) -> ModelOptions {
         tap: None,
         sidecar: None,
         predicting: Default::default(),
+        thresholds: Default::default(),
         head: Head::Full,
     }
 }

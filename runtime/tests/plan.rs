@@ -18,7 +18,7 @@ fn write_profile(model: &Path, path: &Path, n_tokens: u32, count: f32) {
     let mut header = sidecar_header(&model, &hyper).unwrap();
     header.put("sparse.profile.n_tokens", n_tokens).unwrap();
     let names: Vec<String> = (0..hyper.n_layer)
-        .map(|layer| format!("blk.{layer}.ffn_counts"))
+        .flat_map(|layer| ["ffn_counts", "ffn_down_norm"].map(|part| format!("blk.{layer}.{part}")))
         .collect();
     for name in &names {
         header
@@ -97,7 +97,7 @@ fn the_text_names_the_bottleneck_and_what_was_assumed() {
 #[test]
 fn gates_open_as_often_as_the_profile_says() {
     use pi_kernels::QuantType;
-    for quant in [QuantType::F32, QuantType::Q4_0, QuantType::Q8_0] {
+    for quant in [QuantType::F32, QuantType::Q4_0] {
         let folder = Folder::with(&TinyModel {
             quant,
             ..TinyModel::default()
@@ -133,9 +133,9 @@ fn a_bad_profile_or_another_models_is_refused() {
         assert!(ran.err.contains("prepare"), "{}", ran.err);
     };
     write_profile(Path::new(&model), &path, 0, 0.0);
-    refused("`sparse.profile.n_tokens` is 0");
+    refused("the profile is of 0 tokens");
     write_profile(Path::new(&model), &path, 8, 9.0);
-    refused("value 0 of `blk.0.ffn_counts` is 9, of 8 tokens");
+    refused("a neuron of layer 0 fired 9 times in 8 tokens");
     let other = Folder::with(&TinyModel {
         seed: 2,
         ..TinyModel::default()
@@ -156,6 +156,18 @@ fn models_without_relu_have_one_mode() {
     assert_eq!(plan["frequencies"]["kind"], "dense");
     let ran = run(&["plan", "-m", &model, "-t", "1", "--sparsity", "exact"]);
     assert_eq!(ran.code, 2, "{}", ran.err);
+}
+
+#[test]
+fn what_is_not_rehearsed_is_refused() {
+    let folder = tiny();
+    let model = folder.name("m.gguf");
+    let parts = [["--sparsity", "threshold"], ["--head", "sparse"]];
+    for part in parts {
+        let ran = run(&[&["plan", "-m", &model, "-t", "1"][..], &part].concat());
+        assert_eq!(ran.code, 2, "{part:?}: {}", ran.err);
+        assert!(!ran.err.contains("panicked"), "{part:?}: {}", ran.err);
+    }
 }
 
 #[test]

@@ -1,7 +1,5 @@
 //! `pi-runtime plan`.
 
-use std::path::PathBuf;
-
 use clap::{Args, ValueEnum};
 
 use super::args::ModelArgs;
@@ -15,9 +13,6 @@ pub struct PlanArgs {
     /// Model, machine and arithmetic.
     #[command(flatten)]
     pub model: ModelArgs,
-    /// The model's sidecar, whose profile says how often neurons fire; default: the one beside the model, if there is one
-    #[arg(long, value_name = "FILE")]
-    pub sidecar: Option<PathBuf>,
     /// Context in tokens; 0: the model's own, at most 4096
     #[arg(short = 'c', long = "ctx-size", value_name = "N", default_value_t = 0)]
     pub n_ctx: u32,
@@ -49,7 +44,6 @@ pub fn run(args: &PlanArgs) -> Result<(), RuntimeError> {
     let request = PlanRequest {
         model: args.model.options(args.n_ctx as usize)?,
         plan: args.model.plan(args.threads)?,
-        sidecar: args.sidecar.clone(),
         depth: args.n_depth as usize,
     };
     let report = plan(&request)?;

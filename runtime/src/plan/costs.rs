@@ -5,11 +5,10 @@ use std::time::Duration;
 use pi_actors::faults::Faults;
 use pi_actors::trace::TraceBounds;
 use pi_actors::{ActorError, Engine, EngineOptions, Feed, Feeder, LogitsWanted, Next, Teams};
-use pi_kernels::QuantType;
 use pi_topology::Plan;
 use serde::Serialize;
 
-use super::rehearsal::{Rehearsal, class_of};
+use super::rehearsal::{Class, Rehearsal};
 use super::rows::N_TOKENS;
 use super::samples::{LayerSample, TokenSample, token_samples};
 use crate::error::RuntimeError;
@@ -53,8 +52,8 @@ pub struct LayerCost {
 /// What was measured of a mode.
 #[derive(Debug, Clone, PartialEq)]
 pub struct Costs {
-    /// By the types of a layer's matrices.
-    pub classes: Vec<(Vec<QuantType>, LayerCost)>,
+    /// By class of layer.
+    pub classes: Vec<(Class, LayerCost)>,
     /// The output head.
     pub head_ns: f64,
     /// Embedding, norm, sampling.
@@ -74,7 +73,7 @@ impl Costs {
     ///
     /// # Panics
     /// When no such layer was rehearsed.
-    pub(super) fn of(&self, class: &[QuantType]) -> LayerCost {
+    pub(super) fn of(&self, class: &Class) -> LayerCost {
         let found = self.classes.iter().find(|(known, _)| known == class);
         found.expect("a layer of each class is rehearsed").1
     }
@@ -100,10 +99,22 @@ pub(super) fn measure(
         hyper,
         tensors,
         sparsity,
+        predictors,
         ..
     } = rehearsal;
     let n_ctx = options.n_ctx;
-    let loader = Loader::new(file, hyper, tensors, sparsity, &threads, n_ctx).map_err(in_model)?;
+    let predictors = predictors.as_deref();
+    let loader = Loader::predicted(
+        file,
+        hyper,
+        tensors,
+        sparsity,
+        predictors,
+        options.predicting,
+        &threads,
+        n_ctx,
+    )
+    .map_err(in_model)?;
     let teams = Teams::start(plan)?;
     let weights = loader.load(&teams, plan, &|_| {}).map_err(in_model)?;
     let engine = Engine::start(
@@ -135,7 +146,7 @@ pub(super) fn measure(
     run(&engine, Tokens::decode(from, n))?;
     let events = engine.trace().map(|trace| trace.read()).unwrap_or_default();
     let samples = token_samples(&events, hyper.n_layer, from);
-    let classes: Vec<Vec<QuantType>> = tensors.layers.iter().map(class_of).collect();
+    let classes = Class::all(&tensors.layers, predictors);
     let working = engine.working_bytes().into_iter();
     let mut costs = reduce(&steady(samples), &classes, plan.nodes.len());
     costs.working_bytes = working.map(|bytes| bytes as u64).collect();
@@ -218,8 +229,8 @@ fn steady(samples: Vec<TokenSample>) -> Vec<TokenSample> {
     middle.collect()
 }
 
-fn reduce(samples: &[TokenSample], classes: &[Vec<QuantType>], n_nodes: usize) -> Costs {
-    let mut found: Vec<(Vec<QuantType>, LayerCost)> = Vec::new();
+fn reduce(samples: &[TokenSample], classes: &[Class], n_nodes: usize) -> Costs {
+    let mut found: Vec<(Class, LayerCost)> = Vec::new();
     for class in classes {
         if found.iter().any(|(known, _)| known == class) {
             continue;
@@ -256,6 +267,7 @@ fn mean(values: impl ExactSizeIterator<Item = u64>) -> f64 {
 
 fn layer_cost(layers: &[LayerSample]) -> LayerCost {
     let of = |value: fn(&LayerSample) -> u64| mean(layers.iter().map(value));
+    let computed = of(|layer| layer.attention_ns + layer.ffn_ns + layer.device_ns);
     let (ffn_ns, neuron_ns) = line(
         layers
             .iter()
@@ -266,7 +278,8 @@ fn layer_cost(layers: &[LayerSample]) -> LayerCost {
         ffn_ns,
         neuron_ns,
         device_ns: of(|layer| layer.device_ns),
-        hand_off_ns: of(LayerSample::hand_off_ns),
+        // what is neither: queues, and waiting for other nodes
+        hand_off_ns: (of(|layer| layer.total_ns) - computed).max(0.0),
     }
 }
 

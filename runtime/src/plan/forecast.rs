@@ -19,7 +19,7 @@ use crate::model::Sparsity;
 pub enum Part {
     /// Projections, attention and its output.
     Attention,
-    /// Gates of all neurons; in `off` they are computed with the rest.
+    /// Finding the active neurons: all gates, or predictors and candidates' gates; in `off` with the rest.
     Gates,
     /// Up and down of active neurons; in `off` all of the FFN.
     Neurons,
@@ -123,12 +123,20 @@ pub(super) fn forecast(
 mod tests {
     use super::super::costs::LayerCost;
     use super::super::loads::FrequencySource;
+    use super::super::rehearsal::Class;
     use super::*;
     use pi_kernels::QuantType;
 
+    fn of_type(quant: QuantType) -> Class {
+        Class {
+            types: vec![quant],
+            predictor: String::new(),
+        }
+    }
+
     fn forecast_of(mode: Sparsity) -> Vec<PartForecast> {
         let layer = |class: QuantType| LayerBytes {
-            class: vec![class],
+            class: of_type(class),
             attention: 100,
             gate: 40,
             neurons: 80,
@@ -142,8 +150,8 @@ mod tests {
         };
         let costs = Costs {
             classes: vec![
-                (vec![QuantType::Q4_0], cost(1e6)),
-                (vec![QuantType::Q8_0], cost(3e6)),
+                (of_type(QuantType::Q4_0), cost(1e6)),
+                (of_type(QuantType::Q8_0), cost(3e6)),
             ],
             head_ns: 7e6,
             other_ns: 1e6,

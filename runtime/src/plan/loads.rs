@@ -1,36 +1,47 @@
 //! What a token reads of a model, part by part, and how often its neurons fire.
 
-use std::path::{Path, PathBuf};
+use std::path::PathBuf;
 
-use pi_kernels::QuantType;
 use pi_topology::placement::LayerLoad;
 
-use super::rehearsal::class_of;
+use super::rehearsal::Class;
+use super::sketches::predictor_bytes;
 use crate::error::RuntimeError;
-use crate::gguf::GgufFile;
 use crate::model::sparsity::{DownPlan, Sparsity, SparsityPlan};
 use crate::model::tensors::LayerTensors;
 use crate::model::{GateKind, Hyperparameters, ModelTensors};
-use crate::sidecar::{Sidecar, SidecarError, default_path};
+use crate::sidecar::{LayerPredictors, Profile, Sidecar, SidecarError};
 
 /// Share of tokens that every neuron of a ReLU model is taken to fire for where there is no profile.
 const ASSUMED_SHARE: f32 = 0.15;
 
+/// Candidates for each neuron that fires, where a sidecar does not say how many its sketches name.
+const ASSUMED_CANDIDATES: f64 = 2.2;
+
+/// Key of the share of neurons that each layer's sketch named on held-out text, f32 `[n_layer]`.
+const CANDIDATES_KEY: &str = "sparse.report.candidates";
+
 /// A layer's bytes.
 #[derive(Debug, Clone, PartialEq)]
 pub(super) struct LayerBytes {
-    /// Types of its matrices.
-    pub class: Vec<QuantType>,
+    /// What it costs like.
+    pub class: Class,
     /// Projections with their biases, and both norms.
     pub attention: u64,
-    /// Gate rows.
+    /// What finds the active neurons: gate rows, or a sketch and candidates' gates.
     pub gate: u64,
     /// Up and down weights of all neurons.
     pub neurons: u64,
 }
 
 impl LayerBytes {
-    fn of(hyper: &Hyperparameters, layer: &LayerTensors, down: DownPlan) -> Self {
+    fn of(
+        hyper: &Hyperparameters,
+        layer: &LayerTensors,
+        down: DownPlan,
+        predictors: Option<&LayerPredictors>,
+        candidate_share: f64,
+    ) -> Self {
         let matrices = [&layer.wq, &layer.wk, &layer.wv, &layer.wo];
         let matrices: usize = matrices.iter().map(|matrix| matrix.bytes.len()).sum();
         let bias = layer.qkv_bias.as_ref();
@@ -42,10 +53,18 @@ impl LayerBytes {
             }
             DownPlan::Dense(quant) => hyper.n_embd * quant.row_bytes(hyper.n_ff),
         };
+        let gate = match predictors {
+            None => layer.gate.bytes.len() as u64,
+            Some(predictors) => {
+                let (always, candidate) = predictor_bytes(hyper, &layer.gate, predictors);
+                let candidates = candidate_share * hyper.n_ff as f64;
+                always + (candidates * candidate as f64).round() as u64
+            }
+        };
         Self {
-            class: class_of(layer),
+            class: Class::of(layer, predictors),
             attention: (matrices + floats) as u64,
-            gate: layer.gate.bytes.len() as u64,
+            gate,
             neurons: (layer.up.bytes.len() + down) as u64,
         }
     }
@@ -73,10 +92,15 @@ pub(super) fn layer_bytes(
     hyper: &Hyperparameters,
     tensors: &ModelTensors,
     sparsity: &SparsityPlan,
+    predictors: Option<&[LayerPredictors]>,
+    candidate_shares: &[f64],
 ) -> Vec<LayerBytes> {
-    let layers = tensors.layers.iter().zip(&sparsity.down);
+    let layers = tensors.layers.iter().zip(&sparsity.down).enumerate();
     layers
-        .map(|(layer, down)| LayerBytes::of(hyper, layer, *down))
+        .map(|(index, (layer, down))| {
+            let predictors = predictors.map(|all| &all[index]);
+            LayerBytes::of(hyper, layer, *down, predictors, candidate_shares[index])
+        })
         .collect()
 }
 
@@ -104,7 +128,7 @@ pub enum FrequencySource {
         /// The sidecar.
         path: PathBuf,
         /// Tokens that were counted.
-        n_tokens: u32,
+        n_tokens: usize,
     },
     /// The same for every neuron, because nothing is known.
     Assumed,
@@ -113,16 +137,11 @@ pub enum FrequencySource {
 }
 
 impl Frequencies {
-    /// Of a model: from the sidecar that is named, or that lies beside the model.
+    /// Of a model: from its sidecar's profile, if there is one.
     ///
     /// # Errors
-    /// A sidecar that is named and cannot be read, one of another model, or a profile that says something impossible.
-    pub fn find(
-        model: &Path,
-        file: &GgufFile,
-        hyper: &Hyperparameters,
-        sidecar: Option<&Path>,
-    ) -> Result<Self, RuntimeError> {
+    /// A profile that says something impossible.
+    pub fn find(hyper: &Hyperparameters, sidecar: Option<&Sidecar>) -> Result<Self, RuntimeError> {
         let same = |share: f32| vec![vec![share; hyper.n_ff]; hyper.n_layer];
         if hyper.gate != GateKind::Relu {
             return Ok(Self {
@@ -130,27 +149,18 @@ impl Frequencies {
                 source: FrequencySource::Dense,
             });
         }
-        let beside = default_path(model);
-        let path = match sidecar {
-            Some(path) => Some(path),
-            None => beside.exists().then_some(beside.as_path()),
-        };
-        let profile = match path {
-            Some(path) => profile(&Sidecar::open(path, file, hyper)?, hyper)?,
-            None => None,
-        };
-        Ok(match profile {
-            Some((n_tokens, by_layer)) => Self {
+        if let Some(sidecar) = sidecar
+            && let Some((n_tokens, by_layer)) = profile(sidecar, hyper)?
+        {
+            let path = sidecar.path().to_path_buf();
+            return Ok(Self {
                 by_layer,
-                source: FrequencySource::Profile {
-                    path: path.unwrap_or(&beside).to_path_buf(),
-                    n_tokens,
-                },
-            },
-            None => Self {
-                by_layer: same(ASSUMED_SHARE),
-                source: FrequencySource::Assumed,
-            },
+                source: FrequencySource::Profile { path, n_tokens },
+            });
+        }
+        Ok(Self {
+            by_layer: same(ASSUMED_SHARE),
+            source: FrequencySource::Assumed,
         })
     }
 
@@ -170,38 +180,75 @@ impl Frequencies {
     }
 }
 
+/// What is expected of a model's gates and predictors.
+#[derive(Debug, Clone)]
+pub(super) struct Expected<'a> {
+    pub frequencies: &'a Frequencies,
+    /// Share of each layer's neurons that predictors name, `[n_layer]`.
+    pub candidate_shares: Vec<f64>,
+    /// Whether these were measured.
+    pub measured: bool,
+}
+
+impl<'a> Expected<'a> {
+    /// By `frequencies`, and by what the sidecar says of its sketches.
+    ///
+    /// # Errors
+    /// Shares that cannot be.
+    pub fn new(
+        frequencies: &'a Frequencies,
+        sidecar: Option<&Sidecar>,
+    ) -> Result<Self, RuntimeError> {
+        let n_layer = frequencies.by_layer.len();
+        let known = match sidecar {
+            Some(sidecar) => candidate_shares(sidecar, n_layer)?,
+            None => None,
+        };
+        let assumed = |layer: usize| {
+            let n = frequencies.by_layer[layer].len().max(1) as f64;
+            (frequencies.active(layer) / n * ASSUMED_CANDIDATES).min(1.0)
+        };
+        Ok(Self {
+            frequencies,
+            measured: known.is_some(),
+            candidate_shares: known.unwrap_or_else(|| (0..n_layer).map(assumed).collect()),
+        })
+    }
+}
+
+fn candidate_shares(sidecar: &Sidecar, n_layer: usize) -> Result<Option<Vec<f64>>, RuntimeError> {
+    let Some(array) = sidecar.file().metadata().get_array(CANDIDATES_KEY)? else {
+        return Ok(None);
+    };
+    let shares = array.to_f32s()?;
+    let good = |share: &f32| (0.0..=1.0).contains(share);
+    if shares.len() != n_layer || !shares.iter().all(good) {
+        return Err(RuntimeError::Sidecar(SidecarError::BadKey {
+            path: sidecar.path().to_path_buf(),
+            problem: format!(
+                "`{CANDIDATES_KEY}` is not a share of neurons for each of {n_layer} layers"
+            ),
+        }));
+    }
+    Ok(Some(shares.into_iter().map(f64::from).collect()))
+}
+
 /// Tokens that were counted and each neuron's share of them; none where the sidecar has no profile.
 fn profile(
     sidecar: &Sidecar,
     hyper: &Hyperparameters,
-) -> Result<Option<(u32, Vec<Vec<f32>>)>, RuntimeError> {
-    let key = "sparse.profile.n_tokens";
-    let Some(n_tokens) = sidecar.file().metadata().get_u32(key)? else {
+) -> Result<Option<(usize, Vec<Vec<f32>>)>, RuntimeError> {
+    let Some(profile) = Profile::read(sidecar, hyper.n_layer, hyper.n_ff)? else {
         return Ok(None);
     };
-    let bad = |problem: String| {
-        RuntimeError::Sidecar(SidecarError::BadKey {
+    if profile.n_tokens == 0 {
+        return Err(RuntimeError::Sidecar(SidecarError::BadKey {
             path: sidecar.path().to_path_buf(),
-            problem,
-        })
-    };
-    if n_tokens == 0 {
-        return Err(bad(format!("`{key}` is 0")));
+            problem: "the profile is of 0 tokens".to_owned(),
+        }));
     }
-    let layer = |layer: usize| {
-        let name = format!("blk.{layer}.ffn_counts");
-        let counts = sidecar
-            .vector(&name, hyper.n_ff)?
-            .ok_or_else(|| bad(format!("there is a profile, but no `{name}`")))?;
-        let shares: Vec<f32> = counts.iter().map(|n| n / n_tokens as f32).collect();
-        match shares.iter().position(|share| !(0.0..=1.0).contains(share)) {
-            Some(neuron) => Err(bad(format!(
-                "value {neuron} of `{name}` is {}, of {n_tokens} tokens",
-                counts[neuron]
-            ))),
-            None => Ok(shares),
-        }
-    };
-    let by_layer: Result<_, RuntimeError> = (0..hyper.n_layer).map(layer).collect();
-    Ok(Some((n_tokens, by_layer?)))
+    let share = |count: &u32| (f64::from(*count) / profile.n_tokens as f64) as f32;
+    let layers = profile.layers.iter();
+    let by_layer = layers.map(|layer| layer.counts.iter().map(share).collect());
+    Ok(Some((profile.n_tokens, by_layer.collect())))
 }

@@ -13,8 +13,7 @@ mod rehearsal;
 mod report;
 mod rows;
 mod samples;
-
-use std::path::PathBuf;
+mod sketches;
 
 use pi_topology::placement::{
     ColdShare, LayerLoad, LayerPlacement, LayerTime, MachineSpeed, NodeSpeed, solve,
@@ -29,13 +28,17 @@ pub use report::{GroupRun, ModeReport, Report};
 
 use crate::error::RuntimeError;
 use crate::gguf::GgufFile;
+use crate::head_sketch::Head;
 use crate::model::description::Description;
+use crate::model::predicting::{PredictBy, Predicting};
 use crate::model::sparsity::SparsityPlan;
 use crate::model::{Hyperparameters, Loader, ModelError, ModelTensors, Sparsity};
-use crate::session::{ModelOptions, N_CTX_DEFAULT_MAX};
+use crate::session::{ModelOptions, N_CTX_DEFAULT_MAX, open_sidecar};
+use crate::sidecar::{LayerPredictors, Sidecar, default_path};
 use forecast::{OtherBytes, forecast};
-use loads::{LayerBytes, head_bytes, layer_bytes};
+use loads::{Expected, LayerBytes, head_bytes, layer_bytes};
 use memory::{budgets, check};
+pub use rehearsal::Class;
 use rehearsal::{Rehearsal, choose_layers};
 
 /// Weights that are rehearsed for each thread, as far as the model has as many: more than its share of a cache.
@@ -44,12 +47,11 @@ const REHEARSED_BYTES_A_THREAD: usize = 192 << 20;
 /// What is to be planned.
 #[derive(Debug, Clone)]
 pub struct PlanRequest {
-    /// The model; [`ModelOptions::sparsity`] asks for one mode, none for all that the model has.
+    /// The model; [`ModelOptions::sparsity`] asks for one mode, none for all that the model has. Its sidecar, named or
+    /// beside it, is read if there is one.
     pub model: ModelOptions,
     /// The threads and nodes.
     pub plan: Plan,
-    /// Its sidecar; none: the one beside the model, if there is one.
-    pub sidecar: Option<PathBuf>,
     /// Tokens in the context.
     pub depth: usize,
 }
@@ -67,8 +69,9 @@ pub fn plan(request: &PlanRequest) -> Result<Report, RuntimeError> {
     };
     let hyper = Hyperparameters::read(&file).map_err(in_file)?;
     let tensors = ModelTensors::find(&file, &hyper).map_err(in_file)?;
-    let sidecar = request.sidecar.as_deref();
-    let frequencies = Frequencies::find(path, &file, &hyper, sidecar)?;
+    let needed = request.model.sparsity == Some(Sparsity::Predicted) || default_path(path).exists();
+    let sidecar = open_sidecar(&request.model, needed, &file, &hyper)?;
+    let frequencies = Frequencies::find(&hyper, sidecar.as_ref())?;
     let n_ctx = match request.model.n_ctx {
         0 => hyper.n_ctx_max.min(N_CTX_DEFAULT_MAX),
         n_ctx => n_ctx,
@@ -82,10 +85,11 @@ pub fn plan(request: &PlanRequest) -> Result<Report, RuntimeError> {
         file: &file,
         hyper: &hyper,
         tensors: &tensors,
-        frequencies: &frequencies,
+        expected: Expected::new(&frequencies, sidecar.as_ref())?,
     };
     planning.check_depth()?;
-    let (modes, hint) = planning.modes()?;
+    planning.check_parts()?;
+    let (modes, hint) = planning.modes(sidecar.as_ref())?;
     // what does not fit is refused before anything is measured
     let budgets = budgets(&request.plan)?;
     for mode in &modes {
@@ -95,7 +99,7 @@ pub fn plan(request: &PlanRequest) -> Result<Report, RuntimeError> {
     let reports = modes
         .iter()
         .map(|mode| planning.mode(mode, &budgets, bandwidth))
-        .collect::<Result<_, _>>()?;
+        .collect::<Result<Vec<_>, _>>()?;
     Ok(Report {
         model: Description::of(&file).name,
         path: path.clone(),
@@ -108,7 +112,7 @@ pub fn plan(request: &PlanRequest) -> Result<Report, RuntimeError> {
         frequency_source: frequencies.source.clone(),
         active_share: frequencies.mean(),
         hint,
-        modes: reports,
+        modes: best_predicted(reports, &planning.expected),
     })
 }
 
@@ -123,7 +127,15 @@ struct Planning<'a> {
     file: &'a GgufFile,
     hyper: &'a Hyperparameters,
     tensors: &'a ModelTensors,
-    frequencies: &'a Frequencies,
+    expected: Expected<'a>,
+}
+
+/// A mode, and who predicts in it.
+#[derive(Debug)]
+struct Mode {
+    sparsity: SparsityPlan,
+    predictors: Option<Vec<LayerPredictors>>,
+    predicting: Predicting,
 }
 
 impl Planning<'_> {
@@ -148,34 +160,107 @@ impl Planning<'_> {
         })
     }
 
-    /// The modes to plan: the one that is asked for, or all that cost no accuracy; and a hint.
-    fn modes(&self) -> Result<(Vec<SparsityPlan>, Option<String>), RuntimeError> {
+    /// Parts of a model that no rehearsal has.
+    fn check_parts(&self) -> Result<(), RuntimeError> {
+        let refused = |flag, value: &str, cure: &str| {
+            Err(RuntimeError::Flag {
+                flag,
+                value: value.to_owned(),
+                problem: format!(
+                    "what it costs is not forecast: {cure}, or measure it with `pi-runtime bench`"
+                ),
+            })
+        };
+        if self.options.sparsity == Some(Sparsity::Threshold) {
+            return refused("--sparsity", "threshold", "plan another mode");
+        }
+        if self.options.head == Head::Sparse {
+            return refused("--head", "sparse", "plan the full head");
+        }
+        Ok(())
+    }
+
+    /// The modes to plan: the one that is asked for, or all that the model and its sidecar have; and a hint.
+    fn modes(
+        &self,
+        sidecar: Option<&Sidecar>,
+    ) -> Result<(Vec<Mode>, Option<String>), RuntimeError> {
         let resolve = |asked| {
             SparsityPlan::resolve(asked, self.hyper.gate, &self.tensors.stored_downs())
                 .map_err(|source| self.in_model(source))
         };
-        if let Some(mode) = self.options.sparsity {
-            return Ok((vec![resolve(Some(mode))?], None));
+        let plain = |sparsity| Mode {
+            sparsity,
+            predictors: None,
+            predicting: Predicting::default(),
+        };
+        match self.options.sparsity {
+            Some(Sparsity::Predicted) => {
+                let predicted = self.predicted(sidecar, resolve(Some(Sparsity::Predicted))?)?;
+                let missing = || sidecar.map(|sidecar| sidecar.missing("predictors"));
+                match (predicted.is_empty(), missing()) {
+                    (true, Some(missing)) => Err(missing.into()),
+                    _ => Ok((predicted, None)),
+                }
+            }
+            Some(mode) => Ok((vec![plain(resolve(Some(mode))?)], None)),
+            None => {
+                let mut modes = vec![plain(resolve(Some(Sparsity::Off))?)];
+                let best = resolve(None)?;
+                let hint = best.hint.clone();
+                if best.mode != Sparsity::Off {
+                    modes.push(plain(best));
+                    modes.extend(self.predicted(sidecar, resolve(Some(Sparsity::Predicted))?)?);
+                }
+                Ok((modes, hint))
+            }
         }
-        let mut modes = vec![resolve(Some(Sparsity::Off))?];
-        let best = resolve(None)?;
-        let hint = best.hint.clone();
-        if best.mode != Sparsity::Off {
-            modes.push(best);
-        }
-        Ok((modes, hint))
     }
 
-    fn loader<'t>(&'t self, sparsity: &SparsityPlan) -> Result<Loader<'t>, RuntimeError> {
-        let threads = threads(&self.request.plan);
-        let n_ctx = self.options.n_ctx;
-        Loader::new(
+    /// `predicted` as it is asked for; where nothing is said, in the layers alone and, if the sidecar can look ahead,
+    /// also with that and prefetching. None without predictors.
+    fn predicted(
+        &self,
+        sidecar: Option<&Sidecar>,
+        sparsity: SparsityPlan,
+    ) -> Result<Vec<Mode>, RuntimeError> {
+        let Some(sidecar) = sidecar else {
+            return Ok(vec![]);
+        };
+        let Some(all) = sidecar.predictors(self.hyper, self.tensors)? else {
+            return Ok(vec![]);
+        };
+        let asked = self.options.predicting;
+        let ahead = all.iter().any(|layer| layer.ahead.is_some());
+        let sketched = all.iter().any(|layer| layer.sketch.is_some());
+        let ways = match asked.by {
+            Some(_) => vec![asked.by],
+            None if ahead && sketched && asked.prefetch => vec![None, Some(PredictBy::Both)],
+            None => vec![None],
+        };
+        let mode = |by| {
+            let predicting = Predicting { by, ..asked };
+            let mut predictors = all.clone();
+            predicting.choose(&mut predictors);
+            Mode {
+                sparsity: sparsity.clone(),
+                predictors: Some(predictors),
+                predicting,
+            }
+        };
+        Ok(ways.into_iter().map(mode).collect())
+    }
+
+    fn loader<'t>(&'t self, mode: &'t Mode) -> Result<Loader<'t>, RuntimeError> {
+        Loader::predicted(
             self.file,
             self.hyper,
             self.tensors,
-            sparsity,
-            &threads,
-            n_ctx,
+            &mode.sparsity,
+            mode.predictors.as_deref(),
+            mode.predicting,
+            &threads(&self.request.plan),
+            self.options.n_ctx,
         )
         .map_err(|source| self.in_model(source))
     }
@@ -183,11 +268,11 @@ impl Planning<'_> {
     /// What each node holds; without `costs` without its working memory.
     fn memory(
         &self,
-        sparsity: &SparsityPlan,
+        mode: &Mode,
         budgets: &[Option<u64>],
         costs: Option<&Costs>,
     ) -> Result<Vec<NodeMemory>, RuntimeError> {
-        let loader = self.loader(sparsity)?;
+        let loader = self.loader(mode)?;
         let row_bytes = self.options.kv_type.row_bytes(self.hyper.head_dim);
         let rows = 2 * self.options.n_ctx * self.hyper.n_layer;
         let nodes = loader.node_bytes().into_iter().zip(loader.shares());
@@ -205,31 +290,46 @@ impl Planning<'_> {
 
     fn mode(
         &self,
-        sparsity: &SparsityPlan,
+        mode: &Mode,
         budgets: &[Option<u64>],
         bandwidth_bytes_per_s: f64,
     ) -> Result<ModeReport, RuntimeError> {
-        let rehearsal = self.rehearsal(sparsity);
-        let costs = costs::measure(
-            &rehearsal,
-            self.file,
-            &self.options,
-            &self.request.plan,
-            self.request.depth,
-        )?;
-        let memory = self.memory(sparsity, budgets, Some(&costs))?;
+        let predictors = mode.predictors.as_deref();
+        let classes = Class::all(&self.tensors.layers, predictors);
+        let layers = choose_layers(&self.tensors.layers, &classes, self.rehearsed_bytes());
+        let rehearsal = Rehearsal::new(
+            self.hyper,
+            self.tensors,
+            &mode.sparsity,
+            predictors,
+            &layers,
+            &self.expected,
+        );
+        let options = ModelOptions {
+            predicting: mode.predicting,
+            ..self.options.clone()
+        };
+        let (plan, depth) = (&self.request.plan, self.request.depth);
+        let costs = costs::measure(&rehearsal, self.file, &options, plan, depth)?;
+        let memory = self.memory(mode, budgets, Some(&costs))?;
         check(&memory)?;
-        let layers = layer_bytes(self.hyper, self.tensors, sparsity);
+        let layers = layer_bytes(
+            self.hyper,
+            self.tensors,
+            &mode.sparsity,
+            predictors,
+            &self.expected.candidate_shares,
+        );
         let parts = forecast(
-            sparsity.mode,
+            mode.sparsity.mode,
             &costs,
             &layers,
-            self.frequencies,
+            self.expected.frequencies,
             self.other_bytes(),
         );
-        let placed = self.place(sparsity, &layers, &costs, &memory)?;
+        let placed = self.place(mode, &layers, &costs, &memory)?;
         Ok(ModeReport::new(
-            sparsity,
+            &mode.sparsity,
             parts,
             bandwidth_bytes_per_s,
             memory,
@@ -238,20 +338,13 @@ impl Planning<'_> {
         ))
     }
 
-    fn rehearsal(&self, sparsity: &SparsityPlan) -> Rehearsal {
+    /// Weights to rehearse.
+    fn rehearsed_bytes(&self) -> usize {
         let wanted = REHEARSED_BYTES_A_THREAD * self.request.plan.n_threads();
         // what is rehearsed is there twice for a moment
-        let bytes = available_memory_bytes().map_or(wanted, |available| {
+        available_memory_bytes().map_or(wanted, |available| {
             wanted.min(usize::try_from(available / 4).unwrap_or(wanted))
-        });
-        let layers = choose_layers(&self.tensors.layers, bytes);
-        Rehearsal::new(
-            self.hyper,
-            self.tensors,
-            sparsity,
-            layers,
-            &self.frequencies.by_layer,
-        )
+        })
     }
 
     fn other_bytes(&self) -> OtherBytes {
@@ -270,16 +363,16 @@ impl Planning<'_> {
     /// Each layer's neurons by node, as the solver would have them, and as the loader has them.
     fn place(
         &self,
-        sparsity: &SparsityPlan,
+        mode: &Mode,
         layers: &[LayerBytes],
         costs: &Costs,
         memory: &[NodeMemory],
     ) -> Result<Placed, RuntimeError> {
-        let loader = self.loader(sparsity)?;
+        let loader = self.loader(mode)?;
         let ends = loader.neuron_groups().to_vec();
-        let by_layer = layers.iter().zip(&self.frequencies.by_layer);
+        let by_layer = layers.iter().zip(&self.expected.frequencies.by_layer);
         let loads: Vec<LayerLoad> = by_layer
-            .map(|(layer, frequencies)| layer.load(sparsity.mode, frequencies))
+            .map(|(layer, frequencies)| layer.load(mode.sparsity.mode, frequencies))
             .collect();
         let shares = loader.shares();
         let loaded = ColdShares(shares.iter().map(|share| share.groups.clone()).collect());
@@ -344,6 +437,41 @@ impl Planning<'_> {
             hand_off_s: hand_offs / costs.classes.len().max(1) as f64 / 1e9,
         }
     }
+}
+
+/// Of two ways to predict the faster one, which says what the other costs.
+fn best_predicted(mut modes: Vec<ModeReport>, expected: &Expected<'_>) -> Vec<ModeReport> {
+    let predicted = Sparsity::Predicted.name();
+    let first = modes.iter().position(|mode| mode.mode == predicted);
+    let Some(first) = first else {
+        return modes;
+    };
+    if let [own, both] = &modes[first..] {
+        let (own_ms, both_ms) = (own.token_ms(), both.token_ms());
+        let (winner, note) = if both_ms < own_ms {
+            let text = "looking ahead pays: run with --predictor both";
+            (first + 1, text)
+        } else {
+            let text = "looking ahead does not pay here, where no second device computes meanwhile";
+            (first, text)
+        };
+        let note = format!(
+            "by sketches in the layer {own_ms:.3} ms, with a look ahead and prefetching {both_ms:.3} ms: {note}"
+        );
+        let mut kept = modes.swap_remove(winner);
+        kept.notes.push(note);
+        modes.truncate(first);
+        modes.push(kept);
+    }
+    if !expected.measured {
+        let shares = &expected.candidate_shares;
+        let mean = shares.iter().sum::<f64>() / shares.len().max(1) as f64;
+        modes[first].notes.push(format!(
+            "{:.0} % candidates are assumed: the sidecar does not say",
+            mean * 100.0
+        ));
+    }
+    modes
 }
 
 /// A node's groups, the same in every layer.

@@ -6,11 +6,14 @@
 
 use bytes::Bytes;
 
+use super::loads::Expected;
 use super::rows::{GateRows, N_TOKENS, Pattern, Random, random_row, zero_row};
+use super::sketches::{ChosenGates, predictor_kind, rehearsed};
 use crate::model::Hyperparameters;
 use crate::model::ModelTensors;
 use crate::model::sparsity::SparsityPlan;
 use crate::model::tensors::{FileDown, FileMatrix, LayerTensors};
+use crate::sidecar::LayerPredictors;
 
 use pi_kernels::QuantType;
 
@@ -30,44 +33,77 @@ pub(super) struct Rehearsal {
     pub hyper: Hyperparameters,
     pub tensors: ModelTensors,
     pub sparsity: SparsityPlan,
+    pub predictors: Option<Vec<LayerPredictors>>,
     /// Rows of the real head for each that is rehearsed.
     pub head_scale: f64,
 }
 
-/// What distinguishes layers that cost alike: the types of their matrices.
-pub(super) fn class_of(layer: &LayerTensors) -> Vec<QuantType> {
-    let LayerTensors {
-        wq,
-        wk,
-        wv,
-        wo,
-        gate,
-        up,
-        down,
-        ..
-    } = layer;
-    [wq, wk, wv, wo, gate, up, down.matrix()]
-        .map(|matrix| matrix.quant)
-        .into()
+/// What layers that cost alike have in common: the types of their matrices, and what predicts them.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Class {
+    /// Of the projections, the gate, up and down.
+    pub types: Vec<QuantType>,
+    /// In words; empty where nothing predicts.
+    pub predictor: String,
 }
 
-/// Layers spread evenly, at least one of each class, of about `bytes` together.
-pub(super) fn choose_layers(layers: &[LayerTensors], bytes: usize) -> Vec<usize> {
+impl Class {
+    pub(super) fn of(layer: &LayerTensors, predictors: Option<&LayerPredictors>) -> Self {
+        let LayerTensors {
+            wq,
+            wk,
+            wv,
+            wo,
+            gate,
+            up,
+            down,
+            ..
+        } = layer;
+        let matrices = [wq, wk, wv, wo, gate, up, down.matrix()];
+        Self {
+            types: matrices.map(|matrix| matrix.quant).into(),
+            predictor: predictors.map(predictor_kind).unwrap_or_default(),
+        }
+    }
+
+    /// Of all layers.
+    pub(super) fn all(
+        layers: &[LayerTensors],
+        predictors: Option<&[LayerPredictors]>,
+    ) -> Vec<Self> {
+        let of = |(index, layer)| Self::of(layer, predictors.map(|all| &all[index]));
+        layers.iter().enumerate().map(of).collect()
+    }
+
+    /// In words.
+    pub fn name(&self) -> String {
+        let mut names: Vec<&str> = self.types.iter().map(|quant| quant.name()).collect();
+        names.sort_unstable();
+        names.dedup();
+        let types = names.join("+");
+        match self.predictor.as_str() {
+            "" => types,
+            predictor => format!("{types}, {predictor}"),
+        }
+    }
+}
+
+/// Layers spread evenly, at least one of each class, of about `bytes` together; the first one among them, which nothing
+/// predicts ahead.
+pub(super) fn choose_layers(
+    layers: &[LayerTensors],
+    classes: &[Class],
+    bytes: usize,
+) -> Vec<usize> {
     let total: usize = layers.iter().map(layer_bytes).sum();
     let each = (total / layers.len().max(1)).max(1);
     // one layer's costs would be those of a cache that holds all of it
     let n = bytes
         .div_ceil(each)
         .clamp(2.min(layers.len()), layers.len());
-    let mut chosen: Vec<usize> = (0..n)
-        .map(|i| (2 * i + 1) * layers.len() / (2 * n))
-        .collect();
-    for (index, layer) in layers.iter().enumerate() {
-        let class = class_of(layer);
-        if !chosen
-            .iter()
-            .any(|&known| class_of(&layers[known]) == class)
-        {
+    let mut chosen: Vec<usize> = (0..n).map(|i| i * layers.len() / n).collect();
+    for (index, class) in classes.iter().enumerate() {
+        if !chosen.iter().any(|&known| classes[known] == *class) {
             chosen.push(index);
         }
     }
@@ -91,25 +127,35 @@ fn layer_bytes(layer: &LayerTensors) -> usize {
 }
 
 impl Rehearsal {
-    /// Rehearses `layers` of a model; `frequencies` `[n_layer][n_ff]` are the shares of tokens that open each gate.
+    /// Rehearses `layers` of a model, ascending from 0, whose gates open and whose predictors name candidates as
+    /// `expected`.
     pub fn new(
         hyper: &Hyperparameters,
         tensors: &ModelTensors,
         sparsity: &SparsityPlan,
-        layers: Vec<usize>,
-        frequencies: &[Vec<f32>],
+        predictors: Option<&[LayerPredictors]>,
+        layers: &[usize],
+        expected: &Expected<'_>,
     ) -> Self {
         let mut random = Random(1);
-        let embeddings: [Vec<f32>; N_TOKENS] = std::array::from_fn(|_| random.values(hyper.n_embd));
+        let embeddings: [Vec<f32>; N_TOKENS] =
+            std::array::from_fn(|_| normed(random.values(hyper.n_embd)));
         let mut maker = Maker {
             random,
             gates: Vec::new(),
             alike: Vec::new(),
         };
-        let made = layers
-            .iter()
-            .map(|&layer| maker.layer(&tensors.layers[layer], &embeddings, &frequencies[layer]))
-            .collect();
+        let mut made = Vec::with_capacity(layers.len());
+        let mut made_predictors = Vec::with_capacity(layers.len());
+        for &layer in layers {
+            let share = expected.candidate_shares[layer];
+            let like = predictors.map(|all| (&all[layer], share));
+            let frequencies = &expected.frequencies.by_layer[layer];
+            let (tensors, own) =
+                maker.layer(&tensors.layers[layer], like, &embeddings, frequencies);
+            made.push(tensors);
+            made_predictors.extend(own);
+        }
         let head = tensors.output.as_ref().unwrap_or(&tensors.token_embd);
         let n_vocab = (HEAD_BYTES_MAX / head.row_bytes() / 16 * 16)
             .max(16)
@@ -144,9 +190,18 @@ impl Rehearsal {
                 hint: None,
                 thresholds: None,
             },
+            predictors: predictors.map(|_| made_predictors),
             head_scale: hyper.n_vocab as f64 / n_vocab as f64,
         }
     }
+}
+
+/// The values over their root mean square: what a norm without weights makes of them.
+fn normed(mut values: Vec<f32>) -> Vec<f32> {
+    let square: f32 = values.iter().map(|x| x * x).sum();
+    let size = (square / values.len() as f32).sqrt();
+    values.iter_mut().for_each(|x| *x /= size);
+    values
 }
 
 /// Makes matrices; those that are alike in all layers once.
@@ -163,13 +218,15 @@ impl Maker {
     fn layer(
         &mut self,
         like: &LayerTensors,
+        predictors: Option<(&LayerPredictors, f64)>,
         inputs: &[Vec<f32>; N_TOKENS],
         frequencies: &[f32],
-    ) -> LayerTensors {
+    ) -> (LayerTensors, Option<LayerPredictors>) {
         let n_embd = inputs[0].len();
         let down = like.down.matrix();
         let zero_down = self.alike(down, true);
-        LayerTensors {
+        let (gate, predictors) = self.gate(&like.gate, predictors, inputs, frequencies);
+        let tensors = LayerTensors {
             attn_norm: vec![1.0; n_embd],
             wq: self.alike(&like.wq, false),
             wk: self.alike(&like.wk, false),
@@ -177,13 +234,14 @@ impl Maker {
             qkv_bias: like.qkv_bias.clone(),
             wo: self.alike(&like.wo, true),
             ffn_norm: vec![1.0; n_embd],
-            gate: self.gate(&like.gate, inputs, frequencies),
+            gate,
             up: self.alike(&like.up, false),
             down: match like.down {
                 FileDown::NeuronMajor(_) => FileDown::NeuronMajor(zero_down),
                 FileDown::Plain(_) => FileDown::Plain(zero_down),
             },
-        }
+        };
+        (tensors, predictors)
     }
 
     /// A matrix of the shape, type and place of `like`; the same bytes for all that are alike.
@@ -222,9 +280,10 @@ impl Maker {
     fn gate(
         &mut self,
         like: &FileMatrix,
+        predictors: Option<(&LayerPredictors, f64)>,
         inputs: &[Vec<f32>; N_TOKENS],
         frequencies: &[f32],
-    ) -> FileMatrix {
+    ) -> (FileMatrix, Option<LayerPredictors>) {
         let (quant, random) = (like.quant, &mut self.random);
         let known = self.gates.iter().position(|(known, _)| *known == quant);
         let index = known.unwrap_or_else(|| {
@@ -233,21 +292,32 @@ impl Maker {
             self.gates.len() - 1
         });
         let rows = &self.gates[index].1;
-        let mut bytes = Vec::with_capacity(like.bytes.len());
-        for &frequency in frequencies {
-            let open =
-                |share: f64, random: &mut Random| random.unit() < f64::from(frequency) * share;
-            let pattern = SHARES
+        let mut pattern = |frequency: f64| {
+            SHARES
                 .iter()
                 .enumerate()
-                .fold(0, |pattern, (token, &share)| {
-                    pattern | Pattern::from(open(share, &mut self.random)) << token
-                });
-            bytes.extend_from_slice(rows.row(pattern));
-        }
-        FileMatrix {
+                .fold(0, |pattern, (token, share)| {
+                    pattern | Pattern::from(random.unit() < frequency * share) << token
+                })
+        };
+        let patterns: Vec<Pattern> = frequencies
+            .iter()
+            .map(|&frequency| pattern(f64::from(frequency)))
+            .collect();
+        let bytes: Vec<u8> = patterns
+            .iter()
+            .flat_map(|&pattern| rows.row(pattern).iter().copied())
+            .collect();
+        let gates = ChosenGates {
+            inputs,
+            patterns: &patterns,
+            rows,
+        };
+        let predictors = predictors.map(|(like, share)| rehearsed(like, &gates, share, random));
+        let gate = FileMatrix {
             bytes: bytes.into(),
             ..like.clone()
-        }
+        };
+        (gate, predictors)
     }
 }

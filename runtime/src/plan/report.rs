@@ -51,10 +51,12 @@ pub struct Report {
 /// One mode.
 #[derive(Debug, Clone, PartialEq)]
 pub struct ModeReport {
-    /// `off` or `exact`.
+    /// `off`, `exact` or `predicted`.
     pub mode: &'static str,
     /// Lossy parts.
     pub lossy: Vec<String>,
+    /// What else was measured, and what follows.
+    pub notes: Vec<String>,
     /// A token, in the order of [`Part::ALL`].
     pub parts: Vec<PartForecast>,
     /// What the threads read at best.
@@ -91,15 +93,12 @@ impl ModeReport {
         placed: Placed,
         costs: &Costs,
     ) -> Self {
-        let layer_costs = costs.classes.iter().map(|(class, cost)| {
-            let mut names: Vec<&str> = class.iter().map(|quant| quant.name()).collect();
-            names.sort_unstable();
-            names.dedup();
-            (names.join("+"), *cost)
-        });
+        let layer_costs = costs.classes.iter();
+        let layer_costs = layer_costs.map(|(class, cost)| (class.name(), *cost));
         Self {
             mode: sparsity.mode.name(),
             lossy: sparsity.lossy(),
+            notes: vec![],
             parts,
             bandwidth_bytes_per_s,
             memory,
@@ -221,6 +220,9 @@ impl Report {
             )?;
             if !lossy.is_empty() {
                 writeln!(text, "{name}: lossy: {}", lossy.join(", "))?;
+            }
+            for note in &mode.notes {
+                writeln!(text, "{name}: {note}")?;
             }
             if self.threads.len() > 1 {
                 mode.write_groups(text)?;
@@ -397,6 +399,7 @@ impl ModeReport {
         json!({
             "sparsity": self.mode,
             "lossy": self.lossy,
+            "notes": self.notes,
             "ms_per_token": self.token_ms(),
             "tokens_per_s": self.tokens_per_s(),
             "bytes_per_token": self.token_bytes(),

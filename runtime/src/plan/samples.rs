@@ -2,7 +2,7 @@
 
 use std::collections::HashMap;
 
-use pi_actors::trace::{Event, MessageKind, NodeEvents};
+use pi_actors::trace::{ActorKind, Event, MessageKind, NodeEvents};
 
 /// A layer's part of a token.
 #[derive(Debug, Clone, Copy, Default, PartialEq)]
@@ -17,14 +17,6 @@ pub(super) struct LayerSample {
     pub total_ns: u64,
     /// Active neurons of all nodes.
     pub active: u32,
-}
-
-impl LayerSample {
-    /// What is neither computed: queues, and waiting for other nodes.
-    pub fn hand_off_ns(&self) -> u64 {
-        let computed = self.attention_ns + self.ffn_ns + self.device_ns;
-        self.total_ns.saturating_sub(computed)
-    }
 }
 
 /// A token.
@@ -55,6 +47,8 @@ struct Gathering {
     /// When each layer began, and at last the head.
     starts_ns: Vec<Option<u64>>,
     output_ns: Vec<u64>,
+    /// Of each layer and node.
+    ffn_ns: Vec<Vec<u64>>,
 }
 
 /// The tokens decoded one by one from position `from` on, without those that failed or are incomplete.
@@ -85,6 +79,7 @@ pub(super) fn token_samples(nodes: &[NodeEvents], n_layer: usize, from: usize) -
                     sample,
                     starts_ns: vec![None; n_layer + 1],
                     output_ns: vec![0; n_layer],
+                    ffn_ns: vec![vec![0; nodes.len()]; n_layer],
                 },
             );
         }
@@ -128,28 +123,28 @@ impl Gathering {
         let ns = end.saturating_sub(start);
         let n_layer = self.output_ns.len();
         let sample = &mut self.sample;
-        match kind {
-            MessageKind::RunHead => self.starts_ns[n_layer] = Some(start),
-            MessageKind::ShareHead => sample.head_ns = sample.head_ns.max(ns),
-            MessageKind::HeadDone | MessageKind::ShareDoneHead => {}
-            _ => {
-                let of = &mut sample.layers[layer];
-                match kind {
-                    MessageKind::ShareAttention => of.attention_ns = of.attention_ns.max(ns),
-                    MessageKind::ShareOutput => {
-                        self.output_ns[layer] = self.output_ns[layer].max(ns);
-                    }
-                    MessageKind::Compute => {
-                        of.ffn_ns = of.ffn_ns.max(ns);
-                        sample.nodes[node].0 += ns;
-                    }
-                    MessageKind::RunLayer => {
-                        self.starts_ns[layer] = Some(start);
-                        of.device_ns += ns;
-                    }
-                    // the device's other messages, and the pipeline's on the way to the next layer
-                    _ => of.device_ns += ns,
+        match (kind, kind.handler()) {
+            (MessageKind::RunHead, _) => self.starts_ns[n_layer] = Some(start),
+            (MessageKind::ShareHead, _) => sample.head_ns = sample.head_ns.max(ns),
+            (MessageKind::HeadDone | MessageKind::ShareDoneHead, _) => {}
+            (MessageKind::ShareAttention, _) => {
+                let attention_ns = &mut sample.layers[layer].attention_ns;
+                *attention_ns = (*attention_ns).max(ns);
+            }
+            (MessageKind::ShareOutput, _) => {
+                self.output_ns[layer] = self.output_ns[layer].max(ns);
+            }
+            // candidates, wherever they come from, are part of the FFN
+            (_, ActorKind::ColdLayer | ActorKind::Predictor) => {
+                self.ffn_ns[layer][node] += ns;
+                sample.nodes[node].0 += ns;
+            }
+            // the device's other messages, and the pipeline's on the way to the next layer
+            (_, ActorKind::DeviceLayer | ActorKind::Pipeline) => {
+                if kind == MessageKind::RunLayer {
+                    self.starts_ns[layer] = Some(start);
                 }
+                sample.layers[layer].device_ns += ns;
             }
         }
     }
@@ -160,6 +155,7 @@ impl Gathering {
         for (layer, sample) in self.sample.layers.iter_mut().enumerate() {
             sample.total_ns = starts[layer + 1].checked_sub(starts[layer])?;
             sample.attention_ns += self.output_ns[layer];
+            sample.ffn_ns = self.ffn_ns[layer].iter().copied().max().unwrap_or(0);
         }
         Some(self.sample)
     }

@@ -11,8 +11,8 @@ pub use answer::{Answer, AnswerOptions, Session};
 pub use generation::{
     ContextShift, Finished, Generation, GenerationOptions, Stop, TextSink, hash_floats,
 };
-pub(crate) use opening::N_CTX_DEFAULT_MAX;
 pub use opening::{LoadObserver, LoadedModel, ModelOptions, N_UBATCH, Silent};
+pub(crate) use opening::{N_CTX_DEFAULT_MAX, open_sidecar};
 pub use sparsity::ThresholdSource;
 pub use topology_file::TopologyFile;
 
