@@ -10,7 +10,9 @@ use pi_kernels::rope::RopeTable;
 
 use crate::slots::{SlotSizes, Slots};
 use crate::tap::LayerTap;
-use crate::weights::{AheadWeights, FfnShare, LayerShare, ModelShape, ModelWeights};
+use crate::weights::{
+    AheadWeights, FfnShare, GateActivation, LayerShare, ModelShape, ModelWeights,
+};
 
 /// Tokens whose logits are computed together.
 pub(crate) const HEAD_TOKENS: usize = 16;
@@ -30,6 +32,7 @@ pub(crate) struct Model {
 impl Model {
     /// Puts the parts together.
     pub fn new(weights: ModelWeights, cpu: Cpu, kv_type: KvType, n_ubatch: usize) -> Self {
+        check_thresholds(&weights);
         let rope = RopeTable::new(weights.shape.rope.clone());
         let sizes = SlotSizes {
             mode: cpu.mode(),
@@ -101,6 +104,24 @@ impl Model {
     /// Where node `node`'s partial sum `sum` starts in its slot.
     pub fn partial_offset(&self, sum: usize) -> usize {
         sum * self.n_ubatch * self.shape().n_embd
+    }
+}
+
+/// # Panics
+/// When thresholds are given where gates close, or are not as many as neurons.
+fn check_thresholds(weights: &ModelWeights) {
+    for share in weights.layers.iter().flat_map(|layer| &layer.shares) {
+        let Some(thresholds) = &share.thresholds else {
+            continue;
+        };
+        assert_eq!(
+            weights.shape.gate_activation,
+            GateActivation::Silu,
+            "thresholds are for gates that never close"
+        );
+        assert_eq!(thresholds.len(), share.neurons.len(), "one per neuron");
+        let rows = matches!(share.ffn, FfnShare::Neurons { .. });
+        assert!(rows, "neurons are skipped by rows of down");
     }
 }
 

@@ -209,6 +209,10 @@ pub struct LayerShare {
     pub sketch: Option<SketchShare>,
     /// Their up and down weights.
     pub ffn: FfnShare,
+    /// `[neurons.len()]` f32: a neuron is left out while its value is not above its threshold. The
+    /// value is |act(gate)| where up lies beside down ([`UpRows::Paired`]), so that neither is read,
+    /// else |act(gate) · up|, so that down is not. None: as [`SparsityMode`] has it.
+    pub thresholds: Option<Vec<f32>>,
 }
 
 /// Up and down weights of a node's neurons.

@@ -23,6 +23,7 @@ pub mod sampler;
 pub mod session;
 pub mod sidecar;
 pub mod synth;
+pub mod threshold;
 pub mod tokenizer;
 pub mod trace;
 pub mod unfinished_file;

@@ -57,6 +57,7 @@ fn answer(
         shift,
         stop_texts: vec![],
         hash_logits: false,
+        sparse_head: false,
         interrupt: Default::default(),
         sink: Box::new(|_| Ok(())),
     };

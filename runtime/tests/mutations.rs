@@ -27,7 +27,8 @@ use pi_runtime::inspect::{InspectArgs, run};
 use pi_runtime::model::predicting::Predicting;
 use pi_runtime::sampler::SamplerParams;
 use pi_runtime::session::{
-    AnswerOptions, LoadedModel, ModelOptions, N_UBATCH, Session, Silent, TopologyFile,
+    AnswerOptions, LoadedModel, ModelOptions, N_UBATCH, Session, Silent, ThresholdSource,
+    TopologyFile,
 };
 use pi_runtime::tokenizer::EncodeOptions;
 
@@ -248,6 +249,7 @@ fn generate(path: &Path) -> Result<(), RuntimeError> {
         trace: None,
         tap: None,
         sidecar: None,
+        thresholds: ThresholdSource::default(),
         predicting: Predicting::default(),
     };
     let plan = TopologyFile::default().plan(Some(1))?;

@@ -302,17 +302,29 @@ fn bad_flags_are_refused_by_name_and_leave_nothing() {
 fn the_program_writes_a_model_that_it_runs() {
     let folder = tempfile::tempdir().unwrap();
     let path = folder.path().join("m.gguf");
-    let sizes = "--layers 2 --embd 128 --ff 256 --heads 4 --kv-heads 2 --vocab 600 --ctx 256";
-    let flags: Vec<&str> = sizes.split(' ').collect();
-    synth(&path, &flags).success();
-    assert_eq!(fs::read_dir(folder.path()).unwrap().count(), 2);
-    let mut run = program();
-    run.arg("-m")
-        .arg(&path)
-        .args(["-p", "The capital", "-n", "8", "--temp", "0", "--json"]);
-    let output = run.assert().success().get_output().stdout.clone();
-    let answer: serde_json::Value = serde_json::from_slice(&output).unwrap();
-    assert_eq!(answer["tokens"].as_array().unwrap().len(), 8, "{answer}");
+    let sizes = "--layers 3 --embd 128 --ff 512 --heads 4 --kv-heads 2 --vocab 600 --ctx 256";
+    // with sketches of signs, and of low rank
+    for quant in ["Q4_0", "Q8_0"] {
+        let flags: Vec<&str> = sizes.split(' ').chain(["--type", quant]).collect();
+        synth(&path, &flags).success();
+        assert_eq!(fs::read_dir(folder.path()).unwrap().count(), 2);
+        let answer = |mode: &str| -> serde_json::Value {
+            let mut run = program();
+            run.arg("-m").arg(&path).args(["--sparsity", mode]);
+            run.args(["-p", "The capital of", "-n", "40", "--temp", "0", "--json"]);
+            let output = run.assert().success().get_output().stdout.clone();
+            serde_json::from_slice(&output).unwrap()
+        };
+        let share =
+            |answer: &serde_json::Value, name: &str| answer["timings"][name].as_f64().unwrap();
+        let (exact, predicted) = (answer("exact"), answer("predicted"));
+        assert_eq!(exact["tokens"].as_array().unwrap().len(), 40, "{exact}");
+        // nearly all that fires is found among a part of the neurons
+        let candidates = share(&predicted, "candidate_share");
+        assert!((0.1..0.5).contains(&candidates), "{quant}: {candidates}");
+        let found = share(&predicted, "active_share") / share(&exact, "active_share");
+        assert!((0.8..1.2).contains(&found), "{quant}: {found}");
+    }
 }
 
 #[test]

@@ -11,18 +11,17 @@ use std::sync::atomic::Ordering;
 
 use pi_kernels::elementwise::{relu_mul, silu_mul};
 use pi_kernels::ffn_sparse::{
-    GroupSpan, NeuronRows, SUBTREES_MAX, down_active, down_tokens, gate_active, up_active,
-    up_tokens,
+    GroupSpan, NeuronRows, SUBTREES_MAX, down_active, down_tokens, up_active, up_tokens,
 };
 use pi_kernels::gemm::gemv;
 use pi_kernels::quant::BLOCK;
 use pi_kernels::{ActWriter, Cpu, ROW_GROUP, StridedOut};
 
 use super::rows::multiply;
-use super::{Job, predicted, weights_read};
+use super::{Job, predicted, threshold, weights_read};
 use crate::counters::Counters;
 use crate::model::group_neurons;
-use crate::scratch::{NEURON_CHUNK, ThreadScratch};
+use crate::scratch::{ActiveList, NEURON_CHUNK, NodeScratch, ThreadScratch};
 use crate::team::{Member, Team};
 use crate::weights::{FfnShare, GateActivation, Matrix, NeuronStore, UpRows};
 
@@ -62,13 +61,16 @@ pub(super) fn run(job: Job<'_>, team: &mut Team) -> Counters {
                 rows,
             },
             _,
-        ) => {
-            team.run(&|member| {
-                dense_gate_up(&job, up, &member);
-                member.barrier();
-                down_all(&job, rows, &member);
-            });
-        }
+        ) => match &share.thresholds {
+            Some(thresholds) => threshold::run(&job, up, rows, thresholds, team),
+            None => {
+                team.run(&|member| {
+                    dense_gate_up(&job, up, &member);
+                    member.barrier();
+                    down_all(&job, rows, &member);
+                });
+            }
+        },
         (FfnShare::Dense { up, down }, _) => {
             // SAFETY: between jobs nobody else has it.
             let writer = unsafe { job.scratch.act_rows.get_mut() }.writer();
@@ -85,7 +87,17 @@ pub(super) fn run(job: Job<'_>, team: &mut Team) -> Counters {
 fn count(job: &Job<'_>) -> Counters {
     let share = job.share;
     let neurons = share.neurons.len();
-    let rows_read = job.scratch.rows_read.load(Ordering::Relaxed) as usize;
+    let rows_read = match (&share.ffn, &share.thresholds) {
+        (
+            FfnShare::Neurons {
+                up: UpRows::Interleaved(_),
+                ..
+            },
+            None,
+        ) => neurons,
+        _ => job.scratch.rows_read.load(Ordering::Relaxed) as usize,
+    };
+    let thresholds = share.thresholds.as_ref().map_or(0, Vec::len) * size_of::<f32>();
     let bytes = match &share.ffn {
         FfnShare::Neurons {
             up: UpRows::Paired,
@@ -94,11 +106,11 @@ fn count(job: &Job<'_>) -> Counters {
         FfnShare::Neurons {
             up: UpRows::Interleaved(up),
             rows,
-        } => up.bytes.len() + rows.bytes.len(),
+        } => up.bytes.len() + rows_read * rows.record_bytes(),
         FfnShare::Dense { up, down } => up.bytes.len() + down.bytes.len(),
     };
     let n_tokens = job.step.n_tokens;
-    let mut work = weights_read(bytes);
+    let mut work = weights_read(thresholds + bytes);
     work.neurons = (neurons * n_tokens) as u64;
     let gate_bytes = match &share.sketch {
         None => {
@@ -140,14 +152,7 @@ fn sparse_token(job: &Job<'_>, rows: &NeuronStore, member: Member<'_>) {
     member.barrier();
     // SAFETY: each thread has its own.
     let ThreadScratch { all, spans, .. } = unsafe { scratch.threads[member.thread].get_mut() };
-    all.clear();
-    for list in &scratch.lists {
-        // SAFETY: all lists are complete, and change only after this message is answered. In the
-        // order of threads they are ascending.
-        let list = unsafe { list.get() };
-        all.ids.extend_from_slice(&list.ids);
-        all.gates.extend_from_slice(&list.gates);
-    }
+    gather(scratch, all);
     let n_active = all.ids.len();
     let mine = member.part(n_active, 1);
     // SAFETY: this part of the activations is this thread's.
@@ -167,19 +172,36 @@ fn sparse_token(job: &Job<'_>, rows: &NeuronStore, member: Member<'_>) {
         scratch.rows_read.store(n_active as u64, Ordering::Relaxed);
     }
     member.barrier();
+    divide(job, &all.ids, spans);
+    // SAFETY: all activations are written.
+    let act = unsafe { scratch.act.read(0..n_active) };
+    sum_token(job, rows, &all.ids, act, spans, &member);
+}
+
+/// All threads' lists of active neurons, one after the other, in `all`.
+pub(super) fn gather(scratch: &NodeScratch, all: &mut ActiveList) {
+    all.clear();
+    for list in &scratch.lists {
+        // SAFETY: all lists are complete, and change only after this message is answered. In the
+        // order of threads they are ascending.
+        let list = unsafe { list.get() };
+        all.ids.extend_from_slice(&list.ids);
+        all.gates.extend_from_slice(&list.gates);
+    }
+}
+
+/// Where the node's groups lie in the ascending list `ids`, into `spans`.
+pub(super) fn divide(job: &Job<'_>, ids: &[u32], spans: &mut Vec<GroupSpan>) {
     spans.clear();
     let mut from = 0;
-    for (group, neurons) in group_neurons(&model.weights.neuron_groups, share) {
-        let to = from + all.ids[from..].partition_point(|&id| (id as usize) < neurons.end);
+    for (group, neurons) in group_neurons(&job.model.weights.neuron_groups, job.share) {
+        let to = from + ids[from..].partition_point(|&id| (id as usize) < neurons.end);
         spans.push(GroupSpan {
             group,
             span: from..to,
         });
         from = to;
     }
-    // SAFETY: all activations are written.
-    let act = unsafe { scratch.act.read(0..n_active) };
-    sum_token(job, rows, &all.ids, act, spans, &member);
 }
 
 /// Lists the thread's active neurons of one token: all gates are computed.
@@ -194,13 +216,12 @@ fn open_gates(job: &Job<'_>, up_rows: NeuronRows<'_>, member: &Member<'_>) {
         let gate = scratch.gate.write(part.clone());
         gemv(model.cpu, share.gate.view(), x, part.clone(), gate);
         list.clear();
-        let first = part.start as u32;
-        gate_active(gate, first, Some(up_rows), &mut list.ids, &mut list.gates);
+        threshold::list_gates(job, gate, part, up_rows, list);
     }
 }
 
 /// The thread's columns of the partial sums of one token.
-fn sum_token(
+pub(super) fn sum_token(
     job: &Job<'_>,
     rows: &NeuronStore,
     ids: &[u32],
@@ -261,7 +282,7 @@ fn sparse_tokens(
             let out = act.columns_of(0..neurons.len());
             multiply(model.cpu, &share.gate, x, n_tokens, neurons.clone(), out);
         }
-        let active = close_gates(&mut act);
+        let active = threshold::close_gates(job, &mut act, neurons.clone());
         let up_scratch = mine.up.as_mut().expect("scratch for paired rows");
         let read = up_tokens(
             model.cpu,
@@ -279,21 +300,8 @@ fn sparse_tokens(
     down_batch(job, rows, true, &member);
 }
 
-/// ReLU in place (NaN stays, so that it surfaces); returns how many gates are open.
-fn close_gates(gates: &mut StridedOut<'_>) -> u64 {
-    let mut active = 0;
-    for token in 0..gates.n_tokens() {
-        for gate in gates.row(token) {
-            let closed = *gate <= 0.0;
-            *gate = if closed { 0.0 } else { *gate };
-            active += u64::from(!closed);
-        }
-    }
-    active
-}
-
 /// Partial sums of many tokens over columns of the thread's own.
-fn down_batch(job: &Job<'_>, rows: &NeuronStore, skip_zeros: bool, member: &Member<'_>) {
+pub(super) fn down_batch(job: &Job<'_>, rows: &NeuronStore, skip_zeros: bool, member: &Member<'_>) {
     let (model, scratch) = (job.model, job.scratch);
     let (n_embd, n_tokens) = (model.shape().n_embd, job.step.n_tokens);
     let n_neurons = job.share.neurons.len();
@@ -334,27 +342,54 @@ fn down_batch(job: &Job<'_>, rows: &NeuronStore, skip_zeros: bool, member: &Memb
 
 /// Gate and up of all neurons, and their product, into `act`.
 fn dense_gate_up(job: &Job<'_>, up: &Matrix, member: &Member<'_>) {
+    if job.step.n_tokens == 1 {
+        let (_, _, active) = gate_up_token(job, up, member);
+        job.scratch.active.fetch_add(active, Ordering::Relaxed);
+        return;
+    }
+    gate_up_chunks(job, up, member, |_, _, active| {
+        job.scratch.active.fetch_add(active, Ordering::Relaxed);
+    });
+}
+
+/// Gate, up and product of the thread's own neurons for one token: which they are, their products
+/// in `act`, and how many contribute.
+pub(super) fn gate_up_token<'a>(
+    job: &Job<'a>,
+    up: &Matrix,
+    member: &Member<'_>,
+) -> (Range<usize>, &'a [f32], u64) {
+    let (model, scratch, share) = (job.model, job.scratch, job.share);
+    let part = member.part(share.neurons.len(), ROW_GROUP);
+    // SAFETY: the normed state was written before the message was sent; these neurons are this
+    // thread's.
+    let (x, gate, up_out, act) = unsafe {
+        (
+            model.slots.normed.get().token(0),
+            scratch.gate.write(part.clone()),
+            scratch.up.write(part.clone()),
+            scratch.act.write(part.clone()),
+        )
+    };
+    gemv(model.cpu, share.gate.view(), x, part.clone(), gate);
+    gemv(model.cpu, up.view(), x, part.clone(), up_out);
+    let active = activate(job, gate, up_out, act);
+    (part, act, active)
+}
+
+/// The same for many tokens, a chunk of neurons after the other: `visit` sees which neurons they
+/// are, their products, and how many contribute.
+pub(super) fn gate_up_chunks(
+    job: &Job<'_>,
+    up: &Matrix,
+    member: &Member<'_>,
+    visit: impl Fn(Range<usize>, &mut StridedOut<'_>, u64),
+) {
     let (model, scratch, share) = (job.model, job.scratch, job.share);
     let n_neurons = share.neurons.len();
     let n_tokens = job.step.n_tokens;
     // SAFETY: written before the message was sent.
     let x = unsafe { model.slots.normed.get() };
-    if n_tokens == 1 {
-        let part = member.part(n_neurons, ROW_GROUP);
-        // SAFETY: these neurons are this thread's.
-        let (gate, up_out, act) = unsafe {
-            (
-                scratch.gate.write(part.clone()),
-                scratch.up.write(part.clone()),
-                scratch.act.write(part.clone()),
-            )
-        };
-        gemv(model.cpu, share.gate.view(), x.token(0), part.clone(), gate);
-        gemv(model.cpu, up.view(), x.token(0), part, up_out);
-        let active = activate(job, gate, up_out, act);
-        scratch.active.fetch_add(active, Ordering::Relaxed);
-        return;
-    }
     // SAFETY: each thread has its own.
     let mine = unsafe { scratch.threads[member.thread].get_mut() };
     while let Some(chunk) = job.take(n_neurons.div_ceil(NEURON_CHUNK)) {
@@ -369,13 +404,13 @@ fn dense_gate_up(job: &Job<'_>, up: &Matrix, member: &Member<'_>) {
         }
         let mut active = 0;
         // SAFETY: the chunk's neurons are this thread's.
-        let mut act = unsafe { scratch.act.columns(0, n_neurons, n_tokens, neurons) };
+        let mut act = unsafe { scratch.act.columns(0, n_neurons, n_tokens, neurons.clone()) };
         for token in 0..n_tokens {
             let row = token * width..(token + 1) * width;
             let (gate, up) = (&mine.gate_chunk[row.clone()], &mine.up_chunk[row]);
             active += activate(job, gate, up, act.row(token));
         }
-        scratch.active.fetch_add(active, Ordering::Relaxed);
+        visit(neurons, &mut act, active);
     }
 }
 

@@ -6,6 +6,7 @@ mod ffn;
 mod head;
 mod predicted;
 mod rows;
+mod threshold;
 
 use std::sync::Arc;
 use std::sync::atomic::Ordering;

@@ -126,8 +126,24 @@ pub enum Form {
     Neurons(SparsityMode),
     /// With a plain `ffn_down`.
     Dense,
+    /// Neuron by neuron, without those that contribute little.
+    Threshold(Skip),
     /// Predicted: by these predictors.
     Predicted(Predictors),
+}
+
+/// Neurons are left out whose |act(gate)| · ‖down row‖, or |act(gate) · up| · ‖down row‖, is not above `tau`.
+#[derive(Debug, Clone, Copy)]
+pub struct Skip {
+    pub by_gate: bool,
+    pub tau: f32,
+}
+
+impl Skip {
+    /// Threshold of the neuron with this row of down.
+    pub fn threshold(self, down: &[f32]) -> f32 {
+        self.tau / down.iter().map(|w| w * w).sum::<f32>().sqrt()
+    }
 }
 
 #[allow(unused_imports)]
@@ -246,6 +262,14 @@ fn share(layer: &PlainLayer, n_nodes: usize, node: usize, form: Form) -> LayerSh
         gate: sketches::gate(layer, neurons.clone(), form),
         sketch: sketches::sketch(layer, neurons.clone(), form),
         ffn: ffn(layer, neurons.clone(), form),
+        thresholds: match form {
+            Form::Threshold(skip) => {
+                let down = rows(&layer.down_t, N_EMBD, neurons.clone());
+                let thresholds = down.chunks_exact(N_EMBD).map(|row| skip.threshold(row));
+                Some(thresholds.collect())
+            }
+            Form::Neurons(_) | Form::Dense | Form::Predicted(_) => None,
+        },
         neurons,
     }
 }
@@ -270,11 +294,13 @@ fn ffn(layer: &PlainLayer, neurons: std::ops::Range<usize>, form: Form) -> FfnSh
         }
     };
     match form {
-        Form::Neurons(SparsityMode::Off) => FfnShare::Neurons {
-            up: UpRows::Interleaved(up()),
-            rows: records(false),
-        },
-        Form::Neurons(_) | Form::Predicted(_) => FfnShare::Neurons {
+        Form::Neurons(SparsityMode::Off) | Form::Threshold(Skip { by_gate: false, .. }) => {
+            FfnShare::Neurons {
+                up: UpRows::Interleaved(up()),
+                rows: records(false),
+            }
+        }
+        Form::Neurons(_) | Form::Predicted(_) | Form::Threshold(_) => FfnShare::Neurons {
             up: UpRows::Paired,
             rows: records(true),
         },

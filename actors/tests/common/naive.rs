@@ -4,7 +4,7 @@ use pi_actors::weights::GateActivation;
 
 use super::sketches::RANK;
 use super::{
-    HEAD_DIM, N_EMBD, N_FF, N_HEAD, N_HEAD_KV, N_VOCAB, PlainLayer, PlainModel, Predictors,
+    HEAD_DIM, N_EMBD, N_FF, N_HEAD, N_HEAD_KV, N_VOCAB, PlainLayer, PlainModel, Predictors, Skip,
 };
 
 type Rows = Vec<Vec<f64>>;
@@ -12,6 +12,12 @@ type Rows = Vec<Vec<f64>>;
 /// Logits of every position, and how many neurons are active in all.
 pub fn logits(model: &PlainModel, tokens: &[u32]) -> (Rows, usize) {
     let (logits, counts) = predicted(model, tokens, None);
+    (logits, counts.active)
+}
+
+/// The same without the neurons that contribute little.
+pub fn logits_without(model: &PlainModel, tokens: &[u32], skip: Option<Skip>) -> (Rows, usize) {
+    let (logits, counts) = compute(model, tokens, None, skip);
     (logits, counts.active)
 }
 
@@ -27,6 +33,15 @@ pub fn predicted(
     model: &PlainModel,
     tokens: &[u32],
     predictors: Option<Predictors>,
+) -> (Rows, Counts) {
+    compute(model, tokens, predictors, None)
+}
+
+fn compute(
+    model: &PlainModel,
+    tokens: &[u32],
+    predictors: Option<Predictors>,
+    skip: Option<Skip>,
 ) -> (Rows, Counts) {
     let mut caches: Vec<(Rows, Rows)> = model.layers.iter().map(|_| (vec![], vec![])).collect();
     let (mut all, mut counts) = (vec![], Counts::default());
@@ -48,6 +63,7 @@ pub fn predicted(
                 layer,
                 model.activation,
                 named.as_deref(),
+                skip,
                 &mut x,
                 &mut counts,
             );
@@ -159,6 +175,7 @@ fn ffn(
     layer: &PlainLayer,
     activation: GateActivation,
     named: Option<&[bool]>,
+    skip: Option<Skip>,
     x: &mut [f64],
     counts: &mut Counts,
 ) {
@@ -180,8 +197,15 @@ fn ffn(
             GateActivation::Relu => gate[neuron].max(0.0),
             GateActivation::Silu => gate[neuron] / (1.0 + (-gate[neuron]).exp()),
         };
-        counts.active += usize::from(a != 0.0);
         let row = &layer.down_t[neuron * N_EMBD..(neuron + 1) * N_EMBD];
+        let small = skip.is_some_and(|skip| {
+            let value = if skip.by_gate { a } else { a * up[neuron] };
+            value.abs() <= f64::from(skip.threshold(row))
+        });
+        if small {
+            continue;
+        }
+        counts.active += usize::from(a != 0.0);
         for (x, &w) in x.iter_mut().zip(row) {
             *x += a * up[neuron] * f64::from(w);
         }

@@ -53,6 +53,12 @@ pub fn silu_mul(cpu: Cpu, gate: &[f32], up: &[f32], out: &mut [f32]) {
     )
 }
 
+/// x\[i\] = silu(x\[i\]), `[n]` f32, as [`silu_mul`] has it: times up it gives that one's bits.
+/// Overwrites `x`.
+pub fn silu_in_place(cpu: Cpu, x: &mut [f32]) {
+    by_tier!(cpu, scalar::silu_in_place, vector::silu_in_place, (x: &mut [f32]))
+}
+
 /// out\[i\] = max(gate\[i\], 0) · up\[i\], all `[n]` f32. Overwrites `out`.
 ///
 /// A closed gate (≤ 0) gives +0 whatever `up` holds, as if the neuron had been skipped; a NaN gate

@@ -90,6 +90,12 @@ pub(super) fn silu_mul(gate: &[f32], up: &[f32], out: &mut [f32]) {
     }
 }
 
+pub(super) fn silu_in_place(x: &mut [f32]) {
+    for value in x {
+        *value /= 1.0 + exp(-*value);
+    }
+}
+
 pub(super) fn relu_mul(gate: &[f32], up: &[f32], out: &mut [f32]) {
     for i in 0..out.len() {
         out[i] = if gate[i] <= 0.0 { 0.0 } else { gate[i] * up[i] };

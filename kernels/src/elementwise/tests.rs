@@ -36,6 +36,10 @@ fn tiers_equal_the_specification() {
     compare("add_assign", |cpu, a, _, out| add_assign(cpu, out, a));
     compare("mul", mul);
     compare("silu_mul", silu_mul);
+    compare("silu", |cpu, a, _, out| {
+        out.copy_from_slice(a);
+        silu_in_place(cpu, out);
+    });
     compare("relu_mul", relu_mul);
     compare("exp", |cpu, a, _, out| {
         out.copy_from_slice(a);

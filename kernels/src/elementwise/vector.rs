@@ -106,6 +106,22 @@ pub(super) unsafe fn silu_mul<V: F32x16>(gate: &[f32], up: &[f32], out: &mut [f3
 /// # Safety
 /// As [`add_assign`].
 #[inline(always)]
+pub(super) unsafe fn silu_in_place<V: F32x16>(x: &mut [f32]) {
+    for i in (0..x.len()).step_by(LANES) {
+        let n = x.len() - i;
+        // SAFETY: `n` values lie behind i.
+        unsafe {
+            let to = x.as_mut_ptr().add(i);
+            let gate: V = load_up_to(to, n);
+            let divisor = V::splat(1.0).add(exp(gate.mul(V::splat(-1.0))));
+            store_up_to(gate.div(divisor), to, n);
+        }
+    }
+}
+
+/// # Safety
+/// As [`add_assign`].
+#[inline(always)]
 pub(super) unsafe fn relu_mul<V: F32x16>(gate: &[f32], up: &[f32], out: &mut [f32]) {
     for i in (0..out.len()).step_by(LANES) {
         let n = out.len() - i;

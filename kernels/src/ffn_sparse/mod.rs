@@ -5,6 +5,7 @@
 
 mod down;
 pub mod sketch;
+mod threshold;
 mod tree;
 mod up;
 
@@ -12,6 +13,7 @@ use crate::matrix::{Layout, MatrixRef, MatrixShape};
 use crate::quant::QuantType;
 
 pub use down::{DownScratch, GroupSpan, down_active, down_tokens};
+pub use threshold::{large_active, zero_small};
 pub use tree::{FFN_GROUPS, SUBTREES_MAX, join_subtrees, n_subtrees, subtrees};
 pub use up::{UpScratch, row_products, row_products_tokens, up_active, up_tokens};
 

@@ -320,3 +320,62 @@ fn a_batch_through_the_matrix_equals_the_rows() {
     up_active(cpu, ffn.rows(false), x.token(2), &[17], &[1.0], &mut one);
     assert_eq!(dense[2 * N_NEURONS + 17].to_bits(), one[0].to_bits());
 }
+
+#[test]
+fn neurons_at_their_threshold_are_left_out_and_nan_never_is() {
+    let values = [0.5, -0.5, 0.4, f32::NAN, -0.0, f32::INFINITY, 0.1, -3.0];
+    let thresholds = [0.5, 0.4, 0.5, f32::MAX, 0.0, f32::MAX, 0.0, 3.5];
+    let (mut ids, mut kept) = (vec![3], vec![9.0]);
+    large_active(&values, &thresholds, 7, None, &mut ids, &mut kept);
+    assert_eq!(ids, [3, 8, 10, 12, 13]);
+    assert_eq!(kept[..2], [9.0, -0.5]);
+    assert!(kept[2].is_nan() && kept[3].is_infinite() && kept[4] == 0.1);
+    let mut many = values;
+    assert_eq!(zero_small(&mut many, &thresholds), 4);
+    let zeros = [true, false, true, false, true, false, false, true];
+    for (n, zero) in zeros.into_iter().enumerate() {
+        let unchanged = many[n].to_bits() == values[n].to_bits();
+        assert!(
+            if zero {
+                many[n].to_bits() == 0
+            } else {
+                unchanged
+            },
+            "{n}"
+        );
+    }
+}
+
+#[test]
+fn thresholds_of_one_and_of_many_tokens_give_the_same_bits() {
+    let ffn = Ffn::new(QuantType::Q4_0);
+    let thresholds = Random(41).floats(N_NEURONS);
+    let thresholds: Vec<f32> = thresholds.iter().map(|t| t.abs() * 0.5).collect();
+    for cpu in cpus() {
+        let x = batch(cpu, 3);
+        let mut gate = Random(43).floats(3 * N_NEURONS);
+        crate::elementwise::silu_in_place(cpu, &mut gate);
+        let up = ffn.rows(false);
+        let mut act = gate.clone();
+        act.chunks_exact_mut(N_NEURONS).for_each(|token| {
+            zero_small(token, &thresholds);
+        });
+        let mut out = StridedOut::from_slice(&mut act, N_NEURONS, 3, 0..N_NEURONS);
+        let mut scratch = UpScratch::new(3, N_NEURONS, up.row_bytes());
+        up_tokens(cpu, up, &x, 0..3, 0..N_NEURONS, &mut out, &mut scratch);
+        for t in 0..3 {
+            let (mut ids, mut gates) = (vec![], vec![]);
+            let gate = &gate[t * N_NEURONS..][..N_NEURONS];
+            large_active(gate, &thresholds, 0, Some(up), &mut ids, &mut gates);
+            assert!((1..N_NEURONS).contains(&ids.len()), "{} kept", ids.len());
+            let mut one = vec![f32::NAN; ids.len()];
+            up_active(cpu, up, x.token(t), &ids, &gates, &mut one);
+            let mut want = vec![0.0; N_NEURONS];
+            ids.iter()
+                .zip(&one)
+                .for_each(|(&id, &a)| want[id as usize] = a);
+            let got = &act[t * N_NEURONS..][..N_NEURONS];
+            assert_eq!(bits(got), bits(&want), "{cpu:?} token {t}");
+        }
+    }
+}

@@ -200,6 +200,7 @@ mod tests {
             tier: "avx2".into(),
             activations: "q8".into(),
             sparsity: "exact".into(),
+            head: "full".into(),
             token_source: "text".into(),
             active_share: 0.109_412_3,
             bytes_per_token: Some(64_000_000),

@@ -130,7 +130,8 @@ pub struct ModelArgs {
     #[arg(long, value_name = "FILE")]
     pub topology: Option<PathBuf>,
     /// off: dense; exact: skip neurons whose ReLU gate is closed (same result); predicted: look only at neurons that
-    /// predictors pick (needs what `prepare` makes). Default: exact where it is free
+    /// predictors pick; threshold: skip neurons of SiLU gates that contribute little (both need what `prepare` makes).
+    /// Default: exact where it is free
     #[arg(long, value_enum, value_name = "MODE")]
     pub sparsity: Option<SparsityArg>,
     /// sparse: a sketch picks the tokens whose logits are computed, so that most of the head is not read (needs the sidecar)
@@ -139,6 +140,9 @@ pub struct ModelArgs {
     /// What `prepare` made for the model [default: the file beside it with .sparse.gguf for .gguf, where it is needed]
     #[arg(long, value_name = "FILE")]
     pub sidecar: Option<PathBuf>,
+    /// Run --sparsity threshold also where `prepare` found that it gains nothing
+    #[arg(long, hide_short_help = true)]
+    pub force_threshold: bool,
     /// Who predicts with --sparsity predicted
     #[arg(long, value_enum, value_name = "WHO", default_value_t = PredictorArg::Auto)]
     pub predictor: PredictorArg,
@@ -354,6 +358,8 @@ pub enum SparsityArg {
     Off,
     /// Neurons whose ReLU gate is closed are skipped
     Exact,
+    /// Neurons that contribute little are skipped, where gates never close
+    Threshold,
     /// Only neurons that predictors pick are looked at
     Predicted,
 }

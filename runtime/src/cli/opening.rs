@@ -11,7 +11,7 @@ use super::progress::LoadBar;
 use crate::error::RuntimeError;
 use crate::model::Sparsity;
 use crate::model::predicting::{PredictBy, Predicting};
-use crate::session::{LoadedModel, ModelOptions, N_UBATCH, TopologyFile};
+use crate::session::{LoadedModel, ModelOptions, N_UBATCH, ThresholdSource, TopologyFile};
 
 impl ModelArgs {
     /// What the flags ask for, with a context of `n_ctx` tokens (0: the model's own).
@@ -26,6 +26,7 @@ impl ModelArgs {
             sparsity: self.sparsity.map(|mode| match mode {
                 SparsityArg::Off => Sparsity::Off,
                 SparsityArg::Exact => Sparsity::Exact,
+                SparsityArg::Threshold => Sparsity::Threshold,
                 SparsityArg::Predicted => Sparsity::Predicted,
             }),
             cpu: Cpu::new(tier, self.activations).map_err(RuntimeError::Tier)?,
@@ -37,6 +38,11 @@ impl ModelArgs {
             tap: None,
             sidecar: self.sidecar.clone(),
             head: self.head,
+            thresholds: if self.force_threshold {
+                ThresholdSource::Forced
+            } else {
+                ThresholdSource::Sidecar
+            },
             predicting: Predicting {
                 by: match self.predictor {
                     PredictorArg::Auto => None,

@@ -22,7 +22,7 @@ use crate::model::sparsity::{SparsityPlan, writable_type};
 use crate::model::{ModelError, Sparsity};
 use crate::pack::{PackedOutput, Packer};
 use crate::perplexity::Estimate;
-use crate::session::{LoadedModel, ModelOptions, N_UBATCH, TopologyFile};
+use crate::session::{LoadedModel, ModelOptions, N_UBATCH, ThresholdSource, TopologyFile};
 use crate::tokenizer::EncodeOptions;
 use crate::unfinished_file::UnfinishedFile;
 
@@ -199,6 +199,7 @@ impl Packing<'_> {
             trace: None,
             tap: None,
             sidecar: None,
+            thresholds: ThresholdSource::default(),
             predicting: Predicting::default(),
             n_batch: N_UBATCH,
         };

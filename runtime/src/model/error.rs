@@ -73,6 +73,15 @@ pub enum ModelError {
         /// The model's activation.
         activation: &'static str,
     },
+    /// `threshold` on a model whose gates close.
+    #[error(
+        "--sparsity threshold is for gates that never close, but this model's are relu: use --sparsity exact, which \
+         leaves out more and loses nothing, or predicted"
+    )]
+    GatesClose,
+    /// `threshold` without thresholds.
+    #[error("--sparsity threshold needs thresholds: make them with `pi-runtime prepare`")]
+    NoThresholds,
     /// Packing a model whose gates never close.
     #[error(
         "the model's gates are {activation}, which never close: packing would gain nothing; use the file as it is"

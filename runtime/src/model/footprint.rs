@@ -1,13 +1,14 @@
 //! How many bytes of weights a decoded token reads.
 
 use super::hyperparameters::Hyperparameters;
-use super::sparsity::{DownPlan, Sparsity, SparsityPlan};
+use super::sparsity::{DownPlan, Skipping, SparsityPlan};
 use super::tensors::ModelTensors;
 
 /// Weight bytes of a decoded token, in parts.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
 pub struct Footprint {
-    /// Read for every token: attention, biases, gates, norms, head, the embedding row, and in `off` all neurons.
+    /// Read for every token: attention, biases, gates, norms, thresholds, head, the embedding row, and all that is
+    /// not skipped.
     pub always: u64,
     /// Up and down rows of all neurons, where only active ones are read.
     pub if_all_active: u64,
@@ -22,7 +23,7 @@ impl Footprint {
             always: (head + tensors.token_embd.row_bytes() + norms) as u64,
             if_all_active: 0,
         };
-        for (layer, down) in tensors.layers.iter().zip(&plan.down) {
+        for (index, (layer, down)) in tensors.layers.iter().zip(&plan.down).enumerate() {
             let attention = [&layer.wq, &layer.wk, &layer.wv, &layer.wo];
             footprint.always += attention
                 .iter()
@@ -33,12 +34,18 @@ impl Footprint {
                 (values * size_of::<f32>()) as u64
             });
             footprint.always += layer.gate.bytes.len() as u64;
-            let neurons = layer.up.bytes.len() as u64 + down_bytes(*down, hyper);
-            match plan.mode {
-                Sparsity::Off => footprint.always += neurons,
-                // what a predictor leaves out of the gates is not known here
-                Sparsity::Exact | Sparsity::Predicted => footprint.if_all_active += neurons,
-            }
+            let (up, down) = (layer.up.bytes.len() as u64, down_bytes(*down, hyper));
+            let (always, if_active) = match plan.skipping(index) {
+                Skipping::Nothing => (up + down, 0),
+                Skipping::Down => (up, down),
+                Skipping::UpAndDown => (0, up + down),
+            };
+            footprint.always += always;
+            footprint.if_all_active += if_active;
+        }
+        if let Some(thresholds) = &plan.thresholds {
+            let n_layers = thresholds.layers.iter().flatten().count();
+            footprint.always += (n_layers * hyper.n_ff * size_of::<f32>()) as u64;
         }
         footprint
     }

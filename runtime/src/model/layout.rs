@@ -8,7 +8,7 @@ use pi_kernels::{Layout, MatrixShape, QuantType, ROW_GROUP};
 
 use super::hyperparameters::Hyperparameters;
 use super::shares::{NodeShare, divide, neuron_groups};
-use super::sparsity::{DownPlan, Sparsity, SparsityPlan};
+use super::sparsity::{DownPlan, Skipping, SparsityPlan};
 use super::tensors::{FileMatrix, LayerTensors, ModelTensors};
 use crate::sidecar::{LayerPredictors, SketchKind};
 
@@ -219,7 +219,14 @@ impl<'a> NodeLayout<'a> {
         let layers = tensors.layers.iter().zip(&plan.down).enumerate();
         let layers = layers
             .map(|(index, (layer, down))| {
-                placing.layer(hyper, layer, plan.mode, *down, of_layer(index), &share)
+                placing.layer(
+                    hyper,
+                    layer,
+                    plan.skipping(index),
+                    *down,
+                    of_layer(index),
+                    &share,
+                )
             })
             .collect();
         let mut head = MatrixPart::rows(tensors.head(), share.head_rows.clone());
@@ -277,7 +284,7 @@ impl Placing {
         &mut self,
         hyper: &Hyperparameters,
         layer: &'a LayerTensors,
-        mode: Sparsity,
+        skipping: Skipping,
         down: DownPlan,
         predictors: Option<&'a LayerPredictors>,
         share: &NodeShare,
@@ -294,7 +301,7 @@ impl Placing {
             wv: self.matrix(MatrixPart::rows(&layer.wv, kv_rows)),
             wo: self.matrix(MatrixPart::rows(&layer.wo, share.output_rows.clone())),
             gate: self.gate(layer, predictors, share.neurons.clone()),
-            ffn: self.ffn(hyper.n_embd, layer, mode, down, share.neurons.clone()),
+            ffn: self.ffn(hyper.n_embd, layer, skipping, down, share.neurons.clone()),
             sketch: self.sketch(layer, predictors, share.neurons.clone()),
             ahead: self.ahead(predictors),
         }
@@ -357,7 +364,7 @@ impl Placing {
         &mut self,
         n_embd: usize,
         layer: &'a LayerTensors,
-        mode: Sparsity,
+        skipping: Skipping,
         down: DownPlan,
         neurons: Range<usize>,
     ) -> FfnLayout<'a> {
@@ -377,16 +384,16 @@ impl Placing {
             }
         };
         let records = RecordsPart {
-            up: (mode != Sparsity::Off).then_some(&layer.up),
+            up: (skipping == Skipping::UpAndDown).then_some(&layer.up),
             down: layer.down.matrix(),
             down_quant,
             transposed,
             n_embd,
             neurons: neurons.clone(),
         };
-        match mode {
-            Sparsity::Exact | Sparsity::Predicted => FfnLayout::Paired(self.records(records)),
-            Sparsity::Off => FfnLayout::Apart {
+        match skipping {
+            Skipping::UpAndDown => FfnLayout::Paired(self.records(records)),
+            Skipping::Nothing | Skipping::Down => FfnLayout::Apart {
                 up: self.matrix(MatrixPart::rows(&layer.up, neurons)),
                 down: self.records(records),
             },

@@ -3,8 +3,8 @@
 //! Each node has one arena. Its threads fill it, so that the pages of it come from their node's memory (first touch),
 //! and the file's pages are given back as they are copied: the process holds about the size of the file at any time.
 
-use std::sync::Mutex;
 use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::{Arc, Mutex};
 
 use bytes::Bytes;
 use pi_actors::weights::{
@@ -24,6 +24,7 @@ use super::predicting::{PredictBy, Predicting};
 use super::shares::NodeShare;
 use super::sparsity::SparsityPlan;
 use super::tensors::{ModelTensors, QkvBias};
+use super::threshold::Thresholds;
 use crate::gguf::GgufFile;
 use crate::mapped_file::Access;
 use crate::sidecar::LayerPredictors;
@@ -72,6 +73,7 @@ pub struct Loader<'a> {
     layout: ModelLayout<'a>,
     /// Bytes of transposed copies.
     transposed_bytes: u64,
+    thresholds: Option<Arc<Thresholds>>,
     predictors: Option<&'a [LayerPredictors]>,
     predicting: Predicting,
 }
@@ -123,6 +125,7 @@ impl<'a> Loader<'a> {
             shape: model_shape(hyper, tensors, n_ctx)?,
             layout: ModelLayout::new(hyper, tensors, plan, predictors, threads),
             transposed_bytes: plan.transposed_bytes(hyper.n_embd, hyper.n_ff),
+            thresholds: plan.thresholds.clone(),
             predictors,
             predicting,
         })
@@ -221,7 +224,12 @@ impl<'a> Loader<'a> {
                 shares: nodes()
                     .map(|(node, arena)| {
                         let bias = layer.qkv_bias.as_ref();
-                        self.layer_share(&node.share, &node.layers[index], bias, index, arena)
+                        let thresholds = self.layer_thresholds(index, &node.share);
+                        let layer = &node.layers[index];
+                        LayerShare {
+                            thresholds,
+                            ..self.layer_share(&node.share, layer, bias, index, arena)
+                        }
                     })
                     .collect(),
                 ahead: self.ahead(index, &arenas[0]),
@@ -260,6 +268,11 @@ impl<'a> Loader<'a> {
         }
     }
 
+    fn layer_thresholds(&self, layer: usize, share: &NodeShare) -> Option<Vec<f32>> {
+        let layer = self.thresholds.as_ref()?.layers[layer].as_ref()?;
+        Some(layer.values[share.neurons.clone()].to_vec())
+    }
+
     fn layer_share(
         &self,
         share: &NodeShare,
@@ -283,6 +296,7 @@ impl<'a> Loader<'a> {
             groups: share.groups.clone(),
             neurons: share.neurons.clone(),
             gate: matrix(&layer.gate, arena),
+            thresholds: None,
             sketch: self.sketch(share, layer, index, arena),
             ffn: match &layer.ffn {
                 FfnLayout::Paired(placed) => FfnShare::Neurons {

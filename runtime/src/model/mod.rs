@@ -15,6 +15,7 @@ pub mod rope;
 pub mod shares;
 pub mod sparsity;
 pub mod tensors;
+pub mod threshold;
 pub mod transpose;
 
 pub use error::ModelError;

@@ -1,10 +1,13 @@
 //! Which sparsity mode a model runs in, and what becomes of its down projection for it.
 
+use std::sync::Arc;
+
 use pi_kernels::QuantType;
 
 use super::error::ModelError;
 use super::hyperparameters::GateKind;
 use super::quantize::WRITABLE_TYPES;
+use super::threshold::{Criterion, Thresholds};
 
 /// `--sparsity`: which neurons are computed.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -15,6 +18,8 @@ pub enum Sparsity {
     Exact,
     /// Those that predictors pick and whose gate is open.
     Predicted,
+    /// Those that contribute more than a threshold, where gates never close.
+    Threshold,
 }
 
 impl Sparsity {
@@ -24,6 +29,7 @@ impl Sparsity {
             Sparsity::Off => "off",
             Sparsity::Exact => "exact",
             Sparsity::Predicted => "predicted",
+            Sparsity::Threshold => "threshold",
         }
     }
 }
@@ -65,13 +71,26 @@ impl DownPlan {
     }
 }
 
+/// Which weights of a layer are read for some neurons only.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Skipping {
+    /// None.
+    Nothing,
+    /// Rows of down.
+    Down,
+    /// Rows of up and down, which lie side by side.
+    UpAndDown,
+}
+
 /// A model's mode and what it means for each layer.
-#[derive(Debug, Clone, PartialEq, Eq)]
+#[derive(Debug, Clone, PartialEq)]
 pub struct SparsityPlan {
     /// The mode.
     pub mode: Sparsity,
     /// Down projection of each layer.
     pub down: Vec<DownPlan>,
+    /// Thresholds of the neurons, in `threshold`.
+    pub thresholds: Option<Arc<Thresholds>>,
     /// Something the user may want to know.
     pub hint: Option<String>,
 }
@@ -83,7 +102,8 @@ impl SparsityPlan {
     /// other plain files `exact` runs only when asked for.
     ///
     /// # Errors
-    /// [`ModelError::GatesNeverClose`] for `exact` and `predicted` without ReLU gates.
+    /// [`ModelError::GatesNeverClose`] for `exact` and `predicted` without ReLU gates; [`ModelError::GatesClose`] or
+    /// [`ModelError::NoThresholds`] for `threshold`, which needs [`SparsityPlan::with_thresholds`].
     pub fn resolve(
         asked: Option<Sparsity>,
         gate: GateKind,
@@ -101,6 +121,8 @@ impl SparsityPlan {
                     activation: gate.name(),
                 });
             }
+            Some(Sparsity::Threshold) if relu => return Err(ModelError::GatesClose),
+            Some(Sparsity::Threshold) => return Err(ModelError::NoThresholds),
             Some(mode) => mode,
             None if relu && free => Sparsity::Exact,
             None => Sparsity::Off,
@@ -111,7 +133,56 @@ impl SparsityPlan {
                 .to_owned()
         });
         let down = stored.iter().map(|down| plan_down(mode, *down)).collect();
-        Ok(Self { mode, down, hint })
+        Ok(Self {
+            mode,
+            down,
+            thresholds: None,
+            hint,
+        })
+    }
+
+    /// The plan of `threshold`: layers without thresholds run as in `off`.
+    ///
+    /// # Errors
+    /// [`ModelError::GatesClose`] for ReLU gates.
+    pub fn with_thresholds(
+        thresholds: Arc<Thresholds>,
+        gate: GateKind,
+        stored: &[DownStored],
+    ) -> Result<Self, ModelError> {
+        if gate == GateKind::Relu {
+            return Err(ModelError::GatesClose);
+        }
+        let layers = stored.iter().zip(&thresholds.layers);
+        let down = layers.map(|(stored, layer)| match (stored, layer) {
+            (DownStored::Plain(from), Some(layer)) => DownPlan::Transposed {
+                from: *from,
+                to: layer.down,
+            },
+            (stored, _) => plan_down(Sparsity::Off, *stored),
+        });
+        Ok(Self {
+            mode: Sparsity::Threshold,
+            down: down.collect(),
+            thresholds: Some(thresholds),
+            hint: None,
+        })
+    }
+
+    /// How up and down of a layer are skipped.
+    pub fn skipping(&self, layer: usize) -> Skipping {
+        let thresholds = self.thresholds.as_ref();
+        match self.mode {
+            Sparsity::Off => Skipping::Nothing,
+            Sparsity::Exact | Sparsity::Predicted => Skipping::UpAndDown,
+            Sparsity::Threshold => {
+                match thresholds.and_then(|thresholds| thresholds.layers[layer].as_ref()) {
+                    None => Skipping::Nothing,
+                    Some(layer) if layer.criterion == Criterion::Gate => Skipping::UpAndDown,
+                    Some(_) => Skipping::Down,
+                }
+            }
+        }
     }
 
     /// The lossy parts, each named once.
@@ -119,6 +190,11 @@ impl SparsityPlan {
         let mut names: Vec<String> = self.down.iter().filter_map(|down| down.lossy()).collect();
         names.sort();
         names.dedup();
+        names.extend(
+            self.thresholds
+                .as_ref()
+                .map(|thresholds| thresholds.words()),
+        );
         if self.mode == Sparsity::Predicted {
             names.insert(0, "predicted neurons".to_owned());
         }
@@ -138,7 +214,7 @@ impl SparsityPlan {
 fn plan_down(mode: Sparsity, stored: DownStored) -> DownPlan {
     match (stored, mode) {
         (DownStored::NeuronMajor(quant), _) => DownPlan::NeuronRows(quant),
-        (DownStored::Plain(quant), Sparsity::Off) => DownPlan::Dense(quant),
+        (DownStored::Plain(quant), Sparsity::Off | Sparsity::Threshold) => DownPlan::Dense(quant),
         (DownStored::Plain(from), Sparsity::Exact | Sparsity::Predicted) => DownPlan::Transposed {
             from,
             to: transposed_type(from),

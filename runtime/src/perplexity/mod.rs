@@ -168,7 +168,7 @@ impl std::fmt::Display for Estimate {
 }
 
 /// Log-probability of `token`: exponentials in f32, their sum in f64, as llama.cpp does.
-fn log_softmax(logits: &[f32], token: u32) -> f64 {
+pub(crate) fn log_softmax(logits: &[f32], token: u32) -> f64 {
     let max = logits.iter().copied().fold(f32::NEG_INFINITY, f32::max);
     let sum: f64 = logits
         .iter()

@@ -136,11 +136,13 @@ impl Rehearsal {
                 output_norm: vec![1.0; hyper.n_embd],
                 output: Some(output),
                 rope_freqs: tensors.rope_freqs.clone(),
+                head_sketch: None,
             },
             sparsity: SparsityPlan {
                 mode: sparsity.mode,
                 down: layers.iter().map(|&layer| sparsity.down[layer]).collect(),
                 hint: None,
+                thresholds: None,
             },
             head_scale: hyper.n_vocab as f64 / n_vocab as f64,
         }

@@ -3,6 +3,7 @@
 mod answer;
 mod generation;
 mod opening;
+mod sparsity;
 mod stop_texts;
 mod topology_file;
 
@@ -12,6 +13,7 @@ pub use generation::{
 };
 pub(crate) use opening::N_CTX_DEFAULT_MAX;
 pub use opening::{LoadObserver, LoadedModel, ModelOptions, N_UBATCH, Silent};
+pub use sparsity::ThresholdSource;
 pub use topology_file::TopologyFile;
 
 #[cfg(test)]

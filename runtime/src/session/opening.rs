@@ -11,6 +11,7 @@ use pi_kernels::Cpu;
 use pi_kernels::attention::KvType;
 use pi_topology::Plan;
 
+use super::sparsity::{self, ThresholdSource};
 use crate::chat::SpecialTexts;
 use crate::error::RuntimeError;
 use crate::gguf::GgufFile;
@@ -57,6 +58,8 @@ pub struct ModelOptions {
     pub head: Head,
     /// How neurons are predicted, where they are.
     pub predicting: Predicting,
+    /// Where the thresholds of `threshold` come from.
+    pub thresholds: ThresholdSource,
 }
 
 /// Watches a model being loaded.
@@ -119,7 +122,7 @@ impl LoadedModel {
         let file = GgufFile::open(&options.path)?;
         let in_file = |source| model_error(&options.path, source);
         let hyper = Hyperparameters::read(&file).map_err(in_file)?;
-        let needed = options.sparsity == Some(Sparsity::Predicted) || options.head == Head::Sparse;
+        let needed = sparsity::needs_sidecar(options, &hyper) || options.head == Head::Sparse;
         let sidecar = open_sidecar(options, needed, &file, &hyper)?;
         let (tokenizer, engine) = std::thread::scope(|scope| {
             let tokenizer = scope.spawn(|| Tokenizer::from_metadata(file.metadata()));
@@ -239,8 +242,7 @@ fn start_engine(
         (Head::Sparse, Some(sidecar)) => Some(SketchTensors::read(sidecar, hyper)?),
         _ => None,
     };
-    let sparsity = SparsityPlan::resolve(options.sparsity, hyper.gate, &tensors.stored_downs())
-        .map_err(in_file)?;
+    let sparsity = sparsity::plan(options, hyper, &tensors.stored_downs(), sidecar)?;
     let n_ctx = match options.n_ctx {
         0 => hyper.n_ctx_max.min(N_CTX_DEFAULT_MAX),
         n_ctx => n_ctx,

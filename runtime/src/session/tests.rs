@@ -38,6 +38,7 @@ fn options(sink: TextSink) -> GenerationOptions {
         shift: None,
         stop_texts: vec![],
         hash_logits: true,
+        sparse_head: false,
         interrupt: Arc::default(),
         sink,
     }

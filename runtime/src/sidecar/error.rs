@@ -96,6 +96,18 @@ pub enum SidecarError {
         /// What.
         what: String,
     },
+    /// Thresholds that were found to gain nothing.
+    #[error(
+        "{}: calibration found that --sparsity threshold gains nothing on this model ({figures}): use --sparsity off, or \
+         add --force-threshold to run it anyway",
+        path.display()
+    )]
+    NothingGained {
+        /// The file.
+        path: PathBuf,
+        /// What was measured.
+        figures: String,
+    },
 }
 
 impl SidecarError {

@@ -8,6 +8,7 @@ mod hash;
 mod predictors;
 pub mod profile;
 mod section;
+mod threshold;
 
 use std::path::{Path, PathBuf};
 
@@ -16,6 +17,7 @@ pub use hash::model_hash;
 pub use predictors::{AHEAD_KIND_KEY, Ahead, LayerPredictors, SKETCH_KIND_KEY, Sketch, SketchKind};
 pub use profile::Profile;
 pub use section::Section;
+pub use threshold::{ThresholdFigures, ThresholdSection};
 
 use crate::gguf::{GgufError, GgufFile, GgufWriter};
 use crate::model::Hyperparameters;

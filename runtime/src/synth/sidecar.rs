@@ -9,6 +9,7 @@ use super::gates::{CHOICE_TYPE, ChoiceRows, PatternRows};
 use super::gaussian::below;
 use super::plan::{Plan, PlannedLayer, SynthTensor};
 use crate::gguf::GgufWriter;
+use crate::sidecar::{AHEAD_KIND_KEY, SKETCH_KIND_KEY};
 
 /// Least cost of the predictors ahead, as a share of the FFN's bytes.
 const PREDICTOR_COST: f64 = 0.04;
@@ -51,13 +52,13 @@ impl Plan {
     /// Adds the sections' keys and all tensors to `header`, and gives the tensors.
     pub fn sidecar(&self, header: &mut GgufWriter) -> Result<Vec<SynthTensor>, SynthError> {
         header.put("sparse.profile.n_tokens", N_TOKENS)?;
-        header.put("sparse.ahead.kind", "svd")?;
+        header.put(AHEAD_KIND_KEY, "svd")?;
         let kind = match self.sketch_kind() {
             SketchKind::Signs => "signs",
             SketchKind::LowRank => "low_rank",
         };
         let kinds = vec![kind.to_owned(); self.options.shape.n_layer];
-        header.put("sparse.sketch.kind", kinds)?;
+        header.put(SKETCH_KIND_KEY, kinds)?;
         let mut tensors = vec![];
         for (layer, planned) in self.layers.iter().enumerate() {
             self.profile(layer, planned, &mut tensors);
