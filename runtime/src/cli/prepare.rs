@@ -12,6 +12,7 @@ use super::interrupt::Interrupt;
 use super::output::Output;
 use super::{progress, text_file};
 use crate::error::RuntimeError;
+use crate::head_sketch::Head;
 use crate::prepare::{
     AheadKind, DENSITY_MAX, N_PASSAGES_MIN, Observer, Preparation, PrepareOptions, Prepared, Stage,
     plots, profile_table, report_table,
@@ -178,6 +179,10 @@ fn refuse_modes(model: &ModelArgs) -> Result<(), RuntimeError> {
     if let Some(mode) = model.sparsity {
         let problem = "prepare runs each mode that it needs: leave it out";
         return refused("--sparsity", format!("{mode:?}").to_lowercase(), problem);
+    }
+    if model.head == Head::Sparse {
+        let problem = "prepare makes its sketch: leave it out";
+        return refused("--head", "sparse".into(), problem);
     }
     if let Some(path) = &model.sidecar {
         let problem = "prepare makes the sidecar: name it with -o";

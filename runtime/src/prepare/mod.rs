@@ -7,6 +7,7 @@
 pub mod activity;
 pub mod checkpoint;
 mod error;
+mod head;
 pub mod plots;
 mod predictors;
 mod preparation;

@@ -176,6 +176,7 @@ impl Preparation {
             Stage::Profile => self.profile()?,
             Stage::Predictors if self.is_worth_predicting(before)? => self.predictors()?,
             Stage::Thresholds if self.is_worth_predicting(before)? => self.sketch_thresholds()?,
+            Stage::Head => self.head()?,
             _ => Section::new(),
         };
         self.checkpoint.keep(stage.name(), &section)?;

@@ -9,6 +9,7 @@ use super::text::{HELD_OUT, Passages, Text};
 use super::trials::Speed;
 use crate::error::RuntimeError;
 use crate::gguf::GgufFile;
+use crate::head_sketch::Agreement;
 use crate::model::Sparsity;
 use crate::model::tensors;
 use crate::predictor::LayerSamples;
@@ -63,6 +64,8 @@ pub struct Report {
     pub n_compared: usize,
     /// Tokens of held-out text whose neurons were looked at.
     pub n_tokens: usize,
+    /// The sparse head beside the full one, if there is a sketch of it.
+    pub head: Option<Agreement>,
 }
 
 impl Report {
@@ -84,6 +87,13 @@ impl Report {
             let perplexity = mode.perplexity as f32;
             section.put(&key(&format!("perplexity.{name}")), perplexity)?;
             section.put(&key(&format!("agreement.{name}")), mode.agreement as f32)?;
+        }
+        if let Some(head) = &self.head {
+            section.put(&key("head.greedy"), head.greedy as f32)?;
+            section.put(&key("head.sampled"), head.sampled as f32)?;
+            let distance = head.total_variation as f32;
+            section.put(&key("head.total_variation"), distance)?;
+            section.put(&key("head.candidates"), head.candidates as f32)?;
         }
         let mut layers = |name: &str, figure: &dyn Fn(&LayerReport) -> f64| {
             let figures: Vec<f32> = self.layers.iter().map(|l| figure(l) as f32).collect();
@@ -133,6 +143,7 @@ impl Preparation {
             modes,
             n_compared: compared.len() * (n_ctx - n_ctx / 2),
             n_tokens: seen.tokens().len(),
+            head: self.head_agreement(&sidecar, sections, &seen)?,
         })
     }
 

@@ -8,6 +8,7 @@ use pi_topology::Plan;
 
 use crate::error::RuntimeError;
 use crate::gguf::GgufFile;
+use crate::head_sketch::Head;
 use crate::model::{GateKind, Hyperparameters, ModelError, ModelTensors, Sparsity};
 use crate::session::{LoadedModel, ModelOptions, Silent};
 use crate::tokenizer::Tokenizer;
@@ -85,6 +86,26 @@ impl Subject {
             sparsity: mode,
             tap,
             sidecar: sidecar.map(Path::to_owned),
+            head: Head::Full,
+            ..self.options.clone()
+        };
+        LoadedModel::open(&options, &self.plan, &Silent)
+    }
+
+    /// The same in the file's default mode, with the sparse head of `sidecar`.
+    ///
+    /// # Errors
+    /// As [`LoadedModel::open`].
+    pub fn run_sparse_head(
+        &self,
+        n_ctx: usize,
+        sidecar: &Path,
+    ) -> Result<LoadedModel, RuntimeError> {
+        let options = ModelOptions {
+            n_ctx,
+            sparsity: None,
+            sidecar: Some(sidecar.to_owned()),
+            head: Head::Sparse,
             ..self.options.clone()
         };
         LoadedModel::open(&options, &self.plan, &Silent)

@@ -137,6 +137,19 @@ fn mode_lines(report: &Report) -> String {
             mode.mode.name(),
         );
     }
+    if let Some(head) = &report.head {
+        let _ = writeln!(
+            lines,
+            "sparse head: likeliest token equal at {:.2} % of {} positions, drawn token at {:.2} %, total variation {:.4}; {:.0} candidates, {:.1} of {:.1} MB",
+            head.greedy * 100.0,
+            head.n_positions,
+            head.sampled * 100.0,
+            head.total_variation,
+            head.candidates,
+            head.sparse_bytes / 1e6,
+            head.full_bytes / 1e6,
+        );
+    }
     let _ = write!(
         lines,
         "agreement: likeliest tokens equal at {} positions; speeds are this machine's, now",
