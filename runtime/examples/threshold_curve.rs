@@ -33,6 +33,7 @@ fn main() -> Result<(), Box<dyn std::error::Error>> {
         n_batch: N_UBATCH,
         tap: None,
         sidecar: None,
+        head: Default::default(),
         thresholds: ThresholdSource::default(),
         predicting: Predicting::default(),
     };
