@@ -199,7 +199,7 @@ fn print(prepared: &Prepared, args: &StageArgs) -> Result<(), RuntimeError> {
             let names = plots::write_profile(folder, profile)?;
             eprintln!("drew {} in {}", names.join(" and "), folder.display());
         }
-        if profile.density() > DENSITY_MAX {
+        if prepared.is_relu && profile.density() > DENSITY_MAX {
             eprintln!(
                 "more than {:.0} % of the neurons are active: there is nothing to skip, so that the sidecar holds the profile only; run the model dense (--sparsity off)",
                 DENSITY_MAX * 100.0

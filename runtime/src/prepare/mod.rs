@@ -7,6 +7,7 @@
 pub mod activity;
 pub mod checkpoint;
 mod error;
+mod gate_thresholds;
 mod head;
 pub mod plots;
 mod predictors;

@@ -6,6 +6,7 @@ use std::sync::atomic::{AtomicBool, Ordering};
 
 use pi_topology::Plan;
 
+use super::PrepareError;
 use super::activity::LayerActivity;
 use super::checkpoint::{Checkpoint, Earlier};
 use super::predictors::AheadKind;
@@ -90,6 +91,8 @@ pub struct Prepared {
     pub path: PathBuf,
     /// Its bytes.
     pub size_bytes: u64,
+    /// Whether the model's gates can be closed.
+    pub is_relu: bool,
     /// Counts and norms, if they are in it.
     pub profile: Option<Profile>,
     /// Figures on held-out text, if the stage was run.
@@ -108,6 +111,13 @@ impl Preparation {
     ) -> Result<Self, RuntimeError> {
         refuse_output(&options.output)?;
         let subject = Subject::open(options.model.clone(), options.plan.clone())?;
+        if options.stages == [Stage::Predictors] && !subject.is_relu() {
+            return Err(PrepareError::NotForThisModel {
+                stage: Stage::Predictors.name(),
+                why: "this model's gates never close, so that there is nothing to predict: run `pi-runtime prepare thresholds`",
+            }
+            .into());
+        }
         let text = calibration_text(&options, &subject)?;
         let n_ctx = PASSAGE_TOKENS.min(subject.hyper.n_ctx_max);
         let n = options
@@ -176,6 +186,7 @@ impl Preparation {
             Stage::Profile => self.profile()?,
             Stage::Predictors if self.is_worth_predicting(before)? => self.predictors()?,
             Stage::Thresholds if self.is_worth_predicting(before)? => self.sketch_thresholds()?,
+            Stage::Thresholds if !self.subject.is_relu() => self.gate_thresholds()?,
             Stage::Head => self.head()?,
             _ => Section::new(),
         };
@@ -235,6 +246,7 @@ impl Preparation {
         let prepared = Prepared {
             path: output.clone(),
             size_bytes: sidecar.file().len_bytes() as u64,
+            is_relu: self.subject.is_relu(),
             profile: Profile::read(&sidecar, hyper.n_layer, hyper.n_ff)?,
             report: None,
         };
@@ -263,11 +275,7 @@ impl Preparation {
         self.collect(passages, &path, done, self.checkpoint.noting())
     }
 
-    fn sample_file(
-        &self,
-        path: &Path,
-        passages: &Passages,
-    ) -> Result<SampleFile, super::PrepareError> {
+    fn sample_file(&self, path: &Path, passages: &Passages) -> Result<SampleFile, PrepareError> {
         let hyper = &self.subject.hyper;
         SampleFile::open(path, hyper.n_layer, passages.tokens().len(), hyper.n_embd)
     }
@@ -279,7 +287,7 @@ impl Preparation {
         passages: &Passages,
         path: &Path,
         first: usize,
-        note: impl Fn(usize) -> Result<(), super::PrepareError> + Send + 'static,
+        note: impl Fn(usize) -> Result<(), PrepareError> + Send + 'static,
     ) -> Result<SampleFile, RuntimeError> {
         let tap = Arc::new(StateTap::new(self.sample_file(path, passages)?));
         let model = self

@@ -136,6 +136,9 @@ impl Preparation {
         if has_predictors {
             modes.push((Sparsity::Predicted, Some(sidecar.as_path())));
         }
+        if file.metadata().get_bool("sparse.threshold.gains")? == Some(true) {
+            modes.push((Sparsity::Threshold, Some(sidecar.as_path())));
+        }
         let compared = passages(N_PASSAGES_COMPARED)?;
         let modes = self.mode_reports(&modes, &passages(N_PASSAGES_SCORED)?, &compared)?;
         Ok(Report {
