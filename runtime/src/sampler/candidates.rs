@@ -18,7 +18,7 @@ pub struct Candidate {
 }
 
 /// The candidates of one draw; its buffer is allocated once.
-#[derive(Debug, Clone, Default)]
+#[derive(Debug, Default)]
 pub struct Candidates {
     items: Vec<Candidate>,
     /// Whether `items` is in descending order of logits, lower ids first among equals.
@@ -28,6 +28,18 @@ pub struct Candidates {
 /// Descending logit, then ascending id.
 fn by_rank(a: &Candidate, b: &Candidate) -> Ordering {
     b.logit.total_cmp(&a.logit).then(a.id.cmp(&b.id))
+}
+
+impl Clone for Candidates {
+    /// The copy has room for as many, however few are left here.
+    fn clone(&self) -> Self {
+        let mut items = Vec::with_capacity(self.items.capacity());
+        items.extend_from_slice(&self.items);
+        Self {
+            items,
+            sorted: self.sorted,
+        }
+    }
 }
 
 impl Candidates {

@@ -433,3 +433,16 @@ fn a_window_of_minus_one_is_the_whole_context() {
     s.reset();
     assert_eq!(s.sample(&[1.0, 0.5, -9.0]), 0);
 }
+
+#[test]
+fn a_copy_of_a_used_sampler_has_room_for_all_tokens() {
+    let params = SamplerParams {
+        top_k: 2,
+        ..neutral()
+    };
+    let mut s = sampler(params, 5);
+    let logits = [0.0, 2.0, 1.0, 2.0, -1.0];
+    s.sample(&logits);
+    let mut copy = s.clone();
+    assert_eq!(draws(&mut copy, &logits, 8), draws(&mut s, &logits, 8));
+}
