@@ -18,11 +18,23 @@ pub struct Candidate {
 }
 
 /// The candidates of one draw; its buffer is allocated once.
-#[derive(Debug, Clone, Default)]
+#[derive(Debug, Default)]
 pub struct Candidates {
     items: Vec<Candidate>,
     /// Whether `items` is in descending order of logits, lower ids first among equals.
     sorted: bool,
+}
+
+/// A copy has the same room, where a copied list has none.
+impl Clone for Candidates {
+    fn clone(&self) -> Self {
+        let mut items = Vec::with_capacity(self.items.capacity());
+        items.extend_from_slice(&self.items);
+        Self {
+            items,
+            sorted: self.sorted,
+        }
+    }
 }
 
 /// Descending logit, then ascending id.

@@ -433,3 +433,10 @@ fn a_window_of_minus_one_is_the_whole_context() {
     s.reset();
     assert_eq!(s.sample(&[1.0, 0.5, -9.0]), 0);
 }
+
+#[test]
+fn a_copied_sampler_has_room_for_all_tokens() {
+    let sampler = Sampler::new(SamplerParams::default(), 5).unwrap();
+    let logits = [0.0, 50.0, 0.0, 0.0, 0.0];
+    assert_eq!(sampler.clone().sample(&logits), 1);
+}
