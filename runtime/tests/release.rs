@@ -70,6 +70,9 @@ fn a_release_is_whole_and_finds_its_model_where_it_is_installed() {
         "models/LICENSE",
         "models/README.md",
         "models/smollm2-135m-reglu-q4_0.gguf",
+        "texts/README.md",
+        "texts/calibration.txt",
+        "texts/heldout.txt",
     ];
     for name in expected {
         assert!(listed.contains(&name), "{name} is not in {listed:?}");

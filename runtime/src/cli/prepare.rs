@@ -259,8 +259,9 @@ impl Observer for Bars {
 
     fn end(&self) {
         if let Some(Part { what, start, bar }) = self.lock().take() {
-            bar.finish_and_clear();
+            // finishing would set the position to the end
             let (done, total) = (bar.position(), bar.length().unwrap_or(0));
+            bar.finish_and_clear();
             let seconds = start.elapsed().as_secs_f64();
             eprintln!("{what}: {done} of {total} in {seconds:.1} s");
         }

@@ -51,7 +51,12 @@ impl Checkpoint {
             action: "keep",
             source,
         };
-        fs::create_dir_all(&folder).map_err(refused)?;
+        match fs::create_dir(&folder) {
+            Err(source) if source.kind() != io::ErrorKind::AlreadyExists => {
+                return Err(refused(source));
+            }
+            _ => {}
+        }
         let lock = lock(&folder.join(LOCK)).map_err(refused)?;
         let checkpoint = Self { folder, lock };
         let earlier = match fs::read_to_string(checkpoint.path(KEY)) {
@@ -136,6 +141,15 @@ impl Checkpoint {
         self.path(&format!("{name}.gguf"))
     }
 
+    /// Whether nothing has been done yet.
+    pub fn is_blank(&self) -> bool {
+        let Ok(entries) = fs::read_dir(&self.folder) else {
+            return false;
+        };
+        let mut names = entries.flatten().map(|entry| entry.file_name());
+        names.all(|name| name == KEY || name == LOCK)
+    }
+
     /// Removes what a preparation leaves, and nothing else that somebody may have put there.
     fn empty(&self) -> Result<(), PrepareError> {
         let names = fs::read_dir(&self.folder).and_then(|entries| {
@@ -216,7 +230,9 @@ mod tests {
         let output = folder.path().join("m.sparse.gguf");
         let (checkpoint, earlier) = Checkpoint::open(&output, "a").unwrap();
         assert_eq!((earlier, checkpoint.n_passages()), (Earlier::None, 0));
+        assert!(checkpoint.is_blank());
         checkpoint.keep("profile", &section(1.0)).unwrap();
+        assert!(!checkpoint.is_blank());
         checkpoint.keep_n_passages(3).unwrap();
         let busy = Checkpoint::open(&output, "a").unwrap_err();
         assert!(busy.to_string().contains("another program"), "{busy}");

@@ -158,6 +158,21 @@ impl Preparation {
     /// # Errors
     /// A stage, the file system, or `stop` was set; what is done so far stays.
     pub fn run(self) -> Result<Prepared, RuntimeError> {
+        match self.run_stages() {
+            Ok((sections, report)) => Ok(Prepared {
+                report,
+                ..self.write(&sections)?
+            }),
+            Err(error) => {
+                if self.checkpoint.is_blank() {
+                    self.clean_up();
+                }
+                Err(error)
+            }
+        }
+    }
+
+    fn run_stages(&self) -> Result<(Vec<Section>, Option<Report>), RuntimeError> {
         let mut sections = Vec::new();
         let mut report = None;
         for stage in Stage::ALL {
@@ -171,10 +186,14 @@ impl Preparation {
             };
             sections.push(section);
         }
-        Ok(Prepared {
-            report,
-            ..self.write(&sections)?
-        })
+        Ok((sections, report))
+    }
+
+    /// Removes the checkpoint; failing to is no reason to fail.
+    fn clean_up(self) {
+        if let Err(error) = self.checkpoint.remove() {
+            self.observer.say(&format!("warning: {error}"));
+        }
     }
 
     /// The section of a stage, which is run unless it was before.
@@ -250,9 +269,7 @@ impl Preparation {
             profile: Profile::read(&sidecar, hyper.n_layer, hyper.n_ff)?,
             report: None,
         };
-        if let Err(error) = self.checkpoint.remove() {
-            self.observer.say(&format!("warning: {error}"));
-        }
+        self.clean_up();
         Ok(prepared)
     }
 

@@ -25,6 +25,18 @@ pub struct Candidates {
     sorted: bool,
 }
 
+/// A copy has the same room, where a copied list has none.
+impl Clone for Candidates {
+    fn clone(&self) -> Self {
+        let mut items = Vec::with_capacity(self.items.capacity());
+        items.extend_from_slice(&self.items);
+        Self {
+            items,
+            sorted: self.sorted,
+        }
+    }
+}
+
 /// Descending logit, then ascending id.
 fn by_rank(a: &Candidate, b: &Candidate) -> Ordering {
     b.logit.total_cmp(&a.logit).then(a.id.cmp(&b.id))

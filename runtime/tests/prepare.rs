@@ -1,0 +1,259 @@
+//! `prepare`: a sidecar that runs, the same bytes whatever interrupted it, and bad input with cause and cure.
+
+mod common;
+
+use std::fs;
+use std::path::{Path, PathBuf};
+use std::process::{Child, Command, Stdio};
+
+use common::running::{Folder, Ran, run, text_of};
+use common::tiny_model::TinyModel;
+use pi_kernels::QuantType;
+use pi_runtime::session::Silent;
+use pi_runtime::synth::{SynthOptions, SynthShape, Synthesis};
+
+/// A model of 3 MB with four layers, of whose neurons a tenth is active.
+fn sparse_model(folder: &Path) -> PathBuf {
+    let options = SynthOptions {
+        name: "tiny".into(),
+        shape: SynthShape {
+            n_layer: 4,
+            n_embd: 256,
+            n_ff: 1024,
+            n_head: 4,
+            n_head_kv: 2,
+            n_vocab: 4096,
+            n_ctx: 2048,
+            rope_base: 1e4,
+        },
+        quant: QuantType::Q4_0,
+        active: 0.10,
+        skew: 2.4,
+        seed: 1,
+    };
+    let path = folder.join("m.gguf");
+    let synthesis = Synthesis::new(&options).unwrap();
+    assert!(synthesis.write(&path, 2, &Silent, &|| false).unwrap());
+    path
+}
+
+fn arguments<'a>(model: &'a str, output: &'a str) -> Vec<&'a str> {
+    let fast = ["--chunks", "8", "--ahead", "svd", "--quality", "1%"];
+    let mut arguments = vec!["prepare", "-m", model, "-o", output];
+    arguments.extend(fast);
+    arguments
+}
+
+fn start(arguments: &[&str]) -> Child {
+    Command::new(assert_cmd::cargo::cargo_bin("pi-runtime"))
+        .args(arguments)
+        .stdout(Stdio::null())
+        .stderr(Stdio::piped())
+        .spawn()
+        .unwrap()
+}
+
+/// Starts a preparation, and sends it `signal` as soon as the part `name` is done; its exit code and messages.
+fn interrupted(arguments: &[&str], part: &Path, signal: &str) -> (Option<i32>, String) {
+    let mut child = start(arguments);
+    while !part.exists() {
+        if let Some(status) = child.try_wait().unwrap() {
+            let output = child.wait_with_output().unwrap();
+            let err = String::from_utf8_lossy(&output.stderr).into_owned();
+            panic!("{status} before {} was there: {err}", part.display());
+        }
+        std::thread::yield_now();
+    }
+    let kill = Command::new("kill")
+        .args([signal, &child.id().to_string()])
+        .status();
+    assert!(kill.unwrap().success());
+    let output = child.wait_with_output().unwrap();
+    let err = String::from_utf8_lossy(&output.stderr).into_owned();
+    (output.status.code(), err)
+}
+
+#[test]
+fn an_interrupted_preparation_goes_on_and_gives_the_same_bytes() {
+    let folder = tempfile::tempdir().unwrap();
+    let model = sparse_model(folder.path());
+    let name = |name: &str| folder.path().join(name).to_str().unwrap().to_owned();
+    let (model, whole, cut) = (model.to_str().unwrap(), name("a.gguf"), name("b.gguf"));
+
+    let out = text_of(&arguments(model, &whole));
+    for words in [
+        "of all neurons are active",
+        "candidates",
+        "predicted",
+        "agreement",
+    ] {
+        assert!(out.contains(words), "no {words:?} in: {out}");
+    }
+    assert!(!Path::new(&format!("{whole}.partial")).exists());
+
+    let partial = PathBuf::from(format!("{cut}.partial"));
+    let again = arguments(model, &cut);
+    let (code, _) = interrupted(&again, &partial.join("predictors-1.gguf"), "-KILL");
+    assert_eq!(code, None);
+    let (code, err) = interrupted(&again, &partial.join("thresholds-0-0.gguf"), "-INT");
+    assert_eq!(code, Some(130), "{err}");
+    assert!(err.contains("going on from what is done"), "{err}");
+    assert!(err.contains("the same command goes on"), "{err}");
+    assert!(!Path::new(&cut).exists());
+    let ran = run(&again);
+    assert_eq!(ran.code, 0, "{}", ran.err);
+    assert!(
+        ran.err.contains("going on from what is done"),
+        "{}",
+        ran.err
+    );
+    assert!(!partial.exists());
+    assert_eq!(fs::read(&whole).unwrap(), fs::read(&cut).unwrap());
+
+    // what was made runs
+    let flags = ["--sparsity", "predicted", "--sidecar", &whole];
+    let mut answer = vec!["-m", model, "-p", "a", "-n", "3", "--temp", "0"];
+    answer.extend(flags);
+    text_of(&answer);
+}
+
+#[test]
+fn another_seed_starts_anew_and_says_so() {
+    let folder = Folder::with(&TinyModel {
+        n_ctx: 64,
+        ..TinyModel::default()
+    });
+    let (model, output) = (folder.name("m.gguf"), folder.name("s.gguf"));
+    let base = ["prepare", "profile", "-m", &model, "-o", &output];
+    let partial = folder.path("s.gguf.partial");
+    let mut many = base.to_vec();
+    many.extend(["--chunks", "4000"]);
+    let (code, err) = interrupted(&many, &partial.join("passages"), "-INT");
+    assert_eq!(code, Some(130), "{err}");
+    let mut other = base.to_vec();
+    other.extend(["--chunks", "8", "--seed", "2"]);
+    let ran = run(&other);
+    assert_eq!(ran.code, 0, "{}", ran.err);
+    assert!(ran.err.contains("starting anew"), "{}", ran.err);
+    assert_eq!(folder.names(), ["m.gguf", "s.gguf"]);
+}
+
+#[test]
+fn a_stage_keeps_the_others_parts_and_plots_are_drawn() {
+    let folder = tempfile::tempdir().unwrap();
+    let model = sparse_model(folder.path());
+    let (model, output) = (model.to_str().unwrap(), folder.path().join("s.gguf"));
+    let plots = folder.path().join("plots");
+    let flags = ["-m", model, "-o", output.to_str().unwrap(), "--chunks", "8"];
+    let stage = |name: &str, more: &[&str]| {
+        let mut arguments = vec!["prepare", name];
+        arguments.extend(flags);
+        arguments.extend(more);
+        run(&arguments)
+    };
+    let ran = stage("thresholds", &[]);
+    refused(&ran, &["predictors", "prepare predictors"]);
+    let ran = stage("head", &[]);
+    assert_eq!(ran.code, 0, "{}", ran.err);
+    let ran = stage("profile", &["--plot", plots.to_str().unwrap()]);
+    assert_eq!(ran.code, 0, "{}", ran.err);
+    for name in ["power-law.svg", "density.svg"] {
+        assert!(
+            fs::read_to_string(plots.join(name))
+                .unwrap()
+                .contains("</svg>")
+        );
+    }
+    let listed = text_of(&["inspect", output.to_str().unwrap()]);
+    assert!(listed.contains("ffn_counts"), "{listed}");
+}
+
+#[test]
+fn gates_that_never_close_get_thresholds_and_no_predictors() {
+    let folder = Folder::with(&TinyModel {
+        gate: None,
+        quant: QuantType::Q8_0,
+        neuron_major: false,
+        ..TinyModel::default()
+    });
+    let (model, output) = (folder.name("m.gguf"), folder.name("s.gguf"));
+    let ran = run(&["prepare", "-m", &model, "-o", &output, "--chunks", "8"]);
+    assert_eq!(ran.code, 0, "{}", ran.err);
+    assert!(ran.err.contains("thresholds"), "{}", ran.err);
+    let ran = run(&["prepare", "predictors", "-m", &model, "-o", &output]);
+    refused(&ran, &["never close", "prepare thresholds"]);
+}
+
+fn refused(ran: &Ran, words: &[&str]) {
+    assert_eq!(ran.code, 2, "{}", ran.err);
+    for word in words {
+        assert!(ran.err.contains(word), "no {word:?} in: {}", ran.err);
+    }
+}
+
+#[test]
+fn bad_input_is_refused_with_cause_and_cure() {
+    let folder = Folder::with(&TinyModel::default());
+    let (model, output) = (folder.name("m.gguf"), folder.name("s.gguf"));
+    let short = folder.file("short.txt", "too short");
+    let with = |more: &[&str]| {
+        let mut arguments = vec!["prepare", "-m", &model];
+        arguments.extend(more);
+        run(&arguments)
+    };
+    refused(
+        &with(&["-o", &output, "-f", &short]),
+        &["short.txt", "9 tokens", "give a longer text"],
+    );
+    refused(&with(&["-o", &model]), &["-o", "no sidecar"]);
+    refused(&with(&["-o", &output, "--quality", "0"]), &["--quality"]);
+    refused(&with(&["-o", &output, "--chunks", "2"]), &["--chunks"]);
+    refused(
+        &with(&["-o", &output, "--sparsity", "off"]),
+        &["--sparsity"],
+    );
+    refused(
+        &with(&["-o", &output, "--sidecar", &short]),
+        &["--sidecar", "-o"],
+    );
+    refused(&with(&["-o", &folder.name("none/s.gguf")]), &["none"]);
+    assert_eq!(folder.names(), ["m.gguf", "short.txt"]);
+}
+
+#[test]
+fn another_model_s_sidecar_is_refused_by_a_stage() {
+    let folder = Folder::with(&TinyModel::default());
+    let other = TinyModel {
+        seed: 2,
+        ..TinyModel::default()
+    };
+    other.write(&folder.path("other.gguf"));
+    let (model, other) = (folder.name("m.gguf"), folder.name("other.gguf"));
+    let output = folder.name("s.gguf");
+    let profile = |model: &str| {
+        let flags = ["-m", model, "-o", &output, "--chunks", "8"];
+        run(&[&["prepare", "profile"], &flags[..]].concat())
+    };
+    assert_eq!(profile(&model).code, 0);
+    refused(&profile(&other), &["hash", "prepare"]);
+}
+
+#[cfg(unix)]
+#[test]
+fn a_full_disk_is_the_machine_s_fault_and_leaves_no_sidecar() {
+    let folder = Folder::with(&TinyModel::default());
+    let (model, output) = (folder.name("m.gguf"), folder.name("s.gguf"));
+    let program = assert_cmd::cargo::cargo_bin("pi-runtime");
+    // no file may grow beyond 64 blocks, and writes say so
+    let limited = "trap '' XFSZ; ulimit -f 64; exec \"$0\" \"$@\"";
+    let ran = Command::new("sh")
+        .args(["-c", limited])
+        .arg(program)
+        .args(["prepare", "profile", "-m", &model, "-o", &output])
+        .output()
+        .unwrap();
+    let err = String::from_utf8_lossy(&ran.stderr);
+    assert_eq!(ran.status.code(), Some(1), "{err}");
+    assert!(err.contains("cannot keep what is done so far"), "{err}");
+    assert!(!folder.path("s.gguf").exists());
+}
