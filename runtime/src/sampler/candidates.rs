@@ -42,18 +42,6 @@ fn by_rank(a: &Candidate, b: &Candidate) -> Ordering {
     b.logit.total_cmp(&a.logit).then(a.id.cmp(&b.id))
 }
 
-impl Clone for Candidates {
-    /// The copy has room for as many, however few are left here.
-    fn clone(&self) -> Self {
-        let mut items = Vec::with_capacity(self.items.capacity());
-        items.extend_from_slice(&self.items);
-        Self {
-            items,
-            sorted: self.sorted,
-        }
-    }
-}
-
 impl Candidates {
     /// An empty set with room for `n_vocab` candidates.
     pub fn with_capacity(n_vocab: usize) -> Self {
