@@ -8,31 +8,15 @@ use std::process::{Child, Command, Stdio};
 
 use common::running::{Folder, Ran, run, text_of};
 use common::tiny_model::TinyModel;
+use common::tiny_synth;
 use pi_kernels::QuantType;
 use pi_runtime::session::Silent;
-use pi_runtime::synth::{SynthOptions, SynthShape, Synthesis};
+use pi_runtime::synth::Synthesis;
 
 /// A model of 3 MB with four layers, of whose neurons a tenth is active.
 fn sparse_model(folder: &Path) -> PathBuf {
-    let options = SynthOptions {
-        name: "tiny".into(),
-        shape: SynthShape {
-            n_layer: 4,
-            n_embd: 256,
-            n_ff: 1024,
-            n_head: 4,
-            n_head_kv: 2,
-            n_vocab: 4096,
-            n_ctx: 2048,
-            rope_base: 1e4,
-        },
-        quant: QuantType::Q4_0,
-        active: 0.10,
-        skew: 2.4,
-        seed: 1,
-    };
     let path = folder.join("m.gguf");
-    let synthesis = Synthesis::new(&options).unwrap();
+    let synthesis = Synthesis::new(&tiny_synth::options()).unwrap();
     assert!(synthesis.write(&path, 2, &Silent, &|| false).unwrap());
     path
 }

@@ -16,33 +16,12 @@ use pi_runtime::tokenizer::{EncodeOptions, Tokenizer};
 
 use common::engine::{Forced, Greedy, Setup};
 use common::watch::{Seen, Watch};
-use common::{demo_model, program};
+use common::{demo_model, program, tiny_synth};
 
 /// Tokens that are fed.
 const N_TOKENS: usize = 1000;
 /// What the sidecar is to find: at least and at most.
 const AHEAD_MASS: std::ops::RangeInclusive<f64> = 0.93..=0.98;
-
-/// 3 MB.
-fn tiny() -> SynthOptions {
-    SynthOptions {
-        name: "tiny".into(),
-        shape: SynthShape {
-            n_layer: 4,
-            n_embd: 256,
-            n_ff: 1024,
-            n_head: 4,
-            n_head_kv: 2,
-            n_vocab: 4096,
-            n_ctx: 2048,
-            rope_base: 1e4,
-        },
-        quant: QuantType::Q4_0,
-        active: 0.10,
-        skew: 2.4,
-        seed: 1,
-    }
-}
 
 fn write(options: &SynthOptions, path: &Path, n_threads: usize) {
     let synthesis = Synthesis::new(options).unwrap();
@@ -120,14 +99,17 @@ fn margin(logits: &[f32]) -> f32 {
 fn bytes_depend_on_the_options_alone() {
     let folder = tempfile::tempdir().unwrap();
     let path = folder.path().join("m.gguf");
-    write(&tiny(), &path, 1);
+    write(&tiny_synth::options(), &path, 1);
     let once = both_files(&path);
     assert!(once.0.len() < 10_000_000);
     for n_threads in [2, 3] {
-        write(&tiny(), &path, n_threads);
+        write(&tiny_synth::options(), &path, n_threads);
         assert!(both_files(&path) == once, "{n_threads} threads");
     }
-    let other = SynthOptions { seed: 2, ..tiny() };
+    let other = SynthOptions {
+        seed: 2,
+        ..tiny_synth::options()
+    };
     write(&other, &path, 2);
     assert!(both_files(&path).0 != once.0);
 }
@@ -136,7 +118,7 @@ fn bytes_depend_on_the_options_alone() {
 fn activity_is_as_planned_on_what_ran() {
     let folder = tempfile::tempdir().unwrap();
     let path = folder.path().join("m.gguf");
-    write(&tiny(), &path, 2);
+    write(&tiny_synth::options(), &path, 2);
     let (seen, margins) = feed(&path, Some(&default_path(&path)));
     let (demo, _) = feed(&demo_model(), None);
 
@@ -188,7 +170,14 @@ fn predictors_cost_at_least_a_twenty_fifth() {
     let folder = tempfile::tempdir().unwrap();
     for quant in [QuantType::Q4_0, QuantType::Q8_0, QuantType::F16] {
         let path = folder.path().join("m.gguf");
-        write(&SynthOptions { quant, ..tiny() }, &path, 2);
+        write(
+            &SynthOptions {
+                quant,
+                ..tiny_synth::options()
+            },
+            &path,
+            2,
+        );
         let (model, sidecar) = (
             GgufFile::open(&path).unwrap(),
             GgufFile::open(default_path(&path)).unwrap(),
@@ -210,7 +199,7 @@ fn predictors_cost_at_least_a_twenty_fifth() {
 fn likeliest_tokens_do_not_repeat_for_ever() {
     let folder = tempfile::tempdir().unwrap();
     let path = folder.path().join("m.gguf");
-    write(&tiny(), &path, 2);
+    write(&tiny_synth::options(), &path, 2);
     let watch = Arc::new(Watch::new(&path, None));
     let setup = Setup {
         tap: Some(watch.clone()),
@@ -243,13 +232,13 @@ fn every_type_runs_at_its_activity() {
             n_embd,
             n_ff: 512,
             n_vocab: 512,
-            ..tiny().shape
+            ..tiny_synth::options().shape
         };
         write(
             &SynthOptions {
                 quant,
                 shape,
-                ..tiny()
+                ..tiny_synth::options()
             },
             &path,
             2,

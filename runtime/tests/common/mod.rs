@@ -10,6 +10,7 @@ pub mod running;
 pub mod threads;
 pub mod tiny_kinds;
 pub mod tiny_model;
+pub mod tiny_synth;
 pub mod trace_file;
 pub mod watch;
 
