@@ -189,7 +189,18 @@ fn layers_may_have_different_criteria_or_none() {
     mixed.thresholds.layers[2].as_mut().unwrap().criterion = Criterion::Product;
     write(&folder, &mixed);
     let path = folder.name("m.gguf");
-    let args = ["-m", &path, "-p", TEXT, "-n", "8", "--json", "--sparsity"];
+    let args = [
+        "-m",
+        &path,
+        "-p",
+        TEXT,
+        "-n",
+        "8",
+        "--temp",
+        "0",
+        "--json",
+        "--sparsity",
+    ];
     let ran = json_of(&[&args[..], &["threshold"]].concat());
     let lossy = ran["timings"]["lossy"].to_string();
     assert!(lossy.contains("threshold on gate and product"), "{lossy}");
@@ -309,7 +320,7 @@ fn a_real_model_reads_less_and_stays_near() {
         n_samples: 64,
         scored_chunks: 2,
         bench_rounds: 0,
-        bench_tokens: 4,
+        bench_tokens: 64,
         ..CalibrateOptions::default()
     };
     let plan = TopologyFile::default().plan(None).unwrap();

@@ -96,6 +96,7 @@ impl Trace {
 fn step_events(n_layer: usize, n_nodes: usize, ahead: bool) -> usize {
     let predicted = if ahead { 2 * n_nodes + 4 } else { 0 };
     let layer = 6 * n_nodes + 10 + predicted;
-    let head = 2 * n_nodes + 6;
+    // a sparse one has two stages
+    let head = 4 * n_nodes + 10;
     n_layer * layer + head + 1 + Phase::ALL.len()
 }

@@ -73,10 +73,26 @@ pub(super) fn zero_row(quant: QuantType, n_cols: usize, random: &mut Random) -> 
     row
 }
 
-/// Sets the half-precision scales (and minima) of every block.
+/// Sets the half-precision scales of every block, and its minima so that random codes are zero in the mean.
 fn set_scales(quant: QuantType, row: &mut [u8], scale: f32) {
-    let scale = f16::from_f32(scale).to_le_bytes();
-    each_scale(quant, row, |bytes| bytes.copy_from_slice(&scale));
+    let of_scale = [1.0, centre(quant)];
+    each_scale(quant, row, |n, bytes| {
+        let value = f16::from_f32(scale * of_scale[n]);
+        bytes.copy_from_slice(&value.to_le_bytes());
+    });
+}
+
+/// What a block's minimum has to be, over its scale: a minimum is added in the formats of 32, and taken off in those of
+/// 256, whose integer scales and minima have the same mean.
+fn centre(quant: QuantType) -> f32 {
+    match quant {
+        QuantType::Q4_1 => -7.5,
+        QuantType::Q5_1 => -15.5,
+        QuantType::Q2_K => 1.5,
+        QuantType::Q4_K => 7.5,
+        QuantType::Q5_K => 15.5,
+        _ => 0.0,
+    }
 }
 
 /// The row times −1.
@@ -84,7 +100,7 @@ fn negate(quant: QuantType, row: &mut [u8]) {
     match quant {
         QuantType::F32 => row.iter_mut().skip(3).step_by(4).for_each(flip),
         QuantType::F16 | QuantType::BF16 => row.iter_mut().skip(1).step_by(2).for_each(flip),
-        _ => each_scale(quant, row, |bytes| flip(&mut bytes[1])),
+        _ => each_scale(quant, row, |_, bytes| flip(&mut bytes[1])),
     }
 }
 
@@ -93,11 +109,13 @@ fn flip(byte: &mut u8) {
     *byte ^= 0x80;
 }
 
-fn each_scale(quant: QuantType, row: &mut [u8], change: impl Fn(&mut [u8])) {
+/// Changes a block's half-precision numbers: its scale, and then its minimum if there is one.
+fn each_scale(quant: QuantType, row: &mut [u8], change: impl Fn(usize, &mut [u8])) {
     for block in row.chunks_exact_mut(quant.block_bytes()) {
         // units of two bytes are the scales, those of four values
-        for plane in quant.planes().iter().filter(|plane| plane.unit_bytes == 2) {
-            change(&mut block[plane.offset_bytes..][..plane.bytes()]);
+        let halves = quant.planes().iter().filter(|plane| plane.unit_bytes == 2);
+        for (n, plane) in halves.enumerate() {
+            change(n, &mut block[plane.offset_bytes..][..plane.bytes()]);
         }
     }
 }
