@@ -149,6 +149,7 @@ fn multiply_candidates(job: &Job<'_>, head: &HeadShare, member: &Member<'_>) {
         job.scratch
             .head_candidates
             .iter()
+            // SAFETY: as above.
             .map(|list| unsafe { list.get() })
     };
     let mine = member.part(lists().map(Vec::len).sum(), 1);

@@ -233,11 +233,11 @@ fn candidate_shares(sidecar: &Sidecar, n_layer: usize) -> Result<Option<Vec<f64>
     Ok(Some(shares.into_iter().map(f64::from).collect()))
 }
 
-/// Tokens that were counted and each neuron's share of them; none where the sidecar has no profile.
-fn profile(
-    sidecar: &Sidecar,
-    hyper: &Hyperparameters,
-) -> Result<Option<(usize, Vec<Vec<f32>>)>, RuntimeError> {
+/// Tokens that were counted, and each neuron's share of them, by layer.
+type Counted = (usize, Vec<Vec<f32>>);
+
+/// What the profile counted; none where the sidecar has no profile.
+fn profile(sidecar: &Sidecar, hyper: &Hyperparameters) -> Result<Option<Counted>, RuntimeError> {
     let Some(profile) = Profile::read(sidecar, hyper.n_layer, hyper.n_ff)? else {
         return Ok(None);
     };

@@ -260,7 +260,9 @@ impl Report {
             write!(text, "  {:<22}", part.name())?;
             for mode in &self.modes {
                 match mode.parts[index] {
-                    PartForecast { ms, bytes: 0, .. } if ms == 0.0 => write!(text, " {:>10}", "-")?,
+                    PartForecast {
+                        ms: 0.0, bytes: 0, ..
+                    } => write!(text, " {:>10}", "-")?,
                     PartForecast { ms, .. } => write!(text, " {ms:>10.3}")?,
                 }
             }

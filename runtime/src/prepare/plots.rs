@@ -31,7 +31,7 @@ pub fn write_profile(folder: &Path, profile: &Profile) -> Result<[&'static str; 
     };
     std::fs::create_dir_all(folder).map_err(|error| failed(folder, error.to_string()))?;
     let names = ["power-law.svg", "density.svg"];
-    let pictures: [fn(&Drawing<'_>, &Profile) -> Result<(), DrawError>; 2] = [power_law, density];
+    let pictures: [Picture; 2] = [power_law, density];
     for (name, picture) in names.into_iter().zip(pictures) {
         let path = folder.join(name);
         let svg = draw(|area| picture(area, profile))
@@ -40,6 +40,9 @@ pub fn write_profile(folder: &Path, profile: &Profile) -> Result<[&'static str; 
     }
     Ok(names)
 }
+
+/// Draws a profile.
+type Picture = fn(&Drawing<'_>, &Profile) -> Result<(), DrawError>;
 
 /// The text of a picture.
 fn draw(picture: impl FnOnce(&Drawing<'_>) -> Result<(), DrawError>) -> Result<String, DrawError> {

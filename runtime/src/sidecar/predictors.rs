@@ -25,6 +25,8 @@ pub struct Sketch {
 }
 
 /// Which scores a [`Sketch`] takes.
+// one a layer
+#[allow(clippy::large_enum_variant)]
 #[derive(Debug, Clone)]
 pub enum SketchKind {
     /// `b · (a · x)`
