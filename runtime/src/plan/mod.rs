@@ -2,7 +2,7 @@
 //!
 //! Placement is solved by [`pi_topology::placement`]; the costs are measured each time: a few of the model's layers,
 //! with random bytes in the model's shapes and types, run on the planned threads through the real actors
-//! ([`rehearsal`], [`costs`]), and a token is the sum of its parts over all layers ([`forecast`]). Nothing that is
+//! (`rehearsal`, `costs`), and a token is the sum of its parts over all layers (`forecast`). Nothing that is
 //! measured here changes what a model computes.
 
 mod costs;
