@@ -60,6 +60,14 @@ pub(crate) struct Candidates {
     predicted: bool,
 }
 
+impl Candidates {
+    /// Nothing was predicted ahead.
+    const OWN: Self = Self {
+        own: true,
+        predicted: false,
+    };
+}
+
 impl ColdLayer {
     /// The node's part of a layer.
     pub fn new(
@@ -121,12 +129,9 @@ impl ColdLayer {
             self.cell.add(weights_read(0));
             return None;
         }
-        let candidates = Candidates {
-            own: true,
-            predicted: false,
-        };
         let Compute { step, layer, .. } = message;
-        Some(self.neurons(step, layer, candidates, Counters::default(), team, scratch))
+        let nothing = Counters::default();
+        Some(self.neurons(step, layer, Candidates::OWN, nothing, team, scratch))
     }
 
     /// Computes the neurons that were predicted, and those that the layer's own sketch adds. Without the
@@ -189,10 +194,7 @@ impl ColdLayer {
             node: self.node,
             n_sums: self.n_sums,
             step,
-            candidates: Candidates {
-                own: true,
-                predicted: false,
-            },
+            candidates: Candidates::OWN,
         }
     }
 }

@@ -1,11 +1,11 @@
 //! `pi-runtime synth`: a model of random weights and planned activity, for measuring shapes that cannot be had.
 
 use std::path::PathBuf;
-use std::thread::available_parallelism;
 use std::time::Instant;
 
 use clap::Args;
 use pi_kernels::QuantType;
+use pi_topology::Machine;
 
 use super::interrupt::Interrupt;
 use super::progress::LoadBar;
@@ -80,7 +80,7 @@ pub fn run(args: &SynthArgs) -> Result<(), RuntimeError> {
     let _answering = interrupt.answer();
     let n_threads = match args.threads {
         Some(n_threads) => n_threads.into(),
-        None => available_parallelism().map_or(1, usize::from),
+        None => Machine::discover()?.n_cpus(),
     };
     let start = Instant::now();
     let bar = LoadBar::new("writing");

@@ -50,7 +50,7 @@ pub struct FitOptions {
     pub miss_max: f64,
     /// Tokens of text to read at most.
     pub n_tokens_max: usize,
-    /// Threads; the result is the same for any number of them.
+    /// Threads, one unless more are given; the result is the same for any number of them.
     pub n_threads: NonZeroUsize,
     /// Where the search for directions starts.
     pub seed: u32,
@@ -62,7 +62,7 @@ impl Default for FitOptions {
             ranks: vec![64, 96, 128, 160, 192, 256, 320, 384, 512],
             miss_max: 0.0005,
             n_tokens_max: 16 * 1024,
-            n_threads: std::thread::available_parallelism().unwrap_or(NonZeroUsize::MIN),
+            n_threads: NonZeroUsize::MIN,
             seed: 0,
         }
     }
