@@ -359,7 +359,7 @@ impl<'a> PlainLoop<'a> {
             gemv(self.cpu, share.gate.view(), x, neurons.clone(), gate);
             ids.clear();
             values.clear();
-            gate_active(gate, neurons.start as u32, Some(up_rows), ids, values);
+            gate_active(gate, neurons.start as u32, ids, values);
             self.meet();
             let all = self.all[thread].get_mut();
             all.0.clear();
@@ -378,6 +378,7 @@ impl<'a> PlainLoop<'a> {
                 &all.0[mine.clone()],
                 &all.1[mine],
                 out,
+                |_| (),
             );
             self.meet();
             self.down(thread, rows, &all.0);

@@ -135,6 +135,6 @@ fn score(model: &Model, ahead: &AheadWeights, scratch: &AheadScratch, member: &M
         gemv(model.cpu, ahead.b.view(), h.token(0), part.clone(), scores);
         let list = scratch.lists[member.thread].get_mut();
         let bias = &ahead.b_bias[part.clone()];
-        sketch::candidates(scores, bias, part.start as u32, None, list);
+        sketch::candidates(scores, bias, part.start as u32, list);
     }
 }

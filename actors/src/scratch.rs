@@ -142,9 +142,8 @@ impl SketchSizes {
                 }
                 Some(SketchKind::Signs(planes)) => {
                     let n_blocks = planes.shape.n_blocks();
-                    let padded = planes.shape.n_rows.next_multiple_of(ROW_GROUP);
                     sizes.n_blocks = sizes.n_blocks.max(n_blocks);
-                    sizes.n_sums = sizes.n_sums.max(padded * n_blocks);
+                    sizes.n_sums = sizes.n_sums.max(planes.shape.n_sums(planes.shape.n_rows));
                 }
             }
         }

@@ -11,7 +11,7 @@ use std::sync::atomic::Ordering;
 
 use pi_kernels::elementwise::{relu_mul, silu_mul};
 use pi_kernels::ffn_sparse::{
-    GroupSpan, NeuronRows, SUBTREES_MAX, down_active, down_tokens, up_active, up_tokens,
+    GroupSpan, SUBTREES_MAX, down_active, down_tokens, up_active, up_tokens,
 };
 use pi_kernels::gemm::gemv;
 use pi_kernels::quant::BLOCK;
@@ -141,10 +141,10 @@ fn sparse_token(job: &Job<'_>, rows: &NeuronStore, member: Member<'_>) {
     let cpu = model.cpu;
     let up_rows = rows.up_rows().expect("records have up rows");
     match &share.sketch {
-        None => open_gates(job, up_rows, &member),
+        None => open_gates(job, &member),
         Some(sketch) => {
             predicted::prepare(job, sketch, &member);
-            predicted::open_gates(job, sketch, up_rows, &member);
+            predicted::open_gates(job, sketch, &member);
         }
     }
     // SAFETY: `normed` was written before the message was sent.
@@ -155,6 +155,16 @@ fn sparse_token(job: &Job<'_>, rows: &NeuronStore, member: Member<'_>) {
     gather(scratch, all);
     let n_active = all.ids.len();
     let mine = member.part(n_active, 1);
+    // beside its share of ups, the thread asks for its columns of all downs, in equal steps
+    let (down_rows, columns) = (rows.down_rows(), down_columns(job, &member));
+    let (n_mine, mut asked) = (mine.len(), 0);
+    let ask_for_down = |j: usize| {
+        let next = n_active * (j + 1) / n_mine;
+        for &id in &all.ids[asked..next] {
+            down_rows.prefetch(id as usize, columns.clone());
+        }
+        asked = next;
+    };
     // SAFETY: this part of the activations is this thread's.
     unsafe {
         let out = scratch.act.write(mine.clone());
@@ -165,6 +175,7 @@ fn sparse_token(job: &Job<'_>, rows: &NeuronStore, member: Member<'_>) {
             &all.ids[mine.clone()],
             &all.gates[mine],
             out,
+            ask_for_down,
         );
     }
     if member.thread == 0 {
@@ -205,7 +216,7 @@ pub(super) fn divide(job: &Job<'_>, ids: &[u32], spans: &mut Vec<GroupSpan>) {
 }
 
 /// Lists the thread's active neurons of one token: all gates are computed.
-fn open_gates(job: &Job<'_>, up_rows: NeuronRows<'_>, member: &Member<'_>) {
+fn open_gates(job: &Job<'_>, member: &Member<'_>) {
     let (model, scratch, share) = (job.model, job.scratch, job.share);
     let part = member.part(share.neurons.len(), ROW_GROUP);
     // SAFETY: `normed` was written before the message was sent; until the barrier, the neurons and
@@ -216,8 +227,13 @@ fn open_gates(job: &Job<'_>, up_rows: NeuronRows<'_>, member: &Member<'_>) {
         let gate = scratch.gate.write(part.clone());
         gemv(model.cpu, share.gate.view(), x, part.clone(), gate);
         list.clear();
-        threshold::list_gates(job, gate, part, up_rows, list);
+        threshold::list_gates(job, gate, part, list);
     }
+}
+
+/// Which columns of the sums over neurons are the thread's.
+fn down_columns(job: &Job<'_>, member: &Member<'_>) -> Range<usize> {
+    member.part(job.model.shape().n_embd, BLOCK)
 }
 
 /// The thread's columns of the partial sums of one token.
@@ -230,7 +246,7 @@ pub(super) fn sum_token(
     member: &Member<'_>,
 ) {
     let model = job.model;
-    let columns = member.part(model.shape().n_embd, BLOCK);
+    let columns = down_columns(job, member);
     if columns.is_empty() {
         return;
     }

@@ -9,9 +9,11 @@
 use std::ops::Range;
 use std::sync::atomic::Ordering;
 
-use pi_kernels::ffn_sparse::sketch::planes::{TABLE_BYTES, fill_tables, plane_gates, sign_scores};
+use pi_kernels::ffn_sparse::sketch::planes::{
+    TABLE_BYTES, fill_tables, needs_tables, plane_gates, sign_scores,
+};
 use pi_kernels::ffn_sparse::sketch::{candidates, keep_open};
-use pi_kernels::ffn_sparse::{NeuronRows, row_products};
+use pi_kernels::ffn_sparse::row_products;
 use pi_kernels::gemm::gemv;
 use pi_kernels::{ActRef, ActivationMode, ROW_GROUP};
 
@@ -40,6 +42,7 @@ pub(super) fn prepare(job: &Job<'_>, sketch: &SketchShare, member: &Member<'_>) 
                 );
             }
         }
+        SketchKind::Signs(_) if !needs_tables(model.cpu) => return,
         SketchKind::Signs(planes) => {
             let blocks = member.part(planes.shape.n_blocks(), 1);
             // SAFETY: the activations are set; these tables are this thread's.
@@ -86,7 +89,6 @@ pub(super) fn set_input(job: &Job<'_>, sketch: &SketchShare) {
 pub(super) fn open_gates(
     job: &Job<'_>,
     sketch: &SketchShare,
-    up_rows: NeuronRows<'_>,
     member: &Member<'_>,
 ) {
     let (scratch, share) = (job.scratch, job.share);
@@ -113,7 +115,7 @@ pub(super) fn open_gates(
     list.gates.resize(list.ids.len(), 0.0);
     exact_gates(job, sketch, part, member.thread, &list.ids, &mut list.gates);
     let floors = sketch.floor.as_deref();
-    keep_open(&mut list.ids, &mut list.gates, floors, Some(up_rows));
+    keep_open(&mut list.ids, &mut list.gates, floors);
 }
 
 /// Replaces `ids` by the sketch's candidates among neurons `part`; none where it is not asked.
@@ -152,30 +154,14 @@ fn score(
                 }
             }
         }
-        candidates(
-            scores,
-            &sketch.bias[part.clone()],
-            part.start as u32,
-            None,
-            ids,
-        );
-    }
-    match &sketch.kind {
-        SketchKind::LowRank { .. } => {
-            let rows = job.share.gate.neuron_rows();
-            ids.iter().for_each(|&id| rows.prefetch(id as usize));
-        }
-        SketchKind::Signs(planes) => {
-            let planes = planes.view();
-            ids.iter().for_each(|&id| planes.prefetch(id as usize));
-        }
+        candidates(scores, &sketch.bias[part.clone()], part.start as u32, ids);
     }
 }
 
 /// Where the sums of signs of neurons `part` lie.
 fn sums_of(planes: &PlanesStore, part: &Range<usize>) -> Range<usize> {
-    let n_blocks = planes.shape.n_blocks();
-    part.start * n_blocks..part.end.next_multiple_of(ROW_GROUP) * n_blocks
+    let stride = planes.shape.sums_stride();
+    part.start * stride..part.end.next_multiple_of(ROW_GROUP) * stride
 }
 
 /// Adds `more` to `ids`; all are ascending.
@@ -241,11 +227,14 @@ pub(super) fn prefetch(job: &Job<'_>, team: &mut Team) {
         for &id in &all[inside(part.start)..inside(part.end)] {
             let id = id as usize;
             match share.sketch.as_ref().map(|sketch| &sketch.kind) {
-                Some(SketchKind::LowRank { .. }) => share.gate.neuron_rows().prefetch(id),
+                Some(SketchKind::LowRank { .. }) => {
+                    let rows = share.gate.neuron_rows();
+                    rows.prefetch(id, 0..rows.n_embd);
+                }
                 Some(SketchKind::Signs(planes)) => planes.view().prefetch(id),
                 None => {}
             }
-            up_rows.prefetch(id);
+            up_rows.prefetch(id, 0..up_rows.n_embd);
         }
     });
 }

@@ -10,7 +10,7 @@ use std::sync::atomic::Ordering;
 
 use pi_kernels::StridedOut;
 use pi_kernels::elementwise::silu_in_place;
-use pi_kernels::ffn_sparse::{NeuronRows, gate_active, large_active, zero_small};
+use pi_kernels::ffn_sparse::{gate_active, large_active, zero_small};
 
 use super::Job;
 use super::ffn::{divide, down_batch, gate_up_chunks, gate_up_token, gather, sum_token};
@@ -23,16 +23,15 @@ pub(super) fn list_gates(
     job: &Job<'_>,
     gates: &mut [f32],
     part: Range<usize>,
-    prefetch: NeuronRows<'_>,
     list: &mut ActiveList,
 ) {
-    let (first, prefetch) = (part.start as u32, Some(prefetch));
+    let first = part.start as u32;
     let (ids, kept) = (&mut list.ids, &mut list.gates);
     match &job.share.thresholds {
-        None => gate_active(gates, first, prefetch, ids, kept),
+        None => gate_active(gates, first, ids, kept),
         Some(thresholds) => {
             silu_in_place(job.model.cpu, gates);
-            large_active(gates, &thresholds[part], first, prefetch, ids, kept);
+            large_active(gates, &thresholds[part], first, ids, kept);
         }
     }
 }
@@ -93,7 +92,6 @@ fn token(job: &Job<'_>, up: &Matrix, rows: &NeuronStore, thresholds: &[f32], mem
         act,
         &thresholds[part.clone()],
         part.start as u32,
-        None,
         &mut list.ids,
         &mut list.gates,
     );

@@ -14,6 +14,23 @@ pub(crate) mod avx2;
 pub(crate) mod avx512;
 pub(crate) mod isa;
 pub(crate) mod row;
+#[cfg(target_arch = "x86_64")]
+pub(crate) mod rows512;
 pub(crate) mod scalar;
 pub(crate) mod tile;
 pub(crate) mod unpack;
+
+/// Asks for `bytes` bytes at `from`.
+#[cfg(target_arch = "x86_64")]
+#[inline(always)]
+pub(crate) fn prefetch_bytes(from: *const u8, bytes: usize) {
+    use std::arch::x86_64::{_MM_HINT_T0, _mm_prefetch};
+    // from a line's start, so that the last line is asked for too
+    let skew = from.addr() % 64;
+    let mut at = 0;
+    while at < skew + bytes {
+        // SAFETY: a hint, for any address.
+        unsafe { _mm_prefetch::<_MM_HINT_T0>(from.wrapping_sub(skew).wrapping_add(at).cast()) };
+        at += 64;
+    }
+}

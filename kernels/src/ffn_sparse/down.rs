@@ -75,6 +75,9 @@ pub fn down_active(
         // SAFETY: a `Cpu` exists only for tiers that the machine has.
         unsafe {
             match cpu.tier() {
+                Tier::Avx512Vnni if is_rounded(cpu, down.quant) => {
+                    rounded512::active(list, cols, sums);
+                }
                 _ if is_rounded(cpu, down.quant) => rounded::x86::active(list, cols, sums),
                 Tier::Avx2 => x86::active_avx2(list, cols, sums),
                 _ => x86::active_avx512(list, cols, sums),
@@ -233,6 +236,7 @@ pub fn down_tokens(
 }
 
 mod rounded;
+mod rounded512;
 #[cfg(target_arch = "x86_64")]
 mod strips;
 #[cfg(target_arch = "x86_64")]

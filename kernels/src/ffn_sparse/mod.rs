@@ -9,6 +9,8 @@ mod threshold;
 mod tree;
 mod up;
 
+use std::ops::Range;
+
 use crate::matrix::{Layout, MatrixRef, MatrixShape};
 use crate::quant::QuantType;
 
@@ -66,42 +68,36 @@ impl<'a> NeuronRows<'a> {
         MatrixRef::new(shape, self.row(neuron))
     }
 
-    /// Pulls the neuron's whole record towards the first cache.
+    /// Pulls columns `columns` (whole blocks) of the neuron's row towards the first cache.
     #[inline]
-    pub fn prefetch(&self, neuron: usize) {
+    pub fn prefetch(&self, neuron: usize, columns: Range<usize>) {
         #[cfg(target_arch = "x86_64")]
         {
-            use std::arch::x86_64::{_MM_HINT_T0, _mm_prefetch};
-            let record = &self.bytes[neuron * self.stride_bytes..][..self.stride_bytes];
-            for line in record.chunks(64) {
-                // SAFETY: prefetching is a hint and touches no memory; the pointer is in `bytes`.
-                unsafe { _mm_prefetch::<_MM_HINT_T0>(line.as_ptr().cast()) };
+            let (row, per_block) = (self.row(neuron), self.quant.block_values());
+            let n_blocks = self.n_embd / per_block;
+            let blocks = columns.start / per_block..columns.end.div_ceil(per_block);
+            // a row is plane after plane
+            let mut start = 0;
+            for plane in self.quant.planes() {
+                let bytes = plane.units * plane.unit_bytes;
+                let part = &row[start + blocks.start * bytes..start + blocks.end * bytes];
+                crate::dot::prefetch_bytes(part.as_ptr(), part.len());
+                start += n_blocks * bytes;
             }
         }
         #[cfg(not(target_arch = "x86_64"))]
-        let _ = neuron;
+        let _ = (neuron, columns);
     }
 }
 
 /// Appends the ids (`first_id` + index) and values of the open gates of `gate` (`[n]` f32, before
 /// the activation): those above zero. NaN counts as open, so that it surfaces in the output.
-///
-/// With `prefetch`, the records of open gates are pulled towards the cache; ids index its neurons.
-pub fn gate_active(
-    gate: &[f32],
-    first_id: u32,
-    prefetch: Option<NeuronRows<'_>>,
-    ids: &mut Vec<u32>,
-    values: &mut Vec<f32>,
-) {
+pub fn gate_active(gate: &[f32], first_id: u32, ids: &mut Vec<u32>, values: &mut Vec<f32>) {
     for (id, &value) in (first_id..).zip(gate) {
         let closed = value <= 0.0;
         if !closed {
             ids.push(id);
             values.push(value);
-            if let Some(rows) = prefetch {
-                rows.prefetch(id as usize);
-            }
         }
     }
 }

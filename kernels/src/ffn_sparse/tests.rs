@@ -107,7 +107,7 @@ fn up_of_single_rows_equals_the_matrix_product() {
             gemv(cpu, m, x.token(0), 0..N_NEURONS, &mut dense);
             let ids = [1, 2, 40, 63];
             let mut out = [f32::NAN; 4];
-            up_active(cpu, ffn.rows(false), x.token(0), &ids, &[1.0; 4], &mut out);
+            up_active(cpu, ffn.rows(false), x.token(0), &ids, &[1.0; 4], &mut out, |_| ());
             let expected = ids.map(|id| dense[id as usize]);
             assert_eq!(bits(&out), bits(&expected), "{quant} {cpu:?}");
         }
@@ -140,7 +140,7 @@ fn up_of_many_tokens_equals_up_of_one_and_skips_rows() {
                     let g = gate[t * N_NEURONS + n];
                     let mut expected = [0.0];
                     if g != 0.0 {
-                        up_active(cpu, up, x.token(t), &[n as u32], &[g], &mut expected);
+                        up_active(cpu, up, x.token(t), &[n as u32], &[g], &mut expected, |_| ());
                     }
                     let got = act[t * N_NEURONS + n];
                     assert_eq!(
@@ -302,7 +302,7 @@ fn no_active_neuron_gives_zeros_and_gates_keep_nan() {
     }
     let (mut ids, mut values) = (Vec::new(), Vec::new());
     let gate = [0.5, -1.0, 0.0, f32::NAN, -0.0, f32::INFINITY];
-    gate_active(&gate, 7, None, &mut ids, &mut values);
+    gate_active(&gate, 7, &mut ids, &mut values);
     assert_eq!(ids, [7, 10, 12]);
     assert!(values[1].is_nan());
 }
@@ -317,7 +317,7 @@ fn a_batch_through_the_matrix_equals_the_rows() {
     let out = StridedOut::from_slice(&mut dense, N_NEURONS, 3, 0..N_NEURONS);
     gemm(cpu, m, &x, 0..3, 0..N_NEURONS, out);
     let mut one = [0.0];
-    up_active(cpu, ffn.rows(false), x.token(2), &[17], &[1.0], &mut one);
+    up_active(cpu, ffn.rows(false), x.token(2), &[17], &[1.0], &mut one, |_| ());
     assert_eq!(dense[2 * N_NEURONS + 17].to_bits(), one[0].to_bits());
 }
 
@@ -326,7 +326,7 @@ fn neurons_at_their_threshold_are_left_out_and_nan_never_is() {
     let values = [0.5, -0.5, 0.4, f32::NAN, -0.0, f32::INFINITY, 0.1, -3.0];
     let thresholds = [0.5, 0.4, 0.5, f32::MAX, 0.0, f32::MAX, 0.0, 3.5];
     let (mut ids, mut kept) = (vec![3], vec![9.0]);
-    large_active(&values, &thresholds, 7, None, &mut ids, &mut kept);
+    large_active(&values, &thresholds, 7, &mut ids, &mut kept);
     assert_eq!(ids, [3, 8, 10, 12, 13]);
     assert_eq!(kept[..2], [9.0, -0.5]);
     assert!(kept[2].is_nan() && kept[3].is_infinite() && kept[4] == 0.1);
@@ -366,10 +366,10 @@ fn thresholds_of_one_and_of_many_tokens_give_the_same_bits() {
         for t in 0..3 {
             let (mut ids, mut gates) = (vec![], vec![]);
             let gate = &gate[t * N_NEURONS..][..N_NEURONS];
-            large_active(gate, &thresholds, 0, Some(up), &mut ids, &mut gates);
+            large_active(gate, &thresholds, 0, &mut ids, &mut gates);
             assert!((1..N_NEURONS).contains(&ids.len()), "{} kept", ids.len());
             let mut one = vec![f32::NAN; ids.len()];
-            up_active(cpu, up, x.token(t), &ids, &gates, &mut one);
+            up_active(cpu, up, x.token(t), &ids, &gates, &mut one, |_| ());
             let mut want = vec![0.0; N_NEURONS];
             ids.iter()
                 .zip(&one)

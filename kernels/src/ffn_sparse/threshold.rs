@@ -3,8 +3,6 @@
 //! For gates that never close (SiLU). A neuron's value is act(gate), or act(gate) · up; it is small
 //! when its magnitude is not above the neuron's threshold. NaN is never small, so that it surfaces.
 
-use super::NeuronRows;
-
 fn is_small(value: f32, threshold: f32) -> bool {
     value.abs() <= threshold
 }
@@ -12,15 +10,12 @@ fn is_small(value: f32, threshold: f32) -> bool {
 /// Appends the ids (`first_id` + index) and values of those of `values` (`[n]` f32) that are not
 /// small by `thresholds` (`[n]` f32).
 ///
-/// With `prefetch`, their records are pulled towards the cache; ids index its neurons.
-///
 /// # Panics
 /// When the lengths differ.
 pub fn large_active(
     values: &[f32],
     thresholds: &[f32],
     first_id: u32,
-    prefetch: Option<NeuronRows<'_>>,
     ids: &mut Vec<u32>,
     kept: &mut Vec<f32>,
 ) {
@@ -37,11 +32,6 @@ pub fn large_active(
     }
     ids.truncate(first + n);
     kept.truncate(first_kept + n);
-    if let Some(rows) = prefetch {
-        ids[first..]
-            .iter()
-            .for_each(|&id| rows.prefetch(id as usize));
-    }
 }
 
 /// Sets those of `values` (`[n]` f32) to 0 that are small by `thresholds` (`[n]` f32); returns how

@@ -5,11 +5,18 @@ use std::ops::Range;
 use super::NeuronRows;
 use crate::activations::{ActBatch, ActRef, ActivationMode};
 use crate::cpu::{Cpu, Tier};
+#[cfg(target_arch = "x86_64")]
+use crate::dot::rows512;
 use crate::dot::scalar;
 use crate::gemm::gemm;
 use crate::matrix::{Layout, MatrixRef, MatrixShape, ROW_GROUP, StridedOut};
+use crate::quant::{BLOCK, QuantType};
 
-/// Writes `gate[j] · (up[ids[j]] · x)` to `out[j]` (overwritten); `x` is `[n_embd]`.
+/// Rows that are taken together, and asked for before.
+const TOGETHER: usize = 16;
+
+/// Writes `gate[j] · (up[ids[j]] · x)` to `out[j]` (overwritten); `x` is `[n_embd]`. `beside` is called
+/// with each `j` when its row is asked for, and may ask for others.
 ///
 /// # Panics
 /// When an id has no row, or lengths differ.
@@ -20,9 +27,10 @@ pub fn up_active(
     ids: &[u32],
     gate: &[f32],
     out: &mut [f32],
+    beside: impl FnMut(usize),
 ) {
     assert_eq!(ids.len(), gate.len(), "one gate per id");
-    row_products(cpu, up, x, ids, out);
+    products_beside(cpu, up, x, ids, out, beside);
     for (out, gate) in out.iter_mut().zip(gate) {
         *out *= gate;
     }
@@ -34,7 +42,33 @@ pub fn up_active(
 /// # Panics
 /// When an id has no row, or lengths differ.
 pub fn row_products(cpu: Cpu, rows: NeuronRows<'_>, x: ActRef<'_>, ids: &[u32], out: &mut [f32]) {
+    products_beside(cpu, rows, x, ids, out, |_| ());
+}
+
+fn products_beside(
+    cpu: Cpu,
+    rows: NeuronRows<'_>,
+    x: ActRef<'_>,
+    ids: &[u32],
+    out: &mut [f32],
+    mut beside: impl FnMut(usize),
+) {
     assert_eq!(ids.len(), out.len(), "one output per id");
+    let mut ask_for = |js: Range<usize>| {
+        for j in js.start..js.end.min(ids.len()) {
+            rows.prefetch(ids[j] as usize, 0..rows.n_embd);
+            beside(j);
+        }
+    };
+    ask_for(0..TOGETHER);
+    for first in (0..ids.len()).step_by(TOGETHER) {
+        let together = first..(first + TOGETHER).min(ids.len());
+        ask_for(together.end..together.end + TOGETHER);
+        products(cpu, rows, x, &ids[together.clone()], &mut out[together]);
+    }
+}
+
+fn products(cpu: Cpu, rows: NeuronRows<'_>, x: ActRef<'_>, ids: &[u32], out: &mut [f32]) {
     assert!(
         x.values.len() >= rows.n_embd,
         "activations of n_embd {}",
@@ -45,6 +79,15 @@ pub fn row_products(cpu: Cpu, rows: NeuronRows<'_>, x: ActRef<'_>, ids: &[u32], 
         !q8 || x.q.len() >= rows.n_embd,
         "activations have 8-bit blocks"
     );
+    #[cfg(target_arch = "x86_64")]
+    if cpu.tier() == Tier::Avx512Vnni && q8 && rows.quant == QuantType::Q4_0 {
+        let known = ids.iter().all(|&id| (id as usize) < rows.n_neurons);
+        assert!(known, "ids of {} neurons", rows.n_neurons);
+        let n_blocks = rows.n_embd / BLOCK;
+        // SAFETY: as below; all rows are there.
+        unsafe { rows512::products(&rows512::Q4_0(rows), x, n_blocks, ids, out) };
+        return;
+    }
     #[cfg(target_arch = "x86_64")]
     if cpu.tier() >= Tier::Avx2 {
         // SAFETY: a `Cpu` exists only for tiers that the machine has; `x` fits (asserted).
@@ -61,7 +104,6 @@ pub fn row_products(cpu: Cpu, rows: NeuronRows<'_>, x: ActRef<'_>, ids: &[u32], 
 mod x86 {
     use super::*;
     use crate::dot::row::{self, RowPlanes, RowUnpack};
-    use crate::quant::QuantType;
 
     /// # Safety
     /// The machine has AVX2, FMA and F16C; `x` has `rows.n_embd` values, with 8-bit blocks for `q8`.

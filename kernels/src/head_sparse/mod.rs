@@ -90,7 +90,7 @@ pub fn candidate_logits(cpu: Cpu, m: MatrixRef<'_>, x: ActRef<'_>, ids: &[u32], 
     let mut outs = out.chunks_mut(ROWS_AHEAD);
     while let (Some(ids), Some(out)) = (chunks.next(), outs.next()) {
         for &id in chunks.peek().into_iter().copied().flatten() {
-            rows.prefetch(id as usize);
+            rows.prefetch(id as usize, 0..rows.n_embd);
         }
         row_products(cpu, rows, x, ids, out);
     }

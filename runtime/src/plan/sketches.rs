@@ -143,7 +143,7 @@ fn sign_biases(gates: &ChosenGates<'_>, candidates: &[Pattern]) -> Vec<f32> {
     gates.patterns.iter().zip(candidates).map(bias).collect()
 }
 
-/// Scores of a row of `Q4_0` whose weights are taken as plus or minus their block's scale.
+/// Scores of a row of `Q4_0` whose weights are taken as plus or minus one.
 fn sign_scores(row: &[u8], inputs: &[Vec<f32>; N_TOKENS]) -> [f32; N_TOKENS] {
     let (bytes, values) = Q4_0;
     std::array::from_fn(|token| {
@@ -152,7 +152,8 @@ fn sign_scores(row: &[u8], inputs: &[Vec<f32>; N_TOKENS]) -> [f32; N_TOKENS] {
             .zip(inputs[token].chunks_exact(values));
         blocks
             .map(|(block, x)| {
-                let scale = f16::from_le_bytes([block[0], block[1]]).to_f32();
+                let scale = f16::from_le_bytes([block[0], block[1]]);
+                let scale = if scale.is_sign_negative() { -1.0 } else { 1.0 };
                 let (low, high) = x.split_at(values / 2);
                 let pairs = block[2..].iter().zip(low.iter().zip(high));
                 let sum: f32 = pairs

@@ -169,7 +169,7 @@ fn scores_by_signs_are_the_kernel_s() {
         batch.set(cpu(), 0, x);
         fill_tables(cpu(), batch.token(0), 0..shape.n_blocks(), &mut tables);
         let mut kernel = vec![0.0; n_ff];
-        let mut sums = vec![0; n_ff.next_multiple_of(16) * shape.n_blocks()];
+        let mut sums = vec![0; shape.n_sums(n_ff)];
         sign_scores(
             cpu(),
             planes,

@@ -84,8 +84,8 @@ impl Sketch {
     pub fn bytes(&self, gate: &FileMatrix) -> usize {
         match self {
             Sketch::None => 0,
-            // a bit of each weight, and the scale of each block
-            Sketch::Signs => gate.n_rows() * gate.n_cols() / 32 * (32 / 8 + 2),
+            // a bit of each weight
+            Sketch::Signs => gate.n_rows() * gate.n_cols() / 8,
             Sketch::LowRank(map) => map.a.bytes.len() + map.b.bytes.len(),
         }
     }

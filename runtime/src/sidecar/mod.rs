@@ -27,7 +27,7 @@ use crate::model::tensors::{self, FileMatrix};
 /// `general.architecture` of a sidecar.
 pub const ARCHITECTURE: &str = "pi-sparse";
 /// Version of the format.
-pub const VERSION: u32 = 1;
+pub const VERSION: u32 = 2;
 
 const VERSION_KEY: &str = "sparse.version";
 const HASH_KEY: &str = "sparse.model_hash";

@@ -24,7 +24,9 @@ const N_TOKENS: u32 = 100_000;
 /// Codes of Q4_0 from their signs: each sign stands for a value this many times as large as the scale,
 const SIGN_VALUE: f64 = 4.0;
 /// and this is the square of what correlates: 4² of the codes' mean square.
-const SIGN_KNOWN: f64 = 16.0 / 21.5;
+const SIGN_KNOWN: f64 = SIGN_VALUE * SIGN_VALUE / CODES_SQUARE;
+/// Mean square of the codes of Q4_0.
+const CODES_SQUARE: f64 = 21.5;
 
 /// The smallest rank with which the predictors cost [`PREDICTOR_COST`].
 pub(super) fn predictor_rank(quant: QuantType, n_embd: usize, n_ff: usize) -> usize {
@@ -118,8 +120,13 @@ impl Plan {
             }
             SketchKind::Signs => {
                 let slack = self.offsets.slack(SIGN_KNOWN.sqrt(), MASS_SKETCH);
-                // the constant channels' codes are -8, of which the score knows the sign: an eighth of the offset
-                let bias = |offset: &f64| (offset + slack) / SIGN_VALUE - offset / 8.0;
+                let n_changing = self.gate_form.channels.n_changing() as f64;
+                let scale = 1.0 / (n_changing * CODES_SQUARE).sqrt();
+                // of the constant channels, which are one, the score knows the sign
+                let n_constant = self.gate_form.channels.n_constant as f64;
+                let bias = |offset: &f64| {
+                    (offset + slack) / (SIGN_VALUE * scale) - n_constant.copysign(*offset)
+                };
                 planned
                     .offsets
                     .iter()

@@ -4,6 +4,8 @@
 //! *candidates*, and only their gates are computed. Two kinds are here: the sign plane of the gate
 //! rows ([`planes`]), and any low-rank product (two matrices, see [`crate::gemm`]).
 
+#[cfg(target_arch = "x86_64")]
+mod avx512;
 pub mod planes;
 #[cfg(target_arch = "x86_64")]
 mod x86;
@@ -11,12 +13,8 @@ mod x86;
 #[cfg(test)]
 mod tests;
 
-use super::NeuronRows;
-
 /// Replaces `ids` by the ids (`first_id` + index) of neurons whose score and bias are together above
 /// zero, ascending. NaN counts as a candidate, so that it surfaces.
-///
-/// With `prefetch`, the records of candidates are pulled towards the cache; ids index its neurons.
 ///
 /// # Panics
 /// When there is not one bias per score.
@@ -24,7 +22,6 @@ pub fn candidates(
     scores: &[f32],
     bias: &[f32],
     first_id: u32,
-    prefetch: Option<NeuronRows<'_>>,
     ids: &mut Vec<u32>,
 ) {
     assert_eq!(scores.len(), bias.len(), "one bias per score");
@@ -37,13 +34,10 @@ pub fn candidates(
         kept += usize::from(!out);
     }
     ids.truncate(kept);
-    if let Some(rows) = prefetch {
-        ids.iter().for_each(|&id| rows.prefetch(id as usize));
-    }
 }
 
 /// Keeps of `ids` and `gates` those whose gate is above zero and the neuron's floor, `floors[id]`; NaN
-/// stays. With `prefetch`, their records are pulled towards the cache.
+/// stays.
 ///
 /// # Panics
 /// When there is not one gate per id, or an id without a floor.
@@ -51,7 +45,6 @@ pub fn keep_open(
     ids: &mut Vec<u32>,
     gates: &mut Vec<f32>,
     floors: Option<&[f32]>,
-    prefetch: Option<NeuronRows<'_>>,
 ) {
     assert_eq!(ids.len(), gates.len(), "one gate per id");
     let mut kept = 0;
@@ -64,7 +57,4 @@ pub fn keep_open(
     }
     ids.truncate(kept);
     gates.truncate(kept);
-    if let Some(rows) = prefetch {
-        ids.iter().for_each(|&id| rows.prefetch(id as usize));
-    }
 }

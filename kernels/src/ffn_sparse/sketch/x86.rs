@@ -7,7 +7,7 @@
 use std::arch::x86_64::*;
 use std::ops::Range;
 
-use super::planes::{GatePlanes, HIGH_BYTES, LOW_BYTES, SCALES_AT, TABLE_BYTES, TOP_BYTES};
+use super::planes::{GatePlanes, HIGH_BYTES, LOW_BYTES, SCALE_BYTES, TABLE_BYTES, TOP_BYTES, UNIT};
 use crate::activations::ActRef;
 use crate::matrix::ROW_GROUP;
 use crate::quant::BLOCK;
@@ -89,9 +89,40 @@ unsafe fn block_sums(top: *const u8, table: *const u8) -> (__m128i, __m128i) {
     (both(first), both(second))
 }
 
+/// Eight blocks' sums of eight rows, turned: eight rows' sums of eight blocks.
+///
 /// # Safety
-/// The machine has AVX2, FMA and F16C; lengths fit as [`super::planes::sign_scores`] asserts.
-#[target_feature(enable = "avx2,fma,f16c")]
+/// AVX2 is there.
+#[inline]
+#[target_feature(enable = "avx2")]
+unsafe fn turned(v: &[__m128i; 8]) -> [__m128i; 8] {
+    let low = |a: usize, b: usize| _mm_unpacklo_epi16(v[a], v[b]);
+    let high = |a: usize, b: usize| _mm_unpackhi_epi16(v[a], v[b]);
+    let halves = [[low(0, 1), low(2, 3), low(4, 5), low(6, 7)], [
+        high(0, 1),
+        high(2, 3),
+        high(4, 5),
+        high(6, 7),
+    ]];
+    let mut out = *v;
+    for (n, pairs) in halves.into_iter().enumerate() {
+        let fours = [
+            _mm_unpacklo_epi32(pairs[0], pairs[1]),
+            _mm_unpackhi_epi32(pairs[0], pairs[1]),
+            _mm_unpacklo_epi32(pairs[2], pairs[3]),
+            _mm_unpackhi_epi32(pairs[2], pairs[3]),
+        ];
+        for m in 0..2 {
+            out[4 * n + 2 * m] = _mm_unpacklo_epi64(fours[m], fours[m + 2]);
+            out[4 * n + 2 * m + 1] = _mm_unpackhi_epi64(fours[m], fours[m + 2]);
+        }
+    }
+    out
+}
+
+/// # Safety
+/// The machine has AVX2 and FMA; lengths fit as [`super::planes::sign_scores`] asserts.
+#[target_feature(enable = "avx2,fma")]
 pub(super) unsafe fn sign_scores(
     planes: GatePlanes<'_>,
     x: ActRef<'_>,
@@ -100,30 +131,35 @@ pub(super) unsafe fn sign_scores(
     scores: &mut [f32],
     sums: &mut [i16],
 ) {
-    let n_blocks = planes.shape.n_blocks();
+    let (n_blocks, stride) = (planes.shape.n_blocks(), planes.shape.sums_stride());
     let first_group = rows.start / ROW_GROUP;
-    for (group, scores) in scores.chunks_mut(ROW_GROUP).enumerate() {
+    let groups = scores
+        .chunks_mut(ROW_GROUP)
+        .zip(sums.chunks_exact_mut(ROW_GROUP * stride));
+    for (group, (scores, sums)) in groups.enumerate() {
         let mut acc = [_mm256_setzero_ps(); 2];
         // SAFETY: the groups' blocks lie in the planes, the tables, and the sums.
         unsafe {
             let mut top = (planes.top.as_ptr()).add((first_group + group) * n_blocks * TOP_BYTES);
-            let mut out = sums[group * n_blocks * ROW_GROUP..].as_mut_ptr();
-            for block in 0..n_blocks {
-                for line in [0, 64] {
-                    let ahead = top.wrapping_add(AHEAD_BYTES + line);
-                    _mm_prefetch::<_MM_HINT_T0>(ahead.cast());
+            for first in (0..n_blocks).step_by(UNIT) {
+                let mut of_blocks = [[_mm_setzero_si128(); UNIT]; 2];
+                for block in first..(first + UNIT).min(n_blocks) {
+                    _mm_prefetch::<_MM_HINT_T0>(top.wrapping_add(AHEAD_BYTES).cast());
+                    let halves = block_sums(top, tables.as_ptr().add(block * TABLE_BYTES));
+                    let x_scale = _mm256_set1_ps(*x.scales.get_unchecked(block));
+                    for (n, half) in [halves.0, halves.1].into_iter().enumerate() {
+                        of_blocks[n][block - first] = half;
+                        let sum = _mm256_cvtepi32_ps(_mm256_cvtepi16_epi32(half));
+                        acc[n] = _mm256_fmadd_ps(sum, x_scale, acc[n]);
+                    }
+                    top = top.add(TOP_BYTES);
                 }
-                let halves = block_sums(top, tables.as_ptr().add(block * TABLE_BYTES));
-                let x_scale = _mm256_set1_ps(*x.scales.get_unchecked(block));
-                for (n, half) in [halves.0, halves.1].into_iter().enumerate() {
-                    _mm_storeu_si128(out.add(8 * n).cast(), half);
-                    let scales = top.add(SCALES_AT + 16 * n).cast();
-                    let scale = _mm256_cvtph_ps(_mm_loadu_si128(scales));
-                    let sum = _mm256_cvtepi32_ps(_mm256_cvtepi16_epi32(half));
-                    acc[n] = _mm256_fmadd_ps(sum, _mm256_mul_ps(scale, x_scale), acc[n]);
+                for (n, half) in of_blocks.iter().enumerate() {
+                    for (row, of_row) in turned(half).into_iter().enumerate() {
+                        let to = sums.as_mut_ptr().add((8 * n + row) * stride + first);
+                        _mm_storeu_si128(to.cast(), of_row);
+                    }
                 }
-                top = top.add(TOP_BYTES);
-                out = out.add(ROW_GROUP);
             }
             let mut all = [0.0f32; ROW_GROUP];
             _mm256_storeu_ps(all.as_mut_ptr(), acc[0]);
@@ -133,17 +169,37 @@ pub(super) unsafe fn sign_scores(
     }
 }
 
+/// Bits 2 of a unit of 8 blocks, block after block.
+///
+/// # Safety
+/// AVX2 is there; `from` points to the 32 bytes.
+#[inline]
+#[target_feature(enable = "avx2")]
+unsafe fn high_of_blocks(from: *const u8) -> [u32; UNIT] {
+    // SAFETY: this function's contract.
+    unsafe {
+        let columns = |n: usize| _mm_loadl_epi64(from.add(8 * n).cast());
+        let front = _mm_unpacklo_epi8(columns(0), columns(1));
+        let back = _mm_unpacklo_epi8(columns(2), columns(3));
+        let mut out = [0u32; UNIT];
+        _mm_storeu_si128(out.as_mut_ptr().cast(), _mm_unpacklo_epi16(front, back));
+        let to = out.as_mut_ptr().add(4);
+        _mm_storeu_si128(to.cast(), _mm_unpackhi_epi16(front, back));
+        out
+    }
+}
+
 /// # Safety
 /// AVX2 is there; `low` and `high` are a block's remaining bits, `x` its 32 activations.
 #[inline]
 #[target_feature(enable = "avx2")]
-unsafe fn rest_product(low: *const u8, high: *const u8, x: *const i8) -> __m256i {
-    // SAFETY: 8, 4 and 32 bytes.
+unsafe fn rest_product(low: *const u8, high: u32, x: *const i8) -> __m256i {
+    // SAFETY: 8 and 32 bytes.
     unsafe {
         let two = _mm256_set1_epi64x(low.cast::<i64>().read_unaligned());
         let two = _mm256_srlv_epi64(two, _mm256_setr_epi64x(0, 2, 4, 6));
         let two = _mm256_and_si256(two, _mm256_set1_epi8(3));
-        let bits = _mm256_set1_epi32(high.cast::<i32>().read_unaligned());
+        let bits = _mm256_set1_epi32(high as i32);
         let spread = _mm256_shuffle_epi8(
             bits,
             _mm256_setr_epi64x(
@@ -161,10 +217,11 @@ unsafe fn rest_product(low: *const u8, high: *const u8, x: *const i8) -> __m256i
     }
 }
 
-/// The exact gate of one row; `sums` are those of its group.
+/// The exact gate of one row; `sums` are its own.
 ///
 /// # Safety
-/// The machine has AVX2, FMA and F16C; the row exists, `x` has its columns, `sums` its blocks.
+/// The machine has AVX2, FMA and F16C; the row exists, `x` has its columns, `sums` its blocks, to
+/// whole units.
 #[target_feature(enable = "avx2,fma,f16c")]
 pub(super) unsafe fn plane_gate(
     planes: GatePlanes<'_>,
@@ -173,51 +230,63 @@ pub(super) unsafe fn plane_gate(
     sums: &[i16],
 ) -> f32 {
     let n_blocks = planes.shape.n_blocks();
-    let lane = row % ROW_GROUP;
-    let (low, high) = planes.rest_row(row);
-    let top = planes.top[row / ROW_GROUP * n_blocks * TOP_BYTES..].as_ptr();
+    let rest = planes.rest_row(row);
     let mut acc = 0.0f32;
-    let mut first = 0;
-    // SAFETY: all blocks lie in the row, the group's sums and scales, and the activations.
+    // SAFETY: all blocks lie in the row, its sums, and the activations; what is behind the row's end
+    // is taken from copies.
     unsafe {
-        while first < n_blocks {
-            let count = (n_blocks - first).min(8);
-            let mut products = [_mm256_setzero_si256(); 8];
-            // sums of signs and scales, and the activations' own
-            let mut sign_sums = [0i32; 8];
-            let mut halves = [0u16; 8];
-            let mut x_scales = [0.0f32; 8];
-            let mut offsets = [0i32; 8];
+        for first in (0..n_blocks).step_by(UNIT) {
+            let count = (n_blocks - first).min(UNIT);
+            let mut products = [_mm256_setzero_si256(); UNIT];
+            let high = rest.high.as_ptr().add(first * HIGH_BYTES);
+            let scales = rest.scales.as_ptr().add(first * SCALE_BYTES);
+            let (high, scales, x_scales, offsets) = if count == UNIT {
+                (
+                    high_of_blocks(high),
+                    _mm_loadu_si128(scales.cast()),
+                    _mm256_loadu_ps(x.scales.as_ptr().add(first)),
+                    _mm256_loadu_si256(x.block_sums.as_ptr().add(first).cast()),
+                )
+            } else {
+                let mut unit = [0u8; UNIT * HIGH_BYTES];
+                for j in 0..HIGH_BYTES {
+                    let from = &rest.high[first * HIGH_BYTES + j * count..][..count];
+                    unit[j * UNIT..][..count].copy_from_slice(from);
+                }
+                let (mut halves, mut x_scales, mut offsets) = ([0u8; 16], [0.0; 8], [0; 8]);
+                let bytes = count * SCALE_BYTES;
+                halves[..bytes].copy_from_slice(&rest.scales[first * SCALE_BYTES..][..bytes]);
+                x_scales[..count].copy_from_slice(&x.scales[first..][..count]);
+                offsets[..count].copy_from_slice(&x.block_sums[first..][..count]);
+                (
+                    high_of_blocks(unit.as_ptr()),
+                    _mm_loadu_si128(halves.as_ptr().cast()),
+                    _mm256_loadu_ps(x_scales.as_ptr()),
+                    _mm256_loadu_si256(offsets.as_ptr().cast()),
+                )
+            };
             for n in 0..count {
-                let block = first + n;
                 products[n] = rest_product(
-                    low.as_ptr().add(block * LOW_BYTES),
-                    high.as_ptr().add(block * HIGH_BYTES),
-                    x.q.as_ptr().add(block * BLOCK),
+                    rest.low.as_ptr().add((first + n) * LOW_BYTES),
+                    high[n],
+                    x.q.as_ptr().add((first + n) * BLOCK),
                 );
-                sign_sums[n] = i32::from(*sums.get_unchecked(block * ROW_GROUP + lane));
-                let scale = top.add(block * TOP_BYTES + SCALES_AT + 2 * lane);
-                halves[n] = scale.cast::<u16>().read_unaligned();
-                x_scales[n] = *x.scales.get_unchecked(block);
-                offsets[n] = *x.block_sums.get_unchecked(block);
             }
-            let difference = _mm256_sub_epi32(
-                _mm256_loadu_si256(sign_sums.as_ptr().cast()),
-                _mm256_loadu_si256(offsets.as_ptr().cast()),
-            );
+            let signs = _mm256_cvtepi16_epi32(_mm_loadu_si128(sums.as_ptr().add(first).cast()));
+            // minus where the scale is negative
+            let negative = _mm256_srai_epi32::<31>(_mm256_cvtepi16_epi32(scales));
+            let signs = _mm256_sub_epi32(_mm256_xor_si256(signs, negative), negative);
             let total = _mm256_add_epi32(
                 crate::dot::row::sums_of_eight(products),
-                _mm256_slli_epi32(difference, 2),
+                _mm256_slli_epi32::<2>(_mm256_sub_epi32(signs, offsets)),
             );
-            let scales = _mm256_cvtph_ps(_mm_loadu_si128(halves.as_ptr().cast()));
-            let both = _mm256_mul_ps(scales, _mm256_loadu_ps(x_scales.as_ptr()));
+            let both = _mm256_mul_ps(_mm256_cvtph_ps(scales), x_scales);
             let (mut totals, mut factors) = ([0.0f32; 8], [0.0f32; 8]);
             _mm256_storeu_ps(totals.as_mut_ptr(), _mm256_cvtepi32_ps(total));
             _mm256_storeu_ps(factors.as_mut_ptr(), both);
             for n in 0..count {
                 acc = totals[n].mul_add(factors[n], acc);
             }
-            first += count;
         }
     }
     acc

@@ -1,0 +1,227 @@
+//! [`super::rounded`] of one token with AVX-512: four blocks of columns at a time.
+//!
+//! While neurons are added, a strip's sums lie in the order in which four blocks' nibbles come apart:
+//! columns 0 … 7 of four blocks, then columns 8 … 15, and so on.
+//!
+//! The loop of [`strip`] is [`super::rounded::x86`]'s around other products.
+
+#![cfg(target_arch = "x86_64")]
+
+use std::arch::x86_64::*;
+use std::mem::MaybeUninit;
+use std::ops::Range;
+
+use super::super::NeuronRows;
+use super::super::tree::SUBTREES_MAX;
+use super::rounded::{ROUNDED, runs};
+use super::strips::{STRIP, strips, sum_groups};
+use super::x86::Active;
+use crate::dot::prefetch_bytes;
+use crate::dot::rows512::vnni_fn;
+use crate::quant::BLOCK;
+
+const PAIRS: usize = ROUNDED / 2;
+/// Blocks that are taken together.
+const UNIT: usize = 4;
+/// Blocks that are rounded together.
+const LANES: usize = 16;
+/// Blocks of a strip, to whole registers of lanes.
+const ROOM: usize = STRIP.next_multiple_of(LANES);
+
+/// Rounded activations of up to [`ROUNDED`] neurons for a strip of columns, as in
+/// [`super::rounded::x86`].
+struct Rounded {
+    pairs: [[u32; ROOM]; PAIRS],
+    offsets: [u32; ROOM],
+    scales: [f32; ROOM],
+}
+
+/// Blocks `first` … `first + width - 1` of rows of `n_blocks`.
+#[derive(Clone, Copy)]
+struct Columns {
+    n_blocks: usize,
+    first: usize,
+    width: usize,
+}
+
+impl Columns {
+    /// A bit for each of up to `most` blocks from the `n`th on.
+    #[inline(always)]
+    fn bits(&self, n: usize, most: usize) -> u64 {
+        (1u64 << (self.width - n).min(most)) - 1
+    }
+
+    /// Scales of a row from the `n`th block on.
+    #[inline(always)]
+    fn scales(&self, row: *const u8, n: usize) -> *const u8 {
+        row.wrapping_add(self.n_blocks * 16 + 2 * (self.first + n))
+    }
+
+    /// Nibbles of a row from the `n`th block on.
+    #[inline(always)]
+    fn nibbles(&self, row: *const u8, n: usize) -> *const u8 {
+        row.wrapping_add(16 * (self.first + n))
+    }
+
+    #[inline(always)]
+    fn prefetch(&self, row: *const u8) {
+        prefetch_bytes(self.nibbles(row, 0), 16 * self.width);
+        prefetch_bytes(self.scales(row, 0), 2 * self.width);
+    }
+}
+
+vnni_fn! {
+    /// The list's neurons, columns in strips of nearly equal size.
+    ///
+    /// # Safety
+    /// The machine has AVX-512; shapes were checked by the caller; rows are `Q4_0`.
+    pub(super) fn active(list: Active<'_>, cols: Range<usize>, sums: &mut [&mut [f32]]) {
+        for blocks in strips(&cols) {
+            let at = blocks.start * BLOCK - cols.start;
+            strip(list, blocks, at, sums);
+        }
+    }
+}
+
+vnni_fn! {
+    /// # Safety
+    /// As [`active`]; the blocks (at most [`STRIP`]) are in the rows.
+    fn strip(list: Active<'_>, blocks: Range<usize>, at: usize, sums: &mut [&mut [f32]]) {
+        let down: &NeuronRows<'_> = &list.down;
+        let columns = Columns {
+            n_blocks: down.n_embd / BLOCK,
+            first: blocks.start,
+            width: blocks.len(),
+        };
+        let row = |j: usize| down.row(list.ids[j] as usize).as_ptr();
+        let width = blocks.len().next_multiple_of(UNIT) * BLOCK;
+        let mut rounded = MaybeUninit::<Rounded>::uninit();
+        let mut done = [[0.0f32; STRIP * BLOCK]; SUBTREES_MAX + 1];
+        let flat = done.as_flattened_mut();
+        sum_groups(list.groups, flat, STRIP * BLOCK, width, |span, y| {
+            for run in runs(list.ids, span.clone()) {
+                for j in run.end..(run.end + run.len()).min(list.ids.len()) {
+                    columns.prefetch(row(j));
+                }
+                let mut rows = [std::ptr::null(); ROUNDED];
+                for (to, j) in rows.iter_mut().zip(run.clone()) {
+                    *to = row(j);
+                }
+                let rows = &rows[..run.len()];
+                // SAFETY: this function's contract; `y` holds whole units.
+                unsafe {
+                    round(rows, &list.a[run], columns, rounded.as_mut_ptr());
+                    for n in (0..columns.width).step_by(UNIT) {
+                        add_unit(rows, rounded.as_ptr(), n, columns, y.as_mut_ptr().add(n * BLOCK));
+                    }
+                }
+            }
+        });
+        for (sum, y) in sums.iter_mut().zip(&done) {
+            let sum = sum[at..].chunks_exact_mut(BLOCK).take(columns.width);
+            for (n, block) in sum.enumerate() {
+                let unit = &y[n / UNIT * UNIT * BLOCK..][..UNIT * BLOCK];
+                for (part, to) in block.chunks_exact_mut(8).enumerate() {
+                    to.copy_from_slice(&unit[(part * UNIT + n % UNIT) * 8..][..8]);
+                }
+            }
+        }
+    }
+}
+
+vnni_fn! {
+    /// # Safety
+    /// As [`active`]; as many whole rows as activations, 1 to [`ROUNDED`]. All of `out` that belongs
+    /// to the rows and columns is set.
+    fn round(rows: &[*const u8], a: &[f32], columns: Columns, out: *mut Rounded) {
+        let mut s = [_mm512_setzero_ps(); ROUNDED + 1];
+        for first in (0..columns.width).step_by(LANES) {
+            let mask = columns.bits(first, LANES) as u16;
+            let (mut amax, mut bad) = (_mm512_setzero_ps(), _mm512_setzero_ps());
+            for (n, (&row, &a)) in rows.iter().zip(a).enumerate() {
+                let d = _mm256_maskz_loadu_epi16(mask, columns.scales(row, first).cast());
+                let v = _mm512_mul_ps(_mm512_set1_ps(a), _mm512_cvtph_ps(d));
+                amax = _mm512_max_ps(_mm512_abs_ps(v), amax);
+                bad = _mm512_fmadd_ps(v, _mm512_setzero_ps(), bad);
+                s[n] = v;
+            }
+            s[rows.len()] = _mm512_setzero_ps();
+            let of_127 = _mm512_set1_ps(127.0);
+            let scale = _mm512_add_ps(_mm512_div_ps(amax, of_127), bad);
+            let inverse = _mm512_div_ps(of_127, amax);
+            let usable = _mm512_cmp_ps_mask::<_CMP_LT_OQ>(inverse, _mm512_set1_ps(f32::INFINITY));
+            let inverse = _mm512_maskz_mov_ps(usable, inverse);
+            _mm512_storeu_ps((&raw mut (*out).scales).cast::<f32>().add(first), scale);
+            let (mut total, byte) = (_mm512_setzero_si512(), _mm512_set1_epi32(0xFF));
+            for pair in 0..rows.len().div_ceil(2) {
+                let rounded = |n: usize| _mm512_cvtps_epi32(_mm512_mul_ps(s[n], inverse));
+                let (one, two) = (rounded(2 * pair), rounded(2 * pair + 1));
+                total = _mm512_add_epi32(total, _mm512_add_epi32(one, two));
+                let two = _mm512_slli_epi32::<8>(_mm512_and_si512(two, byte));
+                let both = _mm512_or_si512(_mm512_and_si512(one, byte), two);
+                let both = _mm512_or_si512(both, _mm512_slli_epi32::<16>(both));
+                let to = (&raw mut (*out).pairs[pair]).cast::<u32>().add(first);
+                _mm512_storeu_si512(to.cast(), both);
+            }
+            let offset = _mm512_sub_epi32(_mm512_setzero_si512(), _mm512_slli_epi32::<3>(total));
+            let word = _mm512_and_si512(offset, _mm512_set1_epi32(0xFFFF));
+            let both = _mm512_or_si512(word, _mm512_slli_epi32::<16>(word));
+            let to = (&raw mut (*out).offsets).cast::<u32>().add(first);
+            _mm512_storeu_si512(to.cast(), both);
+        }
+    }
+}
+
+vnni_fn! {
+    /// Adds the rows' blocks from the strip's `n`th on, up to four, to 128 values at `y`.
+    ///
+    /// # Safety
+    /// As [`round`], which has set `rounded`; `y` has room.
+    fn add_unit(rows: &[*const u8], rounded: *const Rounded, n: usize, columns: Columns, y: *mut f32) {
+        let four = |from: *const u32| {
+            let each = _mm512_setr_epi32(0, 0, 0, 0, 1, 1, 1, 1, 2, 2, 2, 2, 3, 3, 3, 3);
+            let four = _mm512_castsi128_si512(_mm_loadu_si128(from.add(n).cast()));
+            _mm512_permutexvar_epi32(each, four)
+        };
+        // sums of 16 bits wrap, but the whole does not: |Σ S · (q − 8)| ≤ 16 · 127 · 8
+        let mut sums = [four((&raw const (*rounded).offsets).cast()); 4];
+        let nibble = _mm512_set1_epi8(0xF);
+        // as wide as four blocks, 16 bytes each
+        let mask = match columns.width - n {
+            0..UNIT => (1u64 << (16 * (columns.width - n))) - 1,
+            _ => u64::MAX,
+        };
+        for (pair, rows) in rows.chunks(2).enumerate() {
+            let load = |row: *const u8| _mm512_maskz_loadu_epi8(mask, columns.nibbles(row, n).cast());
+            let (one, two) = (load(rows[0]), load(rows[rows.len() - 1]));
+            let s = four((&raw const (*rounded).pairs[pair]).cast());
+            for (half, both) in [_mm512_unpacklo_epi8(one, two), _mm512_unpackhi_epi8(one, two)]
+                .into_iter()
+                .enumerate()
+            {
+                let low = _mm512_and_si512(both, nibble);
+                let high = _mm512_and_si512(_mm512_srli_epi16::<4>(both), nibble);
+                sums[half] = _mm512_add_epi16(sums[half], _mm512_maddubs_epi16(low, s));
+                sums[2 + half] = _mm512_add_epi16(sums[2 + half], _mm512_maddubs_epi16(high, s));
+            }
+        }
+        let scales = _mm512_castps128_ps512(_mm_loadu_ps((&raw const (*rounded).scales).cast::<f32>().add(n)));
+        let two_blocks = |first: i32| {
+            let second = first + 1;
+            let each = _mm512_setr_epi32(
+                first, first, first, first, first, first, first, first,
+                second, second, second, second, second, second, second, second,
+            );
+            _mm512_permutexvar_ps(each, scales)
+        };
+        let scales = [two_blocks(0), two_blocks(2)];
+        for (part, sum) in sums.into_iter().enumerate() {
+            let halves = [_mm512_castsi512_si256(sum), _mm512_extracti64x4_epi64::<1>(sum)];
+            for (n, (half, scale)) in halves.into_iter().zip(scales).enumerate() {
+                let to = y.add(part * UNIT * 8 + 16 * n);
+                let value = _mm512_cvtepi32_ps(_mm512_cvtepi16_epi32(half));
+                _mm512_storeu_ps(to, _mm512_fmadd_ps(value, scale, _mm512_loadu_ps(to)));
+            }
+        }
+    }
+}
