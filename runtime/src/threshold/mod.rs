@@ -39,10 +39,10 @@ const SPEED_UP_MIN: f64 = 1.01;
 const PROBED_CHUNKS: usize = 4;
 /// of so many tokens.
 const PROBED_TOKENS: usize = 128;
-/// A trial ends early after this part of the text, one of so many,
-const JUDGED_FIRST: usize = 4;
-/// where the rise lies so many standard errors above the budget.
-const HOPELESS_ERRORS: f64 = 2.0;
+/// A trial looks at its rise after each of so many parts of the text,
+const JUDGED_PARTS: usize = 4;
+/// and ends where it lies so many standard errors above the budget.
+const HOPELESS_ERRORS: f64 = 1.0;
 
 /// How thresholds are calibrated.
 #[derive(Debug, Clone, PartialEq)]
@@ -73,7 +73,7 @@ impl Default for CalibrateOptions {
             chunk_tokens: 512,
             sampled_chunks: 4,
             n_samples: 256,
-            scored_chunks: 24,
+            scored_chunks: 16,
             bench_rounds: 5,
             bench_tokens: 64,
         }
@@ -232,22 +232,20 @@ impl<'a> Calibration<'a> {
         Ok((rise, error, perplexity(&nlls)))
     }
 
-    /// The same as far as it decides: the rise and its standard error, over a part of the text where even that lies
-    /// far above the budget.
+    /// The same as far as it decides: the rise and its standard error, over a part of the text where that lies
+    /// above the budget by more than its error.
     fn judge(&self, thresholds: &Arc<Thresholds>) -> Result<(f64, f64), RuntimeError> {
         let model = self.trials.with(thresholds)?;
         let first = self.scored[0].len() / 4;
-        let (begin, more) = self
-            .scored
-            .split_at(self.scored.len().div_ceil(JUDGED_FIRST));
-        let mut nlls = self.trials.score(&model, begin, first)?;
-        let (so_far, error) = rise(&self.off[..nlls.len()], &nlls);
-        let hopeless = so_far - HOPELESS_ERRORS * error > self.how.budget;
-        if hopeless || more.is_empty() {
-            return Ok((so_far, error));
+        let (mut nlls, mut judged) = (vec![], (0.0, 0.0));
+        for part in self.scored.chunks(self.scored.len().div_ceil(JUDGED_PARTS)) {
+            nlls.extend(self.trials.score(&model, part, first)?);
+            judged = rise(&self.off[..nlls.len()], &nlls);
+            if judged.0 - HOPELESS_ERRORS * judged.1 > self.how.budget {
+                break;
+            }
         }
-        nlls.extend(self.trials.score(&model, more, first)?);
-        Ok(rise(&self.off, &nlls))
+        Ok(judged)
     }
 
     /// Quantises each layer's rows of down again, alone, and sees how far that moves the likelihoods of a short text.
