@@ -1,7 +1,9 @@
 //! What thresholds cost a SiLU model: perplexity against the share of neurons skipped.
 //!
-//! `cargo run --release --example threshold_curve -- MODEL TEXT [CHUNKS] [WAY...]`, a way being `product`, `gate`, and
-//! `:equal` or `:residual` behind it, then perhaps a type of down rows: `product:residual:Q5_0`.
+//! `cargo run --release --example threshold_curve -- MODEL TEXT [OPTION=VALUE...] [WAY...]`, a way being `product`,
+//! `gate`, and `:equal` or `:residual` behind it, then perhaps a type of down rows and how many fragile layers are spared: `product:residual:Q5_0:2`.
+//!
+//! Options: `chunks=16`, `tokens=512` in each, `threads=N`, `activations=f32`, and `shares=0,30` in percent.
 
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
@@ -13,21 +15,61 @@ use pi_runtime::model::predicting::Predicting;
 use pi_runtime::model::sparsity::writable_type;
 use pi_runtime::model::threshold::Criterion;
 use pi_runtime::session::{ModelOptions, N_UBATCH, ThresholdSource, TopologyFile};
+use pi_runtime::threshold::fragility::Fragility;
 use pi_runtime::threshold::proposal::{Division, Way};
 use pi_runtime::threshold::{CalibrateOptions, Calibration};
 
-const SHARES: [f64; 7] = [0.0, 0.05, 0.1, 0.2, 0.3, 0.4, 0.5];
+/// What the arguments ask for.
+struct Asked {
+    chunks: usize,
+    tokens: usize,
+    threads: Option<usize>,
+    activations: ActivationMode,
+    shares: Vec<f64>,
+    ways: Vec<String>,
+}
+
+impl Asked {
+    fn read(arguments: &[String]) -> Result<Self, Box<dyn std::error::Error>> {
+        let mut asked = Self {
+            chunks: 16,
+            tokens: 512,
+            threads: None,
+            activations: ActivationMode::Q8,
+            shares: vec![0.0, 0.05, 0.1, 0.2, 0.3, 0.4, 0.5],
+            ways: vec![],
+        };
+        for argument in arguments {
+            match argument.split_once('=') {
+                None => asked.ways.push(argument.clone()),
+                Some(("chunks", value)) => asked.chunks = value.parse()?,
+                Some(("tokens", value)) => asked.tokens = value.parse()?,
+                Some(("threads", value)) => asked.threads = Some(value.parse()?),
+                Some(("activations", "f32")) => asked.activations = ActivationMode::F32,
+                Some(("activations", "q8")) => asked.activations = ActivationMode::Q8,
+                Some(("shares", value)) => {
+                    let percent = value.split(',').map(str::parse::<f64>);
+                    let shares = percent.map(|share| share.map(|share| share / 100.0));
+                    asked.shares = shares.collect::<Result<_, _>>()?;
+                }
+                Some(_) => return Err(format!("what is {argument}?").into()),
+            }
+        }
+        Ok(asked)
+    }
+}
 
 fn main() -> Result<(), Box<dyn std::error::Error>> {
     let arguments: Vec<String> = std::env::args().skip(1).collect();
     let [model, text, rest @ ..] = &arguments[..] else {
-        return Err("threshold_curve MODEL TEXT [CHUNKS] [WAY...]".into());
+        return Err("threshold_curve MODEL TEXT [OPTION=VALUE...] [WAY...]".into());
     };
+    let asked = Asked::read(rest)?;
     let options = ModelOptions {
         path: PathBuf::from(model),
         n_ctx: 0,
         sparsity: Some(Sparsity::Threshold),
-        cpu: Cpu::detect(ActivationMode::Q8),
+        cpu: Cpu::detect(asked.activations),
         kv_type: KvType::F16,
         trace: None,
         n_batch: N_UBATCH,
@@ -38,10 +80,11 @@ fn main() -> Result<(), Box<dyn std::error::Error>> {
         predicting: Predicting::default(),
     };
     let how = CalibrateOptions {
-        scored_chunks: rest.first().map_or(Ok(16), |chunks| chunks.parse())?,
+        scored_chunks: asked.chunks,
+        chunk_tokens: asked.tokens,
         ..CalibrateOptions::default()
     };
-    let plan = TopologyFile::default().plan(None)?;
+    let plan = TopologyFile::default().plan(asked.threads)?;
     let words = std::fs::read_to_string(text)?;
     let interrupt = Arc::default();
     let calibration = Calibration::begin(
@@ -53,9 +96,16 @@ fn main() -> Result<(), Box<dyn std::error::Error>> {
         &mut |step| eprintln!("{step:?}"),
         &interrupt,
     )?;
+    let spares = |name: &String| name.split(':').count() > 3;
+    let fragility = if asked.ways.iter().any(spares) {
+        calibration.fragility()?
+    } else {
+        Fragility::default()
+    };
+    eprintln!("{fragility:?}");
     println!("| way | wanted | skipped | MB/token | perplexity | rise | error |");
     println!("|---|---|---|---|---|---|---|");
-    for name in rest.iter().skip(1) {
+    for name in &asked.ways {
         let mut parts = name.split(':');
         let criterion = parts.next().and_then(Criterion::from_name);
         let criterion = criterion.ok_or("a way is product or gate")?;
@@ -63,11 +113,12 @@ fn main() -> Result<(), Box<dyn std::error::Error>> {
             Some("equal") => Division::Equal,
             _ => Division::ByResidual,
         };
-        let proposer = calibration.proposer(division)?;
+        let proposer = calibration.proposer(division)?.sparing(&fragility);
         let way = match parts.next() {
             Some(down) => Way {
                 criterion,
                 down: Some(writable_type(down)?),
+                spared: parts.next().map_or(Ok(0), str::parse)?,
             },
             None => {
                 let ways = proposer.ways().into_iter();
@@ -76,7 +127,7 @@ fn main() -> Result<(), Box<dyn std::error::Error>> {
                     .ok_or("no way")?
             }
         };
-        for share in SHARES {
+        for &share in &asked.shares {
             let proposal = proposer.propose_all(way, share);
             let (rise, error, ppl) = calibration.try_out(&proposal.thresholds)?;
             println!(

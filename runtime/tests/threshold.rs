@@ -304,6 +304,44 @@ fn damaged_thresholds_are_refused() {
 }
 
 #[test]
+fn layers_that_bear_quantising_again_badly_are_spared() {
+    for neuron_major in [false, true] {
+        let model = silu(neuron_major);
+        let folder = Folder::with(&model);
+        let options = options(&folder.path("m.gguf"));
+        let plan = TopologyFile::default().plan(Some(1)).unwrap();
+        let how = CalibrateOptions {
+            chunk_tokens: 64,
+            sampled_chunks: 1,
+            n_samples: 16,
+            scored_chunks: 2,
+            bench_rounds: 0,
+            ..CalibrateOptions::default()
+        };
+        let (text, file, interrupt) = (TEXT.repeat(6), Path::new("text"), Arc::default());
+        let quiet = &mut |_: Step<'_>| ();
+        let calibration =
+            Calibration::begin(&options, &plan, &text, file, &how, quiet, &interrupt).unwrap();
+        let fragility = calibration.fragility().unwrap();
+        let proposer = calibration.proposer(Division::ByResidual).unwrap();
+        let proposer = proposer.sparing(&fragility);
+        let all: Vec<usize> = (0..model.n_layer).collect();
+        let mut ordered = fragility.worst(model.n_layer).to_vec();
+        ordered.sort_unstable();
+        // rows of neurons in the file are taken as they are, and no layer suffers
+        assert_eq!(ordered, if neuron_major { vec![] } else { all });
+        assert_eq!(neuron_major, fragility.counts() == [0]);
+        let most = proposer.ways().into_iter().max_by_key(|way| way.spared);
+        let most = most.unwrap();
+        let layers = &proposer.propose_all(most, 0.3).thresholds.layers;
+        for (layer, thresholds) in layers.iter().enumerate() {
+            let spared = fragility.worst(most.spared).contains(&layer);
+            assert_eq!(thresholds.is_none(), spared, "layer {layer} of {most:?}");
+        }
+    }
+}
+
+#[test]
 fn a_real_model_reads_less_and_stays_near() {
     let path = workspace().join("models/extra/SmolLM2-135M-Instruct.Q4_1.gguf");
     if !path.exists() {
@@ -334,6 +372,7 @@ fn a_real_model_reads_less_and_stays_near() {
     let way = Way {
         criterion: Criterion::Product,
         down: Some(QuantType::Q5_0),
+        spared: 0,
     };
     assert!(proposer.ways().contains(&way), "{:?}", proposer.ways());
     let proposal = proposer.propose_all(way, 0.3);

@@ -14,7 +14,8 @@ use pi_kernels::{Layout, MatrixRef, MatrixShape, QuantType};
 use pi_runtime::gguf::GgufFile;
 use pi_runtime::model::footprint::Footprint;
 use pi_runtime::model::node_memory::{Arena, HeapMemory, NodeMemory};
-use pi_runtime::model::quantize::{dequantize_row, quantize_row};
+use pi_runtime::model::quantize::dequantize_row;
+use pi_runtime::model::requantize::requantize_row;
 use pi_runtime::model::sparsity::{DownPlan, SparsityPlan};
 use pi_runtime::model::tensors::{FileMatrix, LayerTensors};
 use pi_runtime::model::{Hyperparameters, Loader, ModelError, ModelTensors, Sparsity};
@@ -108,7 +109,7 @@ fn transposed_row(down: &FileMatrix, neuron: usize, to: QuantType) -> Vec<f32> {
     let column = (0..down.n_rows()).map(|row| file_row(down, row)[neuron]);
     let column: Vec<f32> = column.collect();
     let mut bytes = vec![0; to.row_bytes(column.len())];
-    quantize_row(to, &column, &mut bytes);
+    requantize_row(to, &column, &mut bytes);
     let mut values = vec![f32::NAN; column.len()];
     dequantize_row(to, &bytes, &mut values);
     values

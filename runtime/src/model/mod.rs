@@ -11,6 +11,7 @@ pub mod load;
 pub mod node_memory;
 pub mod predicting;
 pub mod quantize;
+pub mod requantize;
 pub mod rope;
 pub mod shares;
 pub mod sparsity;

@@ -7,7 +7,7 @@ use pi_kernels::QuantType;
 use pi_kernels::quant::dequantize_block;
 
 /// Values in a block of every type written here, other than the float types.
-const BLOCK_VALUES: usize = 32;
+pub(super) const BLOCK_VALUES: usize = 32;
 
 /// The types that [`quantize_row`] writes, in the order in which messages list them.
 pub const WRITABLE_TYPES: [QuantType; 8] = [
@@ -135,7 +135,7 @@ fn block_affine<const BITS: u32>(x: &[f32], y: &mut [u8]) {
 }
 
 /// Writes 32 codes: with 5 bits the fifth bits first as one little-endian u32, then value j beside value j + 16.
-fn write_codes<const BITS: u32>(x: &[f32], code: impl Fn(f32) -> u8, y: &mut [u8]) {
+pub(super) fn write_codes<const BITS: u32>(x: &[f32], code: impl Fn(f32) -> u8, y: &mut [u8]) {
     let (low, high) = x.split_at(BLOCK_VALUES / 2);
     let mut fifth_bits = 0u32;
     let nibbles_at = if BITS == 5 { 4 } else { 0 };

@@ -4,7 +4,8 @@ use std::ops::Range;
 
 use pi_kernels::QuantType;
 
-use super::quantize::{dequantize_row, quantize_row};
+use super::quantize::dequantize_row;
+use super::requantize::requantize_row;
 use super::tensors::FileMatrix;
 
 /// Neurons transposed at a time, at least: whole blocks of any type that are 32 or 256 neurons.
@@ -46,7 +47,7 @@ impl<'a> Transposer<'a> {
             self.fill_tile(start..end);
             let n_embd = self.down.n_rows();
             for neuron in start.max(neurons.start)..end.min(neurons.end) {
-                quantize_row(
+                requantize_row(
                     self.to,
                     &self.tile[(neuron - start) * n_embd..][..n_embd],
                     &mut self.row,

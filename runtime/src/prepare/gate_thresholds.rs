@@ -46,11 +46,17 @@ impl Preparation {
             let line = match step {
                 Step::Sampling => "thresholds: taking samples".to_owned(),
                 Step::Sorting => "thresholds: sorting contributions".to_owned(),
+                Step::Probing => "thresholds: trying each layer alone".to_owned(),
                 Step::Timing => "thresholds: decoding in both modes in turn".to_owned(),
-                Step::Tried { proposal, rise } => format!(
-                    "thresholds: {:.1} % of the neurons skipped cost {:+.2} % perplexity",
+                Step::Tried {
+                    proposal,
+                    rise,
+                    error,
+                } => format!(
+                    "thresholds: {:.1} % of the neurons skipped cost {:+.2} ± {:.2} % perplexity",
                     proposal.thresholds.skipped * 100.0,
-                    rise * 100.0
+                    rise * 100.0,
+                    error * 100.0
                 ),
             };
             self.observer.say(&line);

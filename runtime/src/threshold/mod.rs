@@ -5,6 +5,7 @@
 //! that is left out; it is divided by the neuron's ‖down row‖, so that the decode path compares with one number.
 
 pub mod distribution;
+pub mod fragility;
 pub mod proposal;
 pub mod samples;
 pub mod search;
@@ -25,13 +26,23 @@ use crate::model::{Hyperparameters, ModelError, ModelTensors};
 use crate::session::{LoadedModel, ModelOptions};
 use crate::sidecar::{ThresholdFigures, ThresholdSection};
 use crate::tokenizer::EncodeOptions;
+use fragility::Fragility;
 use proposal::{Division, Proposal, Proposer};
 use samples::{LayerStatistics, SampleTap};
-use search::search;
-use trials::{Trials, chunks, perplexity, rise, too_short};
+use search::{search, within};
+use trials::{Trials, chunks, distance, perplexity, rise, too_short};
 
 /// How much faster decoding has to become to be called a gain.
 const SPEED_UP_MIN: f64 = 1.01;
+
+/// Layers are probed on so many chunks,
+const PROBED_CHUNKS: usize = 4;
+/// of so many tokens.
+const PROBED_TOKENS: usize = 128;
+/// A trial looks at its rise after each of so many parts of the text,
+const JUDGED_PARTS: usize = 4;
+/// and ends where it lies so many standard errors above the budget.
+const HOPELESS_ERRORS: f64 = 1.0;
 
 /// How thresholds are calibrated.
 #[derive(Debug, Clone, PartialEq)]
@@ -76,12 +87,16 @@ pub enum Step<'a> {
     Sampling,
     /// The contributions of all neurons are sorted.
     Sorting,
+    /// Each layer alone is quantised again, to see which ones bear it badly.
+    Probing,
     /// Thresholds were tried: perplexity rose by `rise`.
     Tried {
         /// Which.
         proposal: &'a Proposal,
         /// 0.01 is one percent.
         rise: f64,
+        /// Standard error of that.
+        error: f64,
     },
     /// Both modes decode in turn.
     Timing,
@@ -217,6 +232,60 @@ impl<'a> Calibration<'a> {
         Ok((rise, error, perplexity(&nlls)))
     }
 
+    /// The same as far as it decides: the rise and its standard error, over a part of the text where that lies
+    /// above the budget by more than its error.
+    fn judge(&self, thresholds: &Arc<Thresholds>) -> Result<(f64, f64), RuntimeError> {
+        let model = self.trials.with(thresholds)?;
+        let first = self.scored[0].len() / 4;
+        let (mut nlls, mut judged) = (vec![], (0.0, 0.0));
+        for part in self.scored.chunks(self.scored.len().div_ceil(JUDGED_PARTS)) {
+            nlls.extend(self.trials.score(&model, part, first)?);
+            judged = rise(&self.off[..nlls.len()], &nlls);
+            if judged.0 - HOPELESS_ERRORS * judged.1 > self.how.budget {
+                break;
+            }
+        }
+        Ok(judged)
+    }
+
+    /// Quantises each layer's rows of down again, alone, and sees how far that moves the likelihoods of a short text.
+    ///
+    /// # Errors
+    /// As [`calibrate`].
+    pub fn fragility(&self) -> Result<Fragility, RuntimeError> {
+        let proposer = self.proposer(self.how.division)?;
+        // the coarsest type shows it best
+        let Some(way) = proposer.ways().first().copied() else {
+            return Ok(Fragility::default());
+        };
+        let again = proposer.requantised();
+        if again.is_empty() {
+            return Ok(Fragility::default());
+        }
+        let shortened = |chunk: &Vec<u32>| chunk[..chunk.len().min(PROBED_TOKENS)].to_vec();
+        let chunks: Vec<_> = self
+            .scored
+            .iter()
+            .take(PROBED_CHUNKS)
+            .map(shortened)
+            .collect();
+        let first = chunks[0].len() / 4;
+        let off = self.trials.score(&self.trials.off(None)?, &chunks, first)?;
+        let all = proposer.propose_all(way, 0.0).thresholds;
+        let disturbances = again.into_iter().map(|layer| {
+            let mut alone = Thresholds {
+                layers: vec![None; self.hyper.n_layer],
+                skipped: 0.0,
+            };
+            alone.layers[layer].clone_from(&all.layers[layer]);
+            let model = self.trials.with(&Arc::new(alone))?;
+            let nlls = self.trials.score(&model, &chunks, first)?;
+            Ok((layer, distance(&off, &nlls)))
+        });
+        let disturbances = disturbances.collect::<Result<_, RuntimeError>>()?;
+        Ok(Fragility::of(disturbances))
+    }
+
     /// Searches, and measures what was found.
     ///
     /// # Errors
@@ -225,16 +294,22 @@ impl<'a> Calibration<'a> {
         &self,
         progress: &mut dyn FnMut(Step<'_>),
     ) -> Result<ThresholdSection, RuntimeError> {
-        let proposer = self.proposer(self.how.division)?;
+        progress(Step::Probing);
+        let fragility = self.fragility()?;
+        let proposer = self.proposer(self.how.division)?.sparing(&fragility);
         let found = search(
             &proposer.ways(),
             proposer.bytes_off(),
             self.how.budget,
             |way, share| proposer.propose(way, share),
-            |proposal| -> Result<f64, RuntimeError> {
-                let (rise, ..) = self.try_out(&proposal.thresholds)?;
-                progress(Step::Tried { proposal, rise });
-                Ok(rise)
+            |proposal| -> Result<(f64, f64), RuntimeError> {
+                let (rise, error) = self.judge(&proposal.thresholds)?;
+                progress(Step::Tried {
+                    proposal,
+                    rise,
+                    error,
+                });
+                Ok((rise, error))
             },
         )?;
         let thresholds = match found {
@@ -279,7 +354,7 @@ impl<'a> Calibration<'a> {
                 bytes_threshold: compared.bytes[1],
                 tok_s_off: tok_s[0],
                 tok_s_threshold: tok_s[1],
-                gains: rise <= self.how.budget && fewer && faster,
+                gains: within(rise, rise_error, self.how.budget) && fewer && faster,
             },
         })
     }

@@ -5,6 +5,7 @@ use std::sync::Arc;
 use pi_kernels::QuantType;
 
 use super::distribution::thresholds;
+use super::fragility::Fragility;
 use super::samples::LayerStatistics;
 use crate::model::Hyperparameters;
 use crate::model::footprint::Footprint;
@@ -21,6 +22,8 @@ pub struct Way {
     pub criterion: Criterion,
     /// Type of the rows where the file has a quantised plain down projection; the others keep theirs.
     pub down: Option<QuantType>,
+    /// How many of the layers whose rows would be quantised again run as in `off`: those that bear it worst.
+    pub spared: usize,
 }
 
 /// How the skipped share is divided over the layers.
@@ -53,6 +56,7 @@ pub struct Proposer<'a> {
     tensors: &'a ModelTensors,
     layers: &'a [LayerStatistics],
     division: Division,
+    fragility: Option<&'a Fragility>,
     bytes_off: f64,
 }
 
@@ -76,8 +80,27 @@ impl<'a> Proposer<'a> {
             tensors,
             layers,
             division,
+            fragility: None,
             bytes_off: Footprint::of(hyper, tensors, &off).bytes(1.0) as f64,
         })
+    }
+
+    /// The same, spared the layers that are worst by `fragility`.
+    pub fn sparing(self, fragility: &'a Fragility) -> Self {
+        Self {
+            fragility: Some(fragility),
+            ..self
+        }
+    }
+
+    /// Layers whose rows of down a way quantises again.
+    pub fn requantised(&self) -> Vec<usize> {
+        let layers = self.tensors.layers.iter().enumerate();
+        let again = layers.filter(|(_, layer)| match layer.down.stored() {
+            DownStored::Plain(quant) => quant.is_quantised(),
+            DownStored::NeuronMajor(_) => false,
+        });
+        again.map(|(index, _)| index).collect()
     }
 
     /// Weight bytes of a decoded token in `off`.
@@ -108,10 +131,17 @@ impl<'a> Proposer<'a> {
                 types.into_iter().map(Some).collect()
             }
         };
+        let counts = self.fragility.map_or(vec![0], Fragility::counts);
         let of = |criterion| {
-            downs.iter().map(move |down| Way {
-                criterion,
-                down: *down,
+            counts.iter().flat_map({
+                let downs = &downs;
+                move |spared| {
+                    downs.iter().map(move |down| Way {
+                        criterion,
+                        down: *down,
+                        spared: *spared,
+                    })
+                }
             })
         };
         of(Criterion::Product).chain(of(Criterion::Gate)).collect()
@@ -122,7 +152,7 @@ impl<'a> Proposer<'a> {
         self.proposal(way, share, false)
     }
 
-    /// The same in all layers, whether it saves bytes or not.
+    /// The same in all layers that are not spared, whether it saves bytes or not.
     pub fn propose_all(&self, way: Way, share: f64) -> Proposal {
         self.proposal(way, share, true)
     }
@@ -130,22 +160,25 @@ impl<'a> Proposer<'a> {
     fn proposal(&self, way: Way, share: f64, in_all: bool) -> Proposal {
         let taus = self.taus(way.criterion, share);
         let (mut bytes, mut skipped) = (self.bytes_off, 0.0);
+        let spared = self.fragility.map_or(&[][..], |of| of.worst(way.spared));
         let layers = self.layers.iter().zip(&self.tensors.layers).zip(taus);
-        let layers = layers.map(|((statistics, tensors), tau)| {
-            let share = statistics.by(way.criterion).share(tau);
-            let down = down_type(way, tensors.down.stored());
-            let saved = self.saved_bytes(way.criterion, tensors, down, share);
-            if saved <= 0.0 && !in_all {
-                return None;
-            }
-            bytes -= saved;
-            skipped += share / self.layers.len() as f64;
-            Some(LayerThresholds {
-                criterion: way.criterion,
-                down,
-                values: thresholds(tau, &statistics.down_norms),
-            })
-        });
+        let layers = layers
+            .enumerate()
+            .map(|(index, ((statistics, tensors), tau))| {
+                let share = statistics.by(way.criterion).share(tau);
+                let down = down_type(way, tensors.down.stored());
+                let saved = self.saved_bytes(way.criterion, tensors, down, share);
+                if saved <= 0.0 && !in_all || spared.contains(&index) {
+                    return None;
+                }
+                bytes -= saved;
+                skipped += share / self.layers.len() as f64;
+                Some(LayerThresholds {
+                    criterion: way.criterion,
+                    down,
+                    values: thresholds(tau, &statistics.down_norms),
+                })
+            });
         let layers = layers.collect();
         Proposal {
             way,

@@ -6,6 +6,8 @@ use super::proposal::{Proposal, Way};
 const SHARE_MAX: f64 = 0.95;
 /// Shares are told apart by this.
 const SHARE_STEP: f64 = 0.01;
+/// The search ends where it is as near as this.
+const NEAR_ENOUGH: f64 = 0.02;
 /// What a proposal has to save at least over the best so far, of all bytes, to be worth a trial.
 const WORTH: f64 = 0.002;
 
@@ -16,30 +18,48 @@ pub struct Tried {
     pub proposal: Proposal,
     /// How much perplexity rose: 0.01 is one percent.
     pub rise: f64,
+    /// Standard error of that.
+    pub error: f64,
 }
 
-/// The proposal with the fewest bytes whose rise is within `budget`; where there is none, the one that rose least; none
+impl Tried {
+    /// Whether the rise is within `budget`, also if it were a standard error greater.
+    pub fn within(&self, budget: f64) -> bool {
+        within(self.rise, self.error, budget)
+    }
+}
+
+/// Whether a rise of perplexity is within `budget`, also if it were its standard error greater.
+pub fn within(rise: f64, error: f64, budget: f64) -> bool {
+    rise + error <= budget
+}
+
+/// The proposal with the fewest bytes whose rise is [`within`] `budget`; where there is none, the one that rose least; none
 /// where nothing saves bytes.
 ///
 /// Each way is first tried where it saves more than the best so far, so that most cost one trial.
 ///
 /// # Errors
-/// What `rise` returns.
+/// What `rise` returns, which gives a proposal's rise and its standard error.
 pub fn search<E>(
     ways: &[Way],
     bytes_off: f64,
     budget: f64,
     propose: impl Fn(Way, f64) -> Proposal,
-    mut rise: impl FnMut(&Proposal) -> Result<f64, E>,
+    mut rise: impl FnMut(&Proposal) -> Result<(f64, f64), E>,
 ) -> Result<Option<Tried>, E> {
     let (mut best, mut nearest): (Option<Tried>, Option<Tried>) = (None, None);
     for &way in ways {
         let limit = best.as_ref().map_or(bytes_off, |best| best.proposal.bytes) - WORTH * bytes_off;
         let mut attempt = |share: f64| -> Result<bool, E> {
             let proposal = propose(way, share);
-            let rise = rise(&proposal)?;
-            let within = rise <= budget;
-            let tried = Tried { proposal, rise };
+            let (rise, error) = rise(&proposal)?;
+            let tried = Tried {
+                proposal,
+                rise,
+                error,
+            };
+            let within = tried.within(budget);
             if within {
                 best = Some(tried);
             } else if nearest.as_ref().is_none_or(|nearest| rise < nearest.rise) {
@@ -54,7 +74,7 @@ pub fn search<E>(
             continue;
         }
         let (mut low, mut high) = (first, SHARE_MAX);
-        while high - low > SHARE_STEP {
+        while high - low > NEAR_ENOUGH {
             let middle = (low + high) / 2.0;
             if attempt(middle)? {
                 low = middle;
@@ -83,10 +103,14 @@ mod tests {
     use super::*;
     use crate::model::threshold::{Criterion, Thresholds};
 
+    /// Standard error of every rise.
+    const ERROR: f64 = 0.001;
+
     fn way(criterion: Criterion, down: QuantType) -> Way {
         Way {
             criterion,
             down: Some(down),
+            spared: 0,
         }
     }
 
@@ -115,7 +139,7 @@ mod tests {
         let found = search(ways, 100.0, budget, propose, |proposal| {
             n += 1;
             let floor = floor(proposal.way);
-            Ok::<_, Infallible>(floor + 0.04 * proposal.wanted.powi(2))
+            Ok::<_, Infallible>((floor + 0.04 * proposal.wanted.powi(2), ERROR))
         });
         (found.unwrap(), n)
     }
@@ -125,9 +149,9 @@ mod tests {
         let ways = [way(Criterion::Product, QuantType::Q5_0)];
         let (found, n) = run(&ways, 0.005, |_| 0.0);
         let found = found.unwrap();
-        // 0.04 · share² = 0.005
-        assert!((found.proposal.wanted - 0.3535).abs() < 0.01, "{found:?}");
-        assert!(found.rise <= 0.005 && n <= 9, "{n} trials");
+        // 0.04 · share² + 0.001 = 0.005
+        assert!((found.proposal.wanted - 0.3162).abs() < 0.02, "{found:?}");
+        assert!(found.rise + ERROR <= 0.005 && n <= 9, "{n} trials");
     }
 
     #[test]
@@ -170,7 +194,7 @@ mod tests {
             100.0,
             0.005,
             nothing,
-            |_| -> Result<f64, Infallible> { panic!("a trial for nothing") },
+            |_| -> Result<(f64, f64), Infallible> { panic!("a trial for nothing") },
         );
         assert!(found.unwrap().is_none());
     }

@@ -137,6 +137,12 @@ pub(super) fn rise(off: &[f64], with: &[f64]) -> (f64, f64) {
     (ratio - 1.0, (variance / n).sqrt() * ratio)
 }
 
+/// How far one scoring of a text lies from another: root mean square over tokens.
+pub(super) fn distance(off: &[f64], with: &[f64]) -> f64 {
+    let squares = with.iter().zip(off).map(|(with, off)| (with - off).powi(2));
+    (squares.sum::<f64>() / off.len() as f64).sqrt()
+}
+
 /// Perplexity of a text scored so.
 pub(super) fn perplexity(nlls: &[f64]) -> f64 {
     (nlls.iter().sum::<f64>() / nlls.len() as f64).exp()
@@ -217,6 +223,7 @@ mod tests {
         let ratio = perplexity(&with) / perplexity(&off);
         assert!((rise - (ratio - 1.0)).abs() < 1e-12 && error > 0.0);
         assert_eq!(super::rise(&off, &[f64::NAN; 4]).0, f64::INFINITY);
+        assert!((distance(&off, &with) - (0.06f64 / 4.0).sqrt()).abs() < 1e-12);
     }
 
     #[test]
