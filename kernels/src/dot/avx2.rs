@@ -27,6 +27,7 @@ macro_rules! both {
 #[allow(clippy::undocumented_unsafe_blocks)]
 impl Isa for Avx2 {
     type I = I;
+    const AHEAD_BYTES: usize = 8192;
     type F = F;
     const SIGNED_SHIFT: Option<u32> = None;
 

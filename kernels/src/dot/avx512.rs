@@ -18,6 +18,7 @@ unsafe fn broadcast(x: *const i8) -> __m512i {
 impl<const VNNI: bool> Isa for Avx512<VNNI> {
     type I = __m512i;
     type F = __m512;
+    const AHEAD_BYTES: usize = 2048;
     const SIGNED_SHIFT: Option<u32> = if VNNI { Some(7) } else { None };
 
     #[inline(always)]

@@ -10,6 +10,8 @@ pub(crate) trait Isa {
     type I: Copy;
     /// 16 × f32.
     type F: Copy;
+    /// How far ahead a single token's product asks for weights.
+    const AHEAD_BYTES: usize;
     /// What [`Isa::dot_signed`] adds to signed weights to make them unsigned: callers take
     /// `SIGNED_SHIFT` bits' worth of the activations' sum off again. `None`: nothing.
     const SIGNED_SHIFT: Option<u32>;

@@ -20,19 +20,16 @@ const fn bytes_of_sub_block(quant: QuantType) -> usize {
     ROW_GROUP * quant.block_bytes() * BLOCK / quant.block_values()
 }
 
-/// How far ahead a single token's product asks for weights.
-const AHEAD_BYTES: usize = 8192;
-
-/// Asks for `len` bytes from `offset` on, [`AHEAD_BYTES`] further.
+/// Asks for `len` bytes from `offset` on, [`Isa::AHEAD_BYTES`] further.
 ///
 /// A group's planes are read side by side, in steps too short and too many for the processor to
 /// foresee; but a matrix is read from end to end.
 #[inline(always)]
-fn prefetch(start: *const u8, offset: usize, len: usize) {
+fn prefetch<S: Isa>(start: *const u8, offset: usize, len: usize) {
     #[cfg(target_arch = "x86_64")]
     for line in (0..len).step_by(64) {
         use std::arch::x86_64::{_MM_HINT_T0, _mm_prefetch};
-        let ahead = start.wrapping_add(offset + AHEAD_BYTES + line);
+        let ahead = start.wrapping_add(offset + S::AHEAD_BYTES + line);
         // SAFETY: a hint, for any address.
         unsafe { _mm_prefetch::<_MM_HINT_T0>(ahead.cast()) };
     }
@@ -101,7 +98,7 @@ pub(crate) unsafe fn q8<S: Isa, U: Unpack, const T: usize>(
         let mut acc = [S::splat(0.0); T];
         for sub in 0..group.n_cols / BLOCK {
             if T == 1 {
-                prefetch(
+                prefetch::<S>(
                     group.start,
                     sub * bytes_of_sub_block(U::QUANT),
                     bytes_of_sub_block(U::QUANT),
