@@ -13,7 +13,9 @@ use pi_kernels::attention::{
     state_len,
 };
 use pi_kernels::elementwise::{add_assign, relu_mul};
-use pi_kernels::ffn_sparse::{FFN_GROUPS, GroupSpan, down_active, gate_active, up_active};
+use pi_kernels::ffn_sparse::{
+    FFN_GROUPS, GroupSpan, ask_for_down, down_active, gate_active, up_active,
+};
 use pi_kernels::gemm::gemv;
 use pi_kernels::norm::rms_norm;
 use pi_kernels::quant::BLOCK;
@@ -370,6 +372,8 @@ impl<'a> PlainLoop<'a> {
                 all.1.extend_from_slice(values);
             }
             let mine = self.part(thread, all.0.len(), 1);
+            let columns = self.part(thread, self.weights.shape.n_embd, BLOCK);
+            let beside = ask_for_down(rows.down_rows(), columns, &all.0, mine.len());
             let out = self.act.write(mine.clone());
             up_active(
                 self.cpu,
@@ -378,7 +382,7 @@ impl<'a> PlainLoop<'a> {
                 &all.0[mine.clone()],
                 &all.1[mine],
                 out,
-                |_| (),
+                beside,
             );
             self.meet();
             self.down(thread, rows, &all.0);

@@ -118,7 +118,17 @@ fn bench_sparse(c: &mut Criterion) {
             let cpu = Cpu::new(tier, ActivationMode::Q8).expect("tier is available");
             let x = batch(cpu, 1);
             group.bench_function(format!("up/{quant}/{tier}"), |b| {
-                b.iter(|| up_active(cpu, rows(0), x.token(0), &ids, &gate, black_box(&mut a), |_| ()));
+                b.iter(|| {
+                    up_active(
+                        cpu,
+                        rows(0),
+                        x.token(0),
+                        &ids,
+                        &gate,
+                        black_box(&mut a),
+                        |_| (),
+                    )
+                });
             });
             let mut y = vec![0.0; N_COLS];
             let spans = groups(ids.len());

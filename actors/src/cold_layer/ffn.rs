@@ -1,8 +1,8 @@
 //! The node's neurons: gate → skip → up → down, into the node's partial sums.
 //!
-//! One token, `exact`: every thread computes gates of its own neurons and lists those that are open,
-//! while it pulls their records towards the cache. Barrier. The lists together are cut into equal
-//! parts for up. Barrier. Each thread sums down over columns of its own. Gate and up may be
+//! One token, `exact`: every thread computes gates of its own neurons and lists those that are open.
+//! Barrier. The lists together are cut into equal parts for up; beside it, each thread asks for its
+//! columns of all downs. Barrier. Each thread sums down over columns of its own. Gate and up may be
 //! divided in any way, since each value is one thread's; the sum over neurons has its fixed order.
 #![allow(unsafe_code)]
 
@@ -11,7 +11,7 @@ use std::sync::atomic::Ordering;
 
 use pi_kernels::elementwise::{relu_mul, silu_mul};
 use pi_kernels::ffn_sparse::{
-    GroupSpan, SUBTREES_MAX, down_active, down_tokens, up_active, up_tokens,
+    GroupSpan, SUBTREES_MAX, ask_for_down, down_active, down_tokens, up_active, up_tokens,
 };
 use pi_kernels::gemm::gemv;
 use pi_kernels::quant::BLOCK;
@@ -155,16 +155,8 @@ fn sparse_token(job: &Job<'_>, rows: &NeuronStore, member: Member<'_>) {
     gather(scratch, all);
     let n_active = all.ids.len();
     let mine = member.part(n_active, 1);
-    // beside its share of ups, the thread asks for its columns of all downs, in equal steps
-    let (down_rows, columns) = (rows.down_rows(), down_columns(job, &member));
-    let (n_mine, mut asked) = (mine.len(), 0);
-    let ask_for_down = |j: usize| {
-        let next = n_active * (j + 1) / n_mine;
-        for &id in &all.ids[asked..next] {
-            down_rows.prefetch(id as usize, columns.clone());
-        }
-        asked = next;
-    };
+    let columns = down_columns(job, &member);
+    let beside = ask_for_down(rows.down_rows(), columns, &all.ids, mine.len());
     // SAFETY: this part of the activations is this thread's.
     unsafe {
         let out = scratch.act.write(mine.clone());
@@ -175,7 +167,7 @@ fn sparse_token(job: &Job<'_>, rows: &NeuronStore, member: Member<'_>) {
             &all.ids[mine.clone()],
             &all.gates[mine],
             out,
-            ask_for_down,
+            beside,
         );
     }
     if member.thread == 0 {

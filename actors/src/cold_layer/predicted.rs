@@ -9,11 +9,11 @@
 use std::ops::Range;
 use std::sync::atomic::Ordering;
 
+use pi_kernels::ffn_sparse::row_products;
 use pi_kernels::ffn_sparse::sketch::planes::{
     TABLE_BYTES, fill_tables, needs_tables, plane_gates, sign_scores,
 };
 use pi_kernels::ffn_sparse::sketch::{candidates, keep_open};
-use pi_kernels::ffn_sparse::row_products;
 use pi_kernels::gemm::gemv;
 use pi_kernels::{ActRef, ActivationMode, ROW_GROUP};
 
@@ -86,11 +86,7 @@ pub(super) fn set_input(job: &Job<'_>, sketch: &SketchShare) {
 }
 
 /// Lists the thread's active neurons of one token: candidates whose exact gate is open.
-pub(super) fn open_gates(
-    job: &Job<'_>,
-    sketch: &SketchShare,
-    member: &Member<'_>,
-) {
+pub(super) fn open_gates(job: &Job<'_>, sketch: &SketchShare, member: &Member<'_>) {
     let (scratch, share) = (job.scratch, job.share);
     let part = member.part(share.neurons.len(), ROW_GROUP);
     // SAFETY: the list and the thread's scratch are its own until the barrier.

@@ -81,12 +81,7 @@ pub(crate) trait TileRows {
 
     /// What each block of the row adds to (in integers), 0 behind the last; and 16 scales (f16),
     /// 0 behind the last.
-    unsafe fn totals(
-        &self,
-        row: usize,
-        chunk: Chunk,
-        x: &Self::Activations,
-    ) -> (__m512i, __m256i);
+    unsafe fn totals(&self, row: usize, chunk: Chunk, x: &Self::Activations) -> (__m512i, __m256i);
 }
 
 #[repr(C, align(64))]

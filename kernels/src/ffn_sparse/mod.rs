@@ -17,7 +17,7 @@ use crate::quant::QuantType;
 pub use down::{DownScratch, GroupSpan, down_active, down_tokens};
 pub use threshold::{large_active, zero_small};
 pub use tree::{FFN_GROUPS, SUBTREES_MAX, join_subtrees, n_subtrees, subtrees};
-pub use up::{UpScratch, row_products, row_products_tokens, up_active, up_tokens};
+pub use up::{UpScratch, ask_for_down, row_products, row_products_tokens, up_active, up_tokens};
 
 /// One of the two rows (`up`, or `down` = a row of `ffn_down_t`) of each neuron, `[n_neurons,
 /// n_embd]`, each row packed as [`Layout::Rows`], rows `stride_bytes` apart.

@@ -107,7 +107,15 @@ fn up_of_single_rows_equals_the_matrix_product() {
             gemv(cpu, m, x.token(0), 0..N_NEURONS, &mut dense);
             let ids = [1, 2, 40, 63];
             let mut out = [f32::NAN; 4];
-            up_active(cpu, ffn.rows(false), x.token(0), &ids, &[1.0; 4], &mut out, |_| ());
+            up_active(
+                cpu,
+                ffn.rows(false),
+                x.token(0),
+                &ids,
+                &[1.0; 4],
+                &mut out,
+                |_| (),
+            );
             let expected = ids.map(|id| dense[id as usize]);
             assert_eq!(bits(&out), bits(&expected), "{quant} {cpu:?}");
         }
@@ -140,7 +148,15 @@ fn up_of_many_tokens_equals_up_of_one_and_skips_rows() {
                     let g = gate[t * N_NEURONS + n];
                     let mut expected = [0.0];
                     if g != 0.0 {
-                        up_active(cpu, up, x.token(t), &[n as u32], &[g], &mut expected, |_| ());
+                        up_active(
+                            cpu,
+                            up,
+                            x.token(t),
+                            &[n as u32],
+                            &[g],
+                            &mut expected,
+                            |_| (),
+                        );
                     }
                     let got = act[t * N_NEURONS + n];
                     assert_eq!(
@@ -317,7 +333,15 @@ fn a_batch_through_the_matrix_equals_the_rows() {
     let out = StridedOut::from_slice(&mut dense, N_NEURONS, 3, 0..N_NEURONS);
     gemm(cpu, m, &x, 0..3, 0..N_NEURONS, out);
     let mut one = [0.0];
-    up_active(cpu, ffn.rows(false), x.token(2), &[17], &[1.0], &mut one, |_| ());
+    up_active(
+        cpu,
+        ffn.rows(false),
+        x.token(2),
+        &[17],
+        &[1.0],
+        &mut one,
+        |_| (),
+    );
     assert_eq!(dense[2 * N_NEURONS + 17].to_bits(), one[0].to_bits());
 }
 

@@ -36,6 +36,27 @@ pub fn up_active(
     }
 }
 
+/// For [`up_active`], of which this thread multiplies `n_own` rows: asks beside them, in equal steps, for
+/// columns `columns` of the down rows of all `ids`, which it will sum.
+///
+/// # Panics
+/// When called and an id has no row.
+pub fn ask_for_down<'a>(
+    down: NeuronRows<'a>,
+    columns: Range<usize>,
+    ids: &'a [u32],
+    n_own: usize,
+) -> impl FnMut(usize) + 'a {
+    let mut asked = 0;
+    move |j| {
+        let next = ids.len() * (j + 1) / n_own;
+        for &id in &ids[asked..next] {
+            down.prefetch(id as usize, columns.clone());
+        }
+        asked = next;
+    }
+}
+
 /// Writes `rows[ids[j]] · x` to `out[j]` (overwritten); `x` is `[n_embd]`. The bits equal
 /// [`crate::gemm::gemv`]'s.
 ///

@@ -15,13 +15,13 @@ use crate::predictor::thresholds::{Target, fit, fit_floor};
 use crate::sidecar::{Section, sidecar_header};
 
 /// Targets from loose to strict: root mean square over tokens of the share of its mass that a token loses.
-const TARGETS: [f64; 9] = [
-    0.05, 0.035, 0.025, 0.018, 0.012, 0.008, 0.0055, 0.0035, 0.002,
+const TARGETS: [f64; 12] = [
+    0.05, 0.035, 0.025, 0.018, 0.012, 0.009, 0.007, 0.0055, 0.0045, 0.0035, 0.0028, 0.002,
 ];
 /// Share of the target that active neurons of small contribution may lose.
 const FLOOR_SHARE: f64 = 0.25;
 /// Share of the budget that is used: other texts may cost more than the one that is chosen by.
-const BUDGET_USED: f64 = 0.7;
+const BUDGET_USED: f64 = 0.8;
 
 const TARGET_KEY: &str = "sparse.sketch.target";
 

@@ -18,12 +18,7 @@ mod tests;
 ///
 /// # Panics
 /// When there is not one bias per score.
-pub fn candidates(
-    scores: &[f32],
-    bias: &[f32],
-    first_id: u32,
-    ids: &mut Vec<u32>,
-) {
+pub fn candidates(scores: &[f32], bias: &[f32], first_id: u32, ids: &mut Vec<u32>) {
     assert_eq!(scores.len(), bias.len(), "one bias per score");
     ids.clear();
     ids.resize(scores.len(), 0);
@@ -41,11 +36,7 @@ pub fn candidates(
 ///
 /// # Panics
 /// When there is not one gate per id, or an id without a floor.
-pub fn keep_open(
-    ids: &mut Vec<u32>,
-    gates: &mut Vec<f32>,
-    floors: Option<&[f32]>,
-) {
+pub fn keep_open(ids: &mut Vec<u32>, gates: &mut Vec<f32>, floors: Option<&[f32]>) {
     assert_eq!(ids.len(), gates.len(), "one gate per id");
     let mut kept = 0;
     for n in 0..ids.len() {

@@ -98,12 +98,10 @@ unsafe fn block_sums(top: *const u8, table: *const u8) -> (__m128i, __m128i) {
 unsafe fn turned(v: &[__m128i; 8]) -> [__m128i; 8] {
     let low = |a: usize, b: usize| _mm_unpacklo_epi16(v[a], v[b]);
     let high = |a: usize, b: usize| _mm_unpackhi_epi16(v[a], v[b]);
-    let halves = [[low(0, 1), low(2, 3), low(4, 5), low(6, 7)], [
-        high(0, 1),
-        high(2, 3),
-        high(4, 5),
-        high(6, 7),
-    ]];
+    let halves = [
+        [low(0, 1), low(2, 3), low(4, 5), low(6, 7)],
+        [high(0, 1), high(2, 3), high(4, 5), high(6, 7)],
+    ];
     let mut out = *v;
     for (n, pairs) in halves.into_iter().enumerate() {
         let fours = [
