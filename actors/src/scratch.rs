@@ -63,7 +63,7 @@ pub(crate) struct NodeScratch {
     pub sketch_x: Shared<ActBatch>,
     /// Sums of four activations with all signs, for one token.
     pub tables: SharedSlice<u8>,
-    /// Sums of signs, `[groups of neurons, blocks, 16]`.
+    /// Sums of signs, `[neurons to whole groups, sums_stride]`.
     pub sums: SharedSlice<i16>,
     /// The predictor's, on node 0.
     pub ahead: Option<AheadScratch>,
@@ -118,7 +118,7 @@ impl AheadScratch {
 /// What the sketches of a node's layers need.
 struct SketchSizes {
     ranks: BTreeSet<usize>,
-    /// Most blocks of a row in sign planes, and most of them of all rows; 0 without.
+    /// Most blocks of a row in sign planes, and most sums of all rows; 0 without.
     n_blocks: usize,
     n_sums: usize,
 }

@@ -103,4 +103,6 @@ pub fn gate_active(gate: &[f32], first_id: u32, ids: &mut Vec<u32>, values: &mut
 }
 
 #[cfg(test)]
+mod size_tests;
+#[cfg(test)]
 mod tests;

@@ -40,7 +40,7 @@ pub fn up_active(
 /// columns `columns` of the down rows of all `ids`, which it will sum.
 ///
 /// # Panics
-/// When called and an id has no row.
+/// When called, and an id has no row or `n_own` is 0.
 pub fn ask_for_down<'a>(
     down: NeuronRows<'a>,
     columns: Range<usize>,
@@ -96,15 +96,17 @@ fn products(cpu: Cpu, rows: NeuronRows<'_>, x: ActRef<'_>, ids: &[u32], out: &mu
         rows.n_embd
     );
     let q8 = cpu.mode() == ActivationMode::Q8 && rows.quant.is_quantised();
+    let n_blocks = rows.n_embd / BLOCK;
     assert!(
-        !q8 || x.q.len() >= rows.n_embd,
+        !q8 || x.q.len() >= rows.n_embd
+            && x.scales.len() >= n_blocks
+            && x.block_sums.len() >= n_blocks,
         "activations have 8-bit blocks"
     );
     #[cfg(target_arch = "x86_64")]
     if cpu.tier() == Tier::Avx512Vnni && q8 && rows.quant == QuantType::Q4_0 {
-        let known = ids.iter().all(|&id| (id as usize) < rows.n_neurons);
-        assert!(known, "ids of {} neurons", rows.n_neurons);
-        let n_blocks = rows.n_embd / BLOCK;
+        // each row is there
+        ids.iter().for_each(|&id| _ = rows.row(id as usize));
         // SAFETY: as below; all rows are there.
         unsafe { rows512::products(&rows512::Q4_0(rows), x, n_blocks, ids, out) };
         return;

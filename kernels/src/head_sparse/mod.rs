@@ -22,9 +22,6 @@ use crate::ffn_sparse::{NeuronRows, row_products};
 use crate::matrix::{Layout, MatrixRef, ROW_GROUP, StridedOut};
 use crate::simd::by_tier;
 
-/// Rows that are computed while the next ones are on their way.
-const ROWS_AHEAD: usize = 8;
-
 /// Writes the largest of each 16 of `scores` (`[n]` f32) to `out` (`[⌈n / 16⌉]` f32, overwritten); NaN is left out, and
 /// −∞ is the largest of nothing.
 ///
@@ -85,15 +82,7 @@ pub fn collect(scores: &[f32], maxima: &[f32], threshold: f32, first: usize, ids
 /// When `m` is interleaved, an id has no row, or lengths differ.
 pub fn candidate_logits(cpu: Cpu, m: MatrixRef<'_>, x: ActRef<'_>, ids: &[u32], out: &mut [f32]) {
     assert_eq!(ids.len(), out.len(), "one output for each id");
-    let rows = rows_of(&m);
-    let mut chunks = ids.chunks(ROWS_AHEAD).peekable();
-    let mut outs = out.chunks_mut(ROWS_AHEAD);
-    while let (Some(ids), Some(out)) = (chunks.next(), outs.next()) {
-        for &id in chunks.peek().into_iter().copied().flatten() {
-            rows.prefetch(id as usize, 0..rows.n_embd);
-        }
-        row_products(cpu, rows, x, ids, out);
-    }
+    row_products(cpu, rows_of(&m), x, ids, out);
 }
 
 /// Writes rows `rows` of `m` ([`Layout::Rows`]) times rows `0..n_tokens` of `x` to `out` (`[n_tokens, rows.len()]`,
@@ -114,9 +103,9 @@ pub fn all_logits(
         "output fits"
     );
     let matrix = rows_of(&m);
-    let mut ids = [0u32; ROWS_AHEAD];
-    for first in rows.clone().step_by(ROWS_AHEAD) {
-        let n = ROWS_AHEAD.min(rows.end - first);
+    let mut ids = [0u32; ROW_GROUP];
+    for first in rows.clone().step_by(ROW_GROUP) {
+        let n = ROW_GROUP.min(rows.end - first);
         for (lane, id) in ids[..n].iter_mut().enumerate() {
             *id = (first + lane) as u32;
         }

@@ -118,7 +118,7 @@ fn fit<const AFFINE: bool>(x: &Values, q: &Values) -> Scale {
     }
     let n_values = BLOCK_VALUES as f32;
     let (q_mean, x_mean) = (sum(|n| q[n]) / n_values, sum(|n| x[n]) / n_values);
-    let d = sum(|n| (q[n] - q_mean) * (x[n] - x_mean)) / sum(|n| (q[n] - q_mean).powi(2));
+    let d = sum(|n| (q[n] - q_mean) * (x[n] - x_mean)) / sum(|n| (q[n] - q_mean) * (q[n] - q_mean));
     let d = stored(d);
     Scale {
         d,

@@ -36,7 +36,7 @@ pub enum SketchKind {
         /// `[n_ff, rank]`
         b: FileMatrix,
     },
-    /// The gate's top bits, of gates in `Q4_0`.
+    /// The gate's signs, of gates in `Q4_0`.
     Signs,
 }
 

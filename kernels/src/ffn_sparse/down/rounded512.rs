@@ -23,6 +23,7 @@ use crate::quant::BLOCK;
 const PAIRS: usize = ROUNDED / 2;
 /// Blocks that are taken together.
 const UNIT: usize = 4;
+const _: () = assert!(STRIP.is_multiple_of(UNIT), "sums of subtrees do not meet");
 /// Blocks that are rounded together.
 const LANES: usize = 16;
 /// Blocks of a strip, to whole registers of lanes.

@@ -341,14 +341,28 @@ pub fn fill_tables(cpu: Cpu, x: ActRef<'_>, blocks: Range<usize>, tables: &mut [
     }
 }
 
+/// # Panics
+/// When activations have no 8-bit blocks for all columns, or a plane is too short.
+fn check(planes: &GatePlanes<'_>, x: ActRef<'_>) {
+    let (shape, n_blocks) = (planes.shape, planes.shape.n_blocks());
+    assert!(
+        x.q.len() >= shape.n_cols && x.scales.len() >= n_blocks && x.block_sums.len() >= n_blocks,
+        "activations of 8 bits"
+    );
+    assert!(
+        planes.top.len() >= shape.top_bytes() && planes.rest.len() >= shape.rest_bytes(),
+        "planes of {shape:?}"
+    );
+}
+
 /// Whether the scores use [`fill_tables`]' tables in this tier.
 pub fn needs_tables(cpu: Cpu) -> bool {
-    cpu.tier() < Tier::Avx512Vnni
+    (Tier::Avx2..Tier::Avx512Vnni).contains(&cpu.tier())
 }
 
 /// Scores rows `rows`: writes Σ over blocks of `x_scale · s` to `scores` (`[rows.len()]` f32,
 /// overwritten), one fused multiply-add a block in ascending order, and the integer sums s to `sums`
-/// (`[rows.len()` to whole groups`, shape.sums_stride()]`, overwritten; what is behind a row's blocks
+/// (`[rows.len() to whole groups, shape.sums_stride()]`, overwritten; what is behind a row's blocks
 /// is nobody's).
 ///
 /// `x` has 8-bit blocks, and `tables` are [`fill_tables`]' of all of them where the tier
@@ -371,21 +385,23 @@ pub fn sign_scores(
         "rows {rows:?} of {:?}",
         planes.shape
     );
+    check(&planes, x);
     assert!(
-        x.q.len() >= planes.shape.n_cols && tables.len() >= planes.shape.table_bytes(),
-        "activations fit"
+        !needs_tables(cpu) || tables.len() >= planes.shape.table_bytes(),
+        "tables fit"
     );
     assert!(
         scores.len() == rows.len() && sums.len() >= planes.shape.n_sums(rows.len()),
         "outputs fit"
     );
-    // SAFETY (both): a `Cpu` exists only for tiers that the machine has; lengths are asserted.
     #[cfg(target_arch = "x86_64")]
     match cpu.tier() {
         Tier::Avx512Vnni => {
+            // SAFETY: a `Cpu` exists only for tiers that the machine has; lengths are asserted.
             return unsafe { super::avx512::sign_scores(planes, x, rows, scores, sums) };
         }
         Tier::Avx2 | Tier::Avx512 => {
+            // SAFETY: as above.
             return unsafe { super::x86::sign_scores(planes, x, tables, rows, scores, sums) };
         }
         Tier::Scalar => {}
@@ -423,15 +439,11 @@ pub fn plane_gates(
     ids: &[u32],
     out: &mut [f32],
 ) {
-    let n_blocks = planes.shape.n_blocks();
     assert!(
         first_row.is_multiple_of(ROW_GROUP) && ids.len() == out.len(),
         "one output per id"
     );
-    assert!(
-        x.q.len() >= planes.shape.n_cols && x.block_sums.len() >= n_blocks,
-        "activations of 8 bits"
-    );
+    check(&planes, x);
     let stride = planes.shape.sums_stride();
     let with_sums = first_row..(first_row + sums.len() / stride).min(planes.shape.n_rows);
     let all_there = ids.iter().all(|&id| with_sums.contains(&(id as usize)));
@@ -457,15 +469,16 @@ fn gates_together(
     out: &mut [f32],
 ) {
     let (n_blocks, stride) = (planes.shape.n_blocks(), planes.shape.sums_stride());
-    // SAFETY (both): as in `sign_scores`; all rows and their sums are there.
     #[cfg(target_arch = "x86_64")]
     match cpu.tier() {
         Tier::Avx512Vnni => {
+            // SAFETY: as in `sign_scores`; all rows and their sums are there.
             return unsafe { super::avx512::gates(planes, x, first_row, sums, ids, out) };
         }
         Tier::Avx2 | Tier::Avx512 => {
             for (&id, out) in ids.iter().zip(out) {
                 let sums = &sums[(id as usize - first_row) * stride..][..stride];
+                // SAFETY: as above.
                 *out = unsafe { super::x86::plane_gate(planes, x, id as usize, sums) };
             }
             return;
