@@ -1,7 +1,8 @@
 //! What thresholds cost a SiLU model: perplexity against the share of neurons skipped.
 //!
 //! `cargo run --release --example threshold_curve -- MODEL TEXT [OPTION=VALUE...] [WAY...]`, a way being `product`,
-//! `gate`, and `:equal` or `:residual` behind it, then perhaps a type of down rows and how many fragile layers are spared: `product:residual:Q5_0:2`.
+//! `gate`, and `:equal` or `:residual` behind it, then perhaps a type of down rows and how many fragile layers are
+//! spared: `product:residual:Q5_0:2`.
 //!
 //! Options: `chunks=16`, `tokens=512` in each, `threads=N`, `activations=f32`, and `shares=0,30` in percent.
 

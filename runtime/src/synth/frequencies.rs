@@ -3,7 +3,9 @@
 //! Neuron i fires when z + o_i > 0, where z is its gate's share of the token, standard normal, and the offset o_i is
 //! planted. The offsets are normal over the neurons of a layer: o_i = m + s·u_i. So the frequencies are Φ(o_i).
 
-use super::gaussian::{below, density, excess, excess_square, expect, increasing_root, quantile};
+use super::gaussian::{
+    STEP, below, density, excess, excess_square, expect, increasing_root, points, quantile,
+};
 
 /// Offsets that stand for all in sums over neurons.
 const N_SAMPLE: usize = 96;
@@ -76,17 +78,20 @@ impl Offsets {
     /// that depends on the estimate alone.
     pub fn slack(&self, rho: f64, mass: f64) -> f64 {
         let noise = (1.0 - rho * rho).sqrt();
-        let all = self.mean_of(excess);
-        let found = |slack: f64| {
-            self.mean_of(|offset| {
-                expect(|score| {
-                    let estimate = rho * score + offset;
-                    let chosen = f64::from(u8::from(estimate + slack > 0.0));
-                    chosen * noise * excess(estimate / noise)
-                })
-            })
-        };
-        increasing_root(-3.0, 6.0, |slack| found(slack) / all - mass)
+        let expected = |estimate: f64| noise * excess(estimate / noise);
+        let estimates = |&offset: &f64| points().map(move |score| (score, rho * score + offset));
+        let mut found: Vec<(f64, f64)> = (self.sample.iter().flat_map(estimates))
+            .map(|(score, estimate)| (estimate, density(score) * expected(estimate)))
+            .collect();
+        // those with the highest estimates are chosen first
+        found.sort_by(|a, b| b.0.total_cmp(&a.0));
+        let wanted = mass * self.mean_of(excess) * self.sample.len() as f64 / STEP;
+        let mut so_far = 0.0;
+        let last = found.iter().find(|(_, found)| {
+            so_far += found;
+            so_far >= wanted
+        });
+        last.map_or(6.0, |(estimate, _)| -estimate)
     }
 }
 

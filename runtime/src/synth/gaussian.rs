@@ -32,14 +32,17 @@ pub(super) fn excess_square(v: f64) -> f64 {
     (1.0 + v * v) * below(v) + v * density(v)
 }
 
+/// From one of [`points`] to the next.
+pub(super) const STEP: f64 = 2.0 * END / (N_POINTS - 1) as f64;
+
+/// Values that stand for all in sums over z.
+pub(super) fn points() -> impl Iterator<Item = f64> {
+    (0..N_POINTS).map(|i| -END + STEP * i as f64)
+}
+
 /// E[f(z)], by the trapezoid rule.
 pub(super) fn expect(f: impl Fn(f64) -> f64) -> f64 {
-    let step = 2.0 * END / (N_POINTS - 1) as f64;
-    let point = |i: usize| -END + step * i as f64;
-    (0..N_POINTS)
-        .map(|i| density(point(i)) * f(point(i)))
-        .sum::<f64>()
-        * step
+    points().map(|z| density(z) * f(z)).sum::<f64>() * STEP
 }
 
 /// Where the increasing `f` crosses 0 between `low` and `high`; one of the two where it doesn't.

@@ -121,7 +121,7 @@ pub(super) mod x86 {
         cols: Range<usize>,
         sums: &mut [&mut [f32]],
     ) {
-        for blocks in strips(&cols) {
+        for blocks in strips(&cols, STRIP) {
             let at = blocks.start * BLOCK - cols.start;
             // SAFETY: this function's contract; the strip's blocks are in the row.
             unsafe { strip(list, blocks, at, sums) };
@@ -187,7 +187,7 @@ pub(super) mod x86 {
         let n_tokens = batch.tokens.len();
         let size = TOKENS_ROUNDED * STRIP * BLOCK;
         let mut rounded = Rounded::default();
-        for blocks in strips(&cols) {
+        for blocks in strips(&cols, STRIP) {
             let width = blocks.len() * BLOCK;
             let done = &mut scratch.sums;
             sum_groups(batch.groups, done, size, n_tokens * width, |span, y| {

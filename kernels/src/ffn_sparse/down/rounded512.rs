@@ -14,13 +14,16 @@ use std::ops::Range;
 use super::super::NeuronRows;
 use super::super::tree::SUBTREES_MAX;
 use super::rounded::{ROUNDED, runs};
-use super::strips::{STRIP, strips, sum_groups};
+use super::strips::{strips, sum_groups};
 use super::x86::Active;
 use crate::dot::prefetch_bytes;
 use crate::dot::rows512::vnni_fn;
 use crate::quant::BLOCK;
 
 const PAIRS: usize = ROUNDED / 2;
+/// Blocks of columns that are taken through all neurons together, at most: the more, the fewer and
+/// longer the pieces that are read of a row.
+const STRIP: usize = 32;
 /// Blocks that are taken together.
 const UNIT: usize = 4;
 const _: () = assert!(STRIP.is_multiple_of(UNIT), "sums of subtrees do not meet");
@@ -77,7 +80,7 @@ vnni_fn! {
     /// # Safety
     /// The machine has AVX-512; shapes were checked by the caller; rows are `Q4_0`.
     pub(super) fn active(list: Active<'_>, cols: Range<usize>, sums: &mut [&mut [f32]]) {
-        for blocks in strips(&cols) {
+        for blocks in strips(&cols, STRIP) {
             let at = blocks.start * BLOCK - cols.start;
             strip(list, blocks, at, sums);
         }

@@ -9,11 +9,11 @@ use crate::quant::BLOCK;
 /// Blocks of columns that are taken through all neurons together, at most.
 pub(super) const STRIP: usize = 24;
 
-/// Divides columns `cols` into strips of nearly equal size, at most [`STRIP`]: ranges of blocks.
+/// Divides columns `cols` into strips of nearly equal size, at most `most` blocks: ranges of blocks.
 #[inline(always)]
-pub(super) fn strips(cols: &Range<usize>) -> impl Iterator<Item = Range<usize>> + use<> {
+pub(super) fn strips(cols: &Range<usize>, most: usize) -> impl Iterator<Item = Range<usize>> + use<> {
     let (first, n_blocks) = (cols.start / BLOCK, cols.len() / BLOCK);
-    let n_strips = n_blocks.div_ceil(STRIP);
+    let n_strips = n_blocks.div_ceil(most);
     (0..n_strips).map(move |n| {
         let bound = |n: usize| first + n_blocks * n / n_strips;
         bound(n)..bound(n + 1)

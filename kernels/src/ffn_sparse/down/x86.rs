@@ -333,7 +333,7 @@ unsafe fn active<C: Columns, R: Source>(
     cols: Range<usize>,
     sums: &mut [&mut [f32]],
 ) {
-    for blocks in strips(&cols) {
+    for blocks in strips(&cols, STRIP) {
         let at = blocks.start * BLOCK - cols.start;
         // SAFETY: this function's contract; the strip's blocks are in the row.
         unsafe { strip::<C, R>(list, blocks, at, sums) };
