@@ -23,7 +23,10 @@ const THREADS_MAX: usize = 8;
 static TEAM: [AtomicI32; THREADS_MAX] = [const { AtomicI32::new(0) }; THREADS_MAX];
 
 fn count() {
-    if TOKEN_UNDER_WAY.load(Ordering::SeqCst) {
+    // without a team to watch, no call: under the filter, a team that is done may still free what its run
+    // had while the next one's token is under way
+    let watched = TEAM[0].load(Ordering::SeqCst) != 0;
+    if watched && TOKEN_UNDER_WAY.load(Ordering::SeqCst) {
         let me = gettid();
         if TEAM
             .iter()

@@ -285,12 +285,12 @@ fn normed(x: &[f32], eps: f32) -> Vec<f32> {
 /// The score of the kind `signs`, from the bytes of a Q4_0 row.
 fn sign_score(row: &[u8], x: ActRef<'_>) -> f32 {
     let blocks = row.chunks_exact(18).enumerate().map(|(b, block)| {
-        let scale = half::f16::from_le_bytes([block[0], block[1]]).to_f32();
+        let negative = half::f16::from_le_bytes([block[0], block[1]]).is_sign_negative();
         let q = &x.q[b * 32..][..32];
         let mut sum = 0;
         for (k, byte) in block[2..].iter().enumerate() {
             let sign = |code: u8, q: i8| {
-                if code >= 8 {
+                if (code >= 8) != negative {
                     i32::from(q)
                 } else {
                     -i32::from(q)
@@ -298,7 +298,7 @@ fn sign_score(row: &[u8], x: ActRef<'_>) -> f32 {
             };
             sum += sign(byte & 0xf, q[k]) + sign(byte >> 4, q[k + 16]);
         }
-        scale * x.scales[b] * sum as f32
+        x.scales[b] * sum as f32
     });
     blocks.sum()
 }

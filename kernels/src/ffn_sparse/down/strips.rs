@@ -11,7 +11,10 @@ pub(super) const STRIP: usize = 24;
 
 /// Divides columns `cols` into strips of nearly equal size, at most `most` blocks: ranges of blocks.
 #[inline(always)]
-pub(super) fn strips(cols: &Range<usize>, most: usize) -> impl Iterator<Item = Range<usize>> + use<> {
+pub(super) fn strips(
+    cols: &Range<usize>,
+    most: usize,
+) -> impl Iterator<Item = Range<usize>> + use<> {
     let (first, n_blocks) = (cols.start / BLOCK, cols.len() / BLOCK);
     let n_strips = n_blocks.div_ceil(most);
     (0..n_strips).map(move |n| {
