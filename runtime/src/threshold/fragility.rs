@@ -1,7 +1,7 @@
 //! Which layers bear it badly that their rows of down are quantised again.
 //!
-//! In models with an attention sink a few layers write nearly all of the first token's stream, by a few neurons. Every
-//! later token looks there, so that small errors of these rows move all logits, whereas other layers bear them.
+//! A few layers move all logits by small errors of their rows, whereas the others bear them. A likely reason: in models
+//! with an attention sink a few neurons write nearly all of the first token's stream, where every later token looks.
 
 /// A layer is fragile that disturbs logits so many times as much as the median layer.
 const FRAGILE: f64 = 1.5;

@@ -4,7 +4,7 @@ use super::proposal::{Proposal, Way};
 
 /// Largest share of the neurons that is tried.
 const SHARE_MAX: f64 = 0.95;
-/// Shares are told apart by this.
+/// The lowest share that saves enough is looked for in these steps.
 const SHARE_STEP: f64 = 0.01;
 /// The search ends where it is as near as this.
 const NEAR_ENOUGH: f64 = 0.02;
