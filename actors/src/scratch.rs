@@ -4,7 +4,7 @@ use std::collections::BTreeSet;
 use std::sync::atomic::{AtomicU64, AtomicUsize};
 
 use pi_kernels::attention::{CHUNK_POSITIONS, state_len};
-use pi_kernels::ffn_sparse::sketch::planes::TABLE_BYTES;
+use pi_kernels::ffn_sparse::sketch::input::SketchInput;
 use pi_kernels::ffn_sparse::{DownScratch, FFN_GROUPS, GroupSpan, UpScratch};
 use pi_kernels::quant::BLOCK;
 use pi_kernels::{ActBatch, ActivationMode, QuantType, ROW_GROUP};
@@ -59,12 +59,15 @@ pub(crate) struct NodeScratch {
     pub hidden: SharedF32,
     /// The same as activations.
     pub hidden_rows: RankRows,
-    /// 8-bit activations for sign planes, where others are computed with.
-    pub sketch_x: Shared<ActBatch>,
-    /// Sums of four activations with all signs, for one token.
-    pub tables: SharedSlice<u8>,
-    /// Sums of signs, `[neurons to whole groups, sums_stride]`.
-    pub sums: SharedSlice<i16>,
+    /// One token as sketches of bits take it.
+    pub sketch_x: Shared<SketchInput>,
+    /// Many tokens as integers for the same, and what each is multiplied by.
+    pub sketch_rows: Shared<ActBatch>,
+    pub sketch_scales: SharedF32,
+    /// Sums of signs, `[n_neurons]`.
+    pub sums: SharedSlice<i32>,
+    /// Neurons that signs named in a job, before the next bit was looked at.
+    pub named: AtomicU64,
     /// The predictor's, on node 0.
     pub ahead: Option<AheadScratch>,
 }
@@ -118,9 +121,9 @@ impl AheadScratch {
 /// What the sketches of a node's layers need.
 struct SketchSizes {
     ranks: BTreeSet<usize>,
-    /// Most blocks of a row in sign planes, and most sums of all rows; 0 without.
+    /// Most blocks of a row in planes, and most rows; 0 without.
     n_blocks: usize,
-    n_sums: usize,
+    n_rows: usize,
 }
 
 impl SketchSizes {
@@ -128,7 +131,7 @@ impl SketchSizes {
         let mut sizes = Self {
             ranks: BTreeSet::new(),
             n_blocks: 0,
-            n_sums: 0,
+            n_rows: 0,
         };
         for layer in &model.weights.layers {
             match layer.shares[node]
@@ -140,10 +143,9 @@ impl SketchSizes {
                 Some(SketchKind::LowRank { a, .. }) => {
                     sizes.ranks.insert(a.shape.n_rows);
                 }
-                Some(SketchKind::Signs(planes)) => {
-                    let n_blocks = planes.shape.n_blocks();
-                    sizes.n_blocks = sizes.n_blocks.max(n_blocks);
-                    sizes.n_sums = sizes.n_sums.max(planes.shape.n_sums(planes.shape.n_rows));
+                Some(SketchKind::Bits { planes, .. }) => {
+                    sizes.n_blocks = sizes.n_blocks.max(planes.shape.n_blocks());
+                    sizes.n_rows = sizes.n_rows.max(planes.shape.n_rows);
                 }
             }
         }
@@ -202,6 +204,8 @@ pub(crate) struct ThreadScratch {
     pub hidden: RankRows,
     /// Candidates of two kinds together.
     pub merged: Vec<u32>,
+    /// Sums by two bits of neurons that signs named.
+    pub two_bit_sums: Vec<i32>,
     /// 16 rows of planes put together, in file order, and interleaved.
     pub row: Vec<u8>,
     pub image: Vec<u8>,
@@ -231,8 +235,8 @@ impl NodeScratch {
         let sketch = SketchSizes::of(model, node);
         let thread = || Shared::new(ThreadScratch::new(model, node, n_neurons, &sketch));
         let rank_max = sketch.ranks.last().copied().unwrap_or(0);
-        let q8_apart = sketch.n_blocks > 0 && model.cpu.mode() == ActivationMode::F32;
-        let sketch_cols = if q8_apart { shape.n_embd } else { 0 };
+        let sketch_cols = sketch.n_blocks * BLOCK;
+        let sketch_tokens = if sketch_cols > 0 { n } else { 0 };
         Self {
             q: SharedF32::new(n * n_kv * heads),
             k: SharedF32::new(n * n_kv),
@@ -256,9 +260,15 @@ impl NodeScratch {
             candidates: AtomicU64::new(0),
             hidden: SharedF32::new(n * rank_max),
             hidden_rows: RankRows::new(model.cpu.mode(), &sketch.ranks, n),
-            sketch_x: Shared::new(ActBatch::new(ActivationMode::Q8, sketch_cols, n)),
-            tables: SharedSlice::new(sketch.n_blocks * TABLE_BYTES),
-            sums: SharedSlice::new(sketch.n_sums),
+            sketch_x: Shared::new(SketchInput::new(sketch_cols)),
+            sketch_rows: Shared::new(ActBatch::new(
+                ActivationMode::Q8,
+                sketch_cols,
+                sketch_tokens,
+            )),
+            sketch_scales: SharedF32::new(sketch_tokens),
+            sums: SharedSlice::new(sketch.n_rows),
+            named: AtomicU64::new(0),
             ahead: (node == 0)
                 .then(|| AheadScratch::new(model, n_threads))
                 .flatten(),
@@ -284,7 +294,8 @@ impl NodeScratch {
         let sketch = self.hidden.bytes()
             + self.hidden_rows.bytes()
             + self.sketch_x.own().bytes()
-            + self.tables.bytes()
+            + self.sketch_rows.own().bytes()
+            + self.sketch_scales.bytes()
             + self.sums.bytes();
         let ahead = self.ahead.as_mut().map_or(0, AheadScratch::bytes);
         floats + self.act_rows.own().bytes() + lists + threads + sketch + ahead
@@ -301,7 +312,8 @@ impl ThreadScratch {
         ];
         let floats: usize = floats.iter().map(|values| size_of_val(&***values)).sum();
         let up = self.up.as_ref().map_or(0, UpScratch::bytes);
-        let ids = self.merged.capacity() * size_of::<u32>();
+        let ids = self.merged.capacity() * size_of::<u32>()
+            + self.two_bit_sums.capacity() * size_of::<i32>();
         let planes = self.row.len() + self.image.len();
         let sketch = self.hidden.bytes() + ids + planes;
         self.all.bytes() + floats + up + self.down.bytes() + sketch
@@ -338,6 +350,7 @@ impl ThreadScratch {
                 .map(|sketch| ActBatch::new(model.cpu.mode(), sketch.rank(), 1)),
             hidden: RankRows::new(model.cpu.mode(), &sketch.ranks, 1),
             merged: Vec::with_capacity(n_neurons),
+            two_bit_sums: Vec::with_capacity(sketch.n_rows),
             row: vec![0; group_bytes],
             image: vec![0; group_bytes],
         }

@@ -156,8 +156,14 @@ pub enum SketchKind {
         /// `[neurons.len(), rank]`, interleaved.
         b: Matrix,
     },
-    /// The gate's own signs; the gates are in these planes, and the share's gate is empty.
-    Signs(PlanesStore),
+    /// The first bits of the gates' own weights; the gates are in these planes, and the share's gate is empty.
+    Bits {
+        /// The gates.
+        planes: PlanesStore,
+        /// `[neurons.len()]`: of the neurons that their signs name, those stay candidates whose score by two bits
+        /// and this are together above zero. All without.
+        two_bit_bias: Option<Vec<f32>>,
+    },
 }
 
 /// Gates in planes.

@@ -30,7 +30,7 @@ fn model() -> PlainModel {
     PlainModel::random(47, GateActivation::Relu)
 }
 
-fn signs(sketch: SketchForm) -> Predictors {
+fn bits(sketch: SketchForm) -> Predictors {
     Predictors { sketch, ..IN_LAYER }
 }
 
@@ -72,7 +72,8 @@ fn bits_do_not_depend_on_nodes_threads_or_batch() {
     let (model, tokens) = (model(), tokens(150));
     for (who, pieces) in [
         (IN_LAYER, vec![1, 60, 1, 1, 87]),
-        (signs(SketchForm::Signs), vec![1, 60, 1, 1, 87]),
+        (bits(SketchForm::Signs), vec![1, 60, 1, 1, 87]),
+        (bits(SketchForm::TwoBits), vec![1, 60, 1, 1, 87]),
         // only decoding is predicted ahead
         (BOTH, vec![1; 150]),
         (AHEAD, vec![1; 150]),
@@ -106,18 +107,41 @@ fn bits_do_not_depend_on_nodes_threads_or_batch() {
 fn planes_of_all_candidates_give_the_bits_of_the_whole_gate() {
     let (model, tokens) = (model(), tokens(60));
     for activations in [ActivationMode::F32, ActivationMode::Q8] {
-        let bits = |sketch| {
+        let of = |sketch| {
             let setup = Setup {
-                form: Form::Predicted(signs(sketch)),
+                form: Form::Predicted(bits(sketch)),
                 activations,
                 ..Setup::default()
             };
             let feeder = Collector::in_pieces(&tokens, vec![20, 1, 1, 38]);
-            run(&engine(&model, setup), feeder).feeder.bits()
+            let run = run(&engine(&model, setup), feeder);
+            let bytes = (run.totals.prefill + run.totals.decode).weight_bytes;
+            (run.feeder.bits(), bytes)
         };
-        let same = bits(SketchForm::SignsOfAll) == bits(SketchForm::RoundedGates);
-        assert!(same, "{activations}");
+        let same = of(SketchForm::TwoBitsOfAll) == of(SketchForm::RoundedGates);
+        assert!(same, "{activations}: bits and bytes");
     }
+}
+
+#[test]
+fn the_second_bit_leaves_out_more() {
+    let (model, tokens) = (model(), tokens(40));
+    let totals = |sketch| {
+        let setup = Setup {
+            form: Form::Predicted(bits(sketch)),
+            ..Setup::default()
+        };
+        let run = run(&engine(&model, setup), Collector::new(&tokens, true));
+        assert_eq!(error_text(&run), "no error");
+        run.totals.prefill + run.totals.decode
+    };
+    let (one, two) = (totals(SketchForm::Signs), totals(SketchForm::TwoBits));
+    let (all, named, kept) = (one.neurons, one.candidates, two.candidates);
+    assert!(
+        0 < kept && kept < named && named < all,
+        "{kept} of {named} of {all}"
+    );
+    assert!(two.weight_bytes < one.weight_bytes, "{two:?} after {one:?}");
 }
 
 #[test]

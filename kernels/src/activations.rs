@@ -170,6 +170,39 @@ impl ActBatch {
         self.prepare(cpu, token);
     }
 
+    /// Sets row `token` to `values` (`[n_cols]`) as 8-bit integers with one scale for all, which it returns, and with
+    /// scales of one: products with whole numbers are then exact while they are below 2²⁴.
+    ///
+    /// # Panics
+    /// When the batch is not of 8-bit blocks, has no such row, or `values` have another length.
+    pub fn set_whole(&mut self, token: usize, values: &[f32]) -> f32 {
+        assert_eq!(self.mode, ActivationMode::Q8, "8-bit blocks");
+        assert!(
+            token < self.capacity && values.len() == self.n_cols,
+            "row {token} of {}, {} values",
+            self.capacity,
+            values.len()
+        );
+        let blocks = self.blocks(token);
+        let row = blocks.start * BLOCK..blocks.start * BLOCK + self.n_cols;
+        let scale = quantize_whole(values, &mut self.q[row.clone()]);
+        for (value, &q) in self.values[row.clone()].iter_mut().zip(&self.q[row]) {
+            *value = f32::from(q);
+        }
+        for block in blocks {
+            let sum = |from: usize| -> i32 {
+                let half = &self.q[block * BLOCK + from..][..BLOCK / 2];
+                half.iter().map(|&q| i32::from(q)).sum()
+            };
+            let halves = [sum(0), sum(BLOCK / 2)];
+            self.half_sums[2 * block..][..2].copy_from_slice(&halves);
+            self.block_sums[block] = halves[0] + halves[1];
+            self.sums[block] = self.block_sums[block] as f32;
+            self.scales[block] = 1.0;
+        }
+        scale
+    }
+
     /// Makes the blocks of row `token` from its f32 values.
     pub fn prepare(&mut self, cpu: Cpu, token: usize) {
         assert!(token < self.capacity, "row {token} of {}", self.capacity);
@@ -251,6 +284,27 @@ impl ActWriter<'_> {
             quantize(cpu, values, out);
         }
     }
+}
+
+/// Writes `x` as 8-bit values with one scale for all to `out` (`[x.len()]`), and returns the scale: NaN where a value is
+/// not finite.
+///
+/// # Panics
+/// When lengths differ.
+pub(crate) fn quantize_whole(x: &[f32], out: &mut [i8]) -> f32 {
+    assert_eq!(x.len(), out.len(), "one value each");
+    let amax = x.iter().fold(0.0f32, |max, x| x.abs().max(max));
+    if !x.iter().all(|x| x.is_finite()) {
+        out.fill(0);
+        return f32::NAN;
+    }
+    let inverse = if amax > 0.0 { 127.0 / amax } else { 0.0 };
+    let inverse = if inverse.is_finite() { inverse } else { 0.0 };
+    for (out, x) in out.iter_mut().zip(x) {
+        // SAFETY: finite, and within ±127.5
+        *out = unsafe { (x * inverse).round_ties_even().to_int_unchecked::<i32>() } as i8;
+    }
+    amax / 127.0
 }
 
 /// Makes the sums of one row in mode `F32`.

@@ -119,15 +119,11 @@ fn count(job: &Job<'_>) -> Counters {
         }
         Some(sketch) => {
             work.candidates = job.scratch.candidates.load(Ordering::Relaxed);
-            let own = job.candidates.own;
-            let (scores, candidate) = predicted::gate_bytes(&share.gate, sketch, own);
-            // many tokens need all rows
-            let read = if n_tokens > 1 {
-                neurons
+            if n_tokens > 1 {
+                predicted::gate_bytes_of_tokens(job, sketch)
             } else {
-                work.candidates as usize
-            };
-            scores + read * candidate
+                predicted::gate_bytes(job, sketch, work.candidates as usize)
+            }
         }
     };
     work.weight_bytes += gate_bytes as u64;

@@ -184,6 +184,7 @@ impl ColdLayer {
         scratch.next.store(0, Ordering::Relaxed);
         scratch.active.store(0, Ordering::Relaxed);
         scratch.candidates.store(0, Ordering::Relaxed);
+        scratch.named.store(0, Ordering::Relaxed);
         scratch.rows_read.store(0, Ordering::Relaxed);
         Job {
             model: &self.model,

@@ -1,6 +1,7 @@
 //! Candidates instead of all gates: the layer's own sketch, or what was predicted ahead.
 //!
-//! One token: the sketch scores the thread's neurons, those above zero (and those that the
+//! One token: the sketch scores the thread's neurons (by their weights' signs, and those that these
+//! name by the next bit too, or by a map of low rank), those above zero (and those that the
 //! `Predictor` named) are candidates, and the exact gates of these decide which are active. Many
 //! tokens: the same for each, with matrix products for all scores and gates of a chunk; a gate counts
 //! as closed where the neuron is no candidate.
@@ -10,78 +11,56 @@ use std::ops::Range;
 use std::sync::atomic::Ordering;
 
 use pi_kernels::ffn_sparse::row_products;
-use pi_kernels::ffn_sparse::sketch::planes::{
-    TABLE_BYTES, fill_tables, needs_tables, plane_gates, sign_scores,
-};
-use pi_kernels::ffn_sparse::sketch::{candidates, keep_open};
+use pi_kernels::ffn_sparse::sketch::planes::{plane_gates, sign_sums, two_bit_sums};
+use pi_kernels::ffn_sparse::sketch::{candidates, candidates_of_sums, keep_candidates, keep_open};
 use pi_kernels::gemm::gemv;
-use pi_kernels::{ActRef, ActivationMode, ROW_GROUP};
+use pi_kernels::{ActivationMode, ROW_GROUP};
 
 use super::Job;
+use crate::scratch::ThreadScratch;
 use crate::team::{Member, Team};
 use crate::weights::{Matrix, PlanesStore, SketchKind, SketchShare};
 
 /// What the thread's part begins with: for one token, up to the first barrier.
 pub(super) fn prepare(job: &Job<'_>, sketch: &SketchShare, member: &Member<'_>) {
-    if !job.candidates.own && !matches!(sketch.kind, SketchKind::Signs(_)) {
+    let SketchKind::LowRank { a, .. } = &sketch.kind else {
+        return;
+    };
+    if !job.candidates.own {
         return;
     }
     let (model, scratch) = (job.model, job.scratch);
-    match &sketch.kind {
-        SketchKind::LowRank { a, .. } => {
-            let part = member.part(a.shape.n_rows, ROW_GROUP);
-            // SAFETY: `normed` was written before the message was sent; the rows are this thread's.
-            unsafe {
-                let out = scratch.hidden.write(part.clone());
-                gemv(
-                    model.cpu,
-                    a.view(),
-                    model.slots.normed.get().token(0),
-                    part,
-                    out,
-                );
-            }
-        }
-        SketchKind::Signs(_) if !needs_tables(model.cpu) => return,
-        SketchKind::Signs(planes) => {
-            let blocks = member.part(planes.shape.n_blocks(), 1);
-            // SAFETY: the activations are set; these tables are this thread's.
-            unsafe {
-                let bytes = blocks.start * TABLE_BYTES..blocks.end * TABLE_BYTES;
-                let tables = scratch.tables.write(bytes);
-                fill_tables(model.cpu, sketch_input(job, 0), blocks, tables);
-            }
-        }
+    let part = member.part(a.shape.n_rows, ROW_GROUP);
+    // SAFETY: `normed` was written before the message was sent; the rows are this thread's.
+    unsafe {
+        let out = scratch.hidden.write(part.clone());
+        let x = model.slots.normed.get().token(0);
+        gemv(model.cpu, a.view(), x, part, out);
     }
     member.barrier();
 }
 
-/// The activations of a token with 8-bit blocks, which sign planes are multiplied with.
-///
-/// # Safety
-/// They are set, and nobody writes them meanwhile.
-unsafe fn sketch_input<'a>(job: &Job<'a>, token: usize) -> ActRef<'a> {
-    // SAFETY: this function's contract.
-    unsafe {
-        match job.model.cpu.mode() {
-            ActivationMode::Q8 => job.model.slots.normed.get().token(token),
-            ActivationMode::F32 => job.scratch.sketch_x.get().token(token),
-        }
-    }
-}
-
-/// Makes [`sketch_input`] of all tokens, where the activations themselves have no 8-bit blocks.
+/// Makes what sketches of bits take, of all tokens.
 pub(super) fn set_input(job: &Job<'_>, sketch: &SketchShare) {
-    let signs = matches!(sketch.kind, SketchKind::Signs(_));
-    if !signs || job.model.cpu.mode() == ActivationMode::Q8 {
+    let (scratch, n_tokens) = (job.scratch, job.step.n_tokens);
+    // many tokens are never predicted ahead
+    let asked = job.candidates.own || n_tokens > 1;
+    if !asked || !matches!(sketch.kind, SketchKind::Bits { .. }) {
         return;
     }
-    let cpu = job.model.cpu.with_mode(ActivationMode::Q8);
     let n_embd = job.model.shape().n_embd;
     // SAFETY: between jobs the scratch is nobody else's; `normed` was written before the message.
-    let (to, x) = unsafe { (job.scratch.sketch_x.get_mut(), job.model.slots.normed.get()) };
-    for token in 0..job.step.n_tokens {
-        to.set(cpu, token, &x.token(token).values[..n_embd]);
+    unsafe {
+        let x = job.model.slots.normed.get();
+        let one = scratch.sketch_x.get_mut();
+        if n_tokens == 1 {
+            return one.set(&x.token(0).values[..n_embd]);
+        }
+        let rows = scratch.sketch_rows.get_mut();
+        let scales = scratch.sketch_scales.write(0..n_tokens);
+        for (token, scale) in scales.iter_mut().enumerate() {
+            *scale = rows.set_whole(token, &x.token(token).values[..n_embd]);
+        }
     }
 }
 
@@ -96,7 +75,7 @@ pub(super) fn open_gates(job: &Job<'_>, sketch: &SketchShare, member: &Member<'_
             scratch.threads[member.thread].get_mut(),
         )
     };
-    score(job, sketch, part.clone(), member.thread, &mut list.ids);
+    score(job, sketch, part.clone(), mine, &mut list.ids);
     if job.candidates.predicted {
         // SAFETY: the predictor wrote the ids before it sent the message.
         let all = unsafe { job.model.slots.predicted[job.node][job.layer % 2].get() };
@@ -109,7 +88,7 @@ pub(super) fn open_gates(job: &Job<'_>, sketch: &SketchShare, member: &Member<'_
         .fetch_add(list.ids.len() as u64, Ordering::Relaxed);
     list.gates.clear();
     list.gates.resize(list.ids.len(), 0.0);
-    exact_gates(job, sketch, part, member.thread, &list.ids, &mut list.gates);
+    exact_gates(job, sketch, &list.ids, mine, &mut list.gates);
     let floors = sketch.floor.as_deref();
     keep_open(&mut list.ids, &mut list.gates, floors);
 }
@@ -119,45 +98,46 @@ fn score(
     job: &Job<'_>,
     sketch: &SketchShare,
     part: Range<usize>,
-    thread: usize,
+    mine: &mut ThreadScratch,
     ids: &mut Vec<u32>,
 ) {
-    let (model, scratch) = (job.model, job.scratch);
-    let cpu = model.cpu;
+    let (cpu, scratch) = (job.model.cpu, job.scratch);
     ids.clear();
+    if !job.candidates.own {
+        return;
+    }
+    let (bias, first) = (&sketch.bias[part.clone()], part.start);
     // SAFETY: what all threads prepared is complete; scores and sums of these neurons are this
     // thread's.
     unsafe {
-        let scores = scratch.gate.write(part.clone());
         match &sketch.kind {
             SketchKind::LowRank { a, b } => {
-                if !job.candidates.own {
-                    return;
-                }
+                let scores = scratch.gate.write(part.clone());
                 let rank = a.shape.n_rows;
-                let mine = scratch.threads[thread].get_mut();
                 let hidden = mine.hidden.of(rank);
                 hidden.set(cpu, 0, scratch.hidden.read(0..rank));
-                gemv(cpu, b.view(), hidden.token(0), part.clone(), scores);
+                gemv(cpu, b.view(), hidden.token(0), part, scores);
+                candidates(scores, bias, first as u32, ids);
             }
-            SketchKind::Signs(planes) => {
-                let tables = scratch.tables.read(0..planes.shape.table_bytes());
-                let x = sketch_input(job, 0);
-                let sums = scratch.sums.write(sums_of(planes, &part));
-                sign_scores(cpu, planes.view(), x, tables, part.clone(), scores, sums);
-                if !job.candidates.own {
-                    return;
+            SketchKind::Bits {
+                planes,
+                two_bit_bias,
+            } => {
+                let (planes, x) = (planes.view(), scratch.sketch_x.get());
+                let sums = scratch.sums.write(part.clone());
+                sign_sums(cpu, planes, x, part, sums);
+                candidates_of_sums(sums, x.scale(), bias, first as u32, ids);
+                let named = ids.len() as u64;
+                scratch.named.fetch_add(named, Ordering::Relaxed);
+                if let Some(bias) = two_bit_bias {
+                    let two = &mut mine.two_bit_sums;
+                    two.resize(ids.len(), 0);
+                    two_bit_sums(cpu, planes, x, first, sums, ids, two);
+                    keep_candidates(ids, two, x.scale(), bias);
                 }
             }
         }
-        candidates(scores, &sketch.bias[part.clone()], part.start as u32, ids);
     }
-}
-
-/// Where the sums of signs of neurons `part` lie.
-fn sums_of(planes: &PlanesStore, part: &Range<usize>) -> Range<usize> {
-    let stride = planes.shape.sums_stride();
-    part.start * stride..part.end.next_multiple_of(ROW_GROUP) * stride
 }
 
 /// Adds `more` to `ids`; all are ascending.
@@ -176,33 +156,28 @@ fn merge(ids: &mut Vec<u32>, more: &[u32], merged: &mut Vec<u32>) {
     ids.extend_from_slice(merged);
 }
 
-/// Gates of the candidates `ids`, all among neurons `part`.
+/// Gates of the candidates `ids`.
 fn exact_gates(
     job: &Job<'_>,
     sketch: &SketchShare,
-    part: Range<usize>,
-    thread: usize,
     ids: &[u32],
+    mine: &mut ThreadScratch,
     out: &mut [f32],
 ) {
-    let (model, scratch) = (job.model, job.scratch);
-    // SAFETY: the activations are set; the sums are this thread's, and complete.
-    unsafe {
-        let x = model.slots.normed.get().token(0);
-        match &sketch.kind {
-            SketchKind::LowRank { .. } => {
-                row_products(model.cpu, job.share.gate.neuron_rows(), x, ids, out);
-            }
-            SketchKind::Signs(planes) if model.cpu.mode() == ActivationMode::Q8 => {
-                let sums = scratch.sums.read(sums_of(planes, &part));
-                plane_gates(model.cpu, planes.view(), x, part.start, sums, ids, out);
-            }
-            SketchKind::Signs(planes) => {
-                let row = &mut scratch.threads[thread].get_mut().row;
-                for (&id, out) in ids.iter().zip(out) {
-                    let rows = planes.view().unpacked(id as usize, row);
-                    row_products(model.cpu, rows, x, &[0], std::slice::from_mut(out));
-                }
+    let cpu = job.model.cpu;
+    // SAFETY: the activations are set.
+    let x = unsafe { job.model.slots.normed.get().token(0) };
+    match &sketch.kind {
+        SketchKind::LowRank { .. } => {
+            row_products(cpu, job.share.gate.neuron_rows(), x, ids, out);
+        }
+        SketchKind::Bits { planes, .. } if cpu.mode() == ActivationMode::Q8 => {
+            plane_gates(cpu, planes.view(), x, ids, out);
+        }
+        SketchKind::Bits { planes, .. } => {
+            for (&id, out) in ids.iter().zip(out) {
+                let rows = planes.view().unpacked(id as usize, &mut mine.row);
+                row_products(cpu, rows, x, &[0], std::slice::from_mut(out));
             }
         }
     }
@@ -227,7 +202,7 @@ pub(super) fn prefetch(job: &Job<'_>, team: &mut Team) {
                     let rows = share.gate.neuron_rows();
                     rows.prefetch(id, 0..rows.n_embd);
                 }
-                Some(SketchKind::Signs(planes)) => planes.view().prefetch(id),
+                Some(SketchKind::Bits { planes, .. }) => planes.view().prefetch(id),
                 None => {}
             }
             up_rows.prefetch(id, 0..up_rows.n_embd);
@@ -235,14 +210,47 @@ pub(super) fn prefetch(job: &Job<'_>, team: &mut Team) {
     });
 }
 
-/// Bytes of weights that all of the layer's scores read, and those of one candidate's gate.
-pub(super) fn gate_bytes(gate: &Matrix, sketch: &SketchShare, own: bool) -> (usize, usize) {
+/// Bytes of weights that looking for open gates reads, of one token with so many candidates.
+pub(super) fn gate_bytes(job: &Job<'_>, sketch: &SketchShare, candidates: usize) -> usize {
+    let (gate, own) = (&job.share.gate, job.candidates.own);
     match &sketch.kind {
-        SketchKind::LowRank { a, b } if own => {
-            (a.bytes.len() + b.bytes.len(), gate.shape.row_bytes())
+        SketchKind::LowRank { a, b } => {
+            let scores = if own {
+                a.bytes.len() + b.bytes.len()
+            } else {
+                0
+            };
+            scores + candidates * gate.shape.row_bytes()
         }
-        SketchKind::LowRank { .. } => (0, gate.shape.row_bytes()),
-        SketchKind::Signs(planes) => (planes.top.len(), planes.shape.rest_row_bytes()),
+        SketchKind::Bits {
+            planes,
+            two_bit_bias,
+        } => {
+            let shape = planes.shape;
+            // a candidate's signs are read again where its rest is: they have just been there
+            let signs = if own {
+                planes.top.len()
+            } else {
+                candidates * shape.sign_row_bytes()
+            };
+            let named = job.scratch.named.load(Ordering::Relaxed) as usize;
+            let more = match two_bit_bias {
+                Some(_) if own => named.saturating_sub(candidates) * shape.high_row_bytes(),
+                _ => 0,
+            };
+            signs + more + candidates * shape.rest_row_bytes()
+        }
+    }
+}
+
+/// The same of many tokens, which need all rows.
+pub(super) fn gate_bytes_of_tokens(job: &Job<'_>, sketch: &SketchShare) -> usize {
+    match &sketch.kind {
+        SketchKind::LowRank { a, b } => {
+            let scores = a.bytes.len() + b.bytes.len();
+            scores + job.share.neurons.len() * job.share.gate.shape.row_bytes()
+        }
+        SketchKind::Bits { planes, .. } => planes.top.len() + planes.rest.len(),
     }
 }
 
@@ -250,6 +258,7 @@ pub(super) use batch::{gates_of_chunk, hidden_writer, prepare_batch};
 
 /// Many tokens.
 mod batch {
+    use pi_kernels::ffn_sparse::sketch::planes::SketchBits;
     use pi_kernels::ffn_sparse::{UpScratch, row_products_tokens};
     use pi_kernels::gemm::gemm;
     use pi_kernels::quant::QuantType;
@@ -297,7 +306,7 @@ mod batch {
             SketchKind::LowRank { a, .. } => unsafe {
                 Some(job.scratch.hidden_rows.writer(a.shape.n_rows))
             },
-            SketchKind::Signs(_) => None,
+            SketchKind::Bits { .. } => None,
         }
     }
 
@@ -330,23 +339,37 @@ mod batch {
                     multiply(model.cpu, b, hidden, n_tokens, neurons.clone(), scores_out);
                     all_gates(job, &job.share.gate, neurons.clone(), products, gates);
                 }
-                SketchKind::Signs(planes) => {
-                    let q8 = model.cpu.with_mode(ActivationMode::Q8);
-                    let sketch_x = match model.cpu.mode() {
-                        ActivationMode::Q8 => x,
-                        ActivationMode::F32 => job.scratch.sketch_x.get(),
-                    };
-                    let mut both = Unpacking { planes, row, image };
-                    let mut scores_out = scores_out;
-                    both.multiply(
-                        q8,
-                        true,
-                        sketch_x,
-                        n_tokens,
-                        neurons.clone(),
-                        &mut scores_out,
+                SketchKind::Bits {
+                    planes,
+                    two_bit_bias,
+                } => {
+                    let (q8, rows) = (
+                        model.cpu.with_mode(ActivationMode::Q8),
+                        job.scratch.sketch_rows.get(),
                     );
-                    both.multiply(model.cpu, false, x, n_tokens, neurons.clone(), gates);
+                    let scales = job.scratch.sketch_scales.read(0..n_tokens);
+                    let mut unpacking = Unpacking { planes, row, image };
+                    let mut multiply = |cpu: Cpu, bits, x: &ActBatch, out: &mut StridedOut<'_>| {
+                        unpacking.multiply(cpu, bits, x, n_tokens, neurons.clone(), out);
+                    };
+                    let mut scores_out = scores_out;
+                    multiply(q8, Some(SketchBits::One), rows, &mut scores_out);
+                    for (scores, scale) in scores.chunks_exact_mut(width).zip(scales) {
+                        scores.iter_mut().for_each(|score| *score *= scale);
+                    }
+                    if let Some(bias) = two_bit_bias {
+                        multiply(q8, Some(SketchBits::Two), rows, gates);
+                        let tokens = scores.chunks_exact_mut(width).zip(scales).enumerate();
+                        for (token, (scores, scale)) in tokens {
+                            let two = gates.row(token).iter().zip(&bias[neurons.clone()]);
+                            for (score, (two, bias)) in scores.iter_mut().zip(two) {
+                                if two * scale + bias <= 0.0 {
+                                    *score = f32::NEG_INFINITY;
+                                }
+                            }
+                        }
+                    }
+                    multiply(model.cpu, None, x, gates);
                 }
             }
         }
@@ -392,11 +415,11 @@ mod batch {
     }
 
     impl Unpacking<'_> {
-        /// Products of rows `neurons`: of the gates, or of their signs alone.
+        /// Products of rows `neurons`: of the gates, or of some of their bits alone.
         fn multiply(
             &mut self,
             cpu: Cpu,
-            signs: bool,
+            bits: Option<SketchBits>,
             x: &ActBatch,
             n_tokens: usize,
             neurons: Range<usize>,
@@ -408,10 +431,9 @@ mod batch {
                 let rows = first..(first + ROW_GROUP).min(neurons.end);
                 let file = &mut self.row[..rows.len() * row_bytes];
                 for (row, file) in rows.clone().zip(file.chunks_exact_mut(row_bytes)) {
-                    if signs {
-                        planes.sign_row(row, file);
-                    } else {
-                        planes.file_row(row, file);
+                    match bits {
+                        Some(bits) => planes.sketch_row(row, bits, file),
+                        None => planes.file_row(row, file),
                     }
                 }
                 let shape = MatrixShape {

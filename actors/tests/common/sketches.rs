@@ -21,6 +21,7 @@ pub struct PlainPredictors {
     /// `[N_FF]`, and so is the next.
     pub bias: Vec<f32>,
     pub floor: Vec<f32>,
+    pub two_bit_bias: Vec<f32>,
     /// `[RANK, N_EMBD]`
     pub ahead_a: Vec<f32>,
     /// `[RANK]`
@@ -39,6 +40,7 @@ impl PlainPredictors {
         };
         let bias = values(N_FF, -0.5, 0.5);
         let floor = values(N_FF, -0.2, 0.3);
+        let two_bit_bias = values(N_FF, -1.0, 0.0);
         let ahead_a_bias = values(RANK, -0.3, 0.3);
         let ahead_b_bias = values(N_FF, -0.6, 0.4);
         Self {
@@ -46,6 +48,7 @@ impl PlainPredictors {
             sketch_b: random.matrix(N_FF, RANK),
             bias,
             floor,
+            two_bit_bias,
             ahead_a: random.matrix(RANK, N_EMBD),
             ahead_a_bias,
             ahead_b: random.matrix(N_FF, RANK),
@@ -71,8 +74,10 @@ pub enum SketchForm {
     LowRank,
     /// Of gates rounded to `Q4_0`.
     Signs,
-    /// The same with a bias that makes all neurons candidates, and no floor.
-    SignsOfAll,
+    /// The same, and by the next bit.
+    TwoBits,
+    /// The same with biases that make all neurons candidates, and no floor.
+    TwoBitsOfAll,
     /// None: all gates, rounded to `Q4_0`.
     RoundedGates,
 }
@@ -104,7 +109,7 @@ pub fn gate(layer: &PlainLayer, neurons: Range<usize>, form: Form) -> Matrix {
         Some(SketchForm::RoundedGates) => {
             packed(QuantType::Q4_0, Layout::Interleaved, &rounded(values))
         }
-        Some(SketchForm::Signs | SketchForm::SignsOfAll) => {
+        Some(SketchForm::Signs | SketchForm::TwoBits | SketchForm::TwoBitsOfAll) => {
             packed(QuantType::Q4_0, Layout::Interleaved, &[])
         }
     }
@@ -129,11 +134,16 @@ pub fn sketch(layer: &PlainLayer, neurons: Range<usize>, form: Form) -> Option<S
             bias,
             floor: Some(floor),
         }),
-        SketchForm::Signs | SketchForm::SignsOfAll => {
-            let all = sketch == SketchForm::SignsOfAll;
+        SketchForm::Signs | SketchForm::TwoBits | SketchForm::TwoBitsOfAll => {
+            let all = sketch == SketchForm::TwoBitsOfAll;
+            let or_all = |bias: Vec<f32>| if all { vec![1e9; bias.len()] } else { bias };
+            let two = plain.two_bit_bias[neurons.clone()].to_vec();
             Some(SketchShare {
-                kind: SketchKind::Signs(planes(rows(&layer.gate, N_EMBD, neurons))),
-                bias: if all { vec![1e9; bias.len()] } else { bias },
+                kind: SketchKind::Bits {
+                    planes: planes(rows(&layer.gate, N_EMBD, neurons)),
+                    two_bit_bias: (sketch != SketchForm::Signs).then(|| or_all(two)),
+                },
+                bias: or_all(bias),
                 floor: (!all).then_some(floor),
             })
         }

@@ -20,17 +20,17 @@ pub(crate) mod scalar;
 pub(crate) mod tile;
 pub(crate) mod unpack;
 
-/// Asks for `bytes` bytes at `from`.
+/// Asks for `bytes` bytes at `from`, into the second cache: rows that are read later must not push out the first's.
 #[cfg(target_arch = "x86_64")]
 #[inline(always)]
 pub(crate) fn prefetch_bytes(from: *const u8, bytes: usize) {
-    use std::arch::x86_64::{_MM_HINT_T0, _mm_prefetch};
+    use std::arch::x86_64::{_MM_HINT_T1, _mm_prefetch};
     // from a line's start, so that the last line is asked for too
     let skew = from.addr() % 64;
     let mut at = 0;
     while at < skew + bytes {
         // SAFETY: a hint, for any address.
-        unsafe { _mm_prefetch::<_MM_HINT_T0>(from.wrapping_sub(skew).wrapping_add(at).cast()) };
+        unsafe { _mm_prefetch::<_MM_HINT_T1>(from.wrapping_sub(skew).wrapping_add(at).cast()) };
         at += 64;
     }
 }

@@ -15,7 +15,8 @@ const TILE: usize = 16;
 
 /// Features of every function here.
 macro_rules! vnni_fn {
-    ($vis:vis fn $name:ident (&$self:ident, $($arg:ident : $t:ty),* $(,)?) -> $r:ty $body:block) => {
+    ($(#[$doc:meta])* $vis:vis fn $name:ident (&$self:ident, $($arg:ident : $t:ty),* $(,)?) -> $r:ty $body:block) => {
+        $(#[$doc])*
         #[inline]
         #[target_feature(enable = "avx2,fma,f16c,avx512f,avx512bw,avx512dq,avx512vl,avx512vnni")]
         $vis unsafe fn $name(&$self, $($arg: $t),*) -> $r {
@@ -24,11 +25,11 @@ macro_rules! vnni_fn {
             unsafe { $body }
         }
     };
-    ($(#[$doc:meta])* $vis:vis fn $name:ident $(<$($g:ident : $b:path),*>)? ($($arg:ident : $t:ty),* $(,)?) $(-> $r:ty)? $body:block) => {
+    ($(#[$doc:meta])* $vis:vis fn $name:ident $(<$($g:ident : $b:path),*>)? $([const $n:ident : $nt:ty])? ($($arg:ident : $t:ty),* $(,)?) $(-> $r:ty)? $body:block) => {
         $(#[$doc])*
         #[inline]
         #[target_feature(enable = "avx2,fma,f16c,avx512f,avx512bw,avx512dq,avx512vl,avx512vnni")]
-        $vis unsafe fn $name $(<$($g: $b),*>)? ($($arg: $t),*) $(-> $r)? {
+        $vis unsafe fn $name $(<$($g: $b),*>)? $(<const $n: $nt>)? ($($arg: $t),*) $(-> $r)? {
             // SAFETY: the features are enabled; pointers are valid by the function's contract.
             #[allow(unused_unsafe)]
             unsafe { $body }
@@ -76,6 +77,9 @@ pub(crate) trait TileRows {
     /// Activations of a chunk, in the order of the rows' bytes.
     type Activations: Copy;
 
+    /// Asks for what [`Self::totals`] will read.
+    fn ask_for(&self, row: usize, chunk: Chunk);
+
     /// Reads those of `chunk`.
     unsafe fn activations(x: ActRef<'_>, chunk: Chunk) -> Self::Activations;
 
@@ -114,11 +118,24 @@ vnni_fn! {
 }
 
 vnni_fn! {
-    /// Writes the products of rows `ids` to `out`; a row has `n_blocks` blocks.
+    /// Writes the products of rows `ids` to `out`; a row has `n_blocks` blocks. `beside` is called with each index once,
+    /// when its row is asked for: one for one with rows that are multiplied, so that memory is never waited for in
+    /// long runs.
     ///
     /// # Safety
     /// AVX-512 with VNNI is there, all ids have rows, there is an output for each, and `x` has 8-bit blocks.
-    pub(crate) fn products<R: TileRows>(rows: &R, x: ActRef<'_>, n_blocks: usize, ids: &[u32], out: &mut [f32]) {
+    pub(crate) fn products<R: TileRows, F: FnMut(usize)>(
+        rows: &R,
+        x: ActRef<'_>,
+        n_blocks: usize,
+        ids: &[u32],
+        out: &mut [f32],
+        beside: &mut F,
+    ) {
+        for (j, &id) in ids.iter().enumerate().take(TILE) {
+            rows.ask_for(id as usize, Chunk { first: 0, count: n_blocks, n_blocks });
+            beside(j);
+        }
         let (mut totals, mut factors) = (Tile([[0.0; TILE]; TILE]), Tile([[0.0; TILE]; TILE]));
         let mut at = 0;
         while at < ids.len() {
@@ -130,6 +147,12 @@ vnni_fn! {
                 let activations = R::activations(x, chunk);
                 let x_scales = _mm512_maskz_loadu_ps(chunk.mask(), x.scales.as_ptr().add(first));
                 for r in 0..n {
+                    if let Some(&next) = ids.get(at + TILE + r) {
+                        rows.ask_for(next as usize, chunk);
+                        if first == 0 {
+                            beside(at + TILE + r);
+                        }
+                    }
                     let (total, scales) = rows.totals(ids[at + r] as usize, chunk, &activations);
                     let factor = _mm512_mul_ps(_mm512_cvtph_ps(scales), x_scales);
                     _mm512_store_ps(totals.0[r].as_mut_ptr(), _mm512_cvtepi32_ps(total));
@@ -176,6 +199,14 @@ impl Q4_0<'_> {
 #[allow(clippy::undocumented_unsafe_blocks)]
 impl TileRows for Q4_0<'_> {
     type Activations = Q4_0Activations;
+
+    #[inline]
+    fn ask_for(&self, row: usize, chunk: Chunk) {
+        let row = self.start(row);
+        super::prefetch_bytes(row.wrapping_add(chunk.first * 16), chunk.count * 16);
+        let scales = row.wrapping_add(chunk.n_blocks * 16 + chunk.first * 2);
+        super::prefetch_bytes(scales, chunk.count * 2);
+    }
 
     vnni_fn! {
         fn activations(x: ActRef<'_>, chunk: Chunk) -> Q4_0Activations {

@@ -12,8 +12,8 @@ use crate::gemm::gemm;
 use crate::matrix::{Layout, MatrixRef, MatrixShape, ROW_GROUP, StridedOut};
 use crate::quant::{BLOCK, QuantType};
 
-/// Rows that are taken together, and asked for before.
-const TOGETHER: usize = 16;
+/// Rows are asked for so many rows before they are read.
+const AHEAD: usize = 16;
 
 /// Writes `gate[j] · (up[ids[j]] · x)` to `out[j]` (overwritten); `x` is `[n_embd]`. `beside` is called
 /// with each `j` when its row is asked for, and may ask for others.
@@ -74,25 +74,9 @@ fn products_beside(
     out: &mut [f32],
     mut beside: impl FnMut(usize),
 ) {
-    assert_eq!(ids.len(), out.len(), "one output per id");
-    let mut ask_for = |js: Range<usize>| {
-        for j in js.start..js.end.min(ids.len()) {
-            rows.prefetch(ids[j] as usize, 0..rows.n_embd);
-            beside(j);
-        }
-    };
-    ask_for(0..TOGETHER);
-    for first in (0..ids.len()).step_by(TOGETHER) {
-        let together = first..(first + TOGETHER).min(ids.len());
-        ask_for(together.end..together.end + TOGETHER);
-        products(cpu, rows, x, &ids[together.clone()], &mut out[together]);
-    }
-}
-
-fn products(cpu: Cpu, rows: NeuronRows<'_>, x: ActRef<'_>, ids: &[u32], out: &mut [f32]) {
     assert!(
-        x.values.len() >= rows.n_embd,
-        "activations of n_embd {}",
+        ids.len() == out.len() && x.values.len() >= rows.n_embd,
+        "one output per id, activations of n_embd {}",
         rows.n_embd
     );
     let q8 = cpu.mode() == ActivationMode::Q8 && rows.quant.is_quantised();
@@ -108,12 +92,30 @@ fn products(cpu: Cpu, rows: NeuronRows<'_>, x: ActRef<'_>, ids: &[u32], out: &mu
         // each row is there
         ids.iter().for_each(|&id| _ = rows.row(id as usize));
         // SAFETY: as below; all rows are there.
-        unsafe { rows512::products(&rows512::Q4_0(rows), x, n_blocks, ids, out) };
+        unsafe {
+            rows512::products(&rows512::Q4_0(rows), x, n_blocks, ids, out, &mut beside);
+        }
         return;
     }
+    let mut ask_for = |js: Range<usize>| {
+        for j in js.start..js.end.min(ids.len()) {
+            rows.prefetch(ids[j] as usize, 0..rows.n_embd);
+            beside(j);
+        }
+    };
+    ask_for(0..AHEAD);
+    for (j, (id, out)) in ids.iter().zip(out).enumerate() {
+        ask_for(j + AHEAD..j + AHEAD + 1);
+        let (ids, out) = (std::slice::from_ref(id), std::slice::from_mut(out));
+        products(cpu, rows, x, q8, ids, out);
+    }
+}
+
+/// Products of rows that are known to fit.
+fn products(cpu: Cpu, rows: NeuronRows<'_>, x: ActRef<'_>, q8: bool, ids: &[u32], out: &mut [f32]) {
     #[cfg(target_arch = "x86_64")]
     if cpu.tier() >= Tier::Avx2 {
-        // SAFETY: a `Cpu` exists only for tiers that the machine has; `x` fits (asserted).
+        // SAFETY: a `Cpu` exists only for tiers that the machine has; `x` fits.
         unsafe { x86::row_products(rows, x, q8, ids, out) };
         return;
     }

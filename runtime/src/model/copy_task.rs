@@ -76,7 +76,7 @@ pub(super) fn copy_tasks<'a, 'm>(
                 cutting.matrix(a);
                 cutting.matrix(b);
             }
-            Some(SketchLayout::Signs(planes)) => cutting.planes(planes),
+            Some(SketchLayout::Bits(planes)) => cutting.planes(planes),
         }
         ahead
             .iter()

@@ -92,7 +92,7 @@ pub(super) enum SketchLayout<'a> {
         b: Placed<MatrixPart<'a>>,
     },
     /// The top plane, and behind it the rest.
-    Signs(Placed<PlanesPart<'a>>),
+    Bits(Placed<PlanesPart<'a>>),
 }
 
 /// Neurons' records: `[up row][down row]`, or `[down row]`.
@@ -322,7 +322,7 @@ impl Placing {
                 layout: Layout::Rows,
                 ..whole
             },
-            Some(SketchKind::Signs) => MatrixPart {
+            Some(SketchKind::Bits { .. }) => MatrixPart {
                 rows: neurons.start..neurons.start,
                 ..whole
             },
@@ -340,11 +340,11 @@ impl Placing {
                 a: self.matrix(MatrixPart::of_sidecar(a, 0..a.n_rows())),
                 b: self.matrix(MatrixPart::of_sidecar(b, neurons)),
             },
-            SketchKind::Signs => {
+            SketchKind::Bits { .. } => {
                 let source = &layer.gate;
                 let part = PlanesPart { source, neurons };
                 let bytes = part.shape().top_bytes() + part.shape().rest_bytes();
-                SketchLayout::Signs(self.place(part, bytes))
+                SketchLayout::Bits(self.place(part, bytes))
             }
         })
     }

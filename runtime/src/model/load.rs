@@ -27,7 +27,7 @@ use super::tensors::{ModelTensors, QkvBias};
 use super::threshold::Thresholds;
 use crate::gguf::GgufFile;
 use crate::mapped_file::Access;
-use crate::sidecar::LayerPredictors;
+use crate::sidecar::{LayerPredictors, SketchKind as FileSketchKind};
 
 /// Sizes and constants of a model with a context of `n_ctx` tokens, as the actors take them.
 ///
@@ -331,14 +331,22 @@ impl Loader<'_> {
                 a: matrix(a, arena),
                 b: matrix(b, arena),
             },
-            SketchLayout::Signs(placed) => {
+            SketchLayout::Bits(placed) => {
                 let shape = placed.part.shape();
                 let both = arena.slice(placed.at.clone());
-                SketchKind::Signs(PlanesStore {
+                let planes = PlanesStore {
                     shape,
                     top: both.slice(..shape.top_bytes()),
                     rest: both.slice(shape.top_bytes()..),
-                })
+                };
+                let two_bit_bias = match &sketch.kind {
+                    FileSketchKind::Bits { two_bit_bias } => two_bit_bias.as_ref(),
+                    FileSketchKind::LowRank { .. } => None,
+                };
+                SketchKind::Bits {
+                    planes,
+                    two_bit_bias: two_bit_bias.map(|bias| bias[neurons()].to_vec()),
+                }
             }
         };
         Some(SketchShare {

@@ -18,8 +18,22 @@ const ASSUMED_SHARE: f32 = 0.15;
 /// Candidates for each neuron that fires, where a sidecar does not say how many its sketches name.
 const ASSUMED_CANDIDATES: f64 = 2.2;
 
-/// Key of the share of neurons that each layer's sketch named on held-out text, f32 `[n_layer]`.
+/// Neurons that signs name for each of these whose next bit is looked at, likewise.
+const ASSUMED_NAMED: f64 = 2.0;
+
+/// Key of the share of neurons that were candidates of each layer's sketch on held-out text, f32 `[n_layer]`,
 const CANDIDATES_KEY: &str = "sparse.report.candidates";
+/// and of those that signs named before the next bit was looked at; 0 where it is not.
+const NAMED_KEY: &str = "sparse.report.named";
+
+/// Shares of a layer's neurons that its predictors name.
+#[derive(Debug, Clone, Copy, PartialEq)]
+pub(super) struct CandidateShares {
+    /// Neurons whose gates are computed.
+    pub candidates: f64,
+    /// Neurons that signs name, where the next bit is looked at too.
+    pub named: f64,
+}
 
 /// A layer's bytes.
 #[derive(Debug, Clone, PartialEq)]
@@ -40,7 +54,7 @@ impl LayerBytes {
         layer: &LayerTensors,
         down: DownPlan,
         predictors: Option<&LayerPredictors>,
-        candidate_share: f64,
+        shares: CandidateShares,
     ) -> Self {
         let matrices = [&layer.wq, &layer.wk, &layer.wv, &layer.wo];
         let matrices: usize = matrices.iter().map(|matrix| matrix.bytes.len()).sum();
@@ -55,11 +69,7 @@ impl LayerBytes {
         };
         let gate = match predictors {
             None => layer.gate.bytes.len() as u64,
-            Some(predictors) => {
-                let (always, candidate) = predictor_bytes(hyper, &layer.gate, predictors);
-                let candidates = candidate_share * hyper.n_ff as f64;
-                always + (candidates * candidate as f64).round() as u64
-            }
+            Some(predictors) => predictor_bytes(hyper, &layer.gate, predictors, shares),
         };
         Self {
             class: Class::of(layer, predictors),
@@ -93,13 +103,13 @@ pub(super) fn layer_bytes(
     tensors: &ModelTensors,
     sparsity: &SparsityPlan,
     predictors: Option<&[LayerPredictors]>,
-    candidate_shares: &[f64],
+    shares: &[CandidateShares],
 ) -> Vec<LayerBytes> {
     let layers = tensors.layers.iter().zip(&sparsity.down).enumerate();
     layers
         .map(|(index, (layer, down))| {
             let predictors = predictors.map(|all| &all[index]);
-            LayerBytes::of(hyper, layer, *down, predictors, candidate_shares[index])
+            LayerBytes::of(hyper, layer, *down, predictors, shares[index])
         })
         .collect()
 }
@@ -184,8 +194,8 @@ impl Frequencies {
 #[derive(Debug, Clone)]
 pub(super) struct Expected<'a> {
     pub frequencies: &'a Frequencies,
-    /// Share of each layer's neurons that predictors name, `[n_layer]`.
-    pub candidate_shares: Vec<f64>,
+    /// What each layer's predictors name, `[n_layer]`.
+    pub shares: Vec<CandidateShares>,
     /// Whether these were measured.
     pub measured: bool,
 }
@@ -200,24 +210,37 @@ impl<'a> Expected<'a> {
         sidecar: Option<&Sidecar>,
     ) -> Result<Self, RuntimeError> {
         let n_layer = frequencies.by_layer.len();
-        let known = match sidecar {
-            Some(sidecar) => candidate_shares(sidecar, n_layer)?,
-            None => None,
+        let known = |key| match sidecar {
+            Some(sidecar) => reported_shares(sidecar, key, n_layer),
+            None => Ok(None),
         };
+        let (candidates, named) = (known(CANDIDATES_KEY)?, known(NAMED_KEY)?);
         let assumed = |layer: usize| {
             let n = frequencies.by_layer[layer].len().max(1) as f64;
             (frequencies.active(layer) / n * ASSUMED_CANDIDATES).min(1.0)
         };
+        let shares = (0..n_layer).map(|layer| {
+            let candidates = (candidates.as_ref()).map_or_else(|| assumed(layer), |of| of[layer]);
+            let assumed = (candidates * ASSUMED_NAMED).min(1.0);
+            CandidateShares {
+                candidates,
+                named: named.as_ref().map_or(assumed, |of| of[layer]),
+            }
+        });
         Ok(Self {
             frequencies,
-            measured: known.is_some(),
-            candidate_shares: known.unwrap_or_else(|| (0..n_layer).map(assumed).collect()),
+            shares: shares.collect(),
+            measured: candidates.is_some(),
         })
     }
 }
 
-fn candidate_shares(sidecar: &Sidecar, n_layer: usize) -> Result<Option<Vec<f64>>, RuntimeError> {
-    let Some(array) = sidecar.file().metadata().get_array(CANDIDATES_KEY)? else {
+fn reported_shares(
+    sidecar: &Sidecar,
+    key: &str,
+    n_layer: usize,
+) -> Result<Option<Vec<f64>>, RuntimeError> {
+    let Some(array) = sidecar.file().metadata().get_array(key)? else {
         return Ok(None);
     };
     let shares = array.to_f32s()?;
@@ -225,9 +248,7 @@ fn candidate_shares(sidecar: &Sidecar, n_layer: usize) -> Result<Option<Vec<f64>
     if shares.len() != n_layer || !shares.iter().all(good) {
         return Err(RuntimeError::Sidecar(SidecarError::BadKey {
             path: sidecar.path().to_path_buf(),
-            problem: format!(
-                "`{CANDIDATES_KEY}` is not a share of neurons for each of {n_layer} layers"
-            ),
+            problem: format!("`{key}` is not a share of neurons for each of {n_layer} layers"),
         }));
     }
     Ok(Some(shares.into_iter().map(f64::from).collect()))

@@ -318,7 +318,7 @@ impl Planning<'_> {
             self.tensors,
             &mode.sparsity,
             predictors,
-            &self.expected.candidate_shares,
+            &self.expected.shares,
         );
         let parts = forecast(
             mode.sparsity.mode,
@@ -464,8 +464,8 @@ fn best_predicted(mut modes: Vec<ModeReport>, expected: &Expected<'_>) -> Vec<Mo
         modes.push(kept);
     }
     if !expected.measured {
-        let shares = &expected.candidate_shares;
-        let mean = shares.iter().sum::<f64>() / shares.len().max(1) as f64;
+        let shares = expected.shares.iter().map(|shares| shares.candidates);
+        let mean = shares.sum::<f64>() / expected.shares.len().max(1) as f64;
         modes[first].notes.push(format!(
             "{:.0} % candidates are assumed: the sidecar does not say",
             mean * 100.0

@@ -6,7 +6,7 @@
 
 use bytes::Bytes;
 
-use super::loads::Expected;
+use super::loads::{CandidateShares, Expected};
 use super::rows::{GateRows, N_TOKENS, Pattern, Random, random_row, zero_row};
 use super::sketches::{ChosenGates, predictor_kind, rehearsed};
 use crate::model::Hyperparameters;
@@ -148,8 +148,8 @@ impl Rehearsal {
         let mut made = Vec::with_capacity(layers.len());
         let mut made_predictors = Vec::with_capacity(layers.len());
         for &layer in layers {
-            let share = expected.candidate_shares[layer];
-            let like = predictors.map(|all| (&all[layer], share));
+            let shares = expected.shares[layer];
+            let like = predictors.map(|all| (&all[layer], shares));
             let frequencies = &expected.frequencies.by_layer[layer];
             let (tensors, own) =
                 maker.layer(&tensors.layers[layer], like, &embeddings, frequencies);
@@ -218,7 +218,7 @@ impl Maker {
     fn layer(
         &mut self,
         like: &LayerTensors,
-        predictors: Option<(&LayerPredictors, f64)>,
+        predictors: Option<(&LayerPredictors, CandidateShares)>,
         inputs: &[Vec<f32>; N_TOKENS],
         frequencies: &[f32],
     ) -> (LayerTensors, Option<LayerPredictors>) {
@@ -280,7 +280,7 @@ impl Maker {
     fn gate(
         &mut self,
         like: &FileMatrix,
-        predictors: Option<(&LayerPredictors, f64)>,
+        predictors: Option<(&LayerPredictors, CandidateShares)>,
         inputs: &[Vec<f32>; N_TOKENS],
         frequencies: &[f32],
     ) -> (FileMatrix, Option<LayerPredictors>) {
@@ -313,7 +313,7 @@ impl Maker {
             patterns: &patterns,
             rows,
         };
-        let predictors = predictors.map(|(like, share)| rehearsed(like, &gates, share, random));
+        let predictors = predictors.map(|(like, shares)| rehearsed(like, &gates, shares, random));
         let gate = FileMatrix {
             bytes: bytes.into(),
             ..like.clone()

@@ -1,27 +1,22 @@
 //! Predictors of a rehearsal: of the sidecar's shapes and types, naming as many candidates as are expected.
 
-use half::f16;
 use pi_kernels::QuantType;
-use pi_kernels::ffn_sparse::sketch::planes::PlanesShape;
+use pi_kernels::ffn_sparse::sketch::planes::{GatePlanes, PlanesShape, SketchBits};
 
+use super::loads::CandidateShares;
 use super::rows::{GateRows, N_TOKENS, Pattern, Random, random_row};
 use crate::model::Hyperparameters;
 use crate::model::quantize::dequantize_row;
 use crate::model::tensors::FileMatrix;
 use crate::sidecar::{Ahead, LayerPredictors, Sketch, SketchKind};
 
-/// Bytes of a block of Q4_0, and values in it.
-const Q4_0: (usize, usize) = (
-    QuantType::Q4_0.block_bytes(),
-    QuantType::Q4_0.block_values(),
-);
-
-/// Bytes that a layer's predictors read for every token, and for each candidate more (its gate).
+/// Bytes that a layer's predictors read for a token, and its candidates' gates.
 pub(super) fn predictor_bytes(
     hyper: &Hyperparameters,
     gate: &FileMatrix,
     layer: &LayerPredictors,
-) -> (u64, u64) {
+    shares: CandidateShares,
+) -> u64 {
     let pair = |a: &FileMatrix, b: &FileMatrix| a.bytes.len() + b.bytes.len();
     let biases = hyper.n_ff * size_of::<f32>();
     let ahead = layer.ahead.as_ref();
@@ -30,21 +25,29 @@ pub(super) fn predictor_bytes(
         None if ahead == 0 => (gate.bytes.len(), 0),
         None => (0, gate.row_bytes()),
         Some(SketchKind::LowRank { a, b }) => (pair(a, b) + biases, gate.row_bytes()),
-        Some(SketchKind::Signs) => {
+        Some(SketchKind::Bits { two_bit_bias }) => {
             let shape = PlanesShape {
                 n_rows: gate.n_rows(),
                 n_cols: gate.n_cols(),
             };
-            (shape.top_bytes() + biases, shape.rest_row_bytes())
+            let more = match two_bit_bias {
+                None => 0.0,
+                Some(_) => (shares.named - shares.candidates).max(0.0),
+            };
+            let more = more * (hyper.n_ff * shape.high_row_bytes()) as f64;
+            let own = shape.top_bytes() + biases + more as usize;
+            (own, shape.rest_row_bytes())
         }
     };
-    ((own + ahead) as u64, candidate as u64)
+    let candidates = shares.candidates * (hyper.n_ff * candidate) as f64;
+    (own + ahead) as u64 + candidates.round() as u64
 }
 
 /// What distinguishes predictors that cost differently; empty without any.
 pub(super) fn predictor_kind(layer: &LayerPredictors) -> String {
     let own = layer.sketch.as_ref().map(|sketch| match &sketch.kind {
-        SketchKind::Signs => "signs".to_owned(),
+        SketchKind::Bits { two_bit_bias: None } => "signs".to_owned(),
+        SketchKind::Bits { .. } => "two bits".to_owned(),
         SketchKind::LowRank { a, .. } => format!("rank {}", a.n_rows()),
     });
     let ahead = layer.ahead.as_ref();
@@ -62,21 +65,31 @@ pub(super) struct ChosenGates<'a> {
     pub rows: &'a GateRows,
 }
 
-/// Predictors like `like` whose candidates are the open gates and as many others as make `share` of all neurons.
+/// Predictors like `like` whose candidates are the open gates and as many others as make the share of all neurons.
 pub(super) fn rehearsed(
     like: &LayerPredictors,
     gates: &ChosenGates<'_>,
-    share: f64,
+    shares: CandidateShares,
     random: &mut Random,
 ) -> LayerPredictors {
-    let candidates = widen(gates.patterns, share, random);
+    let candidates = widen(gates.patterns, shares.candidates, random);
     let zeros = vec![0.0; candidates.len()];
     let sketch = like.sketch.as_ref().map(|sketch| match &sketch.kind {
-        SketchKind::Signs => Sketch {
-            kind: SketchKind::Signs,
-            bias: sign_biases(gates, &candidates),
+        SketchKind::Bits { two_bit_bias: None } => Sketch {
+            kind: SketchKind::Bits { two_bit_bias: None },
+            bias: bit_biases(gates, &candidates, SketchBits::One),
             floor: sketch.floor.as_ref().map(|_| zeros.clone()),
         },
+        SketchKind::Bits { .. } => {
+            let named = widen(&candidates, shares.named, random);
+            Sketch {
+                kind: SketchKind::Bits {
+                    two_bit_bias: Some(bit_biases(gates, &candidates, SketchBits::Two)),
+                },
+                bias: bit_biases(gates, &named, SketchBits::One),
+                floor: sketch.floor.as_ref().map(|_| zeros.clone()),
+            }
+        }
         SketchKind::LowRank { a, b } => {
             let (a, b) = low_rank(a, b, false, gates.inputs, &candidates, random);
             Sketch {
@@ -121,12 +134,12 @@ fn widen(open: &[Pattern], share: f64, random: &mut Random) -> Vec<Pattern> {
         .collect()
 }
 
-/// Biases with which as many tokens as a pattern has pass a neuron's sign score: those with the highest, which are
-/// mostly those whose gate is open.
-fn sign_biases(gates: &ChosenGates<'_>, candidates: &[Pattern]) -> Vec<f32> {
+/// Biases with which as many tokens as a pattern has pass a neuron's score by some bits: those with the highest, which
+/// are mostly those whose gate is open.
+fn bit_biases(gates: &ChosenGates<'_>, candidates: &[Pattern], bits: SketchBits) -> Vec<f32> {
     let scores: Vec<[f32; N_TOKENS]> = (0..=Pattern::MAX)
         .map(|pattern| {
-            let mut scores = sign_scores(gates.rows.row(pattern), gates.inputs);
+            let mut scores = bit_scores(gates.rows.row(pattern), bits, gates.inputs);
             scores.sort_by(|a, b| b.total_cmp(a));
             scores
         })
@@ -143,29 +156,18 @@ fn sign_biases(gates: &ChosenGates<'_>, candidates: &[Pattern]) -> Vec<f32> {
     gates.patterns.iter().zip(candidates).map(bias).collect()
 }
 
-/// Scores of a row of `Q4_0` whose weights are taken as plus or minus one.
-fn sign_scores(row: &[u8], inputs: &[Vec<f32>; N_TOKENS]) -> [f32; N_TOKENS] {
-    let (bytes, values) = Q4_0;
-    std::array::from_fn(|token| {
-        let blocks = row
-            .chunks_exact(bytes)
-            .zip(inputs[token].chunks_exact(values));
-        blocks
-            .map(|(block, x)| {
-                let scale = f16::from_le_bytes([block[0], block[1]]);
-                let scale = if scale.is_sign_negative() { -1.0 } else { 1.0 };
-                let (low, high) = x.split_at(values / 2);
-                let pairs = block[2..].iter().zip(low.iter().zip(high));
-                let sum: f32 = pairs
-                    .map(|(byte, (low, high))| {
-                        let signed = |top: bool, x: &f32| if top { *x } else { -*x };
-                        signed(byte & 0x08 != 0, low) + signed(byte & 0x80 != 0, high)
-                    })
-                    .sum();
-                scale * sum
-            })
-            .sum()
-    })
+/// Scores of a row of `Q4_0` by the first bits of its weights.
+fn bit_scores(row: &[u8], bits: SketchBits, inputs: &[Vec<f32>; N_TOKENS]) -> [f32; N_TOKENS] {
+    let shape = PlanesShape {
+        n_rows: 1,
+        n_cols: inputs[0].len(),
+    };
+    let (mut top, mut rest) = (vec![0; shape.top_bytes()], vec![0; shape.rest_bytes()]);
+    shape.pack(row, 0, &mut top, &mut rest);
+    let (mut sketch, mut values) = (vec![0; row.len()], vec![0.0; shape.n_cols]);
+    GatePlanes::new(shape, &top, &rest).sketch_row(0, bits, &mut sketch);
+    dequantize_row(QuantType::Q4_0, &sketch, &mut values);
+    std::array::from_fn(|token| values.iter().zip(&inputs[token]).map(|(w, x)| w * x).sum())
 }
 
 /// A random first matrix, and rows of the second that are above zero for the tokens of their pattern.
@@ -218,7 +220,7 @@ mod tests {
     }
 
     #[test]
-    fn as_many_tokens_pass_the_signs_as_there_are_candidates() {
+    fn as_many_tokens_pass_a_sketch_of_bits_as_there_are_candidates() {
         let mut random = Random(9);
         let inputs = std::array::from_fn(|_| random.values(128));
         let rows = GateRows::new(QuantType::Q4_0, 128, &inputs, &mut random);
@@ -229,11 +231,17 @@ mod tests {
             patterns: &patterns,
             rows: &rows,
         };
-        let biases = sign_biases(&gates, &candidates);
-        for (n, bias) in biases.iter().enumerate() {
-            let scores = sign_scores(rows.row(patterns[n]), &inputs);
-            let passed = scores.iter().filter(|score| *score + bias > 0.0).count();
-            assert_eq!(passed, candidates[n].count_ones() as usize, "{n}");
+        for bits in [SketchBits::One, SketchBits::Two] {
+            let biases = bit_biases(&gates, &candidates, bits);
+            for (n, bias) in biases.iter().enumerate() {
+                let scores = bit_scores(rows.row(patterns[n]), bits, &inputs);
+                let passed = scores.iter().filter(|score| *score + bias > 0.0).count();
+                assert_eq!(
+                    passed,
+                    candidates[n].count_ones() as usize,
+                    "{n} by {bits:?}"
+                );
+            }
         }
     }
 }

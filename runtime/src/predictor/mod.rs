@@ -2,7 +2,7 @@
 //!
 //! Arrays in, arrays out; files and the running of models are others' work. Two kinds are fitted to [`LayerSamples`]:
 //!
-//! - *in the layer*, from its own input, a sketch names candidates whose gates are then computed exactly: [`signs`] of
+//! - *in the layer*, from its own input, a sketch names candidates whose gates are then computed exactly: [`bits`] of
 //!   the gate rows, or a [`low_rank`] map;
 //! - *ahead*, from the residual stream of the layer before, [`ahead_svd`] or [`ahead_trained`] names neurons to fetch
 //!   and to start on.
@@ -16,6 +16,7 @@ mod adam;
 pub mod ahead;
 pub mod ahead_svd;
 pub mod ahead_trained;
+pub mod bits;
 pub mod choose;
 pub mod error;
 pub mod low_rank;
@@ -24,7 +25,6 @@ mod products;
 mod quantised;
 mod regression;
 mod samples;
-pub mod signs;
 pub mod thresholds;
 
 #[cfg(test)]

@@ -2,8 +2,7 @@
 
 use std::num::NonZeroUsize;
 
-use pi_kernels::ffn_sparse::sketch::planes::{GatePlanes, PlanesShape, fill_tables, sign_scores};
-use pi_kernels::{ActBatch, ActivationMode, Cpu, QuantType};
+use pi_kernels::{ActivationMode, Cpu, QuantType};
 
 use super::ahead_trained::Training;
 use super::products::times_transposed;
@@ -146,41 +145,56 @@ fn training_beats_the_linear_fit_and_chance_where_gates_are_not_linear() {
 }
 
 #[test]
-fn scores_by_signs_are_the_kernel_s() {
-    let (n_tokens, n_embd, n_ff) = (3, 96, 37);
+fn scores_by_bits_are_of_the_weights_first_bits() {
+    let (n_tokens, n_embd, n_ff) = (70, 96, 37);
     let mut rng = Mt19937::new(2);
-    let gate = QuantisedMatrix::round(
-        QuantType::Q4_0,
-        &normal(&mut rng, n_ff * n_embd, 0.1),
-        n_embd,
-    );
+    let gate = normal(&mut rng, n_ff * n_embd, 0.1);
+    let gate = QuantisedMatrix::round(QuantType::Q4_0, &gate, n_embd);
     let x = normal(&mut rng, n_tokens * n_embd, 1.0);
-    let scores = signs::scores(cpu(), workers(1), &gate, &x);
-    let shape = PlanesShape {
-        n_rows: n_ff,
-        n_cols: n_embd,
+    let scores = bits::scores(cpu(), workers(2), &gate, &x, true);
+    let values = gate.values();
+    let sketched = |token: usize, row: usize, sketch: &dyn Fn(usize, f32) -> f64| -> f64 {
+        let (x, w) = (&x[token * n_embd..], &values[row * n_embd..]);
+        let products = (0..n_embd).map(|k| sketch(row * n_embd + k, w[k]) * f64::from(x[k]));
+        products.sum()
     };
-    let (mut top, mut rest) = (vec![0; shape.top_bytes()], vec![0; shape.rest_bytes()]);
-    shape.pack(&gate.bytes, 0, &mut top, &mut rest);
-    let planes = GatePlanes::new(shape, &top, &rest);
-    let mut batch = ActBatch::new(ActivationMode::Q8, n_embd, 1);
-    let mut tables = vec![0; shape.table_bytes()];
-    for (x, scores) in x.chunks_exact(n_embd).zip(scores.chunks_exact(n_ff)) {
-        batch.set(cpu(), 0, x);
-        fill_tables(cpu(), batch.token(0), 0..shape.n_blocks(), &mut tables);
-        let mut kernel = vec![0.0; n_ff];
-        let mut sums = vec![0; shape.n_sums(n_ff)];
-        sign_scores(
-            cpu(),
-            planes,
-            batch.token(0),
-            &tables,
-            0..n_ff,
-            &mut kernel,
-            &mut sums,
-        );
-        assert_eq!(scores, kernel);
+    // the largest of a block is −8 scales
+    let largest = |block: &[f32]| {
+        let max = block
+            .iter()
+            .copied()
+            .max_by(|a, b| a.abs().total_cmp(&b.abs()));
+        max.expect("32 values")
+    };
+    let scales: Vec<f32> = values
+        .chunks_exact(32)
+        .map(|block| largest(block) / -8.0)
+        .collect();
+    for (token, row) in (0..n_tokens).flat_map(|t| (0..n_ff).map(move |r| (t, r))) {
+        let sketch = |small: f64, large: f64| {
+            sketched(token, row, &|at, w| {
+                let scale = scales[at / 32];
+                let code = (w / scale).round() as i32;
+                let size = if (-4..4).contains(&code) {
+                    small
+                } else {
+                    large
+                };
+                let positive = (code >= 0) == (scale > 0.0);
+                if positive { size } else { -size }
+            })
+        };
+        let at = token * n_ff + row;
+        for (got, want) in [
+            (scores.one[at], sketch(1.0, 1.0)),
+            (scores.two[at], sketch(1.0, 3.0)),
+        ] {
+            // what rounding 96 inputs to 8 bits adds up to
+            assert!((f64::from(got) - want).abs() < 1.5, "{got} is not {want}");
+        }
     }
+    let signs = bits::scores(cpu(), workers(1), &gate, &x, false);
+    assert_eq!((signs.one, signs.two), (scores.one, vec![]));
 }
 
 #[test]

@@ -2,6 +2,7 @@
 //!
 //! Contributions are counted as shares of their token's: a token with a large hidden state is no more important.
 
+use super::bits::BitScores;
 use super::neuron_model::NeuronModel;
 
 /// Halvings of the range in which the least expected mass of a candidate is looked for.
@@ -98,6 +99,14 @@ pub enum Target {
 }
 
 impl Target {
+    /// A target of which so much may be lost.
+    fn share(self, share: f64) -> Self {
+        match self {
+            Target::MassKept(kept) => Target::MassKept(1.0 - (1.0 - kept) * share),
+            Target::LostRms(rms) => Target::LostRms(rms * share),
+        }
+    }
+
     /// Whether candidates with these losses do.
     pub fn is_met(self, lost: Lost) -> bool {
         // what rounding adds to a sum
@@ -153,14 +162,21 @@ pub struct Thresholds {
 /// # Panics
 /// When there isn't one score per gate.
 pub fn fit(scores: &[f32], masses: &Masses<'_>, target: Target) -> Thresholds {
+    fit_of(scores, scores, masses, target)
+}
+
+/// The same where some neurons are no candidates with any bias: their `possible` score is −∞, and `scores` say what it
+/// would be.
+fn fit_of(scores: &[f32], possible: &[f32], masses: &Masses<'_>, target: Target) -> Thresholds {
     assert_eq!(scores.len(), masses.gates.len(), "a score per gate");
-    let active = ActiveScores::new(scores, masses);
+    let active = ActiveScores::new(possible, masses);
     let models = NeuronModel::fit_all(scores, masses.gates, &masses.shares, masses.n_ff);
     let per_neuron = per_neuron(&models, &active, target).0;
     let one_shift = one_shift(&active, masses.n_ff, target);
     // the models' deviations end somewhere: a target near 1 can be out of their reach
     let reached = target.is_met(active.lost(&per_neuron));
-    if reached && count_candidates(scores, &per_neuron) <= count_candidates(scores, &one_shift) {
+    if reached && count_candidates(possible, &per_neuron) <= count_candidates(possible, &one_shift)
+    {
         Thresholds {
             bias: per_neuron,
             rule: Rule::PerNeuron,
@@ -170,6 +186,43 @@ pub fn fit(scores: &[f32], masses: &Masses<'_>, target: Target) -> Thresholds {
             bias: one_shift,
             rule: Rule::OneShift,
         }
+    }
+}
+
+/// Share of the target that signs may lose where the next bit is looked at too.
+const FIRST_SHARE: f64 = 0.3;
+
+/// Biases for scores by signs and, of the neurons that these name, by two bits.
+#[derive(Debug, Clone, PartialEq)]
+pub struct TwoBitThresholds {
+    /// `[n_ff]`, of the signs.
+    pub signs: Vec<f32>,
+    /// `[n_ff]`, of both bits.
+    pub two_bits: Vec<f32>,
+}
+
+impl TwoBitThresholds {
+    /// Finds those with which candidates of both together meet `target`.
+    ///
+    /// # Panics
+    /// When there isn't one score of each kind per gate.
+    pub fn fit(scores: &BitScores, masses: &Masses<'_>, target: Target) -> Self {
+        let signs = fit(&scores.one, masses, target.share(FIRST_SHARE)).bias;
+        let named = scores.named(&signs);
+        let two_bits = fit_of(&scores.two, &named, masses, target).bias;
+        Self { signs, two_bits }
+    }
+}
+
+impl BitScores {
+    /// Scores by two bits of neurons that their signs name, row-major; all others have −∞.
+    pub fn named(&self, bias: &[f32]) -> Vec<f32> {
+        let both = self.one.iter().zip(&self.two).enumerate();
+        both.map(|(at, (one, two))| {
+            let is_named = one + bias[at % bias.len()] > 0.0;
+            if is_named { *two } else { f32::NEG_INFINITY }
+        })
+        .collect()
     }
 }
 
@@ -345,6 +398,8 @@ pub struct Evaluation {
     pub precision: f64,
     /// Candidates of all neurons.
     pub candidates: f64,
+    /// Neurons of all that were looked at a second time to see whether they are candidates.
+    pub named: f64,
     /// Active neurons of all neurons.
     pub density: f64,
     /// Candidates whose gate is above their floor, of all neurons: those computed in full.
@@ -395,7 +450,27 @@ pub fn evaluate(
         found: n_found as f64 / n_active.max(1) as f64,
         precision: n_found as f64 / n_candidates.max(1) as f64,
         candidates: n_candidates as f64 / n_all,
+        named: 0.0,
         density: n_active as f64 / n_all,
         computed: n_computed as f64 / n_all,
+    }
+}
+
+/// The same for scores by signs and two bits, with biases `[n_ff]` of each.
+///
+/// # Panics
+/// As [`evaluate`].
+pub fn evaluate_two_bits(
+    scores: &BitScores,
+    signs: &[f32],
+    two_bits: &[f32],
+    floor: Option<&[f32]>,
+    masses: &Masses<'_>,
+) -> Evaluation {
+    let named = scores.named(signs);
+    let n_named = named.iter().filter(|score| **score > f32::NEG_INFINITY);
+    Evaluation {
+        named: n_named.count() as f64 / named.len().max(1) as f64,
+        ..evaluate(&named, two_bits, floor, masses)
     }
 }

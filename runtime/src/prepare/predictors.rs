@@ -12,20 +12,24 @@ use crate::gguf::GgufFile;
 use crate::model::Hyperparameters;
 use crate::model::tensors::{self, FileMatrix};
 use crate::predictor::ahead_trained::Training;
+use crate::predictor::bits::{self, BitScores};
 use crate::predictor::choose::{Costs, Kind, cheapest};
-use crate::predictor::thresholds::{Evaluation, Target, evaluate, fit};
+use crate::predictor::thresholds::{
+    Evaluation, Masses, Target, TwoBitThresholds, evaluate, evaluate_two_bits, fit,
+};
 use crate::predictor::{
     Ahead, LayerSamples, LowRank, PredictorError, QuantisedMatrix, Workers, ahead_svd,
-    ahead_trained, low_rank, signs,
+    ahead_trained, low_rank,
 };
 use crate::sidecar::{AHEAD_KIND_KEY, SKETCH_KIND_KEY, Section, SidecarError};
 
-/// What parts of a layer cost, in whole scans of its gates. Signs are two ninths of the gates' bytes and a third of
-/// their time; a candidate's row is read by itself, which costs half as much again as in a scan, and once as much where
-/// the signs' sums have been kept. Measured with AVX-512 and VNNI; without, signs cost 0.6.
+/// What parts of a layer cost, in whole scans of its gates. Signs are two ninths of the gates' bytes; a candidate's row
+/// is read by itself, which costs half as much again as in a scan, and less where its signs have been read. Measured
+/// with AVX-512 and VNNI; without, signs cost 0.6.
 const COSTS: Costs = Costs {
-    signs: 0.35,
-    signs_candidate: 1.0,
+    signs: 0.25,
+    second_bit: 0.35,
+    bits_candidate: 1.2,
     low_rank: 1.0,
     candidate: 1.5,
 };
@@ -66,6 +70,8 @@ pub enum Sketch {
     None,
     /// The gates' own signs.
     Signs,
+    /// The same, and of those that these name, the next bit.
+    TwoBits,
     /// A low-rank map.
     LowRank(LowRank),
 }
@@ -76,16 +82,19 @@ impl Sketch {
         match self {
             Sketch::None => "none",
             Sketch::Signs => "signs",
+            Sketch::TwoBits => "two_bits",
             Sketch::LowRank(_) => "low_rank",
         }
     }
 
-    /// Bytes that its scores read.
-    pub fn bytes(&self, gate: &FileMatrix) -> usize {
+    /// Bytes that its scores read, where signs name so many of all neurons.
+    pub fn bytes(&self, gate: &FileMatrix, named: f64) -> usize {
+        // a bit of each weight
+        let signs = gate.n_rows() * gate.n_cols() / 8;
         match self {
             Sketch::None => 0,
-            // a bit of each weight
-            Sketch::Signs => gate.n_rows() * gate.n_cols() / 8,
+            Sketch::Signs => signs,
+            Sketch::TwoBits => signs + (signs as f64 * named) as usize,
             Sketch::LowRank(map) => map.a.bytes.len() + map.b.bytes.len(),
         }
     }
@@ -97,11 +106,68 @@ impl Sketch {
         workers: Workers,
         gate: &FileMatrix,
         x: &[f32],
-    ) -> Option<Vec<f32>> {
+    ) -> Option<Scores> {
+        let bits = |two| bits::scores(cpu, workers, &quantised(gate), x, two);
         match self {
             Sketch::None => None,
-            Sketch::Signs => Some(signs::scores(cpu, workers, &quantised(gate), x)),
-            Sketch::LowRank(map) => Some(map.scores(cpu, workers, x)),
+            Sketch::Signs => Some(Scores::One(bits(false).one)),
+            Sketch::TwoBits => Some(Scores::TwoBits(bits(true))),
+            Sketch::LowRank(map) => Some(Scores::One(map.scores(cpu, workers, x))),
+        }
+    }
+}
+
+/// What a sketch makes of tokens, row-major `[n, n_ff]`.
+#[derive(Debug, Clone, PartialEq)]
+pub enum Scores {
+    /// One score each.
+    One(Vec<f32>),
+    /// One by signs, and one by two bits.
+    TwoBits(BitScores),
+}
+
+/// A neuron is a candidate where each score is above zero with its bias.
+#[derive(Debug, Clone, PartialEq)]
+pub struct Biases {
+    /// `[n_ff]`, of the only or first score.
+    pub first: Vec<f32>,
+    /// `[n_ff]`, of scores by two bits.
+    pub two_bits: Option<Vec<f32>>,
+}
+
+impl Scores {
+    /// Biases with which candidates meet `target`.
+    pub fn fit(&self, masses: &Masses<'_>, target: Target) -> Biases {
+        match self {
+            Scores::One(scores) => Biases {
+                first: fit(scores, masses, target).bias,
+                two_bits: None,
+            },
+            Scores::TwoBits(scores) => {
+                let TwoBitThresholds { signs, two_bits } =
+                    TwoBitThresholds::fit(scores, masses, target);
+                Biases {
+                    first: signs,
+                    two_bits: Some(two_bits),
+                }
+            }
+        }
+    }
+
+    /// What the candidates with `biases` keep and cost. `floor` `[n_ff]` as in [`evaluate`].
+    pub fn evaluate(
+        &self,
+        biases: &Biases,
+        floor: Option<&[f32]>,
+        masses: &Masses<'_>,
+    ) -> Evaluation {
+        match (self, &biases.two_bits) {
+            (Scores::TwoBits(scores), Some(two_bits)) => {
+                evaluate_two_bits(scores, &biases.first, two_bits, floor, masses)
+            }
+            (Scores::TwoBits(BitScores { one: scores, .. }) | Scores::One(scores), _) => {
+                evaluate(scores, &biases.first, floor, masses)
+            }
         }
     }
 }
@@ -178,6 +244,7 @@ impl LayerPredictors {
         let (n_embd, n_ff) = (hyper.n_embd, hyper.n_ff);
         let sketch = match kinds.to_strs()?.get(layer) {
             Some(&"signs") => Sketch::Signs,
+            Some(&"two_bits") => Sketch::TwoBits,
             Some(&"low_rank") => {
                 let rank = rank_of("sketch_a.weight")?;
                 Sketch::LowRank(LowRank {
@@ -289,6 +356,7 @@ impl Preparation {
         let mut sketches = Vec::new();
         if gate.quant == QuantType::Q4_0 {
             sketches.push((Kind::Signs, Sketch::Signs));
+            sketches.push((Kind::TwoBits, Sketch::TwoBits));
         }
         // of a map that is no smaller than the gates nothing is gained
         let ranks = RANKS
@@ -311,8 +379,8 @@ impl Preparation {
             .iter()
             .filter_map(|(kind, sketch)| {
                 let scores = sketch.scores(cpu, workers, gate, x)?;
-                let bias = fit(&scores, &masses, CHOSEN_AT).bias;
-                Some((*kind, evaluate(&scores, &bias, None, &masses)))
+                let biases = scores.fit(&masses, CHOSEN_AT);
+                Some((*kind, scores.evaluate(&biases, None, &masses)))
             })
             .collect();
         let best = cheapest(&judged, &COSTS, CHOSEN_AT, n_embd, n_ff);

@@ -2,7 +2,7 @@
 
 use std::path::{Path, PathBuf};
 
-use super::predictors::{LayerPredictors, Sketch};
+use super::predictors::{Biases, LayerPredictors, Sketch};
 use super::preparation::Preparation;
 use super::stage::Stage;
 use super::text::{HELD_OUT, Passages, Text};
@@ -14,7 +14,7 @@ use crate::model::Sparsity;
 use crate::model::tensors;
 use crate::predictor::LayerSamples;
 use crate::predictor::thresholds::{Evaluation, Masses, evaluate};
-use crate::sidecar::{Section, sidecar_header};
+use crate::sidecar::{Section, TWO_BIT_BIAS, sidecar_header};
 
 /// Passages whose hidden states are looked at.
 const N_PASSAGES_SEEN: usize = 8;
@@ -105,6 +105,7 @@ impl Report {
             layers("found", &|layer| layer.in_layer.found)?;
             layers("precision", &|layer| layer.in_layer.precision)?;
             layers("candidates", &|layer| layer.in_layer.candidates)?;
+            layers("named", &|layer| layer.in_layer.named)?;
             layers("density", &|layer| layer.in_layer.density)?;
             layers("computed", &|layer| layer.in_layer.computed)?;
             let ahead = |layer: &LayerReport| layer.ahead.unwrap_or_default();
@@ -202,10 +203,13 @@ impl Preparation {
         };
         let in_layer = match sketch.scores(cpu, workers, gate, samples.x(all.clone())) {
             Some(scores) => {
-                let bias = self.vector(file, layer, "sketch.bias")?;
+                let first = self.vector(file, layer, "sketch.bias")?;
                 let floor = self.vector(file, layer, "gate_floor")?;
-                let bias = bias.ok_or_else(|| self.missing_thresholds())?;
-                evaluate(&scores, &bias, floor.as_deref(), &masses)
+                let biases = Biases {
+                    first: first.ok_or_else(|| self.missing_thresholds())?,
+                    two_bits: self.vector(file, layer, TWO_BIT_BIAS)?,
+                };
+                scores.evaluate(&biases, floor.as_deref(), &masses)
             }
             // all gates are computed
             None => evaluate(
@@ -226,7 +230,7 @@ impl Preparation {
             sketch: sketch.name(),
             in_layer,
             ahead,
-            sketch_bytes: sketch.bytes(gate),
+            sketch_bytes: sketch.bytes(gate, in_layer.named),
             ahead_bytes,
         })
     }

@@ -1,6 +1,6 @@
 //! The stages of a preparation, and what of a sidecar is whose.
 
-use crate::sidecar::Profile;
+use crate::sidecar::{Profile, TWO_BIT_BIAS};
 
 /// A stage of a preparation.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
@@ -44,7 +44,7 @@ impl Stage {
             .strip_prefix("blk.")
             .and_then(|rest| rest.split_once('.'))
             .map_or("", |(_, tensor)| tensor);
-        let is_bias = matches!(tensor, "sketch.bias" | "gate_floor");
+        let is_bias = matches!(tensor, "sketch.bias" | TWO_BIT_BIAS | "gate_floor");
         match self {
             Stage::Profile => Profile::owns(name),
             Stage::Predictors => {

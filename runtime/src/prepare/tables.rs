@@ -42,12 +42,13 @@ pub fn report_table(report: &Report) -> String {
     if !report.layers.is_empty() {
         let _ = writeln!(
             table,
-            "{:>5} {:>9} {:>9} {:>9} {:>9} {:>10} {:>9} {:>9} {:>12} {:>11}",
+            "{:>5} {:>9} {:>9} {:>9} {:>9} {:>9} {:>10} {:>9} {:>9} {:>12} {:>11}",
             "layer",
             "sketch",
             "mass kept",
             "found",
             "precision",
+            "named",
             "candidates",
             "computed",
             "active",
@@ -86,8 +87,13 @@ fn layer_cells(layer: &LayerReport) -> String {
             format!("{kept:>10.2} % {:>9.1} %", ahead.candidates * 100.0)
         },
     );
+    // by signs, before the next bit was looked at
+    let named = match found.named > 0.0 {
+        true => format!("{:>7.1} %", found.named * 100.0),
+        false => format!("{:>9}", ""),
+    };
     format!(
-        "{:>7.2} % {:>7.1} % {:>7.1} % {:>8.1} % {:>7.1} % {:>7.1} % {ahead}",
+        "{:>7.2} % {:>7.1} % {:>7.1} % {named} {:>8.1} % {:>7.1} % {:>7.1} % {ahead}",
         (1.0 - found.lost.mean) * 100.0,
         found.found * 100.0,
         found.precision * 100.0,

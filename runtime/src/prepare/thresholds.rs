@@ -11,8 +11,8 @@ use super::preparation::Preparation;
 use super::stage::Stage;
 use crate::error::RuntimeError;
 use crate::gguf::GgufFile;
-use crate::predictor::thresholds::{Target, fit, fit_floor};
-use crate::sidecar::{Section, sidecar_header};
+use crate::predictor::thresholds::{Target, fit_floor};
+use crate::sidecar::{Section, TWO_BIT_BIAS, sidecar_header};
 
 /// Targets from loose to strict: root mean square over tokens of the share of its mass that a token loses.
 const TARGETS: [f64; 12] = [
@@ -70,8 +70,11 @@ impl Preparation {
             if let Some(scores) = &scores {
                 let floor = fit_floor(&masses, target * FLOOR_SHARE);
                 let kept = masses.above(&floor);
-                let bias = fit(scores, &kept, Target::LostRms(target)).bias;
-                section.vector(&format!("blk.{layer}.sketch.bias"), &bias)?;
+                let biases = scores.fit(&kept, Target::LostRms(target));
+                section.vector(&format!("blk.{layer}.sketch.bias"), &biases.first)?;
+                if let Some(bias) = &biases.two_bits {
+                    section.vector(&format!("blk.{layer}.{TWO_BIT_BIAS}"), bias)?;
+                }
                 section.vector(&format!("blk.{layer}.gate_floor"), &floor)?;
             }
             let part = format!("thresholds-{layer}-{index}");

@@ -14,7 +14,9 @@ use std::path::{Path, PathBuf};
 
 pub use error::SidecarError;
 pub use hash::model_hash;
-pub use predictors::{AHEAD_KIND_KEY, Ahead, LayerPredictors, SKETCH_KIND_KEY, Sketch, SketchKind};
+pub use predictors::{
+    AHEAD_KIND_KEY, Ahead, LayerPredictors, SKETCH_KIND_KEY, Sketch, SketchKind, TWO_BIT_BIAS,
+};
 pub use profile::Profile;
 pub use section::Section;
 pub use threshold::{ThresholdFigures, ThresholdSection};
@@ -27,7 +29,7 @@ use crate::model::tensors::{self, FileMatrix};
 /// `general.architecture` of a sidecar.
 pub const ARCHITECTURE: &str = "pi-sparse";
 /// Version of the format.
-pub const VERSION: u32 = 2;
+pub const VERSION: u32 = 3;
 
 const VERSION_KEY: &str = "sparse.version";
 const HASH_KEY: &str = "sparse.model_hash";

@@ -1,6 +1,7 @@
 //! The predictors in a sidecar: a layer's own sketch, and what scores it one layer ahead.
 
 use pi_kernels::QuantType;
+use pi_kernels::ffn_sparse::sketch::planes::sums_are_exact;
 
 use super::{Sidecar, SidecarError};
 use crate::model::tensors::FileMatrix;
@@ -10,6 +11,8 @@ use crate::model::{Hyperparameters, ModelTensors};
 pub const SKETCH_KIND_KEY: &str = "sparse.sketch.kind";
 /// Kind of all predictors ahead.
 pub const AHEAD_KIND_KEY: &str = "sparse.ahead.kind";
+/// Name of a layer's biases of scores by two bits.
+pub const TWO_BIT_BIAS: &str = "sketch.two_bit_bias";
 /// Most values between the two matrices of a predictor.
 const RANK_MAX: usize = 1 << 14;
 
@@ -36,8 +39,12 @@ pub enum SketchKind {
         /// `[n_ff, rank]`
         b: FileMatrix,
     },
-    /// The gate's signs, of gates in `Q4_0`.
-    Signs,
+    /// The first bits of the gate's own weights, in `Q4_0`.
+    Bits {
+        /// `[n_ff]`: of the neurons that signs name, those stay candidates whose score by two bits and this are
+        /// together above zero. All without.
+        two_bit_bias: Option<Vec<f32>>,
+    },
 }
 
 impl SketchKind {
@@ -45,7 +52,8 @@ impl SketchKind {
     pub fn name(&self) -> &'static str {
         match self {
             SketchKind::LowRank { .. } => "low_rank",
-            SketchKind::Signs => "signs",
+            SketchKind::Bits { two_bit_bias: None } => "signs",
+            SketchKind::Bits { .. } => "two_bits",
         }
     }
 }
@@ -121,14 +129,24 @@ impl Sidecar {
         let name = |tensor: &str| format!("blk.{layer}.{tensor}");
         let kind = match kind {
             "none" => return Ok(None),
-            "signs" if gate == QuantType::Q4_0 => SketchKind::Signs,
-            "signs" => {
+            "signs" | "two_bits" if gate != QuantType::Q4_0 => {
                 let problem = format!(
-                    "layer {layer} is sketched by signs, but its gate is {} and not Q4_0",
+                    "layer {layer} is sketched by its weights' bits, but its gate is {} and not Q4_0",
                     gate.name()
                 );
                 return Err(self.bad_key(problem));
             }
+            "signs" | "two_bits" if !sums_are_exact(hyper.n_embd) => {
+                let problem = format!(
+                    "layer {layer} is sketched by its weights' bits, of which rows of {} are too long",
+                    hyper.n_embd
+                );
+                return Err(self.bad_key(problem));
+            }
+            "signs" => SketchKind::Bits { two_bit_bias: None },
+            "two_bits" => SketchKind::Bits {
+                two_bit_bias: Some(self.needed_vector(&name(TWO_BIT_BIAS), hyper.n_ff)?),
+            },
             "low_rank" => {
                 let (a, b) = self.pair(&name("sketch"), hyper)?;
                 SketchKind::LowRank { a, b }

@@ -9,7 +9,7 @@ use super::gates::{CHOICE_TYPE, ChoiceRows, PatternRows};
 use super::gaussian::below;
 use super::plan::{Plan, PlannedLayer, SynthTensor};
 use crate::gguf::GgufWriter;
-use crate::sidecar::{AHEAD_KIND_KEY, SKETCH_KIND_KEY};
+use crate::sidecar::{AHEAD_KIND_KEY, SKETCH_KIND_KEY, TWO_BIT_BIAS};
 
 /// Least cost of the predictors ahead, as a share of the FFN's bytes.
 const PREDICTOR_COST: f64 = 0.04;
@@ -21,12 +21,33 @@ const MASS_AHEAD: f64 = 0.955;
 const MASS_SKETCH: f64 = 0.995;
 /// Tokens that the planted frequencies are counted for.
 const N_TOKENS: u32 = 100_000;
-/// Codes of Q4_0 from their signs: each sign stands for a value this many times as large as the scale,
-const SIGN_VALUE: f64 = 4.0;
-/// and this is the square of what correlates: 4² of the codes' mean square.
-const SIGN_KNOWN: f64 = SIGN_VALUE * SIGN_VALUE / CODES_SQUARE;
+/// The same for sketches of bits, of which each look may lose some: what signs keep, and of that two bits.
+const MASS_BITS: f64 = 0.9975;
 /// Mean square of the codes of Q4_0.
 const CODES_SQUARE: f64 = 21.5;
+
+/// What the first bits of a Q4_0 weight say of it.
+struct BitSketch {
+    /// In units of the scale, what a one stands for in the sketch.
+    one: f64,
+    /// Mean square of the sketch.
+    square: f64,
+    /// The sketch of the weights in constant channels, which are all as large as can be.
+    largest: f64,
+}
+
+/// ±1 for codes of ±4 in the mean.
+const SIGNS: BitSketch = BitSketch {
+    one: 4.0,
+    square: 1.0,
+    largest: 1.0,
+};
+/// ±1 and ±3 for codes of ±2 and ±6 in the mean.
+const TWO_BITS: BitSketch = BitSketch {
+    one: 2.0,
+    square: 5.0,
+    largest: 3.0,
+};
 
 /// The smallest rank with which the predictors cost [`PREDICTOR_COST`].
 pub(super) fn predictor_rank(quant: QuantType, n_embd: usize, n_ff: usize) -> usize {
@@ -39,14 +60,14 @@ pub(super) fn predictor_rank(quant: QuantType, n_embd: usize, n_ff: usize) -> us
 /// What finds neurons in the layer itself.
 #[derive(Debug, Clone, Copy, PartialEq)]
 enum SketchKind {
-    Signs,
+    Bits,
     LowRank,
 }
 
 impl Plan {
     fn sketch_kind(&self) -> SketchKind {
         match self.options.quant {
-            QuantType::Q4_0 => SketchKind::Signs,
+            QuantType::Q4_0 => SketchKind::Bits,
             _ => SketchKind::LowRank,
         }
     }
@@ -56,7 +77,7 @@ impl Plan {
         header.put("sparse.profile.n_tokens", N_TOKENS)?;
         header.put(AHEAD_KIND_KEY, "svd")?;
         let kind = match self.sketch_kind() {
-            SketchKind::Signs => "signs",
+            SketchKind::Bits => "two_bits",
             SketchKind::LowRank => "low_rank",
         };
         let kinds = vec![kind.to_owned(); self.options.shape.n_layer];
@@ -118,23 +139,30 @@ impl Plan {
                     .map(|offset| (offset + slack) as f32)
                     .collect()
             }
-            SketchKind::Signs => {
-                let slack = self.offsets.slack(SIGN_KNOWN.sqrt(), MASS_SKETCH);
-                let n_changing = self.gate_form.channels.n_changing() as f64;
-                let scale = 1.0 / (n_changing * CODES_SQUARE).sqrt();
-                // of the constant channels, which are one, the score knows the sign
-                let n_constant = self.gate_form.channels.n_constant as f64;
-                let bias = |offset: &f64| {
-                    (offset + slack) / (SIGN_VALUE * scale) - n_constant.copysign(*offset)
-                };
-                planned
-                    .offsets
-                    .iter()
-                    .map(|offset| bias(offset) as f32)
-                    .collect()
+            SketchKind::Bits => {
+                let name = format!("blk.{layer}.{TWO_BIT_BIAS}");
+                tensors.push(SynthTensor::vector(
+                    name,
+                    self.bit_biases(planned, &TWO_BITS),
+                ));
+                self.bit_biases(planned, &SIGNS)
             }
         };
         tensors.push(SynthTensor::vector(format!("{prefix}.bias"), bias));
+    }
+
+    fn bit_biases(&self, planned: &PlannedLayer, sketch: &BitSketch) -> Vec<f32> {
+        // the square of what correlates
+        let known = sketch.one * sketch.one * sketch.square / CODES_SQUARE;
+        let slack = self.offsets.slack(known.sqrt(), MASS_BITS);
+        let n_changing = self.gate_form.channels.n_changing() as f64;
+        let scale = 1.0 / (n_changing * CODES_SQUARE).sqrt();
+        // the constant channels are one
+        let constant = self.gate_form.channels.n_constant as f64 * sketch.largest;
+        let bias =
+            |offset: &f64| (offset + slack) / (sketch.one * scale) - constant.copysign(*offset);
+        let biases = planned.offsets.iter().map(|offset| bias(offset) as f32);
+        biases.collect()
     }
 
     fn low_rank(

@@ -1,16 +1,24 @@
-//! Sign sums by masks, and gates from planes, with AVX-512 and VNNI.
+//! Sums of sketches, and gates from planes, with AVX-512 and VNNI.
 //!
-//! 64 signs are a mask: of the activations of 8 columns, repeated for 8 rows, those of set bits are
-//! summed. With the sum of all of them, that gives the sum with signs.
+//! Bit i of 64 bytes, left where it is, is a factor of 0 or 2^i: with it each byte's activation is multiplied and
+//! added. There is a sum for each i, and what it is too large by is taken out at the end.
 
 use std::arch::x86_64::*;
 use std::ops::Range;
 
-use super::planes::{GatePlanes, HIGH_BYTES, LOW_BYTES, SCALE_BYTES, TOP_BYTES, UNIT};
+use super::input::SketchInput;
+use super::planes::{
+    AHEAD, GatePlanes, HIGH_BYTES, LOW_BYTES, SCALE_BYTES, SIGN_BYTES, TOP_BYTES, UNIT,
+};
 use crate::activations::ActRef;
 use crate::dot::rows512::{Chunk, TileRows, products, vnni_fn};
 use crate::matrix::ROW_GROUP;
 use crate::quant::BLOCK;
+
+/// Bits of a byte.
+const BITS: usize = 8;
+/// Groups of 16 rows that are summed together.
+const GROUPS: usize = 2;
 
 /// Asks for what comes so far ahead.
 const AHEAD_BYTES: usize = 4096;
@@ -28,115 +36,179 @@ vnni_fn! {
 }
 
 vnni_fn! {
-    /// Sums with signs of a block of 16 rows, of which `x_sum` is the sum without.
-    fn block_sums(top: *const u8, x: *const i8, x_sum: i32) -> __m512i {
-        let ones = _mm512_set1_epi8(1);
-        let mut set = [_mm512_setzero_si512(); 2];
-        for j in 0..BLOCK / 8 {
-            let eight = _mm512_set1_epi64(x.add(8 * j).cast::<i64>().read_unaligned());
-            for half in 0..2 {
-                let mask = top.add(j * ROW_GROUP + 8 * half).cast::<u64>().read_unaligned();
-                set[half] = _mm512_dpbusd_epi32(set[half], _mm512_maskz_mov_epi8(mask, ones), eight);
-            }
+    /// Σ over i of the sums of bits i, which are 2^i too large.
+    fn joined(of_bits: [__m512i; BITS]) -> __m512i {
+        let mut sum = of_bits[BITS - 1];
+        for i in (0..BITS - 1).rev() {
+            sum = _mm512_add_epi32(_mm512_srai_epi32::<1>(sum), of_bits[i]);
         }
-        let set = pair_sums(set[0], set[1]);
-        _mm512_sub_epi32(_mm512_add_epi32(set, set), _mm512_set1_epi32(x_sum))
+        sum
     }
 }
 
+/// Bytes with bit i alone, for each i.
+#[inline]
+#[target_feature(enable = "avx512f,avx512bw")]
+fn bit_masks() -> [__m512i; BITS] {
+    std::array::from_fn(|i| _mm512_set1_epi8((1u8 << i) as i8))
+}
+
 vnni_fn! {
-    /// Writes 16 blocks' sums of 16 rows to `to`, rows `stride` sums apart.
-    fn store_turned(sums: &[__m512i; 16], to: *mut i16, stride: usize) {
-        let mut quads = [_mm512_setzero_si512(); 8];
-        for half in 0..2 {
-            let pair = |n: usize| {
-                let (a, b) = (sums[8 * half + 2 * n], sums[8 * half + 2 * n + 1]);
-                _mm512_mask_blend_epi16(0xAAAA_AAAA, a, _mm512_slli_epi32::<16>(b))
-            };
-            let (a, b, c, d) = (pair(0), pair(1), pair(2), pair(3));
-            let (ab, ab_high) = (_mm512_unpacklo_epi32(a, b), _mm512_unpackhi_epi32(a, b));
-            let (cd, cd_high) = (_mm512_unpacklo_epi32(c, d), _mm512_unpackhi_epi32(c, d));
-            quads[4 * half] = _mm512_unpacklo_epi64(ab, cd);
-            quads[4 * half + 1] = _mm512_unpackhi_epi64(ab, cd);
-            quads[4 * half + 2] = _mm512_unpacklo_epi64(ab_high, cd_high);
-            quads[4 * half + 3] = _mm512_unpackhi_epi64(ab_high, cd_high);
+    /// Σ of activations whose weight is positive, of rows in neighbouring groups of 16; `top` is the first's start.
+    fn positive_sums[const N: usize](top: *const u8, n_blocks: usize, x: *const i8) -> [__m512i; N] {
+        let masks = bit_masks();
+        let mut of_bits = [[_mm512_setzero_si512(); BITS]; N];
+        for block in 0..n_blocks {
+            let mut signs = [_mm512_setzero_si512(); N];
+            for (group, signs) in signs.iter_mut().enumerate() {
+                let at = top.add((group * n_blocks + block) * TOP_BYTES);
+                _mm_prefetch::<_MM_HINT_T0>(at.wrapping_add(AHEAD_BYTES).cast());
+                *signs = _mm512_loadu_si512(at.cast());
+            }
+            for i in 0..BITS {
+                let x = x.add(block * BLOCK + i * SIGN_BYTES).cast::<i32>().read_unaligned();
+                let x = _mm512_set1_epi32(x);
+                for group in 0..N {
+                    let set = _mm512_and_si512(signs[group], masks[i]);
+                    of_bits[group][i] = _mm512_dpbusd_epi32(of_bits[group][i], set, x);
+                }
+            }
         }
-        for (n, quad) in quads.into_iter().enumerate() {
-            let to = to.add(n % 4 * stride + n / 4 * 8);
-            let row = |lane: usize| to.add(4 * lane * stride).cast::<__m128i>();
-            _mm_storeu_si128(row(0), _mm512_extracti32x4_epi32::<0>(quad));
-            _mm_storeu_si128(row(1), _mm512_extracti32x4_epi32::<1>(quad));
-            _mm_storeu_si128(row(2), _mm512_extracti32x4_epi32::<2>(quad));
-            _mm_storeu_si128(row(3), _mm512_extracti32x4_epi32::<3>(quad));
+        let mut sums = [_mm512_setzero_si512(); N];
+        for (sum, of_bits) in sums.iter_mut().zip(of_bits) {
+            *sum = joined(of_bits);
         }
+        sums
     }
 }
 
 vnni_fn! {
     /// # Safety
-    /// AVX-512 with VNNI is there; lengths fit as [`super::planes::sign_scores`] asserts.
-    pub(super) fn sign_scores(
-        planes: GatePlanes<'_>,
-        x: ActRef<'_>,
-        rows: Range<usize>,
-        scores: &mut [f32],
-        sums: &mut [i16],
-    ) {
-        let (n_blocks, stride) = (planes.shape.n_blocks(), planes.shape.sums_stride());
+    /// AVX-512 with VNNI is there; lengths fit as [`super::planes::sign_sums`] asserts.
+    pub(super) fn sign_sums(planes: GatePlanes<'_>, x: &SketchInput, rows: Range<usize>, sums: &mut [i32]) {
+        let n_blocks = planes.shape.n_blocks();
         let first_group = rows.start / ROW_GROUP;
-        for (group, scores) in scores.chunks_mut(ROW_GROUP).enumerate() {
+        let all = _mm512_set1_epi32(x.sum());
+        let mut group = 0;
+        while group * ROW_GROUP < sums.len() {
             let top = planes.top.as_ptr().add((first_group + group) * n_blocks * TOP_BYTES);
-            let sums = sums.as_mut_ptr().add(group * ROW_GROUP * stride);
-            let mut acc = _mm512_setzero_ps();
-            let mut first = 0;
-            while first < n_blocks {
-                let mut of_blocks = [_mm512_setzero_si512(); 16];
-                for block in first..(first + 16).min(n_blocks) {
-                    let top = top.add(block * TOP_BYTES);
-                    _mm_prefetch::<_MM_HINT_T0>(top.wrapping_add(AHEAD_BYTES).cast());
-                    let x_sum = *x.block_sums.get_unchecked(block);
-                    let sum = block_sums(top, x.q.as_ptr().add(block * BLOCK), x_sum);
-                    let x_scale = _mm512_set1_ps(*x.scales.get_unchecked(block));
-                    acc = _mm512_fmadd_ps(_mm512_cvtepi32_ps(sum), x_scale, acc);
-                    of_blocks[block - first] = sum;
-                }
-                store_turned(&of_blocks, sums.add(first), stride);
-                first += 16;
+            let left = &mut sums[group * ROW_GROUP..];
+            let (positive, n) = if left.len() > ROW_GROUP {
+                (positive_sums::<GROUPS>(top, n_blocks, x.top().as_ptr()), GROUPS)
+            } else {
+                let [one] = positive_sums::<1>(top, n_blocks, x.top().as_ptr());
+                ([one, one], 1)
+            };
+            for (positive, sums) in positive.into_iter().zip(left.chunks_mut(ROW_GROUP)) {
+                let sum = _mm512_sub_epi32(_mm512_add_epi32(positive, positive), all);
+                let mask = (0xFFFF_u32 >> (ROW_GROUP - sums.len())) as u16;
+                _mm512_mask_storeu_epi32(sums.as_mut_ptr(), mask, sum);
             }
-            let mask = (0xFFFF_u32 >> (ROW_GROUP - scores.len())) as u16;
-            _mm512_mask_storeu_ps(scores.as_mut_ptr(), mask, acc);
+            group += n;
         }
     }
 }
 
-/// Rows of the rest, with their sums of signs.
-struct RestRows<'a> {
-    planes: GatePlanes<'a>,
-    first_row: usize,
-    sums: &'a [i16],
+vnni_fn! {
+    /// Writes Σ of activations whose bit 2 is set to `out`, for rows `ids`.
+    ///
+    /// # Safety
+    /// AVX-512 with VNNI is there; all rows are there, and `x` has their columns.
+    pub(super) fn high_sums(planes: GatePlanes<'_>, x: &SketchInput, ids: &[u32], out: &mut [i32]) {
+        let (masks, bytes) = (bit_masks(), planes.shape.high_row_bytes());
+        for &id in &ids[..ids.len().min(AHEAD)] {
+            planes.prefetch_high(id as usize);
+        }
+        for n in 0..ids.len() {
+            if let Some(&later) = ids.get(n + AHEAD) {
+                planes.prefetch_high(later as usize);
+            }
+            let high = planes.rest_row(ids[n] as usize).high.as_ptr();
+            let mut of_bits = [_mm512_setzero_si512(); BITS];
+            let mut at = 0;
+            while at < bytes {
+                let left = bytes - at;
+                if left >= 64 {
+                    let bits = _mm512_loadu_si512(high.add(at).cast());
+                    for i in 0..BITS {
+                        let x = _mm512_loadu_si512(x.high().as_ptr().add(i * bytes + at).cast());
+                        let set = _mm512_and_si512(bits, masks[i]);
+                        of_bits[i] = _mm512_dpbusd_epi32(of_bits[i], set, x);
+                    }
+                } else {
+                    let there = (1u64 << left) - 1;
+                    let bits = _mm512_maskz_loadu_epi8(there, high.add(at).cast());
+                    for i in 0..BITS {
+                        let x = _mm512_maskz_loadu_epi8(there, x.high().as_ptr().add(i * bytes + at));
+                        let set = _mm512_and_si512(bits, masks[i]);
+                        of_bits[i] = _mm512_dpbusd_epi32(of_bits[i], set, x);
+                    }
+                }
+                at += 64;
+            }
+            out[n] = _mm512_reduce_add_epi32(joined(of_bits));
+        }
+    }
 }
+
+/// Rows of planes.
+struct PlaneRows<'a>(GatePlanes<'a>);
 
 /// Two units' activations: columns 8·j … 8·j+7 of eight blocks together; and the blocks' sums.
 #[derive(Clone, Copy)]
-struct RestActivations {
-    columns: [[__m512i; 4]; 2],
+struct PlaneActivations {
+    columns: [[__m512i; HIGH_BYTES]; 2],
     x_sums: __m512i,
 }
 
-impl RestRows<'_> {
+impl PlaneRows<'_> {
     fn start(&self, row: usize) -> *const u8 {
-        let at = row * self.planes.shape.rest_row_bytes();
-        self.planes.rest.as_ptr().wrapping_add(at)
+        let at = row * self.0.shape.rest_row_bytes();
+        self.0.rest.as_ptr().wrapping_add(at)
+    }
+
+    vnni_fn! {
+        /// Signs of columns 8·j … 8·j+7 of eight blocks, for both units and each j.
+        fn signs(&self, row: usize, chunk: Chunk) -> [[u64; HIGH_BYTES]; 2] {
+            let n = row / ROW_GROUP * chunk.n_blocks + chunk.first;
+            let at = self.0.top.as_ptr().add(n * TOP_BYTES + row % ROW_GROUP * SIGN_BYTES);
+            let each = _mm512_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15);
+            // in steps of a block, which has 16 rows
+            let steps = _mm512_slli_epi32::<4>(each);
+            let of_blocks = _mm512_mask_i32gather_epi32::<4>(
+                _mm512_setzero_si512(),
+                chunk.mask(),
+                steps,
+                at.cast(),
+            );
+            // bytes j of four blocks together, then of eight
+            let bytes = _mm512_set4_epi32(0x0F0B_0703, 0x0E0A_0602, 0x0D09_0501, 0x0C08_0400);
+            let fours = _mm512_shuffle_epi8(of_blocks, bytes);
+            let order = _mm512_setr_epi32(0, 4, 1, 5, 2, 6, 3, 7, 8, 12, 9, 13, 10, 14, 11, 15);
+            std::mem::transmute(_mm512_permutexvar_epi32(order, fours))
+        }
     }
 }
 
 // SAFETY (whole impl): rows are whole; loads are masked behind the last block.
 #[allow(clippy::undocumented_unsafe_blocks)]
-impl TileRows for RestRows<'_> {
-    type Activations = RestActivations;
+impl TileRows for PlaneRows<'_> {
+    type Activations = PlaneActivations;
+
+    #[inline]
+    fn ask_for(&self, row: usize, chunk: Chunk) {
+        // the signs have just been read
+        let (row, n_blocks) = (self.start(row), chunk.n_blocks);
+        let mut from = 0;
+        for bytes in [LOW_BYTES, HIGH_BYTES, SCALE_BYTES] {
+            let at = row.wrapping_add(from + chunk.first * bytes);
+            crate::dot::prefetch_bytes(at, chunk.count * bytes);
+            from += n_blocks * bytes;
+        }
+    }
 
     vnni_fn! {
-        fn activations(x: ActRef<'_>, chunk: Chunk) -> RestActivations {
+        fn activations(x: ActRef<'_>, chunk: Chunk) -> PlaneActivations {
             let q = x.q.as_ptr().add(chunk.first * BLOCK);
             let mut columns = [[_mm512_setzero_si512(); 4]; 2];
             for (unit, columns) in columns.iter_mut().enumerate() {
@@ -156,17 +228,18 @@ impl TileRows for RestRows<'_> {
                 }
             }
             let x_sums = x.block_sums.as_ptr().add(chunk.first);
-            RestActivations { columns, x_sums: _mm512_maskz_loadu_epi32(chunk.mask(), x_sums) }
+            PlaneActivations { columns, x_sums: _mm512_maskz_loadu_epi32(chunk.mask(), x_sums) }
         }
     }
 
     vnni_fn! {
-        fn totals(&self, row: usize, chunk: Chunk, x: &RestActivations) -> (__m512i, __m256i) {
+        fn totals(&self, row: usize, chunk: Chunk, x: &PlaneActivations) -> (__m512i, __m256i) {
             let n_blocks = chunk.n_blocks;
             let low = self.start(row);
             let high = low.wrapping_add(n_blocks * LOW_BYTES);
             let scales = high.wrapping_add(n_blocks * HIGH_BYTES + chunk.first * SCALE_BYTES);
-            let (three, four) = (_mm512_set1_epi8(3), _mm512_set1_epi8(4));
+            let (three, four, eight) = (_mm512_set1_epi8(3), _mm512_set1_epi8(4), _mm512_set1_epi8(8));
+            let signs = self.signs(row, chunk);
             let mut units = [_mm512_setzero_si512(); 2];
             for (unit, sum) in units.iter_mut().enumerate() {
                 if unit * UNIT >= chunk.count {
@@ -193,34 +266,26 @@ impl TileRows for RestRows<'_> {
                 ];
                 for (j, part) in parts.into_iter().enumerate() {
                     let part = _mm512_and_si512(part, three);
-                    let rest = _mm512_mask_add_epi8(part, bits(j), part, four);
-                    *sum = _mm512_dpbusd_epi32(*sum, rest, x.columns[unit][j]);
+                    let q = _mm512_mask_add_epi8(part, bits(j), part, four);
+                    let q = _mm512_mask_add_epi8(q, signs[unit][j], q, eight);
+                    *sum = _mm512_dpbusd_epi32(*sum, q, x.columns[unit][j]);
                 }
             }
             let scales = _mm256_maskz_loadu_epi16(chunk.mask(), scales.cast());
-            let signs = self.sums.as_ptr().add((row - self.first_row) * self.planes.shape.sums_stride() + chunk.first);
-            let signs = _mm512_cvtepi16_epi32(_mm256_loadu_si256(signs.cast()));
+            // eight, and one less where the scale is negative
             let negative = _mm256_movepi16_mask(scales);
-            let signs = _mm512_mask_sub_epi32(signs, negative, _mm512_setzero_si512(), signs);
-            let rest = _mm512_slli_epi32::<2>(_mm512_sub_epi32(signs, x.x_sums));
-            (_mm512_add_epi32(pair_sums(units[0], units[1]), rest), scales)
+            let offsets = _mm512_slli_epi32::<3>(x.x_sums);
+            let offsets = _mm512_mask_sub_epi32(offsets, negative, offsets, x.x_sums);
+            let lengths = _mm256_and_si256(scales, _mm256_set1_epi16(0x7FFF));
+            (_mm512_sub_epi32(pair_sums(units[0], units[1]), offsets), lengths)
         }
     }
 }
 
 vnni_fn! {
     /// # Safety
-    /// AVX-512 with VNNI is there; all rows and their sums are there, as [`super::planes::plane_gates`]
-    /// asserts.
-    pub(super) fn gates(
-        planes: GatePlanes<'_>,
-        x: ActRef<'_>,
-        first_row: usize,
-        sums: &[i16],
-        ids: &[u32],
-        out: &mut [f32],
-    ) {
-        let rows = RestRows { planes, first_row, sums };
-        products(&rows, x, planes.shape.n_blocks(), ids, out);
+    /// AVX-512 with VNNI is there; all rows are there, as [`super::planes::plane_gates`] asserts.
+    pub(super) fn gates(planes: GatePlanes<'_>, x: ActRef<'_>, ids: &[u32], out: &mut [f32]) {
+        products(&PlaneRows(planes), x, planes.shape.n_blocks(), ids, out, &mut |_| ());
     }
 }

@@ -1,11 +1,12 @@
 //! Sketches of gates: which neurons may have an open one, for less than all gates cost.
 //!
 //! A sketch scores all neurons; those whose score and bias together are above zero are
-//! *candidates*, and only their gates are computed. Two kinds are here: the sign plane of the gate
+//! *candidates*, and only their gates are computed. Two kinds are here: the first bits of the gate
 //! rows ([`planes`]), and any low-rank product (two matrices, see [`crate::gemm`]).
 
 #[cfg(target_arch = "x86_64")]
 mod avx512;
+pub mod input;
 pub mod planes;
 #[cfg(target_arch = "x86_64")]
 mod x86;
@@ -26,6 +27,45 @@ pub fn candidates(scores: &[f32], bias: &[f32], first_id: u32, ids: &mut Vec<u32
     for ((id, score), bias) in (first_id..).zip(scores).zip(bias) {
         ids[kept] = id;
         let out = score + bias <= 0.0;
+        kept += usize::from(!out);
+    }
+    ids.truncate(kept);
+}
+
+/// [`candidates`] by integer `sums`, of which each is multiplied by `scale`.
+///
+/// # Panics
+/// When there is not one bias per sum.
+pub fn candidates_of_sums(
+    sums: &[i32],
+    scale: f32,
+    bias: &[f32],
+    first_id: u32,
+    ids: &mut Vec<u32>,
+) {
+    assert_eq!(sums.len(), bias.len(), "one bias per sum");
+    ids.clear();
+    ids.resize(sums.len(), 0);
+    let mut kept = 0;
+    for ((id, &sum), bias) in (first_id..).zip(sums).zip(bias) {
+        ids[kept] = id;
+        let out = sum as f32 * scale + bias <= 0.0;
+        kept += usize::from(!out);
+    }
+    ids.truncate(kept);
+}
+
+/// Keeps of `ids` those whose sum times `scale` and neuron's bias, `bias[id]`, are together above zero; NaN stays.
+///
+/// # Panics
+/// When there is not one sum per id, or an id without a bias.
+pub fn keep_candidates(ids: &mut Vec<u32>, sums: &[i32], scale: f32, bias: &[f32]) {
+    assert_eq!(ids.len(), sums.len(), "one sum per id");
+    let mut kept = 0;
+    for (n, &sum) in sums.iter().enumerate() {
+        let id = ids[n];
+        ids[kept] = id;
+        let out = sum as f32 * scale + bias[id as usize] <= 0.0;
         kept += usize::from(!out);
     }
     ids.truncate(kept);

@@ -1,18 +1,18 @@
 //! Gates of 4 bits as two planes: the signs of all rows, and the rest row by row.
 //!
 //! The signs are a sketch of the gates: a weight is taken as plus or minus one, and what a row's
-//! weights have in length is its bias's matter. They are read for all neurons; the three other bits
-//! and the scales only of candidates, whose exact gates come out of both. Together they take the
-//! bytes of the gates alone.
+//! weights have in length is its bias's matter. They are read for all neurons. The next bit, which
+//! lies apart in a row of the rest, makes a closer sketch of those that the signs named: a weight is
+//! one of ±1, ±3. The two other bits and the scales are read only of candidates, whose exact gates
+//! come out of all. Together they take the bytes of the gates alone.
 //!
-//! A value q of `Q4_0` is 8·b + r with the top bit b and r below 8. With s = Σ ±x over a block, the
-//! sign that of (2b − 1)·scale, Σ (q − 8)·x = Σ r·x ± 4·s − 4·Σx, plus where the scale is positive:
-//! the sketch's sums are the first half of the gate's.
+//! Values q of `Q4_0` stand for (q − 8) · scale. Of a block whose scale is negative, the planes hold
+//! 15 − q, which stands for (15 − q − 7) · |scale|: so the top bit is the weight's sign everywhere.
 //!
 //! ```text
-//! top   16 rows together, block after block:  signs 8j … 8j+7 of 16 rows, j = 0 … 3
+//! top   16 rows together, block after block:  32 signs of each row (u32, column 0 lowest)
 //! rest  row after row:                        bits 0, 1 of all blocks (8 bytes each), bits 2 (4 bytes each),
-//!                                             scales (f16)
+//!                                             scales (f16, with their signs)
 //! ```
 //!
 //! In a byte of bits 0 and 1, byte j of a block holds columns j, 8+j, 16+j and 24+j, lowest first.
@@ -24,25 +24,24 @@ use std::ops::Range;
 use half::f16;
 
 use super::super::NeuronRows;
+use super::input::SketchInput;
 use crate::activations::ActRef;
 use crate::cpu::{Cpu, Tier};
 use crate::matrix::{Layout, MatrixShape, ROW_GROUP};
 use crate::quant::{BLOCK, QuantType};
 
 /// Bytes of a block of 16 rows in the top plane.
-pub(super) const TOP_BYTES: usize = ROW_GROUP * BLOCK / 8;
+pub(super) const TOP_BYTES: usize = ROW_GROUP * SIGN_BYTES;
+/// Bytes of one row's signs in it.
+pub(super) const SIGN_BYTES: usize = BLOCK / 8;
 /// Bytes of a block in a row of the rest: two bits a value, one, and the scale.
 pub(super) const LOW_BYTES: usize = BLOCK / 4;
 pub(super) const HIGH_BYTES: usize = BLOCK / 8;
 pub(super) const SCALE_BYTES: usize = 2;
 /// Blocks whose bits 2 lie together.
 pub(super) const UNIT: usize = 8;
-/// Rows of the rest that are taken together, and asked for before.
-const TOGETHER: usize = 16;
-/// Rows' sums are padded to so many blocks.
-const SUMS_TOGETHER: usize = 16;
-/// Bytes of the sums of four activations with all signs, for a block: low and high bytes.
-pub const TABLE_BYTES: usize = BLOCK / 4 * 16 * 2;
+/// Rows are asked for so many rows before they are read.
+pub(super) const AHEAD: usize = 16;
 
 /// Size of gates in planes, `[n_rows, n_cols]` of `Q4_0`.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
@@ -74,19 +73,14 @@ impl PlanesShape {
         self.n_rows * self.rest_row_bytes()
     }
 
-    /// From a row's sums of signs to the next one's, see [`sign_scores`].
-    pub const fn sums_stride(&self) -> usize {
-        self.n_blocks().next_multiple_of(SUMS_TOGETHER)
+    /// Bytes of a row's signs in the top plane, where they lie apart.
+    pub const fn sign_row_bytes(&self) -> usize {
+        self.n_blocks() * SIGN_BYTES
     }
 
-    /// Sums of signs of `n_rows` rows, padding rows included.
-    pub const fn n_sums(&self, n_rows: usize) -> usize {
-        n_rows.next_multiple_of(ROW_GROUP) * self.sums_stride()
-    }
-
-    /// Bytes of the tables for one token, see [`fill_tables`].
-    pub const fn table_bytes(&self) -> usize {
-        self.n_blocks() * TABLE_BYTES
+    /// Bytes of a row's bits 2, which lie together.
+    pub const fn high_row_bytes(&self) -> usize {
+        self.n_blocks() * HIGH_BYTES
     }
 
     /// Takes rows of `Q4_0` in file order apart. `top` and `rest` are those of rows from
@@ -108,23 +102,21 @@ impl PlanesShape {
             let (high, scales) = rest.split_at_mut(n_blocks * HIGH_BYTES);
             for (b, block) in row.chunks_exact(QuantType::Q4_0.block_bytes()).enumerate() {
                 let top = &mut top[(group * n_blocks + b) * TOP_BYTES..][..TOP_BYTES];
-                let negative = u32::from(block[1] >> 7);
+                let flip = if block[1] >> 7 == 1 { 15 } else { 0 };
                 scales[b * SCALE_BYTES..][..SCALE_BYTES].copy_from_slice(&block[..SCALE_BYTES]);
                 let (mut signs, mut bits) = (0u32, 0u32);
                 let low = &mut low[b * LOW_BYTES..][..LOW_BYTES];
                 low.fill(0);
                 for k in 0..BLOCK {
-                    let q = nibble(&block[SCALE_BYTES..], k);
-                    signs |= (u32::from(q >> 3) ^ negative) << k;
+                    let q = nibble(&block[SCALE_BYTES..], k) ^ flip;
+                    signs |= u32::from(q >> 3) << k;
                     bits |= u32::from(q >> 2 & 1) << k;
                     low[k % 8] |= (q & 3) << (2 * (k / 8));
                 }
                 for (j, byte) in bits.to_le_bytes().into_iter().enumerate() {
                     high[high_at(b, j, n_blocks)] = byte;
                 }
-                for (j, byte) in signs.to_le_bytes().into_iter().enumerate() {
-                    top[j * ROW_GROUP + lane] = byte;
-                }
+                top[lane * SIGN_BYTES..][..SIGN_BYTES].copy_from_slice(&signs.to_le_bytes());
             }
         }
     }
@@ -169,15 +161,15 @@ impl GateBlock {
         self.scale[1] >> 7 == 1
     }
 
-    /// The three bits below the top one.
-    fn rest(&self, k: usize) -> u8 {
-        ((self.high >> k & 1) << 2) as u8 | self.low[k % 8] >> (2 * (k / 8)) & 3
+    /// Value k as the planes have it, 0 to 15; 8 has no sign's share, or 7 where the scale is negative.
+    fn value(&self, k: usize) -> u8 {
+        let two = self.low[k % 8] >> (2 * (k / 8)) & 3;
+        (self.signs >> k & 1) as u8 * 8 | (self.high >> k & 1) as u8 * 4 | two
     }
 
-    /// Value k, 0 to 15.
-    fn value(&self, k: usize) -> u8 {
-        let top = (self.signs >> k & 1) as u8 ^ u8::from(self.is_negative());
-        top << 3 | self.rest(k)
+    /// Value k as in the file.
+    fn file_value(&self, k: usize) -> u8 {
+        self.value(k) ^ if self.is_negative() { 15 } else { 0 }
     }
 }
 
@@ -224,7 +216,7 @@ impl<'a> GatePlanes<'a> {
         let n_blocks = self.shape.n_blocks();
         let at = block * SCALE_BYTES;
         GateBlock {
-            signs: u32::from_le_bytes(std::array::from_fn(|j| top[j * ROW_GROUP + lane])),
+            signs: u32::from_le_bytes(std::array::from_fn(|j| top[lane * SIGN_BYTES + j])),
             high: u32::from_le_bytes(std::array::from_fn(|j| {
                 rest.high[high_at(block, j, n_blocks)]
             })),
@@ -255,12 +247,25 @@ impl<'a> GatePlanes<'a> {
         let _ = row;
     }
 
-    /// Writes the signs of row `row` as `Q4_0` blocks in file order to `out` (overwritten): values of
-    /// plus and minus one, so that a product with it gives [`sign_scores`]' bits.
+    /// Pulls bits 2 of row `row` towards the caches.
+    #[inline]
+    pub(super) fn prefetch_high(&self, row: usize) {
+        #[cfg(target_arch = "x86_64")]
+        {
+            let high = self.rest_row(row).high;
+            crate::dot::prefetch_bytes(high.as_ptr(), high.len());
+        }
+        #[cfg(not(target_arch = "x86_64"))]
+        let _ = row;
+    }
+
+    /// Writes a sketch of row `row` as `Q4_0` blocks in file order to `out` (overwritten): for one bit,
+    /// values of plus and minus one, for two also of three. Its product with [`SketchInput::values`] is
+    /// [`sign_sums`]' or [`two_bit_sums`]'.
     ///
     /// # Panics
     /// As [`Self::file_row`].
-    pub fn sign_row(&self, row: usize, out: &mut [u8]) {
+    pub fn sketch_row(&self, row: usize, bits: SketchBits, out: &mut [u8]) {
         assert!(row < self.shape.n_rows, "row {row} of {:?}", self.shape);
         assert_eq!(
             out.len(),
@@ -271,8 +276,11 @@ impl<'a> GatePlanes<'a> {
             .chunks_exact_mut(QuantType::Q4_0.block_bytes())
             .enumerate()
         {
-            let signs = self.block(row, b).signs;
-            let q = |k: usize| if signs >> k & 1 == 1 { 9 } else { 7 };
+            let gate = self.block(row, b);
+            let q = |k: usize| match bits {
+                SketchBits::One => 7 + 2 * (gate.value(k) >> 3),
+                SketchBits::Two => 5 + 2 * (gate.value(k) >> 2),
+            };
             write_block(f16::ONE.to_le_bytes(), q, block);
         }
     }
@@ -320,25 +328,24 @@ impl<'a> GatePlanes<'a> {
             .enumerate()
         {
             let gate = self.block(row, b);
-            write_block(gate.scale, |k| gate.value(k), block);
+            write_block(gate.scale, |k| gate.file_value(k), block);
         }
     }
 }
 
-/// Fills the tables of blocks `blocks` of an activation row: for each 4 of its 8-bit values the
-/// sums with all 16 signs. `tables` are those of these blocks, `[blocks.len() · TABLE_BYTES]`.
-///
-/// # Panics
-/// When `x` has no 8-bit blocks, or lengths do not fit.
-pub fn fill_tables(cpu: Cpu, x: ActRef<'_>, blocks: Range<usize>, tables: &mut [u8]) {
-    assert!(x.q.len() >= blocks.end * BLOCK, "activations of 8 bits");
-    assert_eq!(tables.len(), blocks.len() * TABLE_BYTES, "tables fit");
-    let _ = cpu;
-    #[cfg(target_arch = "x86_64")]
-    if cpu.tier() >= Tier::Avx2 {
-        // SAFETY: a `Cpu` exists only for tiers that the machine has; lengths are asserted.
-        unsafe { super::x86::fill_tables(x, blocks, tables) };
-    }
+/// Whether sums over so many columns are exact in f32, as those of many tokens are taken.
+pub const fn sums_are_exact(n_cols: usize) -> bool {
+    // at most three times 127 a column
+    n_cols * 3 * 127 < 1 << 24
+}
+
+/// Bits of a weight that a sketch looks at.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum SketchBits {
+    /// The sign.
+    One,
+    /// And the next.
+    Two,
 }
 
 /// # Panics
@@ -349,137 +356,157 @@ fn check(planes: &GatePlanes<'_>, x: ActRef<'_>) {
         x.q.len() >= shape.n_cols && x.scales.len() >= n_blocks && x.block_sums.len() >= n_blocks,
         "activations of 8 bits"
     );
+    check_lengths(planes);
+}
+
+/// # Panics
+/// When a plane is too short.
+fn check_lengths(planes: &GatePlanes<'_>) {
+    let shape = planes.shape;
     assert!(
         planes.top.len() >= shape.top_bytes() && planes.rest.len() >= shape.rest_bytes(),
         "planes of {shape:?}"
     );
 }
 
-/// Whether the scores use [`fill_tables`]' tables in this tier.
-pub fn needs_tables(cpu: Cpu) -> bool {
-    (Tier::Avx2..Tier::Avx512Vnni).contains(&cpu.tier())
-}
-
-/// Scores rows `rows`: writes Σ over blocks of `x_scale · s` to `scores` (`[rows.len()]` f32,
-/// overwritten), one fused multiply-add a block in ascending order, and the integer sums s to `sums`
-/// (`[rows.len() to whole groups, shape.sums_stride()]`, overwritten; what is behind a row's blocks
-/// is nobody's).
-///
-/// `x` has 8-bit blocks, and `tables` are [`fill_tables`]' of all of them where the tier
-/// [needs](needs_tables) them.
+/// Writes Σ ±x of rows `rows` to `sums` (`[rows.len()]`, overwritten), plus where the weight is positive; `x` is
+/// `[n_cols]`.
 ///
 /// # Panics
 /// When `rows` starts inside a group of 16 or ends outside, or lengths do not fit.
-pub fn sign_scores(
+pub fn sign_sums(
     cpu: Cpu,
     planes: GatePlanes<'_>,
-    x: ActRef<'_>,
-    tables: &[u8],
+    x: &SketchInput,
     rows: Range<usize>,
-    scores: &mut [f32],
-    sums: &mut [i16],
+    sums: &mut [i32],
 ) {
-    let n_blocks = planes.shape.n_blocks();
     assert!(
         rows.start.is_multiple_of(ROW_GROUP) && rows.end <= planes.shape.n_rows,
         "rows {rows:?} of {:?}",
         planes.shape
     );
-    check(&planes, x);
     assert!(
-        !needs_tables(cpu) || tables.len() >= planes.shape.table_bytes(),
-        "tables fit"
+        sums.len() == rows.len() && x.values().len() == planes.shape.n_cols,
+        "inputs and outputs fit"
     );
-    assert!(
-        scores.len() == rows.len() && sums.len() >= planes.shape.n_sums(rows.len()),
-        "outputs fit"
-    );
+    check_lengths(&planes);
     #[cfg(target_arch = "x86_64")]
     match cpu.tier() {
         Tier::Avx512Vnni => {
             // SAFETY: a `Cpu` exists only for tiers that the machine has; lengths are asserted.
-            return unsafe { super::avx512::sign_scores(planes, x, rows, scores, sums) };
+            return unsafe { super::avx512::sign_sums(planes, x, rows, sums) };
         }
         Tier::Avx2 | Tier::Avx512 => {
             // SAFETY: as above.
-            return unsafe { super::x86::sign_scores(planes, x, tables, rows, scores, sums) };
+            return unsafe { super::x86::sign_sums(planes, x, rows, sums) };
         }
         Tier::Scalar => {}
     }
     debug_assert_eq!(cpu.tier(), Tier::Scalar);
-    let stride = planes.shape.sums_stride();
-    for ((row, score), sums) in rows.zip(scores).zip(sums.chunks_exact_mut(stride)) {
-        let mut acc = 0.0f32;
-        for b in 0..n_blocks {
-            let signs = planes.block(row, b).signs;
-            let signed = |k: usize| {
-                let x = i32::from(x.q[b * BLOCK + k]);
-                if signs >> k & 1 == 1 { x } else { -x }
-            };
-            let sum: i32 = (0..BLOCK).map(signed).sum();
-            acc = (sum as f32).mul_add(x.scales[b], acc);
-            sums[b] = sum as i16;
-        }
-        *score = acc;
+    for (row, sum) in rows.zip(sums) {
+        *sum = weighted_sum(&planes, row, x, |gate, k| {
+            2 * i32::from(gate.value(k) >> 3) - 1
+        });
     }
+}
+
+/// Writes Σ w·x of rows `ids` to `out` (`[ids.len()]`, overwritten), with w = ±1, ±3 by two bits. `sums` are
+/// [`sign_sums`]' of rows from `first_row` on.
+///
+/// # Panics
+/// When lengths do not fit, or an id has no row or sum.
+pub fn two_bit_sums(
+    cpu: Cpu,
+    planes: GatePlanes<'_>,
+    x: &SketchInput,
+    first_row: usize,
+    sums: &[i32],
+    ids: &[u32],
+    out: &mut [i32],
+) {
+    assert!(
+        ids.len() == out.len() && x.values().len() == planes.shape.n_cols,
+        "inputs and outputs fit"
+    );
+    check_lengths(&planes);
+    let with_sums = first_row..(first_row + sums.len()).min(planes.shape.n_rows);
+    let all_there = ids.iter().all(|&id| with_sums.contains(&(id as usize)));
+    assert!(all_there, "rows and sums {with_sums:?}");
+    #[cfg(target_arch = "x86_64")]
+    {
+        let products = match cpu.tier() {
+            Tier::Avx512Vnni => super::avx512::high_sums,
+            Tier::Avx2 | Tier::Avx512 => super::x86::high_sums,
+            Tier::Scalar => return two_bit_sums_scalar(&planes, x, ids, out),
+        };
+        // SAFETY: a `Cpu` exists only for tiers that the machine has; all rows are there.
+        unsafe { products(planes, x, ids, out) };
+        for (out, &id) in out.iter_mut().zip(ids) {
+            // 2·(±1) + (±1), of which the second are those set less those not
+            *out = 2 * (sums[id as usize - first_row] + *out) - x.sum();
+        }
+    }
+    #[cfg(not(target_arch = "x86_64"))]
+    two_bit_sums_scalar(&planes, x, ids, out);
+}
+
+fn two_bit_sums_scalar(planes: &GatePlanes<'_>, x: &SketchInput, ids: &[u32], out: &mut [i32]) {
+    for (&id, out) in ids.iter().zip(out) {
+        *out = weighted_sum(planes, id as usize, x, |gate, k| {
+            2 * i32::from(gate.value(k) >> 2) - 3
+        });
+    }
+}
+
+/// Σ over a row of a weight's sketch and x.
+fn weighted_sum(
+    planes: &GatePlanes<'_>,
+    row: usize,
+    x: &SketchInput,
+    weight: impl Fn(&GateBlock, usize) -> i32,
+) -> i32 {
+    let blocks = x.values().chunks_exact(BLOCK).enumerate();
+    blocks
+        .map(|(b, x)| {
+            let gate = planes.block(row, b);
+            let products = x.iter().enumerate();
+            products
+                .map(|(k, &x)| weight(&gate, k) * i32::from(x))
+                .sum::<i32>()
+        })
+        .sum()
 }
 
 /// Writes the exact gates of neurons `ids` to `out` (overwritten): the bits of a product of the
-/// `Q4_0` row with 8-bit activations. `sums` are [`sign_scores`]' of rows from `first_row` on, which
-/// is a multiple of 16.
+/// `Q4_0` row with 8-bit activations.
 ///
 /// # Panics
-/// When lengths do not fit, or an id has no row or sums.
-pub fn plane_gates(
-    cpu: Cpu,
-    planes: GatePlanes<'_>,
-    x: ActRef<'_>,
-    first_row: usize,
-    sums: &[i16],
-    ids: &[u32],
-    out: &mut [f32],
-) {
-    assert!(
-        first_row.is_multiple_of(ROW_GROUP) && ids.len() == out.len(),
-        "one output per id"
-    );
+/// When lengths do not fit, or an id has no row.
+pub fn plane_gates(cpu: Cpu, planes: GatePlanes<'_>, x: ActRef<'_>, ids: &[u32], out: &mut [f32]) {
+    assert_eq!(ids.len(), out.len(), "one output per id");
     check(&planes, x);
-    let stride = planes.shape.sums_stride();
-    let with_sums = first_row..(first_row + sums.len() / stride).min(planes.shape.n_rows);
-    let all_there = ids.iter().all(|&id| with_sums.contains(&(id as usize)));
-    assert!(all_there, "rows and sums {with_sums:?}");
-    let ask_for = |ids: &[u32]| ids.iter().for_each(|&id| planes.prefetch(id as usize));
-    ask_for(&ids[..ids.len().min(TOGETHER)]);
-    for first in (0..ids.len()).step_by(TOGETHER) {
-        let together = first..(first + TOGETHER).min(ids.len());
-        ask_for(&ids[together.end..(together.end + TOGETHER).min(ids.len())]);
-        let (ids, out) = (&ids[together.clone()], &mut out[together]);
-        gates_together(cpu, planes, x, first_row, sums, ids, out);
-    }
-}
-
-/// [`plane_gates`] of rows and sums that are known to be there.
-fn gates_together(
-    cpu: Cpu,
-    planes: GatePlanes<'_>,
-    x: ActRef<'_>,
-    first_row: usize,
-    sums: &[i16],
-    ids: &[u32],
-    out: &mut [f32],
-) {
-    let (n_blocks, stride) = (planes.shape.n_blocks(), planes.shape.sums_stride());
+    let n_rows = planes.shape.n_rows;
+    assert!(
+        ids.iter().all(|&id| (id as usize) < n_rows),
+        "rows of {n_rows}"
+    );
     #[cfg(target_arch = "x86_64")]
     match cpu.tier() {
         Tier::Avx512Vnni => {
-            // SAFETY: as in `sign_scores`; all rows and their sums are there.
-            return unsafe { super::avx512::gates(planes, x, first_row, sums, ids, out) };
+            // SAFETY: as in `sign_sums`; all rows are there.
+            return unsafe { super::avx512::gates(planes, x, ids, out) };
         }
         Tier::Avx2 | Tier::Avx512 => {
-            for (&id, out) in ids.iter().zip(out) {
-                let sums = &sums[(id as usize - first_row) * stride..][..stride];
+            for &id in &ids[..ids.len().min(AHEAD)] {
+                planes.prefetch(id as usize);
+            }
+            for (n, (&id, out)) in ids.iter().zip(out).enumerate() {
+                if let Some(&later) = ids.get(n + AHEAD) {
+                    planes.prefetch(later as usize);
+                }
                 // SAFETY: as above.
-                *out = unsafe { super::x86::plane_gate(planes, x, id as usize, sums) };
+                *out = unsafe { super::x86::plane_gate(planes, x, id as usize) };
             }
             return;
         }
@@ -487,18 +514,15 @@ fn gates_together(
     }
     debug_assert_eq!(cpu.tier(), Tier::Scalar);
     for (&id, out) in ids.iter().zip(out) {
-        let row = id as usize;
-        let sums = &sums[(row - first_row) * stride..][..n_blocks];
         let mut acc = 0.0f32;
-        for (b, sum) in sums.iter().enumerate() {
-            let gate = planes.block(row, b);
+        for b in 0..planes.shape.n_blocks() {
+            let gate = planes.block(id as usize, b);
             let total: i32 = (0..BLOCK)
-                .map(|k| i32::from(gate.rest(k)) * i32::from(x.q[b * BLOCK + k]))
+                .map(|k| i32::from(gate.value(k)) * i32::from(x.q[b * BLOCK + k]))
                 .sum();
-            let sum = i32::from(*sum);
-            let sum = if gate.is_negative() { -sum } else { sum };
-            let total = total + 4 * (sum - x.block_sums[b]);
-            let scale = f16::from_le_bytes(gate.scale).to_f32();
+            let offset = if gate.is_negative() { 7 } else { 8 };
+            let scale = f16::from_le_bytes(gate.scale).to_f32().abs();
+            let total = total - offset * x.block_sums[b];
             acc = (total as f32).mul_add(scale * x.scales[b], acc);
         }
         *out = acc;

@@ -1,3 +1,4 @@
+use super::input::SketchInput;
 use super::planes::*;
 use super::*;
 use crate::activations::{ActBatch, ActivationMode};
@@ -58,59 +59,114 @@ fn planes_hold_the_rows_and_take_no_more_memory() {
     }
 }
 
+/// The weights of `Q4_0` rows in file order, without their scales' lengths: q − 8, with the scale's sign.
+fn codes(row: &[u8]) -> Vec<i32> {
+    let block = |block: &[u8]| -> Vec<i32> {
+        let negative = half::f16::from_le_bytes([block[0], block[1]]).is_sign_negative();
+        let code = |k: usize| {
+            let byte = block[2 + k % 16];
+            let q = i32::from(if k < 16 { byte & 15 } else { byte >> 4 }) - 8;
+            // a weight of 0 has the sign of its scale
+            if negative { -2 * q - 1 } else { 2 * q + 1 }
+        };
+        (0..BLOCK).map(code).collect()
+    };
+    row.chunks_exact(18).flat_map(block).collect()
+}
+
 #[test]
-fn scores_are_those_of_the_weights_signs_in_all_tiers() {
+fn sums_are_those_of_the_weights_first_bits_in_all_tiers() {
     for (n_rows, n_cols) in SIZES {
         let gates = Gates::random(11, n_rows, n_cols);
-        let mut x = ActBatch::new(ActivationMode::Q8, n_cols, 1);
-        let mut first: Option<(Vec<u32>, Vec<i16>)> = None;
+        let mut x = SketchInput::new(n_cols);
+        x.set(&Random(3).activations(n_cols));
+        let mut expected = [vec![], vec![]];
+        for row in gates.rows.chunks_exact(QuantType::Q4_0.row_bytes(n_cols)) {
+            let sum = |sketch: &dyn Fn(i32) -> i32| -> i32 {
+                let products = codes(row).into_iter().zip(x.values());
+                products.map(|(code, &x)| sketch(code) * i32::from(x)).sum()
+            };
+            expected[0].push(sum(&i32::signum));
+            // codes are odd: ±1 … ±15, of which ±9 and more have the second bit
+            expected[1].push(sum(&|code| {
+                code.signum() * if code.abs() > 8 { 3 } else { 1 }
+            }));
+        }
         for cpu in tiers() {
-            x.set(cpu, 0, &Random(5).activations(n_cols));
-            let mut tables = vec![0xA5; gates.shape.table_bytes()];
-            fill_tables(cpu, x.token(0), 0..gates.shape.n_blocks(), &mut tables);
-            let mut scores = vec![f32::NAN; n_rows];
-            let mut sums = vec![0; gates.shape.n_sums(n_rows)];
+            let mut sums = vec![i32::MIN; n_rows];
             // in two parts, as two threads would
             let half = n_rows / 2 / ROW_GROUP * ROW_GROUP;
             for rows in [half..n_rows, 0..half] {
-                sign_scores(
-                    cpu,
-                    gates.planes(),
-                    x.token(0),
-                    &tables,
-                    rows.clone(),
-                    &mut scores[rows.clone()],
-                    &mut sums[rows.start * gates.shape.sums_stride()..],
-                );
+                sign_sums(cpu, gates.planes(), &x, rows.clone(), &mut sums[rows]);
             }
-            // those of padding rows, and behind the last block, are nobody's
-            let (stride, n_blocks) = (gates.shape.sums_stride(), gates.shape.n_blocks());
-            let sums = sums.chunks_exact(stride).take(n_rows);
-            let sums: Vec<i16> = sums.flat_map(|row| row[..n_blocks].to_vec()).collect();
-            let got = (bits(&scores), sums);
-            let expected = first.get_or_insert(got.clone());
-            assert_eq!(&got, expected, "{} {n_rows} x {n_cols}", cpu.tier());
+            assert_eq!(sums, expected[0], "{} {n_rows} x {n_cols}", cpu.tier());
+            let first = if n_rows > 32 { 16 } else { 0 };
+            let ids: Vec<u32> = (first as u32..n_rows as u32).step_by(3).collect();
+            let mut two = vec![i32::MIN; ids.len()];
+            two_bit_sums(
+                cpu,
+                gates.planes(),
+                &x,
+                first,
+                &sums[first..],
+                &ids,
+                &mut two,
+            );
+            let expected: Vec<i32> = ids.iter().map(|&id| expected[1][id as usize]).collect();
+            assert_eq!(two, expected, "{} {n_rows} x {n_cols}", cpu.tier());
         }
-        // and are what they mean
-        let Some((scores, _)) = first else {
-            panic!("no tier")
-        };
-        for (row, score) in scores.iter().enumerate() {
-            let mut file = vec![0; QuantType::Q4_0.row_bytes(n_cols)];
-            gates.planes().file_row(row, &mut file);
-            let mut expected = 0.0;
-            for (b, block) in file.chunks_exact(18).enumerate() {
-                let negative = half::f16::from_le_bytes([block[0], block[1]]).is_sign_negative();
-                for k in 0..BLOCK {
-                    let byte = block[2 + k % 16];
-                    let q = if k < 16 { byte & 15 } else { byte >> 4 };
-                    let sign = if (q >= 8) != negative { 1.0 } else { -1.0 };
-                    let x = x.token(0);
-                    expected += sign * f64::from(x.q[b * BLOCK + k]) * f64::from(x.scales[b]);
-                }
+    }
+}
+
+#[test]
+fn extreme_values_do_not_overflow() {
+    let (n_rows, n_cols) = (16, 8192);
+    // all bits, and a positive scale
+    let block: Vec<u8> = [0x00, 0x3C].into_iter().chain([0xFF; 16]).collect();
+    let rows = block.repeat(n_rows * n_cols / BLOCK);
+    let shape = PlanesShape { n_rows, n_cols };
+    let (mut top, mut rest) = (vec![0; shape.top_bytes()], vec![0; shape.rest_bytes()]);
+    shape.pack(&rows, 0, &mut top, &mut rest);
+    let planes = GatePlanes::new(shape, &top, &rest);
+    let mut x = SketchInput::new(n_cols);
+    for value in [2.0, -2.0] {
+        x.set(&vec![value; n_cols]);
+        let sum = n_cols as i32 * 127 * if value > 0.0 { 1 } else { -1 };
+        for cpu in tiers() {
+            let (mut sums, mut two) = ([0; 16], [0; 2]);
+            sign_sums(cpu, planes, &x, 0..n_rows, &mut sums);
+            assert_eq!(sums, [sum; 16], "{}", cpu.tier());
+            two_bit_sums(cpu, planes, &x, 0, &sums, &[3, 15], &mut two);
+            assert_eq!(two, [3 * sum; 2], "{}", cpu.tier());
+        }
+    }
+}
+
+#[test]
+fn rows_of_sketches_have_the_sums_as_products() {
+    let (n_rows, n_cols) = (37, 576);
+    let gates = Gates::random(5, n_rows, n_cols);
+    let mut x = SketchInput::new(n_cols);
+    let values = Random(4).activations(n_cols);
+    x.set(&values);
+    let mut batch = ActBatch::new(ActivationMode::Q8, n_cols, 1);
+    assert_eq!(batch.set_whole(0, &values), x.scale());
+    let ids: Vec<u32> = (0..n_rows as u32).collect();
+    for cpu in tiers() {
+        let (mut sums, mut two) = (vec![0; n_rows], vec![0; n_rows]);
+        sign_sums(cpu, gates.planes(), &x, 0..n_rows, &mut sums);
+        two_bit_sums(cpu, gates.planes(), &x, 0, &sums, &ids, &mut two);
+        for (bits, sums) in [(SketchBits::One, sums), (SketchBits::Two, two)] {
+            let row_bytes = QuantType::Q4_0.row_bytes(n_cols);
+            let mut rows = vec![0; n_rows * row_bytes];
+            for (row, out) in rows.chunks_exact_mut(row_bytes).enumerate() {
+                gates.planes().sketch_row(row, bits, out);
             }
-            let score = f64::from(f32::from_bits(*score));
-            assert!((score - expected).abs() < 0.001, "{score} for {expected}");
+            let (shape, packed) = pack(QuantType::Q4_0, n_cols, Layout::Interleaved, &rows);
+            let (mut out, m) = (vec![0.0; n_rows], MatrixRef::new(shape, &packed));
+            gemv(cpu, m, batch.token(0), 0..n_rows, &mut out);
+            let sums: Vec<f32> = sums.iter().map(|&sum| sum as f32).collect();
+            assert_eq!(out, sums, "{} {bits:?}", cpu.tier());
         }
     }
 }
@@ -125,38 +181,14 @@ fn gates_of_candidates_have_the_bits_of_the_whole_product() {
             x.set(cpu, 0, &Random(9).activations(n_cols));
             let x = x.token(0);
             let mut expected = vec![0.0; n_rows];
-            gemv(
-                cpu,
-                MatrixRef::new(shape, &packed),
-                x,
-                0..n_rows,
-                &mut expected,
-            );
-            let mut tables = vec![0; gates.shape.table_bytes()];
-            fill_tables(cpu, x, 0..gates.shape.n_blocks(), &mut tables);
-            let first = if n_rows > 32 { 16 } else { 0 };
-            let mut scores = vec![0.0; n_rows - first];
-            let mut sums = vec![0; gates.shape.n_sums(n_rows)];
-            let rows = first..n_rows;
-            sign_scores(
-                cpu,
-                gates.planes(),
-                x,
-                &tables,
-                rows,
-                &mut scores,
-                &mut sums,
-            );
-            let ids: Vec<u32> = (first as u32..n_rows as u32).step_by(3).collect();
+            let m = MatrixRef::new(shape, &packed);
+            gemv(cpu, m, x, 0..n_rows, &mut expected);
+            let ids: Vec<u32> = (0..n_rows as u32).step_by(3).collect();
             let mut out = vec![f32::NAN; ids.len()];
-            plane_gates(cpu, gates.planes(), x, first, &sums, &ids, &mut out);
+            plane_gates(cpu, gates.planes(), x, &ids, &mut out);
             let expected: Vec<f32> = ids.iter().map(|&id| expected[id as usize]).collect();
-            assert_eq!(
-                bits(&out),
-                bits(&expected),
-                "{} {n_rows} x {n_cols}",
-                cpu.tier()
-            );
+            let what = format!("{} {n_rows} x {n_cols}", cpu.tier());
+            assert_eq!(bits(&out), bits(&expected), "{what}");
         }
     }
 }
@@ -168,6 +200,15 @@ fn candidates_and_open_gates_are_kept_in_order_with_nan() {
     let bias = [-2.0, 1.5, 0.0, 0.0, 2.5];
     candidates(&scores, &bias, 10, &mut ids);
     assert_eq!(ids, [11, 12, 14], "a sum of zero is no candidate");
+
+    let mut ids = vec![99];
+    candidates_of_sums(&[4, -4, 2, 3], 0.5, &[-1.0, 2.5, -1.0, 0.0], 7, &mut ids);
+    assert_eq!(ids, [7, 8, 10]);
+    candidates_of_sums(&[-4], f32::NAN, &[0.0], 7, &mut ids);
+    assert_eq!(ids, [7], "NaN stays");
+    let mut ids = vec![0, 2, 3];
+    keep_candidates(&mut ids, &[1, 2, 4], 0.5, &[-0.5, 9.0, 0.0, -1.0]);
+    assert_eq!(ids, [2, 3]);
 
     let (mut ids, mut gates) = (vec![0, 1, 2, 3], vec![0.1, f32::NAN, 0.0, 0.5]);
     keep_open(&mut ids, &mut gates, Some(&[0.2, 9.0, -1.0, 0.4]));
