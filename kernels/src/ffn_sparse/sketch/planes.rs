@@ -164,7 +164,8 @@ impl GateBlock {
     /// Value k as the planes have it, 0 to 15; 8 has no sign's share, or 7 where the scale is negative.
     fn value(&self, k: usize) -> u8 {
         let two = self.low[k % 8] >> (2 * (k / 8)) & 3;
-        (self.signs >> k & 1) as u8 * 8 | (self.high >> k & 1) as u8 * 4 | two
+        let (sign, high) = (self.signs >> k & 1, self.high >> k & 1);
+        (sign << 3 | high << 2) as u8 | two
     }
 
     /// Value k as in the file.
