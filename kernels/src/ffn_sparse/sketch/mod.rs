@@ -21,6 +21,17 @@ mod tests;
 /// When there is not one bias per score.
 pub fn candidates(scores: &[f32], bias: &[f32], first_id: u32, ids: &mut Vec<u32>) {
     assert_eq!(scores.len(), bias.len(), "one bias per score");
+    list_positive(scores.iter().copied(), bias, first_id, ids);
+}
+
+/// Replaces `ids` by those of scores that are above zero with their bias, or NaN.
+#[inline]
+fn list_positive(
+    scores: impl ExactSizeIterator<Item = f32>,
+    bias: &[f32],
+    first_id: u32,
+    ids: &mut Vec<u32>,
+) {
     ids.clear();
     ids.resize(scores.len(), 0);
     let mut kept = 0;
@@ -44,15 +55,8 @@ pub fn candidates_of_sums(
     ids: &mut Vec<u32>,
 ) {
     assert_eq!(sums.len(), bias.len(), "one bias per sum");
-    ids.clear();
-    ids.resize(sums.len(), 0);
-    let mut kept = 0;
-    for ((id, &sum), bias) in (first_id..).zip(sums).zip(bias) {
-        ids[kept] = id;
-        let out = sum as f32 * scale + bias <= 0.0;
-        kept += usize::from(!out);
-    }
-    ids.truncate(kept);
+    let scores = sums.iter().map(|&sum| sum as f32 * scale);
+    list_positive(scores, bias, first_id, ids);
 }
 
 /// Keeps of `ids` those whose sum times `scale` and neuron's bias, `bias[id]`, are together above zero; NaN stays.
