@@ -42,6 +42,19 @@ impl Arena {
         numa: Option<usize>,
         huge_pages: HugePages,
     ) -> Result<Self, TopologyError> {
+        Self::on(bytes, numa.as_slice(), huge_pages, false)
+    }
+
+    /// Reserves `bytes` of memory on NUMA nodes `numas`, whose pages go round them; anywhere without any.
+    ///
+    /// # Errors
+    /// As [`Arena::new`]; with `strict` also where the system does not bind memory.
+    pub(crate) fn on(
+        bytes: usize,
+        numas: &[usize],
+        huge_pages: HugePages,
+        strict: bool,
+    ) -> Result<Self, TopologyError> {
         if huge_pages == HugePages::Require {
             require_huge_pages()?;
         }
@@ -53,8 +66,8 @@ impl Arena {
             });
         }
         let arena = Self::map(bytes)?;
-        if let Some(numa) = numa.filter(|_| bytes > 0) {
-            bind(arena.as_slice(), numa)?;
+        if bytes > 0 && !numas.is_empty() {
+            bind(arena.as_slice(), numas, strict)?;
         }
         arena.advise(huge_pages)?;
         Ok(arena)
@@ -141,26 +154,34 @@ impl AsRef<[u8]> for FrozenArena {
 }
 
 #[cfg(feature = "hwloc")]
-fn bind(area: &[u8], numa: usize) -> Result<(), TopologyError> {
+fn bind(area: &[u8], numas: &[usize], strict: bool) -> Result<(), TopologyError> {
     use crate::hwloc::{AreaBinding, bind_area, has_several_nodes};
 
     if !has_several_nodes()? {
         return Ok(());
     }
-    match bind_area(area, numa)? {
-        AreaBinding::Bound => debug!(numa, bytes = area.len(), "bound memory"),
-        AreaBinding::Unsupported(problem) => warn_of_unbound_memory(numa, &problem),
+    match bind_area(area, numas)? {
+        AreaBinding::Bound => {
+            debug!(?numas, bytes = area.len(), "bound memory");
+            Ok(())
+        }
+        AreaBinding::Unsupported(problem) => unbound_memory(numas[0], &problem, strict),
     }
-    Ok(())
 }
 
 #[cfg(not(feature = "hwloc"))]
-fn bind(_area: &[u8], numa: usize) -> Result<(), TopologyError> {
-    warn_of_unbound_memory(numa, "built without the feature hwloc");
-    Ok(())
+fn bind(_area: &[u8], numas: &[usize], strict: bool) -> Result<(), TopologyError> {
+    unbound_memory(numas[0], "built without the feature hwloc", strict)
 }
 
-fn warn_of_unbound_memory(numa: usize, problem: &str) {
+/// An error where binding is `strict`, else a warning, once.
+fn unbound_memory(numa: usize, problem: &str, strict: bool) -> Result<(), TopologyError> {
+    if strict {
+        return Err(TopologyError::NotBound {
+            numa,
+            problem: problem.to_owned(),
+        });
+    }
     static WARNED: Once = Once::new();
     WARNED.call_once(|| {
         warn!(
@@ -168,6 +189,7 @@ fn warn_of_unbound_memory(numa: usize, problem: &str) {
             problem, "memory is not bound: pages go to the node of the thread that first writes"
         );
     });
+    Ok(())
 }
 
 #[cfg(target_os = "linux")]
@@ -214,6 +236,17 @@ mod tests {
                 assert!(arena.as_slice().iter().all(|&byte| byte == 7));
             }
         }
+    }
+
+    #[test]
+    fn memory_that_is_not_bound_is_an_error_where_that_is_asked_for() {
+        unbound_memory(1, "not permitted", false).unwrap();
+        let error = unbound_memory(1, "not permitted", true).unwrap_err();
+        assert!(error.is_environment());
+        assert_eq!(
+            error.to_string(),
+            "memory.strict = true, but memory is not bound to NUMA node 1: not permitted; allow it (docker run --cap-add SYS_NICE), or set strict = false"
+        );
     }
 
     #[test]

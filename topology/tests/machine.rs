@@ -148,7 +148,7 @@ fn made_up_machines_are_not_this_system() {
     assert!(!error.is_environment());
     assert_eq!(
         error.to_string(),
-        "Core:2 PU:1: a made-up machine can be planned for, but threads and memory cannot be bound to it: plan for the discovered one"
+        "Core:2 PU:1: a made-up or saved machine can be planned for, but threads and memory cannot be bound to it: plan for the discovered one"
     );
 }
 
