@@ -356,6 +356,13 @@ fn the_host_computes_for_a_gpu_that_is_not_required() {
         "{}",
         ran.err
     );
+    // where weights lie is said whenever a topology is asked for
+    let said = ["weights: node 0: ", "weights: not known"];
+    assert!(
+        said.iter().any(|words| ran.err.contains(words)),
+        "{}",
+        ran.err
+    );
     let found: Value = serde_json::from_str(&ran.out).unwrap();
     assert_eq!(found["logits_hash"], json_of(&args)["logits_hash"]);
     let required = folder.file("required.toml", "[[gpu]]\nrequired = true\n");
@@ -422,6 +429,53 @@ fn a_plain_down_projection_on_a_single_node_gives_the_bits_of_one_team() {
         let topology = format!("[memory]\ncold = \"{policy}\"\n[host]\nnodes = 2\n");
         assert_eq!(hash(&folder, &model, &topology, &more), one, "{policy}");
     }
+}
+
+/// Ends a process that a test has started.
+#[cfg(target_os = "linux")]
+struct Ended(std::process::Child);
+
+#[cfg(target_os = "linux")]
+impl Drop for Ended {
+    fn drop(&mut self) {
+        let _ = self.0.kill();
+        let _ = self.0.wait();
+    }
+}
+
+/// A busy process that is bound to a planned CPU, such as another pi-runtime, is named.
+#[cfg(target_os = "linux")]
+#[test]
+fn a_process_that_is_bound_to_the_same_cpu_is_named() {
+    let cpu = Machine::discover().unwrap().nodes[0].cores[0].cpus[0];
+    if !Path::new("/usr/bin/taskset").exists() {
+        eprintln!("skipped: no taskset");
+        return;
+    }
+    let mut command = std::process::Command::new("/usr/bin/taskset");
+    // says that it runs, on that CPU, and then goes on and on
+    command.args([
+        "-c",
+        &cpu.to_string(),
+        "sh",
+        "-c",
+        "echo; while :; do :; done",
+    ]);
+    let mut busy = Ended(
+        command
+            .stdout(std::process::Stdio::piped())
+            .spawn()
+            .unwrap(),
+    );
+    let mut line = [0u8];
+    std::io::Read::read_exact(&mut busy.0.stdout.take().unwrap(), &mut line).unwrap();
+    let json = json_of(&["topology", "--json"]);
+    let named = format!("(process {}) has bound threads to it too", busy.0.id());
+    let mut conflicts = json["conflicts"].as_array().unwrap().iter();
+    assert!(
+        conflicts.any(|conflict| conflict["problem"].as_str().unwrap().contains(&named)),
+        "{json}"
+    );
 }
 
 /// A process that is started with one CPU of several says so where more are asked for.

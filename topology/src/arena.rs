@@ -1,6 +1,8 @@
 //! One node's memory: zero pages, bound to the node, in huge pages where there are any.
 
 use std::ops::Range;
+#[cfg(target_os = "linux")]
+use std::path::Path;
 use std::sync::Once;
 
 use bytes::Bytes;
@@ -10,9 +12,7 @@ use tracing::{debug, warn};
 use crate::config::HugePages;
 use crate::error::TopologyError;
 use crate::memory::available_memory_bytes;
-
-/// Bytes of a huge page, to which arenas at least as large are aligned.
-const HUGE_PAGE_BYTES: usize = 2 << 20;
+use crate::reserved_pages::{HUGE_PAGE_BYTES, have_room};
 
 /// Where Linux says whether transparent huge pages may be asked for.
 #[cfg(target_os = "linux")]
@@ -20,8 +20,9 @@ const HUGE_PAGE_SETTING: &str = "/sys/kernel/mm/transparent_hugepage/enabled";
 
 /// Memory on one NUMA node.
 ///
-/// It reads as zeros; its pages are taken when they are first written to. The address is a
-/// multiple of 2 MiB where the arena is at least as large, else of the page size.
+/// It reads as zeros; its pages are taken when they are first written to, or at once where they are
+/// huge pages that were set aside. The address is a multiple of 2 MiB where the arena is at least as
+/// large, else of the page size.
 #[derive(Debug)]
 pub struct Arena {
     map: MmapMut,
@@ -55,6 +56,11 @@ impl Arena {
         huge_pages: HugePages,
         strict: bool,
     ) -> Result<Self, TopologyError> {
+        if huge_pages != HugePages::Off
+            && let Some(arena) = Self::of_reserved_pages(bytes, numas, strict)?
+        {
+            return Ok(arena);
+        }
         if huge_pages == HugePages::Require {
             require_huge_pages()?;
         }
@@ -71,6 +77,50 @@ impl Arena {
         }
         arena.advise(huge_pages)?;
         Ok(arena)
+    }
+
+    /// An arena of huge pages that were set aside; none where there are too few for all of it.
+    #[cfg(target_os = "linux")]
+    fn of_reserved_pages(
+        bytes: usize,
+        numas: &[usize],
+        strict: bool,
+    ) -> Result<Option<Self>, TopologyError> {
+        const HUGE_PAGE_BITS: u8 = 21;
+        if bytes < HUGE_PAGE_BYTES || !have_room(Path::new("/"), numas, bytes) {
+            return Ok(None);
+        }
+        let mut options = MmapOptions::new();
+        options
+            .len(bytes.next_multiple_of(HUGE_PAGE_BYTES))
+            .huge(Some(HUGE_PAGE_BITS));
+        let Ok(map) = options.map_anon() else {
+            return Ok(None);
+        };
+        if !numas.is_empty() {
+            bind(&map, numas, strict)?;
+        }
+        // A page that somebody else took meanwhile would end the program when it is written to; here it is an error.
+        match map.advise(memmap2::Advice::PopulateWrite) {
+            Ok(()) => {
+                debug!(bytes, "memory in huge pages that were set aside");
+                let range = 0..bytes;
+                Ok(Some(Self { map, range }))
+            }
+            Err(error) => {
+                debug!(%error, bytes, "huge pages that were set aside cannot be had");
+                Ok(None)
+            }
+        }
+    }
+
+    #[cfg(not(target_os = "linux"))]
+    fn of_reserved_pages(
+        _bytes: usize,
+        _numas: &[usize],
+        _strict: bool,
+    ) -> Result<Option<Self>, TopologyError> {
+        Ok(None)
     }
 
     fn map(bytes: usize) -> Result<Self, TopologyError> {
@@ -310,11 +360,11 @@ mod tests {
         assert!(error.is_environment());
         assert_eq!(
             error.to_string(),
-            "huge_pages = \"require\", but this system's setting is \"never\": as root, echo madvise > /sys/kernel/mm/transparent_hugepage/enabled, or set huge_pages = \"try\""
+            "huge_pages = \"require\", but this system's setting is \"never\": as root, echo madvise > /sys/kernel/mm/transparent_hugepage/enabled, or set pages aside (vm.nr_hugepages), or set huge_pages = \"try\""
         );
         assert_eq!(
             check_setting(None).unwrap_err().to_string(),
-            "huge_pages = \"require\", but this system has no transparent huge pages: as root, echo madvise > /sys/kernel/mm/transparent_hugepage/enabled, or set huge_pages = \"try\""
+            "huge_pages = \"require\", but this system has no transparent huge pages: as root, echo madvise > /sys/kernel/mm/transparent_hugepage/enabled, or set pages aside (vm.nr_hugepages), or set huge_pages = \"try\""
         );
     }
 
@@ -324,6 +374,10 @@ mod tests {
     fn huge_pages_are_had_where_the_system_has_them() {
         if require_huge_pages().is_err() {
             eprintln!("skipped: no transparent huge pages here");
+            return;
+        }
+        if have_room(Path::new("/"), &[], 16 * HUGE_PAGE_BYTES) {
+            eprintln!("skipped: they are taken from those that were set aside");
             return;
         }
         let mut arena = Arena::new(16 * HUGE_PAGE_BYTES, None, HugePages::Require).unwrap();

@@ -6,12 +6,27 @@
 use serde::Serialize;
 
 use crate::machine::{Machine, ranges};
+use crate::neighbours::BoundProcess;
 use crate::plan::Plan;
 use crate::system::SystemState;
+
+/// What a conflict is about.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize)]
+#[serde(rename_all = "snake_case")]
+pub enum ConflictSubject {
+    /// CPUs that cannot be had, or not alone.
+    Cpus,
+    /// Time on the CPUs.
+    Time,
+    /// Memory of NUMA nodes.
+    Memory,
+}
 
 /// Something that stands in the way, and what mends it.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize)]
 pub struct Conflict {
+    /// What it is about.
+    pub subject: ConflictSubject,
     /// What it is, with numbers.
     pub problem: String,
     /// What to do.
@@ -28,6 +43,7 @@ pub fn conflicts(machine: &Machine, plan: Option<&Plan>, system: &SystemState) -
     let mut conflicts = missing_cpus(system);
     if let Some(plan) = plan {
         conflicts.extend(shared_cores(plan, system));
+        conflicts.extend(bound_neighbours(plan, system));
         conflicts.extend(short_quota(plan, system));
         conflicts.extend(forbidden_memory(plan, system));
     }
@@ -47,6 +63,7 @@ fn missing_cpus(system: &SystemState) -> Vec<Conflict> {
             let cpus = ranges(cpus);
             let problem = format!("CPU {cpus}: {problem}");
             conflicts.push(Conflict {
+                subject: ConflictSubject::Cpus,
                 problem,
                 cure: cure(&cpus),
             });
@@ -109,6 +126,7 @@ fn shared_cores(plan: &Plan, system: &SystemState) -> Option<Conflict> {
         }
     }
     (!halves.is_empty()).then(|| Conflict {
+        subject: ConflictSubject::Cpus,
         problem: format!(
             "CPU {}: whoever runs on CPU {}, which this process may not use, shares their cores",
             ranges(halves),
@@ -118,11 +136,34 @@ fn shared_cores(plan: &Plan, system: &SystemState) -> Option<Conflict> {
     })
 }
 
+/// Planned CPUs that other processes have bound threads to.
+fn bound_neighbours(plan: &Plan, system: &SystemState) -> Vec<Conflict> {
+    let planned = |cpu: &usize| plan.nodes.iter().any(|node| node.cpus.contains(cpu));
+    let conflict = |process: &BoundProcess| {
+        let cpus: Vec<usize> = process.cpus.iter().copied().filter(planned).collect();
+        (!cpus.is_empty()).then(|| Conflict {
+            subject: ConflictSubject::Cpus,
+            problem: format!(
+                "CPU {}: {} (process {}) has bound threads to it too, and where both work each waits for the other",
+                ranges(cpus),
+                process.program,
+                process.pid
+            ),
+            cure: format!(
+                "end process {}, or give each its own CPUs: [[host.node]] cpus in a topology file, or taskset -c",
+                process.pid
+            ),
+        })
+    };
+    system.bound_processes.iter().filter_map(conflict).collect()
+}
+
 /// A time quota below the number of threads: the kernel stops them in the middle of tokens.
 fn short_quota(plan: &Plan, system: &SystemState) -> Option<Conflict> {
     let limit = system.cpu_limit?;
     let n_threads = plan.n_threads();
     (limit < n_threads as f64).then(|| Conflict {
+        subject: ConflictSubject::Time,
         problem: format!(
             "a control group allows the time of {limit:.1} CPUs, and {n_threads} threads would run: \
              they are stopped in the middle of tokens"
@@ -141,6 +182,7 @@ fn forbidden_memory(plan: &Plan, system: &SystemState) -> Option<Conflict> {
     }
     let forbidden = without(&plan.numas(), &system.memory_numas);
     (!forbidden.is_empty()).then(|| Conflict {
+        subject: ConflictSubject::Memory,
         problem: format!(
             "NUMA node {}: a cpuset (or numactl --membind) keeps their memory from this process",
             ranges(forbidden.clone())
@@ -224,6 +266,25 @@ mod tests {
         assert_eq!(
             text,
             "CPU 0: whoever runs on CPU 4, which this process may not use, shares their cores => allow CPU 4 too, or take whole cores"
+        );
+    }
+
+    #[test]
+    fn processes_bound_to_the_same_cpus_are_named() {
+        let process = |pid, cpus: &[usize]| BoundProcess {
+            pid,
+            program: "poller".to_owned(),
+            cpus: cpus.to_vec(),
+        };
+        let system = SystemState {
+            bound_processes: vec![process(7, &[1, 2, 3]), process(8, &[6])],
+            ..system()
+        };
+        assert_eq!(
+            found(&system, &[0, 1, 2]),
+            [
+                "CPU 1-2: poller (process 7) has bound threads to it too, and where both work each waits for the other => end process 7, or give each its own CPUs: [[host.node]] cpus in a topology file, or taskset -c",
+            ]
         );
     }
 

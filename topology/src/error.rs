@@ -251,7 +251,7 @@ pub enum TopologyError {
     },
     /// Huge pages that were required and cannot be had.
     #[error(
-        "huge_pages = \"require\", but {problem}: as root, echo madvise > /sys/kernel/mm/transparent_hugepage/enabled, or set huge_pages = \"try\""
+        "huge_pages = \"require\", but {problem}: as root, echo madvise > /sys/kernel/mm/transparent_hugepage/enabled, or set pages aside (vm.nr_hugepages), or set huge_pages = \"try\""
     )]
     HugePages {
         /// What is missing.

@@ -18,10 +18,12 @@ mod hwloc;
 mod machine;
 mod measure;
 mod memory;
+mod neighbours;
 mod pin;
 pub mod placement;
 mod plan;
 mod probe;
+mod reserved_pages;
 mod residence;
 mod system;
 #[cfg(all(feature = "hwloc", target_os = "linux"))]
@@ -32,7 +34,7 @@ pub use config::{
     ByteSize, ColdPolicy, CoreChoice, GpuConfig, GpuSync, HostConfig, HugePages, ListedTeam,
     MachineNeeds, MemoryConfig, NodeCount, ThreadsPerNode, TopologyConfig, VramBudget,
 };
-pub use conflicts::{Conflict, conflicts};
+pub use conflicts::{Conflict, ConflictSubject, conflicts};
 pub use error::TopologyError;
 pub use fit::{Backends, Difference, Fit};
 pub use gpu::{NvidiaDriver, NvidiaGpu};
@@ -42,6 +44,7 @@ pub use machine::{
 };
 pub use measure::read_bandwidth;
 pub use memory::{available_memory_bytes, current_rss_bytes, peak_rss_bytes};
+pub use neighbours::BoundProcess;
 pub use pin::pin_thread;
 pub use plan::{N_NODES_MAX, NodePlan, Plan};
 pub use probe::{memory_binding_problem, try_pinning};

@@ -8,6 +8,7 @@ use crate::control_group::{CGROUP_ROOT, cpu_limit, cpuset_cpus};
 use crate::gpu::{NvidiaDriver, NvidiaGpu, nvidia_driver, nvidia_gpus};
 use crate::machine::numbers;
 use crate::memory::{available_memory_bytes, group_limit_bytes, kib_entry_bytes};
+use crate::neighbours::{BoundProcess, bound_processes};
 
 /// A system's settings; whatever the system does not tell is none, or an empty list.
 #[derive(Debug, Clone, Default, PartialEq)]
@@ -42,6 +43,8 @@ pub struct SystemState {
     pub memory_numas: Vec<usize>,
     /// Logical CPUs of each core that has several, by the core's first CPU.
     pub core_cpus: BTreeMap<usize, Vec<usize>>,
+    /// Other processes whose threads are bound to single CPUs, and work.
+    pub bound_processes: Vec<BoundProcess>,
     /// How many CPUs have which frequency governor.
     pub governors: BTreeMap<String, usize>,
     /// Whether the kernel moves pages between NUMA nodes by itself.
@@ -118,6 +121,7 @@ impl SystemState {
             affinity_cpus: listed(&status, "Cpus_allowed_list:"),
             memory_numas: listed(&status, "Mems_allowed_list:"),
             core_cpus: core_cpus(root),
+            bound_processes: bound_processes(root, std::process::id()),
             cpu_limit: cpu_limit(&groups, &membership),
             load: first_number(&text("proc/loadavg")),
             governors: governors(root),

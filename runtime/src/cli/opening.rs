@@ -89,6 +89,9 @@ impl ModelArgs {
         };
         let plan = self.plan(threads)?;
         let model = LoadedModel::open(&options, &plan, &LoadBar::default())?;
+        if self.topology.is_some() {
+            eprintln!("weights: {}", model.residence);
+        }
         if let Some(hint) = &model.sparsity.hint {
             eprintln!("hint: {hint}");
         }
