@@ -38,7 +38,7 @@ pub enum TopologyError {
         /// What is wrong.
         problem: String,
     },
-    /// A saved machine that hwloc does not take.
+    /// A file that is no saved machine.
     #[error(
         "{name}: this is no machine that hwloc saved: {problem}; save one with `lstopo FILE.xml`"
     )]

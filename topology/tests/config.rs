@@ -243,7 +243,20 @@ fn every_file_that_comes_along_is_valid() {
         }
     }
     names.sort();
-    assert_eq!(names, ["cpu-only", "four-nodes", "two-nodes"]);
+    assert_eq!(
+        names,
+        [
+            "2x4090",
+            "4090-ddr5",
+            "cpu-only",
+            "dual-socket",
+            "dual-socket-4090",
+            "four-nodes",
+            "h100-24g",
+            "laptop-6gb",
+            "two-nodes"
+        ]
+    );
 }
 
 /// Configurations with about every key at another value than its default.

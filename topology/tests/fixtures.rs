@@ -237,14 +237,27 @@ fn what_a_cpuset_keeps_away_is_not_planned_for() {
 
 #[test]
 fn text_that_is_no_machine_is_refused() {
+    let with = |attributes: &str| {
+        format!("<topology version=\"2.0\"><object type=\"Machine\" {attributes}/></topology>")
+    };
+    let deep = format!("<topology version=\"2.0\">{}", "<object>".repeat(100_000));
+    let long = format!("cpuset=\"{}\"", ",".repeat(3000));
     for (xml, problem) in [
-        ("", "is no machine that hwloc saved"),
+        ("", "does not have a root node"),
+        ("not xml at all", "unknown token"),
+        ("<topology version=\"2.0\"></topology>", "it has no machine"),
         (
-            "<topology version=\"2.0\"></topology>",
-            "is no machine that hwloc saved",
+            "<topology version=\"1.0\"/>",
+            "it is no topology of hwloc 2 (version 1.0)",
         ),
-        ("not xml at all", "is no machine that hwloc saved"),
-        ("<topology\0", "is no machine that hwloc saved"),
+        ("<html/>", "it is no topology of hwloc 2 (version none)"),
+        (&deep, "more than 256 elements are within one another"),
+        (&with(""), "the machine has no CPU"),
+        (
+            &with("cpuset=\"0xf...f\""),
+            "cpuset is \"0xf...f\", which is no finite set",
+        ),
+        (&with(&long), "which is no finite set"),
     ] {
         let error = Machine::from_xml("x.xml", xml).unwrap_err();
         assert!(!error.is_environment());
@@ -255,6 +268,50 @@ fn text_that_is_no_machine_is_refused() {
         );
         assert!(text.ends_with("save one with `lstopo FILE.xml`"), "{text}");
     }
+}
+
+/// Files that are nearly machines end as an error or as a machine that can be planned for or not, and in no other way.
+#[test]
+fn broken_machines_do_no_harm() {
+    let folder = Path::new(env!("CARGO_MANIFEST_DIR")).join("../tests/fixtures/topology");
+    let mut state = 1u64;
+    let mut random = |below: usize| {
+        // xorshift64
+        state ^= state << 13;
+        state ^= state >> 7;
+        state ^= state << 17;
+        (state % below as u64) as usize
+    };
+    let mut n_machines = 0;
+    for name in ["two-nodes", "cores-without-memory", "hybrid", "cxl"] {
+        let xml = std::fs::read(folder.join(format!("{name}.xml"))).unwrap();
+        for _ in 0..300 {
+            let mut broken = xml.clone();
+            for _ in 0..1 + random(4) {
+                let at = random(broken.len());
+                match random(4) {
+                    0 => broken[at] = b"0123456789x-\"<>/ "[random(17)],
+                    1 => drop(broken.drain(at..(at + 1 + random(40)).min(broken.len()))),
+                    2 => broken.truncate(at.max(1)),
+                    _ => {
+                        let end = (at + 1 + random(200)).min(broken.len());
+                        let piece = broken[at..end].to_vec();
+                        broken.splice(at..at, piece);
+                    }
+                }
+            }
+            let text = String::from_utf8_lossy(&broken);
+            if let Ok(machine) = Machine::from_xml("broken.xml", &text) {
+                n_machines += 1;
+                assert!(!machine.draw(None, &[]).is_empty());
+                if let Ok(plan) = Plan::new(&config(""), &machine, None) {
+                    assert!(plan.n_threads() > 0);
+                    assert!(!machine.draw(Some(&plan), &[]).is_empty());
+                }
+            }
+        }
+    }
+    assert!(n_machines > 0, "some are not broken enough");
 }
 
 /// What a machine lacks, and what fits it.

@@ -1,4 +1,4 @@
-//! hwloc: what it knows of this system, of a saved or of a made-up one, and the bindings that it makes.
+//! hwloc: what it knows of this system or of a made-up one, and the bindings that it makes.
 
 mod reading;
 
@@ -15,7 +15,7 @@ use hwlocality::object::types::ObjectType;
 
 use crate::error::TopologyError;
 
-pub(crate) use reading::{synthetic_machine, system_machine, xml_machine};
+pub(crate) use reading::{synthetic_machine, system_machine};
 
 /// How binding an area of memory to a node ended.
 #[derive(Debug, Clone, PartialEq, Eq)]

@@ -7,14 +7,12 @@ use hwlocality::cpu::cpuset::CpuSet;
 use hwlocality::object::TopologyObject;
 use hwlocality::object::attributes::ObjectAttributes;
 use hwlocality::object::types::ObjectType;
-use hwlocality::topology::builder::{BuildFlags, TypeFilter};
+use hwlocality::topology::builder::BuildFlags;
 
 use super::{has_several_nodes, system};
 use crate::error::TopologyError;
-use crate::gpu::{DISPLAY_CLASS, NVIDIA_VENDOR};
 use crate::machine::{
-    Cache, Core, Gpu, Machine, MachineNode, MachineSource, MemoryNode, NodeDistances, Package,
-    Withheld,
+    Cache, Core, FoundNode, Machine, MachineSource, NodeDistances, Package, Withheld, assemble,
 };
 use crate::memory::total_memory_bytes;
 
@@ -40,6 +38,29 @@ pub(crate) fn system_machine() -> Result<Machine, TopologyError> {
     Ok(machine)
 }
 
+/// CPUs of a made-up machine at most: hwloc makes any number, and takes hours for it.
+const N_CPUS_MAX: u64 = 8192;
+
+/// Objects on the lowest level of a description, as far as it is one: the product of the counts outside of parentheses
+/// and brackets.
+fn n_described(description: &str) -> u64 {
+    let mut inside: usize = 0;
+    let mut outer = String::new();
+    for c in description.chars() {
+        match c {
+            '(' | '[' => inside += 1,
+            ')' | ']' => inside = inside.saturating_sub(1),
+            c if inside == 0 => outer.push(c),
+            _ => {}
+        }
+    }
+    let counts = outer.split_whitespace().filter_map(|level| {
+        let (_, count) = level.rsplit_once(':').unwrap_or(("", level));
+        count.parse::<u64>().ok()
+    });
+    counts.fold(1, u64::saturating_mul)
+}
+
 /// The machine that hwloc makes of a description.
 ///
 /// # Errors
@@ -49,6 +70,9 @@ pub(crate) fn synthetic_machine(description: &str) -> Result<Machine, TopologyEr
         description: description.to_owned(),
         problem,
     };
+    if n_described(description) > N_CPUS_MAX {
+        return Err(fail(format!("it has more than {N_CPUS_MAX} CPUs")));
+    }
     let topology = Topology::builder()
         .from_synthetic(description)
         .map_err(|error| fail(error.to_string()))?
@@ -58,33 +82,9 @@ pub(crate) fn synthetic_machine(description: &str) -> Result<Machine, TopologyEr
     Ok(machine(&topology, source))
 }
 
-/// The machine of the XML called `name`.
-///
-/// # Errors
-/// hwloc does not take the text, or the machine has no CPU that its process could use.
-pub(crate) fn xml_machine(name: &str, xml: &str) -> Result<Machine, TopologyError> {
-    let fail = |problem: String| TopologyError::Xml {
-        name: name.to_owned(),
-        problem,
-    };
-    let topology = Topology::builder()
-        .with_io_type_filter(TypeFilter::KeepImportant)
-        .map_err(|error| fail(error.to_string()))?
-        .from_xml(xml)
-        .map_err(|_| fail("hwloc cannot read it".to_owned()))?
-        .build()
-        .map_err(|_| fail("hwloc cannot read it".to_owned()))?;
-    let mut machine = machine(&topology, MachineSource::Xml(name.to_owned()));
-    machine.gpus = gpus(&topology);
-    match machine.n_cpus() {
-        0 => Err(fail("the machine has no CPU".to_owned())),
-        _ => Ok(machine),
-    }
-}
-
 fn machine(topology: &Topology, source: MachineSource) -> Machine {
     let distances = distances(topology);
-    let (nodes, memory_nodes) = nodes(topology, distances.as_ref());
+    let (nodes, memory_nodes) = assemble(&nodes(topology), cores(topology), distances.as_ref());
     Machine {
         packages: packages(topology),
         nodes,
@@ -98,81 +98,21 @@ fn machine(topology: &Topology, source: MachineSource) -> Machine {
     }
 }
 
-/// NUMA nodes with CPUs, and those without. Each core is in the first node with memory that it is
-/// local to; cores without such a node are in the one that is nearest to their own.
-fn nodes(
-    topology: &Topology,
-    distances: Option<&NodeDistances>,
-) -> (Vec<MachineNode>, Vec<MemoryNode>) {
-    let objects: Vec<&TopologyObject> = topology.objects_with_type(ObjectType::NUMANode).collect();
-    // without any memory known, nodes are as good as they are
-    let is_any_known = objects.iter().any(|object| local_memory_bytes(object) > 0);
-    let can_hold = |object: &TopologyObject| !is_any_known || local_memory_bytes(object) > 0;
-    let mut cores_of = vec![Vec::new(); objects.len()];
-    let mut homeless = Vec::new();
-    for (object, core) in cores(topology) {
-        let is_local = |node: &&TopologyObject| {
-            let local = node.cpuset().zip(object.cpuset());
-            local.is_some_and(|(node_cpus, core_cpus)| node_cpus.includes(core_cpus))
-        };
-        let home = (objects.iter()).position(|node| can_hold(node) && is_local(node));
-        let own = objects.iter().find(|node| is_local(node));
-        match home.or_else(|| nearest(&objects, own.copied(), can_hold, distances)) {
-            Some(home) => cores_of[home].push(core),
-            None => homeless.push(core),
-        }
-    }
-    if !homeless.is_empty() {
-        let node = MachineNode {
-            os_index: None,
-            memory_bytes: 0,
-            cores: homeless,
-        };
-        return (vec![node], Vec::new());
-    }
-    let (mut nodes, mut memory_nodes) = (Vec::new(), Vec::new());
-    for (object, cores) in objects.into_iter().zip(cores_of) {
-        let (os_index, memory_bytes) = (object.os_index(), local_memory_bytes(object));
-        if !cores.is_empty() {
-            nodes.push(MachineNode {
-                os_index,
-                memory_bytes,
-                cores,
-            });
-        } else if can_hold(object) {
-            memory_nodes.push(MemoryNode {
-                os_index,
-                memory_bytes,
-                kind: object.subtype().map(text),
-                local_cpus: cpus(object),
-            });
-        }
-    }
-    (nodes, memory_nodes)
-}
-
-/// Position of the node that can hold memory and is nearest to `own`: the first of them where
-/// distances say nothing.
-fn nearest(
-    objects: &[&TopologyObject],
-    own: Option<&TopologyObject>,
-    can_hold: impl Fn(&TopologyObject) -> bool,
-    distances: Option<&NodeDistances>,
-) -> Option<usize> {
-    let distance = |node: &TopologyObject| {
-        let (from, to) = own?.os_index().zip(node.os_index())?;
-        distances?.between(from, to)
-    };
-    let has_cpus = |node: &TopologyObject| node.cpuset().is_some_and(|cpus| !cpus.is_empty());
-    let candidates = || (0..objects.len()).filter(|&i| can_hold(objects[i]));
-    candidates()
-        .filter(|&i| has_cpus(objects[i]))
-        .chain(candidates())
-        .min_by_key(|&i| distance(objects[i]).unwrap_or(u64::MAX))
+/// NUMA nodes, whatever they have.
+fn nodes(topology: &Topology) -> Vec<FoundNode> {
+    topology
+        .objects_with_type(ObjectType::NUMANode)
+        .map(|object| FoundNode {
+            os_index: object.os_index(),
+            memory_bytes: local_memory_bytes(object),
+            kind: object.subtype().map(text),
+            cpus: cpus(object),
+        })
+        .collect()
 }
 
 /// Cores with their logical CPUs; logical CPUs by themselves where the system knows no cores.
-fn cores(topology: &Topology) -> Vec<(&TopologyObject, Core)> {
+fn cores(topology: &Topology) -> Vec<Core> {
     let has_cores = topology
         .objects_with_type(ObjectType::Core)
         .next()
@@ -189,13 +129,12 @@ fn cores(topology: &Topology) -> Vec<(&TopologyObject, Core)> {
             let is_of = |(_, set): &(String, CpuSet)| {
                 object.cpuset().is_some_and(|cpus| set.includes(cpus))
             };
-            let core = Core {
+            Core {
                 cpus: cpus(object),
                 kind: kinds.iter().position(is_of).unwrap_or(0),
-            };
-            (object, core)
+            }
         })
-        .filter(|(_, core)| !core.cpus.is_empty())
+        .filter(|core| !core.cpus.is_empty())
         .collect()
 }
 
@@ -298,54 +237,6 @@ fn withheld(topology: &Topology) -> Withheld {
     }
 }
 
-/// NVIDIA's display controllers, with what NVML and CUDA said when the machine was saved.
-fn gpus(topology: &Topology) -> Vec<Gpu> {
-    let mut gpus: Vec<Gpu> = topology
-        .objects_with_type(ObjectType::PCIDevice)
-        .filter_map(|object| {
-            let Some(ObjectAttributes::PCIDevice(pci)) = object.attributes() else {
-                return None;
-            };
-            let is_gpu =
-                pci.vendor_id() == NVIDIA_VENDOR && u32::from(pci.class_id()) >> 8 == DISPLAY_CLASS;
-            is_gpu.then(|| Gpu {
-                pci_address: format!(
-                    "{:04x}:{:02x}:{:02x}.{:x}",
-                    pci.domain(),
-                    pci.bus_id(),
-                    pci.bus_device(),
-                    pci.function()
-                ),
-                pci_device: pci.device_id(),
-                name: device_info(object, "GPUModel"),
-                memory_bytes: device_info(object, "CUDAGlobalMemorySize")
-                    .and_then(|kib| kib.parse::<u64>().ok()?.checked_mul(1024)),
-                compute_capability: None,
-                numa: only_node(object),
-            })
-        })
-        .collect();
-    gpus.sort_by(|a, b| a.pci_address.cmp(&b.pci_address));
-    gpus
-}
-
-/// What a PCI device's drivers say of it.
-fn device_info(device: &TopologyObject, name: &str) -> Option<String> {
-    device
-        .io_children()
-        .find_map(|child| child.info(name))
-        .map(text)
-}
-
-/// The NUMA node that a device hangs on, if it is one.
-fn only_node(device: &TopologyObject) -> Option<usize> {
-    let nodes = device.first_non_io_ancestor()?.nodeset()?;
-    match nodes.weight() {
-        Some(1) => nodes.first_set().map(usize::from),
-        _ => None,
-    }
-}
-
 fn cpus(object: &TopologyObject) -> Vec<usize> {
     let set = object.cpuset();
     set.map_or_else(Vec::new, |set| set.iter_set().map(usize::from).collect())
@@ -360,4 +251,39 @@ fn local_memory_bytes(object: &TopologyObject) -> u64 {
 
 fn text(text: &CStr) -> String {
     text.to_string_lossy().into_owned()
+}
+
+#[cfg(test)]
+mod tests {
+    use hwlocality::topology::export::xml::XMLExportFlags;
+
+    use super::*;
+
+    /// What is read from a file is what hwloc says, however it has come to know it.
+    #[test]
+    fn files_say_the_same_as_hwloc() {
+        let made_up = [
+            "Package:2 [NUMANode(memory=64GiB)] L3Cache:1(size=32MiB) L2Cache:4 Core:1 PU:2",
+            "Package:1 Group:2 [NUMANode(memory=8GiB)] Core:3 PU:2(indexes=0,6,1,7,2,8,3,9,4,10,5,11)",
+            "NUMANode:3 PU:40",
+            "Core:2 PU:1",
+        ]
+        .map(|description| {
+            let builder = Topology::builder().from_synthetic(description).unwrap();
+            builder.build().unwrap()
+        });
+        let saved = |topology: &Topology| {
+            let xml = topology.export_xml(XMLExportFlags::empty()).unwrap();
+            Machine::from_xml("x", &xml.to_string()).unwrap()
+        };
+        let system = Topology::new().unwrap();
+        for topology in made_up.iter().chain([&system]) {
+            let told = machine(topology, MachineSource::Xml("x".to_owned()));
+            let found = Machine {
+                gpus: Vec::new(),
+                ..saved(topology)
+            };
+            assert_eq!(found, told);
+        }
+    }
 }

@@ -1,7 +1,9 @@
 //! What a machine has: packages, NUMA nodes and their memory, cores and logical CPUs, caches, GPUs.
 
+mod assembly;
 mod drawing;
 mod parts;
+mod xml;
 
 use std::fmt;
 
@@ -9,6 +11,8 @@ use serde::Serialize;
 
 use crate::error::TopologyError;
 
+#[cfg(feature = "hwloc")]
+pub(crate) use assembly::{FoundNode, assemble};
 pub use parts::{Cache, Gpu, MemoryNode, NodeDistances, Package, Withheld};
 
 /// This system, a saved one or a made-up one.
@@ -127,15 +131,9 @@ impl Machine {
     /// messages: to plan for, not to bind to.
     ///
     /// # Errors
-    /// hwloc does not take the text or is not built in, or the machine has no CPU.
+    /// The text is no such file, or the machine has no CPU.
     pub fn from_xml(name: &str, xml: &str) -> Result<Self, TopologyError> {
-        #[cfg(feature = "hwloc")]
-        return crate::hwloc::xml_machine(name, xml);
-        #[cfg(not(feature = "hwloc"))]
-        return Err(TopologyError::Xml {
-            name: format!("{name} ({} bytes)", xml.len()),
-            problem: NO_HWLOC.to_owned(),
-        });
+        xml::machine(name, xml)
     }
 
     /// Asks NVIDIA's driver for the GPUs' names and memory, where there is a driver; adds GPUs that
@@ -181,7 +179,8 @@ impl Machine {
 
     /// Memory of all nodes, used or not.
     pub fn memory_bytes(&self) -> u64 {
-        self.nodes.iter().map(|node| node.memory_bytes).sum()
+        let each = self.nodes.iter().map(|node| node.memory_bytes);
+        each.fold(0, u64::saturating_add)
     }
 
     /// NUMA nodes, with CPUs or without, that the system numbers.
