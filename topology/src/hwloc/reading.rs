@@ -224,11 +224,11 @@ fn withheld(topology: &Topology) -> Withheld {
     let limit = |last: Option<_>| last.is_some();
     Withheld {
         cpus: match limit(there.last_set()) {
-            true => (&there - &usable).iter_set().map(usize::from).collect(),
+            true => (there - usable).iter_set().map(usize::from).collect(),
             false => Vec::new(),
         },
         numas: match limit(nodes_there.last_set()) {
-            true => (&nodes_there - &nodes_usable)
+            true => (nodes_there - nodes_usable)
                 .iter_set()
                 .map(usize::from)
                 .collect(),
@@ -274,7 +274,7 @@ mod tests {
         });
         let saved = |topology: &Topology| {
             let xml = topology.export_xml(XMLExportFlags::empty()).unwrap();
-            Machine::from_xml("x", &xml.to_string()).unwrap()
+            Machine::from_xml("x", xml.as_ref()).unwrap()
         };
         let system = Topology::new().unwrap();
         for topology in made_up.iter().chain([&system]) {
