@@ -431,6 +431,103 @@ fn a_plain_down_projection_on_a_single_node_gives_the_bits_of_one_team() {
     }
 }
 
+/// What NVIDIA's driver says is shown and counted, here with a library in its place.
+#[cfg(target_os = "linux")]
+#[test]
+fn the_gpu_driver_is_asked_where_there_is_one() {
+    let folder = tiny();
+    let source = workspace().join("tests/fixtures/fake-libcuda.c");
+    let compiled = std::process::Command::new("cc")
+        .args(["-shared", "-fPIC", "-o", &folder.name("libcuda.so")])
+        .arg(source)
+        .status();
+    if !compiled.is_ok_and(|status| status.success()) {
+        eprintln!("skipped: no C compiler");
+        return;
+    }
+    let run = |args: &[&str]| {
+        let mut command = common::program();
+        let output = (command.env("LD_LIBRARY_PATH", folder.0.path()).args(args))
+            .output()
+            .unwrap();
+        Ran {
+            code: output.status.code().unwrap_or(-1),
+            out: String::from_utf8(output.stdout).unwrap(),
+            err: String::from_utf8(output.stderr).unwrap(),
+        }
+    };
+    let drawn = run(&["topology", "--json"]);
+    assert_eq!(drawn.code, 0, "{}", drawn.err);
+    let json: Value = serde_json::from_str(&drawn.out).unwrap();
+    let gpu = |address: &str, name: &str, gib: u64, minor: u32| {
+        json!({
+            "pci_address": address,
+            "pci_device": 0,
+            "name": name,
+            "memory_bytes": gib << 30,
+            "compute_capability": [8, minor],
+            "numa": null,
+        })
+    };
+    let gpus = json["machine"]["gpus"].as_array().unwrap();
+    let fakes: Vec<&Value> = gpus
+        .iter()
+        .filter(|gpu| gpu["pci_address"].as_str().unwrap().starts_with("fedc:"))
+        .collect();
+    assert_eq!(
+        fakes,
+        [
+            &gpu("fedc:0a:00.0", "Fake GPU A", 24, 9),
+            &gpu("fedc:ba:00.0", "Fake GPU B", 8, 6),
+        ]
+    );
+    let text = run(&["topology"]).out;
+    assert!(
+        text.contains("GPU fedc:0a:00.0  Fake GPU A  24.0 GiB\n"),
+        "{text}"
+    );
+    let config = "[[gpu]]\npci_address = \"FEDC:BA:00.0\"\nrequired = true\n";
+    let config = folder.file("gpu.toml", config);
+    assert_refused(
+        &run(&["topology", "--topology", &config]),
+        &["gpu 0: Fake GPU B at fedc:ba:00.0 is there, but this program has no CUDA back end yet"],
+    );
+}
+
+/// A library in the driver's place that is none.
+#[cfg(target_os = "linux")]
+#[test]
+fn a_gpu_driver_that_lacks_functions_does_no_harm() {
+    let folder = tiny();
+    let source = folder.file("empty.c", "int nothing;\n");
+    let compiled = std::process::Command::new("cc")
+        .args([
+            "-shared",
+            "-fPIC",
+            "-o",
+            &folder.name("libcuda.so"),
+            &source,
+        ])
+        .status();
+    if !compiled.is_ok_and(|status| status.success()) {
+        eprintln!("skipped: no C compiler");
+        return;
+    }
+    let mut command = common::program();
+    let output = command
+        .env("LD_LIBRARY_PATH", folder.0.path())
+        .args(["topology", "--json"])
+        .output()
+        .unwrap();
+    let err = String::from_utf8(output.stderr).unwrap();
+    assert!(output.status.success(), "{err}");
+    assert!(
+        err.contains("NVIDIA's driver is too old to tell its GPUs"),
+        "{err}"
+    );
+    assert!(!err.contains("panicked"), "{err}");
+}
+
 /// Ends a process that a test has started.
 #[cfg(target_os = "linux")]
 struct Ended(std::process::Child);

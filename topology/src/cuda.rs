@@ -15,8 +15,12 @@ pub(crate) fn gpus() -> Vec<Gpu> {
     if !unsafe { cudarc::driver::sys::is_culib_present() } {
         return Vec::new();
     }
-    // cudarc panics where an old driver lacks a function
-    match std::panic::catch_unwind(driver::gpus) {
+    // cudarc panics where an old driver lacks a function; the words of that panic are nobody's business
+    let hook = std::panic::take_hook();
+    std::panic::set_hook(Box::new(|_| {}));
+    let asked = std::panic::catch_unwind(driver::gpus);
+    std::panic::set_hook(hook);
+    match asked {
         Ok(Ok(gpus)) => gpus,
         Ok(Err(error)) => {
             tracing::warn!(%error, "NVIDIA's driver does not tell its GPUs");

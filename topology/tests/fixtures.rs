@@ -1,6 +1,5 @@
 //! Machines saved as lstopo's XML that nobody here has: what is found in them, and what is planned for them.
 //! `tests/fixtures/topology/make.py` writes them.
-#![cfg(feature = "hwloc")]
 
 use std::path::Path;
 
