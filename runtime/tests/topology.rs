@@ -251,6 +251,17 @@ fn unknown_keys_are_named_with_line_and_suggestion() {
     );
 }
 
+#[test]
+fn nothing_can_be_simulated_without_a_topology() {
+    for args in [
+        &["--simulate", "-p", "x"][..],
+        &["topology", "--simulate"],
+        &["bench", "--simulate"],
+    ] {
+        assert_refused(&run(args), &["--topology"]);
+    }
+}
+
 /// A configuration for a machine that nobody has.
 const TOO_LARGE: &str = "[machine]\nnuma_nodes = 12\nmemory_per_node = \"900TiB\"\n[host]\nnodes = 3\nthreads = 70000\n[[gpu]]\nvram_budget = \"900GiB\"\nrequired = true\n";
 

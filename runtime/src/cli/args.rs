@@ -133,7 +133,7 @@ pub struct ModelArgs {
     #[arg(long, value_name = "FILE")]
     pub topology: Option<PathBuf>,
     /// Run the topology on what there is: missing NUMA nodes as extra teams, missing GPUs on the host
-    #[arg(long)]
+    #[arg(long, requires = "topology")]
     pub simulate: bool,
     /// off: dense; exact: skip neurons whose ReLU gate is closed (same result); predicted: look only at neurons that
     /// predictors pick; threshold: skip neurons of SiLU gates that contribute little (both need what `prepare` makes).
@@ -286,7 +286,7 @@ pub struct PackArgs {
     #[arg(long, value_name = "FILE")]
     pub topology: Option<PathBuf>,
     /// Run the topology on what there is: missing NUMA nodes as extra teams, missing GPUs on the host
-    #[arg(long)]
+    #[arg(long, requires = "topology")]
     pub simulate: bool,
     /// Threads that measure, over all nodes; default: one for every core of the plan
     #[arg(short = 't', long, value_name = "N", value_parser = clap::value_parser!(u16).range(1..))]

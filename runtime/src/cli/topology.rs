@@ -20,7 +20,7 @@ pub struct TopologyArgs {
     #[arg(long, value_name = "FILE")]
     pub topology: Option<PathBuf>,
     /// Show what --simulate would run: missing NUMA nodes as extra teams, missing GPUs on the host
-    #[arg(long)]
+    #[arg(long, requires = "topology")]
     pub simulate: bool,
     /// Threads, over all nodes; default: one for every core of the plan
     #[arg(short = 't', long, value_name = "N", value_parser = clap::value_parser!(u16).range(1..))]
