@@ -82,10 +82,7 @@ fn plan(n_nodes: usize, n_threads: usize, cpus: &[usize]) -> Plan {
         numa: None,
         cpus: cpus[node * n_threads..(node + 1) * n_threads].to_vec(),
     };
-    Plan {
-        nodes: (0..n_nodes).map(node).collect(),
-        huge_pages: HugePages::Try,
-    }
+    Plan::of_nodes((0..n_nodes).map(node).collect(), HugePages::Try)
 }
 
 fn compare(

@@ -1,7 +1,7 @@
 //! Everything that can end the program, and the exit code that it ends with.
 
 use std::io;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 
 use pi_actors::ActorError;
 use pi_kernels::KernelError;
@@ -98,6 +98,24 @@ pub enum RuntimeError {
         path: PathBuf,
         /// What.
         source: TopologyError,
+    },
+    /// A topology file for another machine.
+    #[error("{}", lacking(path, differences, nearest))]
+    Lacking {
+        /// The file.
+        path: PathBuf,
+        /// What the machine lacks, a line each.
+        differences: Vec<String>,
+        /// The nearest file that would do.
+        nearest: String,
+    },
+    /// A saved machine that cannot be read.
+    #[error("{}: cannot read the machine: {source}", path.display())]
+    ReadMachine {
+        /// The file.
+        path: PathBuf,
+        /// Why.
+        source: io::Error,
     },
     /// A machine that cannot be used as asked.
     #[error(transparent)]
@@ -278,6 +296,22 @@ pub enum RuntimeError {
         /// Why.
         source: io::Error,
     },
+}
+
+fn lacking(path: &Path, differences: &[String], nearest: &str) -> String {
+    let mut text = format!("{} asks for what this machine lacks:", path.display());
+    for difference in differences {
+        text.push_str(&format!("\n  {difference}"));
+    }
+    match nearest.is_empty() {
+        true => text.push_str("\nthe nearest that fits is the default: leave --topology out"),
+        false => text.push_str("\nthe nearest that fits:"),
+    }
+    for line in nearest.lines() {
+        text.push_str(&format!("\n    {line}"));
+    }
+    text.push_str("\nor run it on what there is, slower, with the same results: --simulate");
+    text
 }
 
 impl RuntimeError {

@@ -25,6 +25,7 @@ pub mod sidecar;
 pub mod synth;
 pub mod threshold;
 pub mod tokenizer;
+pub mod topology_view;
 pub mod trace;
 pub mod unfinished_file;
 

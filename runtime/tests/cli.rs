@@ -46,7 +46,17 @@ fn json_is_one_object_with_a_hash_that_repeats() {
     ];
     let first = json_of(&args);
     let names: Vec<&String> = first.as_object().unwrap().keys().collect();
-    assert_eq!(names, ["text", "tokens", "logits_hash", "stop", "timings"]);
+    assert_eq!(
+        names,
+        [
+            "text",
+            "tokens",
+            "logits_hash",
+            "stop",
+            "timings",
+            "placement"
+        ]
+    );
     assert_eq!(
         (
             first["stop"].as_str(),

@@ -1,6 +1,8 @@
 //! One node's memory: zero pages, bound to the node, in huge pages where there are any.
 
 use std::ops::Range;
+#[cfg(target_os = "linux")]
+use std::path::Path;
 use std::sync::Once;
 
 use bytes::Bytes;
@@ -10,9 +12,7 @@ use tracing::{debug, warn};
 use crate::config::HugePages;
 use crate::error::TopologyError;
 use crate::memory::available_memory_bytes;
-
-/// Bytes of a huge page, to which arenas at least as large are aligned.
-const HUGE_PAGE_BYTES: usize = 2 << 20;
+use crate::reserved_pages::{HUGE_PAGE_BYTES, have_room};
 
 /// Where Linux says whether transparent huge pages may be asked for.
 #[cfg(target_os = "linux")]
@@ -20,8 +20,9 @@ const HUGE_PAGE_SETTING: &str = "/sys/kernel/mm/transparent_hugepage/enabled";
 
 /// Memory on one NUMA node.
 ///
-/// It reads as zeros; its pages are taken when they are first written to. The address is a
-/// multiple of 2 MiB where the arena is at least as large, else of the page size.
+/// It reads as zeros; its pages are taken when they are first written to, or at once where they are
+/// huge pages that were set aside. The address is a multiple of 2 MiB where the arena is at least as
+/// large, else of the page size.
 #[derive(Debug)]
 pub struct Arena {
     map: MmapMut,
@@ -42,6 +43,24 @@ impl Arena {
         numa: Option<usize>,
         huge_pages: HugePages,
     ) -> Result<Self, TopologyError> {
+        Self::on(bytes, numa.as_slice(), huge_pages, false)
+    }
+
+    /// Reserves `bytes` of memory on NUMA nodes `numas`, whose pages go round them; anywhere without any.
+    ///
+    /// # Errors
+    /// As [`Arena::new`]; with `strict` also where the system does not bind memory.
+    pub(crate) fn on(
+        bytes: usize,
+        numas: &[usize],
+        huge_pages: HugePages,
+        strict: bool,
+    ) -> Result<Self, TopologyError> {
+        if huge_pages != HugePages::Off
+            && let Some(arena) = Self::of_reserved_pages(bytes, numas, strict)?
+        {
+            return Ok(arena);
+        }
         if huge_pages == HugePages::Require {
             require_huge_pages()?;
         }
@@ -53,11 +72,55 @@ impl Arena {
             });
         }
         let arena = Self::map(bytes)?;
-        if let Some(numa) = numa.filter(|_| bytes > 0) {
-            bind(arena.as_slice(), numa)?;
+        if bytes > 0 && !numas.is_empty() {
+            bind(arena.as_slice(), numas, strict)?;
         }
         arena.advise(huge_pages)?;
         Ok(arena)
+    }
+
+    /// An arena of huge pages that were set aside; none where there are too few for all of it.
+    #[cfg(target_os = "linux")]
+    fn of_reserved_pages(
+        bytes: usize,
+        numas: &[usize],
+        strict: bool,
+    ) -> Result<Option<Self>, TopologyError> {
+        const HUGE_PAGE_BITS: u8 = 21;
+        if bytes < HUGE_PAGE_BYTES || !have_room(Path::new("/"), numas, bytes) {
+            return Ok(None);
+        }
+        let mut options = MmapOptions::new();
+        options
+            .len(bytes.next_multiple_of(HUGE_PAGE_BYTES))
+            .huge(Some(HUGE_PAGE_BITS));
+        let Ok(map) = options.map_anon() else {
+            return Ok(None);
+        };
+        if !numas.is_empty() {
+            bind(&map, numas, strict)?;
+        }
+        // A page that somebody else took meanwhile would end the program when it is written to; here it is an error.
+        match map.advise(memmap2::Advice::PopulateWrite) {
+            Ok(()) => {
+                debug!(bytes, "memory in huge pages that were set aside");
+                let range = 0..bytes;
+                Ok(Some(Self { map, range }))
+            }
+            Err(error) => {
+                debug!(%error, bytes, "huge pages that were set aside cannot be had");
+                Ok(None)
+            }
+        }
+    }
+
+    #[cfg(not(target_os = "linux"))]
+    fn of_reserved_pages(
+        _bytes: usize,
+        _numas: &[usize],
+        _strict: bool,
+    ) -> Result<Option<Self>, TopologyError> {
+        Ok(None)
     }
 
     fn map(bytes: usize) -> Result<Self, TopologyError> {
@@ -141,26 +204,34 @@ impl AsRef<[u8]> for FrozenArena {
 }
 
 #[cfg(feature = "hwloc")]
-fn bind(area: &[u8], numa: usize) -> Result<(), TopologyError> {
+fn bind(area: &[u8], numas: &[usize], strict: bool) -> Result<(), TopologyError> {
     use crate::hwloc::{AreaBinding, bind_area, has_several_nodes};
 
     if !has_several_nodes()? {
         return Ok(());
     }
-    match bind_area(area, numa)? {
-        AreaBinding::Bound => debug!(numa, bytes = area.len(), "bound memory"),
-        AreaBinding::Unsupported(problem) => warn_of_unbound_memory(numa, &problem),
+    match bind_area(area, numas)? {
+        AreaBinding::Bound => {
+            debug!(?numas, bytes = area.len(), "bound memory");
+            Ok(())
+        }
+        AreaBinding::Unsupported(problem) => unbound_memory(numas[0], &problem, strict),
     }
-    Ok(())
 }
 
 #[cfg(not(feature = "hwloc"))]
-fn bind(_area: &[u8], numa: usize) -> Result<(), TopologyError> {
-    warn_of_unbound_memory(numa, "built without the feature hwloc");
-    Ok(())
+fn bind(_area: &[u8], numas: &[usize], strict: bool) -> Result<(), TopologyError> {
+    unbound_memory(numas[0], "built without the feature hwloc", strict)
 }
 
-fn warn_of_unbound_memory(numa: usize, problem: &str) {
+/// An error where binding is `strict`, else a warning, once.
+fn unbound_memory(numa: usize, problem: &str, strict: bool) -> Result<(), TopologyError> {
+    if strict {
+        return Err(TopologyError::NotBound {
+            numa,
+            problem: problem.to_owned(),
+        });
+    }
     static WARNED: Once = Once::new();
     WARNED.call_once(|| {
         warn!(
@@ -168,6 +239,7 @@ fn warn_of_unbound_memory(numa: usize, problem: &str) {
             problem, "memory is not bound: pages go to the node of the thread that first writes"
         );
     });
+    Ok(())
 }
 
 #[cfg(target_os = "linux")]
@@ -214,6 +286,17 @@ mod tests {
                 assert!(arena.as_slice().iter().all(|&byte| byte == 7));
             }
         }
+    }
+
+    #[test]
+    fn memory_that_is_not_bound_is_an_error_where_that_is_asked_for() {
+        unbound_memory(1, "not permitted", false).unwrap();
+        let error = unbound_memory(1, "not permitted", true).unwrap_err();
+        assert!(error.is_environment());
+        assert_eq!(
+            error.to_string(),
+            "memory.strict = true, but memory is not bound to NUMA node 1: not permitted; allow it (docker run --cap-add SYS_NICE), or set strict = false"
+        );
     }
 
     #[test]
@@ -277,11 +360,11 @@ mod tests {
         assert!(error.is_environment());
         assert_eq!(
             error.to_string(),
-            "huge_pages = \"require\", but this system's setting is \"never\": as root, echo madvise > /sys/kernel/mm/transparent_hugepage/enabled, or set huge_pages = \"try\""
+            "huge_pages = \"require\", but this system's setting is \"never\": as root, echo madvise > /sys/kernel/mm/transparent_hugepage/enabled, or set pages aside (vm.nr_hugepages), or set huge_pages = \"try\""
         );
         assert_eq!(
             check_setting(None).unwrap_err().to_string(),
-            "huge_pages = \"require\", but this system has no transparent huge pages: as root, echo madvise > /sys/kernel/mm/transparent_hugepage/enabled, or set huge_pages = \"try\""
+            "huge_pages = \"require\", but this system has no transparent huge pages: as root, echo madvise > /sys/kernel/mm/transparent_hugepage/enabled, or set pages aside (vm.nr_hugepages), or set huge_pages = \"try\""
         );
     }
 
@@ -291,6 +374,10 @@ mod tests {
     fn huge_pages_are_had_where_the_system_has_them() {
         if require_huge_pages().is_err() {
             eprintln!("skipped: no transparent huge pages here");
+            return;
+        }
+        if have_room(Path::new("/"), &[], 16 * HUGE_PAGE_BYTES) {
+            eprintln!("skipped: they are taken from those that were set aside");
             return;
         }
         let mut arena = Arena::new(16 * HUGE_PAGE_BYTES, None, HugePages::Require).unwrap();

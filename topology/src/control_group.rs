@@ -3,6 +3,8 @@
 use std::fs;
 use std::path::{Path, PathBuf};
 
+use crate::machine::numbers;
+
 /// Where control groups are, below the system's root.
 pub(crate) const CGROUP_ROOT: &str = "sys/fs/cgroup";
 
@@ -69,6 +71,19 @@ pub(crate) fn cpu_limit(root: &Path, membership: &str) -> Option<f64> {
         .min_by(f64::total_cmp)
 }
 
+/// CPUs of the nearest control group that has a cpuset; none without one.
+pub(crate) fn cpuset_cpus(root: &Path, membership: &str) -> Option<Vec<usize>> {
+    group_folders(root, membership, "cpuset")
+        .into_iter()
+        .find_map(|(version, folder)| {
+            let name = match version {
+                Version::V2 => "cpuset.cpus.effective",
+                Version::V1 => "cpuset.effective_cpus",
+            };
+            numbers(fs::read_to_string(folder.join(name)).ok()?.trim())
+        })
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -93,6 +108,23 @@ mod tests {
         assert_eq!(cpu_limit(root, "0::/a/b\n"), Some(0.5));
         write(&root.join("a/b"), &[("cpu.max", "50000 0\n")]);
         assert_eq!(cpu_limit(root, "0::/a/b\n"), Some(1.5));
+    }
+
+    #[test]
+    fn the_nearest_cpuset_counts() {
+        let root = tempfile::tempdir().unwrap();
+        let root = root.path();
+        assert_eq!(cpuset_cpus(root, "0::/a/b\n"), None);
+        write(root, &[("cpuset.cpus.effective", "0-7\n")]);
+        write(&root.join("a/b"), &[]);
+        assert_eq!(
+            cpuset_cpus(root, "0::/a/b\n"),
+            Some((0..8).collect::<Vec<usize>>())
+        );
+        write(&root.join("a/b"), &[("cpuset.cpus.effective", "2,4\n")]);
+        assert_eq!(cpuset_cpus(root, "0::/a/b\n"), Some(vec![2, 4]));
+        write(&root.join("cpuset/c"), &[("cpuset.effective_cpus", "1\n")]);
+        assert_eq!(cpuset_cpus(root, "7:cpuset:/c\n"), Some(vec![1]));
     }
 
     #[test]

@@ -20,9 +20,9 @@ pub enum TopologyError {
         "hwloc describes another machine than this one, and threads cannot be bound to it: unset HWLOC_XMLFILE, HWLOC_SYNTHETIC and HWLOC_FSROOT"
     )]
     NotThisSystem,
-    /// A made-up machine where threads are to run.
+    /// A made-up or saved machine where threads are to run.
     #[error(
-        "{description}: a made-up machine can be planned for, but threads and memory cannot be bound to it: plan for the discovered one"
+        "{description}: a made-up or saved machine can be planned for, but threads and memory cannot be bound to it: plan for the discovered one"
     )]
     Synthetic {
         /// Its description.
@@ -35,6 +35,16 @@ pub enum TopologyError {
     Description {
         /// As given.
         description: String,
+        /// What is wrong.
+        problem: String,
+    },
+    /// A file that is no saved machine.
+    #[error(
+        "{name}: this is no machine that hwloc saved: {problem}; save one with `lstopo FILE.xml`"
+    )]
+    Xml {
+        /// The file.
+        name: String,
         /// What is wrong.
         problem: String,
     },
@@ -78,6 +88,16 @@ pub enum TopologyError {
         n_cores: usize,
         /// As configured.
         reserved_cores: usize,
+    },
+    /// Cold bundles on a team that is not there.
+    #[error(
+        "memory.cold = \"single:{node}\", but the nodes are counted from 0, and the last one is {}: name one of them", n_nodes.saturating_sub(1)
+    )]
+    NoColdNode {
+        /// As configured.
+        node: usize,
+        /// Teams.
+        n_nodes: usize,
     },
     /// Fewer threads than teams.
     #[error(
@@ -211,9 +231,27 @@ pub enum TopologyError {
         /// What the system says.
         problem: String,
     },
+    /// Memory that is not bound, where that is an error.
+    #[error(
+        "memory.strict = true, but memory is not bound to NUMA node {numa}: {problem}; allow it (docker run --cap-add SYS_NICE), or set strict = false"
+    )]
+    NotBound {
+        /// The node, or one of them.
+        numa: usize,
+        /// Why.
+        problem: String,
+    },
+    /// Memory that lies elsewhere than planned, where that is an error.
+    #[error(
+        "memory.strict = true, but {problem}; free memory there (numactl -H shows it), or set strict = false"
+    )]
+    Misplaced {
+        /// Which memory, with numbers.
+        problem: String,
+    },
     /// Huge pages that were required and cannot be had.
     #[error(
-        "huge_pages = \"require\", but {problem}: as root, echo madvise > /sys/kernel/mm/transparent_hugepage/enabled, or set huge_pages = \"try\""
+        "huge_pages = \"require\", but {problem}: as root, echo madvise > /sys/kernel/mm/transparent_hugepage/enabled, or set pages aside (vm.nr_hugepages), or set huge_pages = \"try\""
     )]
     HugePages {
         /// What is missing.
@@ -232,14 +270,18 @@ impl TopologyError {
             | TopologyError::NotEnoughMemory { .. }
             | TopologyError::Map { .. }
             | TopologyError::BindMemory { .. }
+            | TopologyError::NotBound { .. }
+            | TopologyError::Misplaced { .. }
             | TopologyError::HugePages { .. } => true,
             TopologyError::NotThisSystem
             | TopologyError::Synthetic { .. }
             | TopologyError::Description { .. }
+            | TopologyError::Xml { .. }
             | TopologyError::NodeCount { .. }
             | TopologyError::TwoWays { .. }
             | TopologyError::ReservedFromNumber { .. }
             | TopologyError::ReservedCores { .. }
+            | TopologyError::NoColdNode { .. }
             | TopologyError::FewThreads { .. }
             | TopologyError::ManyThreads { .. }
             | TopologyError::NoTeamCpus { .. }

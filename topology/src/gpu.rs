@@ -1,7 +1,9 @@
-//! NVIDIA's GPUs and their driver, as far as the system tells without a call into the driver.
+//! NVIDIA's GPUs and their driver: what the system tells, and what the driver does when it is asked.
 
 use std::fs;
 use std::path::{Path, PathBuf};
+
+use crate::machine::Gpu;
 
 /// An NVIDIA GPU on the PCI bus.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -23,10 +25,10 @@ pub struct NvidiaDriver {
     pub libcuda: Option<PathBuf>,
 }
 
-const NVIDIA_VENDOR: u16 = 0x10de;
+pub(crate) const NVIDIA_VENDOR: u16 = 0x10de;
 
 /// PCI's class of display controllers: VGA, 3D and others.
-const DISPLAY_CLASS: u32 = 0x03;
+pub(crate) const DISPLAY_CLASS: u32 = 0x03;
 
 /// Folders in which programs find shared libraries without being told.
 const LIBRARY_FOLDERS: [&str; 7] = [
@@ -66,6 +68,45 @@ pub(crate) fn nvidia_gpus(root: &Path) -> Vec<NvidiaGpu> {
         .collect();
     gpus.sort_by(|a, b| a.pci_address.cmp(&b.pci_address));
     gpus
+}
+
+/// This system's GPUs, as far as is known without the driver.
+pub(crate) fn system_gpus() -> Vec<Gpu> {
+    let found = nvidia_gpus(Path::new("/")).into_iter();
+    found
+        .map(|gpu| Gpu {
+            pci_address: gpu.pci_address,
+            pci_device: gpu.pci_device,
+            name: None,
+            memory_bytes: None,
+            compute_capability: None,
+            numa: gpu.numa,
+        })
+        .collect()
+}
+
+/// Completes `gpus` with what the driver knows, and adds those that only it knows.
+pub(crate) fn ask_driver(gpus: &mut Vec<Gpu>) {
+    merge(gpus, crate::cuda::gpus());
+}
+
+fn merge(gpus: &mut Vec<Gpu>, told: Vec<Gpu>) {
+    for told in told {
+        match gpus
+            .iter_mut()
+            .find(|gpu| gpu.pci_address == told.pci_address)
+        {
+            Some(gpu) => {
+                *gpu = Gpu {
+                    pci_device: gpu.pci_device,
+                    numa: gpu.numa,
+                    ..told
+                };
+            }
+            None => gpus.push(told),
+        }
+    }
+    gpus.sort_by(|a, b| a.pci_address.cmp(&b.pci_address));
 }
 
 /// The driver's two parts.
@@ -127,6 +168,35 @@ mod tests {
             [
                 gpu("0000:01:00.0", 0, None),
                 gpu("0000:41:00.0", 0x2330, Some(1))
+            ]
+        );
+    }
+
+    #[test]
+    fn the_driver_completes_what_the_bus_shows() {
+        let gpu = |address: &str, name: Option<&str>, numa: Option<usize>| Gpu {
+            pci_address: address.to_owned(),
+            pci_device: if numa.is_some() { 0x2330 } else { 0 },
+            name: name.map(str::to_owned),
+            memory_bytes: name.map(|_| 1 << 30),
+            compute_capability: name.map(|_| (9, 0)),
+            numa,
+        };
+        let mut gpus = vec![
+            gpu("0000:41:00.0", None, Some(1)),
+            gpu("0000:01:00.0", None, Some(0)),
+        ];
+        let told = vec![
+            gpu("0000:41:00.0", Some("H100"), None),
+            gpu("0000:02:00.0", Some("T4"), None),
+        ];
+        merge(&mut gpus, told);
+        assert_eq!(
+            gpus,
+            [
+                gpu("0000:01:00.0", None, Some(0)),
+                gpu("0000:02:00.0", Some("T4"), None),
+                gpu("0000:41:00.0", Some("H100"), Some(1)),
             ]
         );
     }

@@ -7,32 +7,46 @@
 
 mod arena;
 mod config;
+mod conflicts;
 mod control_group;
+mod cuda;
 mod error;
+mod fit;
 mod gpu;
 #[cfg(feature = "hwloc")]
 mod hwloc;
 mod machine;
 mod measure;
 mod memory;
+mod neighbours;
 mod pin;
 pub mod placement;
 mod plan;
 mod probe;
+mod reserved_pages;
+mod residence;
 mod system;
 #[cfg(all(feature = "hwloc", target_os = "linux"))]
 mod udev;
 
 pub use arena::Arena;
 pub use config::{
-    HostConfig, HugePages, ListedTeam, MemoryConfig, NodeCount, ThreadsPerNode, TopologyConfig,
+    ByteSize, ColdPolicy, CoreChoice, GpuConfig, GpuSync, HostConfig, HugePages, ListedTeam,
+    MachineNeeds, MemoryConfig, NodeCount, ThreadsPerNode, TopologyConfig, VramBudget,
 };
+pub use conflicts::{Conflict, ConflictSubject, conflicts};
 pub use error::TopologyError;
+pub use fit::{Backends, Difference, Fit};
 pub use gpu::{NvidiaDriver, NvidiaGpu};
-pub use machine::{Core, Machine, MachineNode, MachineSource};
+pub use machine::{
+    Cache, Core, Gpu, Machine, MachineNode, MachineSource, MemoryNode, NodeDistances, Package,
+    Withheld, ranges,
+};
 pub use measure::read_bandwidth;
 pub use memory::{available_memory_bytes, current_rss_bytes, peak_rss_bytes};
+pub use neighbours::BoundProcess;
 pub use pin::pin_thread;
 pub use plan::{N_NODES_MAX, NodePlan, Plan};
 pub use probe::{memory_binding_problem, try_pinning};
+pub use residence::{NodeResidence, Residence};
 pub use system::{Limit, SystemState};

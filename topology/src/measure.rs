@@ -252,23 +252,20 @@ mod tests {
             numa: None,
             cpus: vec![cpu, cpu],
         };
-        let plan = Plan {
-            nodes: vec![node.clone(), node],
-            huge_pages: HugePages::Try,
-        };
+        let plan = Plan::of_nodes(vec![node.clone(), node], HugePages::Try);
         assert!(measure(&plan, 16 << 20, 2).unwrap() > 1e7);
     }
 
     #[test]
     fn one_thread_that_fails_ends_the_others() {
         let cpu = Machine::discover().unwrap().cpus()[0];
-        let plan = Plan {
-            nodes: vec![NodePlan {
+        let plan = Plan::of_nodes(
+            vec![NodePlan {
                 numa: None,
                 cpus: vec![cpu, 1 << 20, cpu],
             }],
-            huge_pages: HugePages::Off,
-        };
+            HugePages::Off,
+        );
         let error = measure(&plan, 1 << 20, 2).unwrap_err();
         assert!(
             matches!(error, TopologyError::Pin { cpu: 1_048_576, .. }),

@@ -2,10 +2,12 @@
 
 use std::collections::HashSet;
 
+use serde::Serialize;
 use tracing::warn;
 
 use crate::config::{
-    HostConfig, HugePages, ListedTeam, NodeCount, ThreadsPerNode, TopologyConfig, check_node_count,
+    ColdPolicy, CoreChoice, HostConfig, HugePages, ListedTeam, NodeCount, ThreadsPerNode,
+    TopologyConfig, check_node_count,
 };
 use crate::error::TopologyError;
 use crate::machine::{Core, Machine, MachineNode, cpus_of, ranges};
@@ -15,16 +17,20 @@ use crate::machine::{Core, Machine, MachineNode, cpus_of, ranges};
 pub const N_NODES_MAX: usize = 16;
 
 /// Which threads and memory a program uses.
-#[derive(Debug, Clone, PartialEq, Eq)]
+#[derive(Debug, Clone, PartialEq, Eq, Serialize)]
 pub struct Plan {
     /// Teams, one per node.
     pub nodes: Vec<NodePlan>,
-    /// Huge pages for weights and cache.
+    /// Huge pages for weights.
     pub huge_pages: HugePages,
+    /// Where cold neurons' bundles lie.
+    pub cold: ColdPolicy,
+    /// Whether memory that cannot be bound, or that lies elsewhere than planned, is an error.
+    pub strict: bool,
 }
 
 /// One node's team and memory.
-#[derive(Debug, Clone, PartialEq, Eq)]
+#[derive(Debug, Clone, PartialEq, Eq, Serialize)]
 pub struct NodePlan {
     /// The NUMA node (as the system numbers it) whose memory is used; none: the system's choice.
     pub numa: Option<usize>,
@@ -33,6 +39,16 @@ pub struct NodePlan {
 }
 
 impl Plan {
+    /// Teams as they are given, each with its share of the weights.
+    pub fn of_nodes(nodes: Vec<NodePlan>, huge_pages: HugePages) -> Self {
+        Self {
+            nodes,
+            huge_pages,
+            cold: ColdPolicy::Shard,
+            strict: false,
+        }
+    }
+
     /// Fits `config` to `machine`.
     ///
     /// `threads` (the command line's `-t`) is a total that is divided over the nodes as evenly as
@@ -40,8 +56,23 @@ impl Plan {
     ///
     /// # Errors
     /// The machine lacks a node or CPU that is asked for, a CPU is listed twice, there are more
-    /// than [`N_NODES_MAX`] nodes, or more threads than CPUs or fewer than nodes.
+    /// than [`N_NODES_MAX`] nodes, or more threads than CPUs or fewer than nodes, or no team for
+    /// `memory.cold`.
     pub fn new(
+        config: &TopologyConfig,
+        machine: &Machine,
+        threads: Option<usize>,
+    ) -> Result<Self, TopologyError> {
+        let plan = Self::quietly(config, machine, threads)?;
+        warn_of_shared_cpus(&plan.nodes);
+        Ok(plan)
+    }
+
+    /// The same without a word in the log, for plans that are only thought of.
+    ///
+    /// # Errors
+    /// As [`Plan::new`].
+    pub(crate) fn quietly(
         config: &TopologyConfig,
         machine: &Machine,
         threads: Option<usize>,
@@ -55,9 +86,19 @@ impl Plan {
                 nodes,
                 threads,
                 reserved_cores,
-            } => divided_teams(machine, *nodes, *threads, *reserved_cores)?,
+                cores,
+            } => divided_teams(machine, *nodes, *threads, *reserved_cores, *cores)?,
             HostConfig::Listed(teams) => listed_teams(machine, teams)?,
         };
+        let cold = config.memory.cold;
+        if let ColdPolicy::Single(node) = cold
+            && node >= teams.len()
+        {
+            return Err(TopologyError::NoColdNode {
+                node,
+                n_nodes: teams.len(),
+            });
+        }
         let counts = match threads {
             None => teams.iter().map(|team| team.n_threads).collect(),
             Some(threads) => even_counts(threads, teams.len())?,
@@ -71,11 +112,25 @@ impl Plan {
                 cpus,
             })
             .collect();
-        warn_of_shared_cpus(&nodes);
         Ok(Self {
             nodes,
             huge_pages: config.memory.huge_pages,
+            cold,
+            strict: config.memory.strict,
         })
+    }
+
+    /// NUMA nodes whose memory is used, ascending; none where the system chooses.
+    pub fn numas(&self) -> Vec<usize> {
+        let mut numas: Vec<usize> = self.nodes.iter().filter_map(|node| node.numa).collect();
+        numas.sort_unstable();
+        numas.dedup();
+        numas
+    }
+
+    /// Threads of each team.
+    pub fn team_sizes(&self) -> Vec<usize> {
+        self.nodes.iter().map(|node| node.cpus.len()).collect()
     }
 
     /// Threads of all teams.
@@ -180,6 +235,7 @@ fn divided_teams(
     nodes: NodeCount,
     threads: ThreadsPerNode,
     reserved_cores: usize,
+    choice: CoreChoice,
 ) -> Result<Vec<Team>, TopologyError> {
     let n_nodes = match nodes {
         NodeCount::All => machine.nodes.len(),
@@ -190,15 +246,24 @@ fn divided_teams(
     let mut teams = Vec::with_capacity(n_nodes);
     for (index, home) in homes.iter().enumerate() {
         let n_here = part(n_nodes, homes.len(), index);
-        if home.cores.len() < n_here {
+        let (mut chosen, mut slow) = home.cores_by_speed();
+        if choice == CoreChoice::All {
+            chosen.append(&mut slow);
+        }
+        if chosen.len() < n_here {
             teams.extend((0..n_here).map(|i| sharing_team(home, threads, i)));
             continue;
         }
-        let mut cores = home.cores.as_slice();
+        let n_chosen = chosen.len();
+        let mut cores = chosen.as_slice();
         for i in 0..n_here {
-            let (own, others) = cores.split_at(part(home.cores.len(), n_here, i));
+            let (own, others) = cores.split_at(part(n_chosen, n_here, i));
             cores = others;
             let team = core_team(home.os_index, own, threads, reserved_cores);
+            let team = team.map(|team| Team {
+                spare: cpus_of(&slow),
+                ..team
+            });
             teams.push(team.ok_or(TopologyError::ReservedCores {
                 node: teams.len(),
                 n_cores: own.len(),

@@ -39,7 +39,7 @@ pub fn memory_binding_problem(plan: &Plan) -> Result<Option<String>, TopologyErr
     }
     for numa in plan.nodes.iter().filter_map(|node| node.numa) {
         let page = Arena::new(1, None, HugePages::Off)?;
-        if let AreaBinding::Unsupported(problem) = bind_area(page.as_slice(), numa)? {
+        if let AreaBinding::Unsupported(problem) = bind_area(page.as_slice(), &[numa])? {
             return Ok(Some(problem));
         }
     }
@@ -74,13 +74,11 @@ mod tests {
 
     #[test]
     fn a_cpu_that_is_not_there_is_named() {
-        let plan = Plan {
-            nodes: vec![NodePlan {
-                numa: None,
-                cpus: vec![1 << 20],
-            }],
-            huge_pages: HugePages::Off,
+        let team = NodePlan {
+            numa: None,
+            cpus: vec![1 << 20],
         };
+        let plan = Plan::of_nodes(vec![team], HugePages::Off);
         let error = try_pinning(&plan).unwrap_err();
         assert!(
             matches!(error, TopologyError::Pin { cpu: 1_048_576, .. }),

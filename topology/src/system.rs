@@ -4,9 +4,11 @@ use std::collections::BTreeMap;
 use std::fs;
 use std::path::Path;
 
-use crate::control_group::{CGROUP_ROOT, cpu_limit};
+use crate::control_group::{CGROUP_ROOT, cpu_limit, cpuset_cpus};
 use crate::gpu::{NvidiaDriver, NvidiaGpu, nvidia_driver, nvidia_gpus};
+use crate::machine::numbers;
 use crate::memory::{available_memory_bytes, group_limit_bytes, kib_entry_bytes};
+use crate::neighbours::{BoundProcess, bound_processes};
 
 /// A system's settings; whatever the system does not tell is none, or an empty list.
 #[derive(Debug, Clone, Default, PartialEq)]
@@ -27,6 +29,22 @@ pub struct SystemState {
     pub cpu_limit: Option<f64>,
     /// Threads that were runnable over the last minute, on average.
     pub load: Option<f64>,
+    /// CPUs that are switched on.
+    pub online_cpus: Vec<usize>,
+    /// CPUs that are there, switched on or not.
+    pub present_cpus: Vec<usize>,
+    /// CPUs that the kernel leaves to threads that ask for them by number (`isolcpus=`).
+    pub isolated_cpus: Vec<usize>,
+    /// CPUs of the control group's cpuset; none without one.
+    pub cpuset_cpus: Option<Vec<usize>>,
+    /// CPUs of this process's affinity mask.
+    pub affinity_cpus: Vec<usize>,
+    /// NUMA nodes whose memory this process may use.
+    pub memory_numas: Vec<usize>,
+    /// Logical CPUs of each core that has several, by the core's first CPU.
+    pub core_cpus: BTreeMap<usize, Vec<usize>>,
+    /// Other processes whose threads are bound to single CPUs, and work.
+    pub bound_processes: Vec<BoundProcess>,
     /// How many CPUs have which frequency governor.
     pub governors: BTreeMap<String, usize>,
     /// Whether the kernel moves pages between NUMA nodes by itself.
@@ -79,9 +97,11 @@ impl SystemState {
     fn read_below(root: &Path) -> Self {
         let text = |path: &str| fs::read_to_string(root.join(path)).unwrap_or_default();
         let word = |path: &str| Some(text(path).trim().to_owned()).filter(|word| !word.is_empty());
+        let list = |path: &str| numbers(text(path).trim());
         let cpu_info = text("proc/cpuinfo");
         let memory = text("proc/meminfo");
         let limits = text("proc/self/limits");
+        let status = text("proc/self/status");
         let membership = text("proc/self/cgroup");
         let groups = root.join(CGROUP_ROOT);
         Self {
@@ -93,7 +113,15 @@ impl SystemState {
                 .find(|line| line.starts_with("flags"))
                 .is_some_and(|line| line.split(' ').any(|flag| flag == "hypervisor")),
             cpu_name: cpu_name(&cpu_info),
-            n_cpus_online: n_listed(text("sys/devices/system/cpu/online").trim()),
+            n_cpus_online: list("sys/devices/system/cpu/online").map(|cpus| cpus.len()),
+            online_cpus: list("sys/devices/system/cpu/online").unwrap_or_default(),
+            present_cpus: list("sys/devices/system/cpu/present").unwrap_or_default(),
+            isolated_cpus: list("sys/devices/system/cpu/isolated").unwrap_or_default(),
+            cpuset_cpus: cpuset_cpus(&groups, &membership),
+            affinity_cpus: listed(&status, "Cpus_allowed_list:"),
+            memory_numas: listed(&status, "Mems_allowed_list:"),
+            core_cpus: core_cpus(root),
+            bound_processes: bound_processes(root, std::process::id()),
             cpu_limit: cpu_limit(&groups, &membership),
             load: first_number(&text("proc/loadavg")),
             governors: governors(root),
@@ -149,16 +177,29 @@ fn cpu_name(cpu_info: &str) -> Option<String> {
     Some(name.trim().to_owned())
 }
 
-/// How many numbers a list such as `0-3,8` has.
-fn n_listed(list: &str) -> Option<usize> {
-    list.split(',')
-        .map(|range| {
-            let (first, last) = range.split_once('-').unwrap_or((range, range));
-            let first: usize = first.parse().ok()?;
-            let last: usize = last.parse().ok()?;
-            Some(last.checked_sub(first)? + 1)
-        })
-        .sum()
+/// The numbers behind `key` at the start of a line.
+fn listed(status: &str, key: &str) -> Vec<usize> {
+    let mut lines = status.lines();
+    let list = lines.find_map(|line| line.strip_prefix(key));
+    list.and_then(|list| numbers(list.trim()))
+        .unwrap_or_default()
+}
+
+/// Cores with several CPUs, as `/sys` lists them beside each CPU.
+fn core_cpus(root: &Path) -> BTreeMap<usize, Vec<usize>> {
+    let mut cores = BTreeMap::new();
+    let folder = root.join("sys/devices/system/cpu");
+    for entry in fs::read_dir(folder).into_iter().flatten().flatten() {
+        let path = entry.path().join("topology/thread_siblings_list");
+        let cpus = fs::read_to_string(path).ok();
+        if let Some(cpus) = cpus
+            .and_then(|text| numbers(text.trim()))
+            .filter(|c| c.len() > 1)
+        {
+            cores.insert(cpus[0], cpus);
+        }
+    }
+    cores
 }
 
 fn governors(root: &Path) -> BTreeMap<String, usize> {
@@ -220,6 +261,21 @@ mod tests {
                 "processor\t: 0\nmodel name\t: Some CPU @ 2 GHz\nflags\t\t: fpu hypervisor avx2\n",
             ),
             ("sys/devices/system/cpu/online", "0-3,8\n"),
+            ("sys/devices/system/cpu/present", "0-8\n"),
+            ("sys/devices/system/cpu/isolated", "3\n"),
+            (
+                "sys/devices/system/cpu/cpu0/topology/thread_siblings_list",
+                "0,8\n",
+            ),
+            (
+                "sys/devices/system/cpu/cpu1/topology/thread_siblings_list",
+                "1\n",
+            ),
+            (
+                "proc/self/status",
+                "Name:\tx\nCpus_allowed_list:\t0-1,8\nMems_allowed_list:\t0\n",
+            ),
+            ("sys/fs/cgroup/cpuset.cpus.effective", "0-2,8\n"),
             ("proc/self/cgroup", "0::/\n"),
             ("sys/fs/cgroup/cpu.max", "100000 100000\n"),
             ("sys/fs/cgroup/memory.max", "1073741824\n"),
@@ -257,6 +313,13 @@ mod tests {
             is_virtual_machine: true,
             cpu_name: Some("Some CPU @ 2 GHz".to_owned()),
             n_cpus_online: Some(5),
+            online_cpus: vec![0, 1, 2, 3, 8],
+            present_cpus: (0..=8).collect(),
+            isolated_cpus: vec![3],
+            cpuset_cpus: Some(vec![0, 1, 2, 8]),
+            affinity_cpus: vec![0, 1, 8],
+            memory_numas: vec![0],
+            core_cpus: [(0, vec![0, 8])].into(),
             cpu_limit: Some(1.0),
             load: Some(1.25),
             governors: [("powersave".to_owned(), 2)].into(),
@@ -276,9 +339,10 @@ mod tests {
 
     #[test]
     fn odd_texts_are_not_understood_and_no_panic() {
-        assert_eq!(n_listed("3-1"), None);
-        assert_eq!(n_listed("x"), None);
-        assert_eq!(n_listed("7"), Some(1));
+        for text in ["3-1", "x", "", "0-99999999999", "70000"] {
+            assert_eq!(numbers(text), None, "{text}");
+        }
+        assert_eq!(numbers("7"), Some(vec![7]));
         assert_eq!(bracketed("always madvise"), None);
         assert_eq!(
             limit("Max locked memory much", "Max locked memory"),

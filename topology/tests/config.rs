@@ -3,7 +3,8 @@
 use std::path::Path;
 
 use pi_topology::{
-    HostConfig, HugePages, ListedTeam, MemoryConfig, NodeCount, ThreadsPerNode, TopologyConfig,
+    ByteSize, ColdPolicy, CoreChoice, GpuConfig, GpuSync, HostConfig, HugePages, ListedTeam,
+    MachineNeeds, MemoryConfig, NodeCount, ThreadsPerNode, TopologyConfig, VramBudget,
 };
 
 /// The error that a file gives.
@@ -31,14 +32,23 @@ fn an_empty_file_is_the_default() {
     assert_eq!(config, TopologyConfig::default());
     let default = TopologyConfig {
         name: None,
+        machine: MachineNeeds {
+            numa_nodes: None,
+            cores_per_node: None,
+            memory_per_node: None,
+        },
         memory: MemoryConfig {
+            cold: ColdPolicy::Shard,
             huge_pages: HugePages::Try,
+            strict: false,
         },
         host: HostConfig::Divided {
             nodes: NodeCount::All,
             threads: ThreadsPerNode::Cores,
             reserved_cores: 0,
+            cores: CoreChoice::Fastest,
         },
+        gpus: Vec::new(),
     };
     assert_eq!(config, default);
     let config: TopologyConfig = toml::from_str("[memory]\n[host]\n").unwrap();
@@ -57,9 +67,31 @@ fn every_key_is_read() {
             nodes: NodeCount::Number(3),
             threads: ThreadsPerNode::Hyperthreads,
             reserved_cores: 2,
+            cores: CoreChoice::Fastest,
         }
     );
-    let text = "[memory]\nhuge_pages = \"off\"\n[[host.node]]\nnuma = 1\ncpus = [3, 2]\n[[host.node]]\ncpus = [0]\n";
+    let text = "[machine]\nnuma_nodes = 2\nmemory_per_node = \"64GiB\"\n[memory]\ncold = \"single:1\"\nstrict = true\n[host]\ncores = \"all\"\n[[gpu]]\n[[gpu]]\npci_address = \"0000:01:00.0\"\nvram_budget = \"22GiB\"\nsync = \"events\"\nrequired = true\n";
+    let config: TopologyConfig = toml::from_str(text).unwrap();
+    let needs = MachineNeeds {
+        numa_nodes: Some(2),
+        cores_per_node: None,
+        memory_per_node: Some(ByteSize(64 << 30)),
+    };
+    assert_eq!(config.machine, needs);
+    assert_eq!(config.memory.cold, ColdPolicy::Single(1));
+    assert!(config.memory.strict);
+    let HostConfig::Divided { cores, .. } = config.host else {
+        panic!("no teams are listed")
+    };
+    assert_eq!(cores, CoreChoice::All);
+    let gpu = GpuConfig {
+        pci_address: Some("0000:01:00.0".to_owned()),
+        vram_budget: VramBudget::Bytes(ByteSize(22 << 30)),
+        sync: GpuSync::Events,
+        required: true,
+    };
+    assert_eq!(config.gpus, [GpuConfig::default(), gpu]);
+    let text = "[memory]\nhuge_pages = \"off\"\n[[host.node]]\nnuma = 1\ncpus = [3, 2]\n[[host.node]]\ncpus = \"0,8-9\"\n";
     let config: TopologyConfig = toml::from_str(text).unwrap();
     assert_eq!(config.memory.huge_pages, HugePages::Off);
     let teams = vec![
@@ -69,7 +101,7 @@ fn every_key_is_read() {
         },
         ListedTeam {
             numa: None,
-            cpus: vec![0],
+            cpus: vec![0, 8, 9],
         },
     ];
     assert_eq!(config.host, HostConfig::Listed(teams));
@@ -87,9 +119,9 @@ fn unknown_keys_are_refused_where_they_stand() {
         "[memory]\nhugepages = \"try\"\n",
         2,
         1,
-        "unknown field `hugepages`, expected `huge_pages`",
+        "unknown field `hugepages`, expected one of `cold`, `huge_pages`, `strict`",
     );
-    assert_error("[gpu]\n", 1, 2, "unknown field `gpu`");
+    assert_error("[gpus]\n", 1, 2, "unknown field `gpus`");
     assert_error(
         "[[host.node]]\ncpus = [0]\ncores = [1]\n",
         3,
@@ -122,6 +154,26 @@ fn values_are_refused_where_they_stand() {
         3,
         12,
         "expected usize",
+    );
+    assert_error(
+        "[[host.node]]\ncpus = \"3-1\"\n",
+        2,
+        8,
+        "expected a list of logical CPUs, such as [0, 1, 2] or \"0-15,32-47\"",
+    );
+    let policy = "expected \"shard\", \"interleave\" or \"single:N\" with N a node from 0 to 15";
+    assert_error("[memory]\ncold = \"single\"\n", 2, 8, policy);
+    assert_error("[memory]\ncold = \"single:16\"\n", 2, 8, policy);
+    assert_error("[memory]\ncold = 1\n", 2, 8, policy);
+    let size = "expected a size with its unit, such as \"22GiB\" or \"512 MB\"";
+    assert_error("[machine]\nmemory_per_node = 64\n", 2, 19, size);
+    assert_error("[machine]\nmemory_per_node = \"all\"\n", 2, 19, size);
+    assert_error("[[gpu]]\nvram_budget = \"22G\"\n", 2, 15, size);
+    assert_error(
+        "[[gpu]]\nsync = \"spin\"\n",
+        2,
+        8,
+        "expected `flags` or `events`",
     );
     assert_error("[[host.node]]\nnuma = 0\n", 1, 1, "missing field `cpus`");
     assert_error("name = 3\n", 1, 8, "expected a string");
@@ -191,5 +243,70 @@ fn every_file_that_comes_along_is_valid() {
         }
     }
     names.sort();
-    assert_eq!(names, ["cpu-only", "four-nodes", "two-nodes"]);
+    assert_eq!(
+        names,
+        [
+            "2x4090",
+            "4090-ddr5",
+            "cpu-only",
+            "dual-socket",
+            "dual-socket-4090",
+            "four-nodes",
+            "h100-24g",
+            "laptop-6gb",
+            "two-nodes"
+        ]
+    );
+}
+
+/// Configurations with about every key at another value than its default.
+fn odd_configs() -> Vec<TopologyConfig> {
+    [
+        "",
+        "name = \"a \\\"b\\\" \\\\ \\n\"\n",
+        "[machine]\ncores_per_node = 3\n[memory]\nhuge_pages = \"off\"\n",
+        "[machine]\nnuma_nodes = 2\nmemory_per_node = \"1.5GiB\"\n[memory]\ncold = \"interleave\"\nstrict = true\n[host]\nnodes = 2\nthreads = \"hyperthreads\"\nreserved_cores = 1\ncores = \"all\"\n",
+        "[host]\nthreads = 3\n[[gpu]]\n[[gpu]]\nvram_budget = \"512MB\"\nsync = \"events\"\nrequired = true\npci_address = \"0000:01:00.0\"\n",
+        "[memory]\ncold = \"single:3\"\n[[host.node]]\nnuma = 1\ncpus = [4, 2]\n[[host.node]]\ncpus = [0]\n[[gpu]]\nrequired = true\n",
+    ]
+    .into_iter()
+    .map(|text| toml::from_str(text).unwrap())
+    .collect()
+}
+
+#[test]
+fn what_is_printed_is_read_back() {
+    for config in odd_configs() {
+        for text in [config.to_toml(), config.to_short_toml()] {
+            let again: TopologyConfig = toml::from_str(&text).unwrap_or_else(|error| {
+                panic!("{error}\n{text}");
+            });
+            assert_eq!(again, config, "{text}");
+        }
+    }
+}
+
+#[test]
+fn every_default_is_printed_and_explained() {
+    let text = TopologyConfig::default().to_toml();
+    for line in [
+        "# name = \"x\"                    # for logs",
+        "# numa_nodes = 2                # NUMA nodes with cores",
+        "cold = \"shard\"                  # cold neurons: shard, interleave or single:N",
+        "huge_pages = \"try\"              # try, require or off",
+        "strict = false                  # whether memory elsewhere than planned is an error",
+        "nodes = \"all\"                   # teams: all (one per NUMA node), or 1 to 16",
+        "threads = \"cores\"               # of each team: cores, hyperthreads, or a number",
+        "reserved_cores = 0              # cores of each team left to others",
+        "cores = \"fastest\"               # of hybrid processors: fastest or all",
+    ] {
+        assert!(text.lines().any(|found| found == line), "{line}\n{text}");
+    }
+    assert_eq!(TopologyConfig::default().to_short_toml(), "");
+    let one: TopologyConfig =
+        toml::from_str("[[gpu]]\nrequired = true\n[host]\nnodes = 2\n").unwrap();
+    assert_eq!(
+        one.to_short_toml(),
+        "[host]\nnodes = 2\n[[gpu]]\nrequired = true\n"
+    );
 }

@@ -148,7 +148,7 @@ fn made_up_machines_are_not_this_system() {
     assert!(!error.is_environment());
     assert_eq!(
         error.to_string(),
-        "Core:2 PU:1: a made-up machine can be planned for, but threads and memory cannot be bound to it: plan for the discovered one"
+        "Core:2 PU:1: a made-up or saved machine can be planned for, but threads and memory cannot be bound to it: plan for the discovered one"
     );
 }
 
@@ -160,6 +160,11 @@ fn a_description_that_is_none_is_refused() {
             "Sofa:3",
             "hwloc rejected the topology data string as invalid",
         ),
+        (
+            "package:100000 core:100000 pu:2",
+            "it has more than 8192 CPUs",
+        ),
+        ("8193", "it has more than 8192 CPUs"),
         ("", "hwloc rejected the topology data string as invalid"),
         (
             "Core:2\0",
@@ -175,4 +180,14 @@ fn a_description_that_is_none_is_refused() {
             )
         );
     }
+}
+
+#[cfg(feature = "hwloc")]
+#[test]
+fn made_up_machines_may_be_large() {
+    let machine =
+        synthetic("package:2(indexes=1,0) [numanode(memory=99999999999999999999GiB)] core:64 pu:2");
+    assert_eq!((machine.n_cpus(), machine.memory_bytes()), (256, u64::MAX));
+    let machine = synthetic("numanode:16 core:256 pu:2");
+    assert_eq!((machine.nodes.len(), machine.n_cpus()), (16, 8192));
 }

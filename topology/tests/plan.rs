@@ -1,8 +1,9 @@
 //! Plans: what is asked, on machines that are made up of data.
 
 use pi_topology::{
-    Core, HostConfig, HugePages, ListedTeam, Machine, MachineNode, MachineSource, MemoryConfig,
-    N_NODES_MAX, NodeCount, NodePlan, Plan, ThreadsPerNode, TopologyConfig, TopologyError,
+    Core, CoreChoice, HostConfig, HugePages, ListedTeam, Machine, MachineNode, MachineSource,
+    MemoryConfig, N_NODES_MAX, NodeCount, NodePlan, Plan, ThreadsPerNode, TopologyConfig,
+    TopologyError,
 };
 
 use NodeCount::{All, Number as Nodes};
@@ -15,16 +16,15 @@ fn machine(n_nodes: usize, n_cores: usize, n_hyperthreads: usize) -> Machine {
         cpus: (0..n_hyperthreads)
             .map(|rank| core + rank * n_all_cores)
             .collect(),
+        kind: 0,
     };
     let node = |node: usize| MachineNode {
         os_index: Some(node),
         memory_bytes: 1 << 30,
         cores: (node * n_cores..(node + 1) * n_cores).map(core).collect(),
     };
-    Machine {
-        nodes: (0..n_nodes).map(node).collect(),
-        source: MachineSource::Synthetic("test".to_owned()),
-    }
+    let source = MachineSource::Synthetic("test".to_owned());
+    Machine::of_nodes((0..n_nodes).map(node).collect(), source)
 }
 
 fn divided(nodes: NodeCount, threads: ThreadsPerNode, reserved_cores: usize) -> TopologyConfig {
@@ -33,6 +33,7 @@ fn divided(nodes: NodeCount, threads: ThreadsPerNode, reserved_cores: usize) -> 
             nodes,
             threads,
             reserved_cores,
+            cores: CoreChoice::Fastest,
         },
         ..TopologyConfig::default()
     }
@@ -93,6 +94,7 @@ fn huge_pages_are_passed_on() {
     let config = TopologyConfig {
         memory: MemoryConfig {
             huge_pages: HugePages::Off,
+            ..MemoryConfig::default()
         },
         ..TopologyConfig::default()
     };
@@ -336,10 +338,7 @@ fn there_are_at_most_as_many_nodes_as_groups_of_neurons() {
 
 #[test]
 fn a_machine_without_cpus_is_refused() {
-    let empty = Machine {
-        nodes: Vec::new(),
-        source: MachineSource::AffinityMask,
-    };
+    let empty = Machine::of_nodes(Vec::new(), MachineSource::AffinityMask);
     let error = Plan::new(&TopologyConfig::default(), &empty, None).unwrap_err();
     assert!(error.is_environment());
     assert_eq!(

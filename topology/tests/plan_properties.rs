@@ -3,8 +3,8 @@
 use std::collections::HashSet;
 
 use pi_topology::{
-    Core, HostConfig, Machine, MachineNode, MachineSource, NodeCount, Plan, ThreadsPerNode,
-    TopologyConfig,
+    Core, CoreChoice, HostConfig, Machine, MachineNode, MachineSource, NodeCount, Plan,
+    ThreadsPerNode, TopologyConfig,
 };
 use proptest::collection::vec;
 use proptest::option;
@@ -18,6 +18,7 @@ fn machine(nodes: &[Vec<usize>]) -> Machine {
         n_cpus += n_hyperthreads;
         Core {
             cpus: (first..n_cpus).collect(),
+            kind: 0,
         }
     };
     let nodes = nodes
@@ -33,10 +34,7 @@ fn machine(nodes: &[Vec<usize>]) -> Machine {
                 .collect(),
         })
         .collect();
-    Machine {
-        nodes,
-        source: MachineSource::Synthetic("random".to_owned()),
-    }
+    Machine::of_nodes(nodes, MachineSource::Synthetic("random".to_owned()))
 }
 
 fn any_machine() -> impl Strategy<Value = Machine> {
@@ -60,6 +58,7 @@ fn any_host() -> impl Strategy<Value = HostConfig> {
             ThreadsPerNode::Number(_) => 0,
             _ => reserved_cores,
         },
+        cores: CoreChoice::Fastest,
     })
 }
 
@@ -97,6 +96,7 @@ proptest! {
                     nodes,
                     threads: ThreadsPerNode::Cores,
                     reserved_cores: 0,
+                    cores: CoreChoice::Fastest,
                 },
                 ..TopologyConfig::default()
             };
@@ -137,6 +137,7 @@ proptest! {
                 nodes: NodeCount::Number(nodes),
                 threads: ThreadsPerNode::Cores,
                 reserved_cores: 0,
+                cores: CoreChoice::Fastest,
             },
             ..TopologyConfig::default()
         };

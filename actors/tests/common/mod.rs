@@ -332,10 +332,7 @@ pub fn plan(n_nodes: usize, n_threads: usize) -> Plan {
             .map(|thread| cpu(node * n_threads + thread))
             .collect(),
     });
-    Plan {
-        nodes: nodes.collect(),
-        huge_pages: HugePages::Off,
-    }
+    Plan::of_nodes(nodes.collect(), HugePages::Off)
 }
 
 pub struct Setup {

@@ -11,6 +11,7 @@ use super::doctor::DoctorArgs;
 use super::plan::PlanArgs;
 use super::prepare::PrepareArgs;
 use super::synth::SynthArgs;
+use super::topology::TopologyArgs;
 use super::trace::TraceArgs;
 use crate::head_sketch::Head;
 use crate::inspect::InspectArgs;
@@ -95,6 +96,8 @@ pub enum Command {
     Bench(BenchArgs),
     /// Say where a model goes on this machine, and what a token will cost
     Plan(PlanArgs),
+    /// Draw this machine, a saved or a made-up one, with the threads and bytes that are planned on it
+    Topology(TopologyArgs),
     /// Say what this machine has, what stands in the way of speed, and how to mend it
     Doctor(DoctorArgs),
     /// Print a script that completes the flags in a shell
@@ -129,6 +132,9 @@ pub struct ModelArgs {
     /// Topology file (TOML) with the teams to use; default: the discovered machine
     #[arg(long, value_name = "FILE")]
     pub topology: Option<PathBuf>,
+    /// Run the topology on what there is: missing NUMA nodes as extra teams, missing GPUs on the host
+    #[arg(long, requires = "topology")]
+    pub simulate: bool,
     /// off: dense; exact: skip neurons whose ReLU gate is closed (same result); predicted: look only at neurons that
     /// predictors pick; threshold: skip neurons of SiLU gates that contribute little (both need what `prepare` makes).
     /// Default: exact where it is free
@@ -218,6 +224,9 @@ pub struct RunArgs {
         value_parser = clap::value_parser!(u16).range(1..)
     )]
     pub threads: Option<u16>,
+    /// Print the topology with every key and its default, and end
+    #[arg(long, help_heading = "Model and machine")]
+    pub print_config: bool,
     /// Choice of each token.
     #[command(flatten)]
     pub sampler: SamplerParams,
@@ -276,6 +285,9 @@ pub struct PackArgs {
     /// Topology file (TOML) with the teams that measure; default: the discovered machine
     #[arg(long, value_name = "FILE")]
     pub topology: Option<PathBuf>,
+    /// Run the topology on what there is: missing NUMA nodes as extra teams, missing GPUs on the host
+    #[arg(long, requires = "topology")]
+    pub simulate: bool,
     /// Threads that measure, over all nodes; default: one for every core of the plan
     #[arg(short = 't', long, value_name = "N", value_parser = clap::value_parser!(u16).range(1..))]
     pub threads: Option<u16>,

@@ -23,6 +23,11 @@ use crate::trace::ControlLog;
 /// # Errors
 /// The flags, the model, the prompt or the output.
 pub fn run(args: &RunArgs, start: Instant, control: &ControlLog) -> Result<ExitCode, RuntimeError> {
+    if args.print_config {
+        let asked = args.model.topology_file()?;
+        Output::default().text(&asked.config().to_toml())?;
+        return Ok(ExitCode::SUCCESS);
+    }
     args.sampler.validate()?;
     let interrupt = Interrupt::listen();
     if args.conversation {
@@ -66,10 +71,11 @@ fn complete(
     let answer = session.answer(tokens, options)?;
     drop(answering);
     tracer.answered(&answer);
+    session.model().placed.verify_again()?;
     let lossy = session.model().lossy();
     let timings = Timings::of(&answer, start, load, lossy);
     if args.json {
-        Output::default().line(&to_json(&answer, &timings))?;
+        Output::default().line(&to_json(&answer, &timings, session.model()))?;
     } else if answer
         .finished
         .text
@@ -169,7 +175,7 @@ pub(super) fn tell_stop(stop: Stop, model: &LoadedModel) {
     }
 }
 
-fn to_json(answer: &Answer, timings: &Timings) -> String {
+fn to_json(answer: &Answer, timings: &Timings, model: &LoadedModel) -> String {
     let finished = &answer.finished;
     json!({
         "text": finished.text,
@@ -177,6 +183,7 @@ fn to_json(answer: &Answer, timings: &Timings) -> String {
         "logits_hash": finished.logits_hash.map(|hash| format!("{hash:016x}")),
         "stop": finished.stop.name(),
         "timings": timings.to_json(),
+        "placement": model.residence,
     })
     .to_string()
 }

@@ -26,6 +26,7 @@ mod synth;
 mod text_file;
 mod timings;
 mod tokenize;
+mod topology;
 mod trace;
 mod user_folder;
 
@@ -102,6 +103,7 @@ fn run(cli: &Cli, start: Instant, control: &ControlLog) -> Result<ExitCode, Runt
         Some(Command::Prepare(args)) => prepare::run(args)?,
         Some(Command::Bench(args)) => bench::run(args, control)?,
         Some(Command::Plan(args)) => plan::run(args)?,
+        Some(Command::Topology(args)) => topology::run(args)?,
         Some(Command::Doctor(args)) => return doctor::run(args),
         Some(Command::Completions(args)) => completions::run(args)?,
         Some(Command::Man(args)) => completions::man(args)?,

@@ -61,7 +61,16 @@ impl ModelArgs {
     /// # Errors
     /// As [`TopologyFile::read`] and [`TopologyFile::plan`].
     pub fn plan(&self, threads: Option<u16>) -> Result<Plan, RuntimeError> {
-        TopologyFile::read(self.topology.as_deref())?.plan(threads.map(usize::from))
+        self.topology_file()?.plan(threads.map(usize::from))
+    }
+
+    /// The topology file that the flags name, or none, and whether it is simulated.
+    ///
+    /// # Errors
+    /// As [`TopologyFile::read`].
+    pub fn topology_file(&self) -> Result<TopologyFile, RuntimeError> {
+        let file = TopologyFile::read(self.topology.as_deref())?;
+        Ok(file.simulating(self.simulate))
     }
 
     /// Opens the model, to record its work within `trace`, and says on stderr what a user may want to know of it.
@@ -80,6 +89,9 @@ impl ModelArgs {
         };
         let plan = self.plan(threads)?;
         let model = LoadedModel::open(&options, &plan, &LoadBar::default())?;
+        if self.topology.is_some() {
+            eprintln!("weights: {}", model.residence);
+        }
         if let Some(hint) = &model.sparsity.hint {
             eprintln!("hint: {hint}");
         }

@@ -55,7 +55,9 @@ pub fn run(args: &PackArgs) -> Result<(), RuntimeError> {
         args,
         chosen,
         packer,
-        plan: TopologyFile::read(args.topology.as_deref())?.plan(args.threads.map(usize::from))?,
+        plan: TopologyFile::read(args.topology.as_deref())?
+            .simulating(args.simulate)
+            .plan(args.threads.map(usize::from))?,
         interrupt: &interrupt,
     };
     // before the measurements, which may take hours

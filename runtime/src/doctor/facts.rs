@@ -4,8 +4,8 @@ use std::path::Path;
 
 use pi_kernels::Tier;
 use pi_topology::{
-    Machine, Plan, SystemState, TopologyConfig, TopologyError, memory_binding_problem,
-    read_bandwidth, try_pinning,
+    Conflict, Machine, Plan, SystemState, TopologyConfig, TopologyError, conflicts,
+    memory_binding_problem, read_bandwidth, try_pinning,
 };
 
 use super::model_needs::ModelNeeds;
@@ -24,6 +24,8 @@ pub struct Facts {
     pub machine: Result<Machine, TopologyError>,
     /// The threads that would run; none without a machine.
     pub plan: Option<Result<PlanFacts, TopologyError>>,
+    /// What keeps threads and memory from where they would go.
+    pub conflicts: Vec<Conflict>,
     /// The model.
     pub model: ModelFacts,
     /// Bytes per second that the planned threads read; none where it was not measured.
@@ -77,10 +79,17 @@ impl Facts {
             ),
             Err(error) => ModelFacts::None(error.to_string()),
         };
+        let system = SystemState::read();
+        let conflicts = match (&machine, &plan) {
+            (Ok(machine), Some(Ok(plan))) => conflicts(machine, Some(plan), &system),
+            (Ok(machine), _) => conflicts(machine, None, &system),
+            (Err(_), _) => Vec::new(),
+        };
         Self {
             tiers: Tier::available(),
             has_faster_tiers: cfg!(target_arch = "x86_64"),
-            system: SystemState::read(),
+            system,
+            conflicts,
             machine,
             plan: plan.map(|plan| {
                 plan.map(|plan| PlanFacts {

@@ -142,7 +142,8 @@ pub(super) fn huge_pages(system: &SystemState) -> Finding {
 pub(super) fn reserved_huge_pages(system: &SystemState) -> Option<Finding> {
     (system.reserved_huge_bytes > 0).then(|| {
         let text = format!(
-            "{} are set aside as reserved huge pages, which pi-runtime does not use",
+            "{} are set aside as reserved huge pages: each node's weights take theirs if all of them fit, and other programs \
+             have that much less",
             size(system.reserved_huge_bytes)
         );
         Finding::note("huge pages", text).cure("sudo sysctl vm.nr_hugepages=0")

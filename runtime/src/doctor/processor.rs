@@ -1,7 +1,7 @@
 //! Findings about the system, its processor, cores and NUMA nodes.
 
 use pi_kernels::Tier;
-use pi_topology::{MachineNode, SystemState, TopologyError};
+use pi_topology::{ConflictSubject, MachineNode, SystemState, TopologyError};
 
 use super::facts::Facts;
 use super::findings::{Finding, size};
@@ -80,10 +80,25 @@ pub(super) fn cores(facts: &Facts) -> Vec<Finding> {
         }
         _ => Finding::ok("cores", text),
     }];
+    findings.extend(conflicting(facts, ConflictSubject::Cpus, "cores"));
     if machine.nodes.len() > 1 {
         findings.extend(machine.nodes.iter().map(node));
     }
     findings
+}
+
+/// Conflicts about a subject, each with its cure.
+fn conflicting(
+    facts: &Facts,
+    subject: ConflictSubject,
+    name: &'static str,
+) -> impl Iterator<Item = Finding> {
+    let conflicts = facts.conflicts.iter();
+    conflicts
+        .filter(move |conflict| conflict.subject == subject)
+        .map(move |conflict| {
+            Finding::note(name, conflict.problem.clone()).cure(conflict.cure.clone())
+        })
 }
 
 fn node(node: &MachineNode) -> Finding {
@@ -224,6 +239,7 @@ pub(super) fn numa_memory(facts: &Facts) -> Vec<Finding> {
         )
         .preventing(),
     }];
+    findings.extend(conflicting(facts, ConflictSubject::Memory, SUBJECT));
     if facts.system.numa_balancing == Some(true) {
         let text = "the kernel balances pages over nodes by itself, and stops threads to see what they read";
         findings.push(Finding::note(SUBJECT, text).cure("sudo sysctl kernel.numa_balancing=0"));

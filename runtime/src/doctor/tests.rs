@@ -4,7 +4,8 @@ use std::path::PathBuf;
 
 use pi_kernels::Tier;
 use pi_topology::{
-    Limit, Machine, NvidiaDriver, NvidiaGpu, Plan, SystemState, TopologyConfig, TopologyError,
+    Conflict, ConflictSubject, Limit, Machine, NvidiaDriver, NvidiaGpu, Plan, SystemState,
+    TopologyConfig, TopologyError,
 };
 
 use super::facts::{Facts, ModelFacts, PlanFacts};
@@ -37,6 +38,7 @@ fn facts(description: &str) -> Facts {
         },
         machine: Ok(machine),
         plan: Some(plan),
+        conflicts: Vec::new(),
         model: ModelFacts::None("no model".to_owned()),
         bandwidth: None,
     }
@@ -412,4 +414,39 @@ fn sizes_have_readable_units() {
     assert_eq!(size(64 << 10), "64.0 KiB");
     assert_eq!(size(3 << 20), "3.0 MiB");
     assert_eq!(size(GIB), "1.0 GiB");
+}
+
+#[test]
+fn who_keeps_cpus_and_memory_away_is_told_with_the_cure() {
+    let mut facts = facts("Package:2 [NUMANode(memory=32GiB)] Core:8 PU:1");
+    let conflict = |subject, problem: &str, cure: &str| Conflict {
+        subject,
+        problem: problem.to_owned(),
+        cure: cure.to_owned(),
+    };
+    facts.conflicts = vec![
+        conflict(ConflictSubject::Cpus, "CPU 3: taskset", "taskset -c 0-3"),
+        conflict(ConflictSubject::Time, "too little time", "more of it"),
+        conflict(
+            ConflictSubject::Memory,
+            "NUMA node 1: a cpuset",
+            "--cpuset-mems 0-1",
+        ),
+    ];
+    let found = findings(&facts);
+    let find = |subject: &str, text: &str| {
+        let mut all = found.iter();
+        all.find(|f| f.subject == subject && f.text == text)
+            .cloned()
+    };
+    let cpus = find("cores", "CPU 3: taskset").unwrap();
+    assert_cured(&cpus, State::Note, "CPU 3", "taskset -c 0-3");
+    let memory = find("NUMA memory", "NUMA node 1: a cpuset").unwrap();
+    assert_cured(&memory, State::Note, "NUMA node 1", "--cpuset-mems 0-1");
+    // the quota has a finding of its own
+    assert!(
+        found
+            .iter()
+            .all(|finding| finding.text != "too little time")
+    );
 }

@@ -7,7 +7,7 @@ use pi_kernels::ffn_sparse::sketch::planes::PlanesShape;
 use pi_kernels::{Layout, MatrixShape, QuantType, ROW_GROUP};
 
 use super::hyperparameters::Hyperparameters;
-use super::shares::{NodeShare, divide, neuron_groups};
+use super::shares::{Division, NodeShare, divide, neuron_groups};
 use super::sparsity::{DownPlan, Skipping, SparsityPlan};
 use super::tensors::{FileMatrix, LayerTensors, ModelTensors};
 use crate::sidecar::{LayerPredictors, SketchKind};
@@ -172,16 +172,16 @@ pub(super) struct ModelLayout<'a> {
 }
 
 impl<'a> ModelLayout<'a> {
-    /// Divides a model over nodes with this many threads each.
+    /// Divides a model over nodes.
     pub fn new(
         hyper: &Hyperparameters,
         tensors: &'a ModelTensors,
         plan: &SparsityPlan,
         predictors: Option<&'a [LayerPredictors]>,
-        threads: &[usize],
+        division: Division<'_>,
     ) -> Self {
         let multiple = neuron_multiple(plan);
-        let nodes = divide(hyper, threads, multiple).into_iter().enumerate();
+        let nodes = divide(hyper, division, multiple).into_iter().enumerate();
         Self {
             neuron_groups: neuron_groups(hyper.n_ff, multiple),
             nodes: nodes

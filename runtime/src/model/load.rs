@@ -21,7 +21,7 @@ use super::layout::{
 };
 use super::node_memory::{Arena, NodeMemory, NodeThreads};
 use super::predicting::{PredictBy, Predicting};
-use super::shares::NodeShare;
+use super::shares::{Division, NodeShare};
 use super::sparsity::SparsityPlan;
 use super::tensors::{ModelTensors, QkvBias};
 use super::threshold::Thresholds;
@@ -95,10 +95,11 @@ impl<'a> Loader<'a> {
         n_ctx: usize,
     ) -> Result<Self, ModelError> {
         let nobody = Predicting::default();
-        Self::predicted(file, hyper, tensors, plan, None, nobody, threads, n_ctx)
+        let division = Division::by_threads(threads);
+        Self::predicted(file, hyper, tensors, plan, None, nobody, division, n_ctx)
     }
 
-    /// The same with predictors, of which `predicting` says who predicts.
+    /// The same for any division, with predictors, of which `predicting` says who predicts.
     ///
     /// # Errors
     /// As [`model_shape`].
@@ -112,9 +113,10 @@ impl<'a> Loader<'a> {
         plan: &SparsityPlan,
         predictors: Option<&'a [LayerPredictors]>,
         predicting: Predicting,
-        threads: &[usize],
+        division: Division<'_>,
         n_ctx: usize,
     ) -> Result<Self, ModelError> {
+        let threads = division.threads;
         assert!(
             !threads.is_empty() && !threads.contains(&0),
             "every node has threads: {threads:?}"
@@ -123,7 +125,7 @@ impl<'a> Loader<'a> {
             file,
             tensors,
             shape: model_shape(hyper, tensors, n_ctx)?,
-            layout: ModelLayout::new(hyper, tensors, plan, predictors, threads),
+            layout: ModelLayout::new(hyper, tensors, plan, predictors, division),
             transposed_bytes: plan.transposed_bytes(hyper.n_embd, hyper.n_ff),
             thresholds: plan.thresholds.clone(),
             predictors,
@@ -182,6 +184,7 @@ impl<'a> Loader<'a> {
             .collect::<Result<_, _>>()?;
         self.fill(&mut arenas, threads, progress)?;
         let arenas: Vec<Bytes> = arenas.into_iter().map(|arena| arena.freeze()).collect();
+        memory.filled(&arenas)?;
         Ok(self.weights(&arenas))
     }
 

@@ -1,8 +1,10 @@
 //! Where the loader's memory and threads come from.
 
+use std::sync::{Mutex, PoisonError};
+
 use bytes::Bytes;
 use pi_actors::{ActorError, TeamThread, Teams};
-use pi_topology::Plan;
+use pi_topology::{Plan, Residence, TopologyError};
 
 use super::error::ModelError;
 
@@ -22,6 +24,14 @@ pub trait NodeMemory {
     /// # Errors
     /// The machine does not give it.
     fn allocate(&self, node: usize, bytes: usize) -> Result<Box<dyn Arena>, ModelError>;
+
+    /// Takes note of what each node's memory holds now; nothing is written to it any more.
+    ///
+    /// # Errors
+    /// It does not lie where it has to.
+    fn filled(&self, _arenas: &[Bytes]) -> Result<(), ModelError> {
+        Ok(())
+    }
 }
 
 /// Threads of the nodes, as [`Teams`] has them.
@@ -49,10 +59,78 @@ impl NodeThreads for Teams {
 /// Each node's own memory, in huge pages as planned.
 impl NodeMemory for Plan {
     fn allocate(&self, node: usize, bytes: usize) -> Result<Box<dyn Arena>, ModelError> {
-        let numa = self.nodes[node].numa;
-        let arena = pi_topology::Arena::new(bytes, numa, self.huge_pages)
+        let arena = self
+            .arena(node, bytes)
             .map_err(|error| ModelError::Memory(error.to_string()))?;
         Ok(Box::new(arena))
+    }
+}
+
+/// A plan's memory, of which it is verified that it lies where it was planned: after loading, and whenever it is asked.
+#[derive(Debug)]
+pub struct VerifiedMemory<'a> {
+    plan: &'a Plan,
+    arenas: Mutex<Vec<Bytes>>,
+}
+
+impl<'a> VerifiedMemory<'a> {
+    /// Memory as `plan` has it.
+    pub fn new(plan: &'a Plan) -> Self {
+        Self {
+            plan,
+            arenas: Mutex::default(),
+        }
+    }
+
+    /// The weights in it, of which every node's can be found again.
+    pub fn into_weights(self) -> PlacedWeights {
+        let arenas = self.arenas.into_inner();
+        PlacedWeights {
+            plan: self.plan.clone(),
+            arenas: arenas.unwrap_or_else(PoisonError::into_inner),
+        }
+    }
+}
+
+impl NodeMemory for VerifiedMemory<'_> {
+    fn allocate(&self, node: usize, bytes: usize) -> Result<Box<dyn Arena>, ModelError> {
+        self.plan.allocate(node, bytes)
+    }
+
+    fn filled(&self, arenas: &[Bytes]) -> Result<(), ModelError> {
+        let mut kept = self.arenas.lock().unwrap_or_else(PoisonError::into_inner);
+        *kept = arenas.to_vec();
+        Ok(())
+    }
+}
+
+/// Weights in the memory of their nodes.
+#[derive(Debug, Clone)]
+pub struct PlacedWeights {
+    plan: Plan,
+    arenas: Vec<Bytes>,
+}
+
+impl PlacedWeights {
+    /// Finds out page by page where the weights lie.
+    ///
+    /// # Errors
+    /// They lie elsewhere than planned, or nobody knows where, and the plan is strict.
+    pub fn verify(&self) -> Result<Residence, TopologyError> {
+        let areas: Vec<&[u8]> = self.arenas.iter().map(AsRef::as_ref).collect();
+        self.plan.verify(&areas)
+    }
+
+    /// The same after decoding, where pages could have moved meanwhile: on several NUMA nodes, or where it is an error.
+    ///
+    /// # Errors
+    /// As [`PlacedWeights::verify`].
+    pub fn verify_again(&self) -> Result<(), TopologyError> {
+        if self.plan.strict || self.plan.numas().len() > 1 {
+            let residence = self.verify()?;
+            tracing::info!("weights lie after decoding: {residence}");
+        }
+        Ok(())
     }
 }
 

@@ -4,6 +4,7 @@ use std::ops::Range;
 
 use pi_kernels::ROW_GROUP;
 use pi_kernels::ffn_sparse::FFN_GROUPS;
+use pi_topology::ColdPolicy;
 
 use super::hyperparameters::Hyperparameters;
 
@@ -22,15 +23,35 @@ pub struct NodeShare {
     pub head_rows: Range<usize>,
 }
 
-/// Divides a model over nodes in proportion to `threads` (of each node).
+/// How a model is divided over nodes.
+#[derive(Debug, Clone, Copy)]
+pub struct Division<'a> {
+    /// Threads of each node, to which its shares are in proportion.
+    pub threads: &'a [usize],
+    /// Where cold neurons are: in the same proportion, or on one node.
+    pub cold: ColdPolicy,
+}
+
+impl<'a> Division<'a> {
+    /// Everything in proportion to `threads`.
+    pub fn by_threads(threads: &'a [usize]) -> Self {
+        Self {
+            threads,
+            cold: ColdPolicy::Shard,
+        }
+    }
+}
+
+/// Divides a model over nodes.
 ///
 /// `neuron_multiple`: neurons that cannot be parted, a divisor of every group boundary (the block of a plain
 /// `ffn_down`, at least 16).
 pub fn divide(
     hyper: &Hyperparameters,
-    threads: &[usize],
+    division: Division<'_>,
     neuron_multiple: usize,
 ) -> Vec<NodeShare> {
+    let threads = division.threads;
     let bounds = |count: usize, multiple: usize| {
         let parts = cumulative(threads)
             .into_iter()
@@ -40,7 +61,13 @@ pub fn divide(
     let kv_heads = bounds(hyper.n_head_kv, 1);
     let output_rows = bounds(hyper.n_embd, ROW_GROUP);
     let head_rows = bounds(hyper.n_vocab, ROW_GROUP);
-    let groups = bounds(FFN_GROUPS, 1);
+    let groups = match division.cold {
+        ColdPolicy::Shard | ColdPolicy::Interleave => bounds(FFN_GROUPS, 1),
+        // all end at 0 before the one, and at the last group behind it
+        ColdPolicy::Single(one) => (0..=threads.len())
+            .map(|node| if node > one { FFN_GROUPS } else { 0 })
+            .collect(),
+    };
     let group_ends = neuron_groups(hyper.n_ff, neuron_multiple);
     (0..threads.len())
         .map(|node| NodeShare {

@@ -13,6 +13,7 @@ use super::rows::N_TOKENS;
 use super::samples::{LayerSample, TokenSample, token_samples};
 use crate::error::RuntimeError;
 use crate::gguf::GgufFile;
+use crate::model::shares::Division;
 use crate::model::{Loader, ModelError};
 use crate::session::ModelOptions;
 
@@ -94,7 +95,7 @@ pub(super) fn measure(
         path: options.path.clone(),
         source,
     };
-    let threads: Vec<usize> = plan.nodes.iter().map(|node| node.cpus.len()).collect();
+    let threads = plan.team_sizes();
     let Rehearsal {
         hyper,
         tensors,
@@ -111,7 +112,10 @@ pub(super) fn measure(
         sparsity,
         predictors,
         options.predicting,
-        &threads,
+        Division {
+            threads: &threads,
+            cold: plan.cold,
+        },
         n_ctx,
     )
     .map_err(in_model)?;

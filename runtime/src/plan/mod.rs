@@ -31,6 +31,7 @@ use crate::gguf::GgufFile;
 use crate::head_sketch::Head;
 use crate::model::description::Description;
 use crate::model::predicting::{PredictBy, Predicting};
+use crate::model::shares::Division;
 use crate::model::sparsity::SparsityPlan;
 use crate::model::{Hyperparameters, Loader, ModelError, ModelTensors, Sparsity};
 use crate::session::{ModelOptions, N_CTX_DEFAULT_MAX, open_sidecar};
@@ -103,7 +104,7 @@ pub fn plan(request: &PlanRequest) -> Result<Report, RuntimeError> {
     Ok(Report {
         model: Description::of(&file).name,
         path: path.clone(),
-        threads: threads(&request.plan),
+        threads: request.plan.team_sizes(),
         tier: planning.options.cpu.tier().name(),
         activations: planning.options.cpu.mode().to_string(),
         n_ctx,
@@ -114,10 +115,6 @@ pub fn plan(request: &PlanRequest) -> Result<Report, RuntimeError> {
         hint,
         modes: best_predicted(reports, &planning.expected),
     })
-}
-
-fn threads(plan: &Plan) -> Vec<usize> {
-    plan.nodes.iter().map(|node| node.cpus.len()).collect()
 }
 
 /// A request with what is known of its model.
@@ -259,7 +256,10 @@ impl Planning<'_> {
             &mode.sparsity,
             mode.predictors.as_deref(),
             mode.predicting,
-            &threads(&self.request.plan),
+            Division {
+                threads: &self.request.plan.team_sizes(),
+                cold: self.request.plan.cold,
+            },
             self.options.n_ctx,
         )
         .map_err(|source| self.in_model(source))

@@ -9,7 +9,7 @@ use pi_actors::trace::TraceBounds;
 use pi_actors::{ActorError, Engine, EngineOptions, LayerTap, Teams};
 use pi_kernels::Cpu;
 use pi_kernels::attention::KvType;
-use pi_topology::Plan;
+use pi_topology::{Plan, Residence};
 
 use super::sparsity::{self, ThresholdSource};
 use crate::chat::SpecialTexts;
@@ -18,7 +18,9 @@ use crate::gguf::GgufFile;
 use crate::head_sketch::{Head, SketchTensors};
 use crate::model::description::Description;
 use crate::model::footprint::{Footprint, HeadBytes};
+use crate::model::node_memory::{PlacedWeights, VerifiedMemory};
 use crate::model::predicting::Predicting;
+use crate::model::shares::Division;
 use crate::model::sparsity::SparsityPlan;
 use crate::model::{Hyperparameters, Loader, ModelError, ModelTensors, Sparsity};
 use crate::sidecar::{self, Sidecar, SidecarError};
@@ -107,6 +109,10 @@ pub struct LoadedModel {
     pub head: Head,
     /// What a head reads.
     pub head_bytes: HeadBytes,
+    /// The weights where they lie, to be found again.
+    pub placed: PlacedWeights,
+    /// Where they lay when they were loaded.
+    pub residence: Residence,
 }
 
 impl LoadedModel {
@@ -139,6 +145,8 @@ impl LoadedModel {
             footprint,
             n_ctx,
             head_bytes,
+            placed,
+            residence,
         } = engine?;
         check_vocabulary(&tokenizer, &hyper).map_err(in_file)?;
         let chat_template = file
@@ -158,6 +166,8 @@ impl LoadedModel {
             sidecar,
             head: options.head,
             head_bytes,
+            placed,
+            residence,
         })
     }
 
@@ -225,6 +235,8 @@ struct Started {
     footprint: Footprint,
     n_ctx: usize,
     head_bytes: HeadBytes,
+    placed: PlacedWeights,
+    residence: Residence,
 }
 
 /// Starts the teams, loads the weights with them and gives both to an engine.
@@ -247,7 +259,7 @@ fn start_engine(
         0 => hyper.n_ctx_max.min(N_CTX_DEFAULT_MAX),
         n_ctx => n_ctx,
     };
-    let threads: Vec<usize> = plan.nodes.iter().map(|node| node.cpus.len()).collect();
+    let threads = plan.team_sizes();
     let predictors = match (sparsity.mode, sidecar) {
         (Sparsity::Predicted, Some(sidecar)) => {
             let found = sidecar.predictors(hyper, &tensors)?;
@@ -264,17 +276,25 @@ fn start_engine(
         &sparsity,
         predictors.as_deref(),
         options.predicting,
-        &threads,
+        Division {
+            threads: &threads,
+            cold: plan.cold,
+        },
         n_ctx,
     )
     .map_err(in_file)?;
     let teams = Teams::start(plan)?;
     observer.begin(loader.copied_bytes());
-    let weights = loader.load(&teams, plan, &|bytes| observer.copied(bytes));
+    let memory = VerifiedMemory::new(plan);
+    let weights = loader.load(&teams, &memory, &|bytes| observer.copied(bytes));
     observer.end();
+    let weights = weights.map_err(in_file)?;
+    let placed = memory.into_weights();
+    let residence = placed.verify()?;
+    tracing::info!(cold = %plan.cold, "weights lie: {residence}");
     let engine = Engine::start(
         teams,
-        weights.map_err(in_file)?,
+        weights,
         EngineOptions {
             cpu: options.cpu,
             kv_type: options.kv_type,
@@ -292,6 +312,8 @@ fn start_engine(
         footprint,
         n_ctx,
         head_bytes: HeadBytes::of(&tensors),
+        placed,
+        residence,
     })
 }
 

@@ -2,7 +2,9 @@
 
 use std::path::{Path, PathBuf};
 
-use pi_topology::{Machine, Plan, TopologyConfig};
+use pi_topology::{
+    Backends, Difference, Fit, Machine, Plan, SystemState, TopologyConfig, conflicts,
+};
 
 use crate::error::RuntimeError;
 
@@ -11,7 +13,11 @@ use crate::error::RuntimeError;
 pub struct TopologyFile {
     path: Option<PathBuf>,
     config: TopologyConfig,
+    simulate: bool,
 }
+
+/// Back ends for GPUs that this program has.
+const BACKENDS: Backends = Backends { cuda: false };
 
 impl TopologyFile {
     /// Reads the file at `path`; without one the discovered machine is used as it is.
@@ -33,7 +39,18 @@ impl TopologyFile {
                 line,
                 problem,
             })?,
+            simulate: false,
         })
+    }
+
+    /// The same, to be run on what there is where `simulate` is set.
+    pub fn simulating(self, simulate: bool) -> Self {
+        Self { simulate, ..self }
+    }
+
+    /// What is asked.
+    pub fn config(&self) -> &TopologyConfig {
+        &self.config
     }
 
     /// Fits it to the machine that this runs on, with `threads` over all nodes in place of the file's.
@@ -41,15 +58,26 @@ impl TopologyFile {
     /// # Errors
     /// The machine lacks what is asked for.
     pub fn plan(&self, threads: Option<usize>) -> Result<Plan, RuntimeError> {
-        let plan = Machine::discover()
-            .and_then(|machine| Plan::new(&self.config, &machine, threads))
-            .map_err(|source| match &self.path {
-                Some(path) if !source.is_environment() => RuntimeError::TopologyOf {
-                    path: path.clone(),
-                    source,
-                },
-                _ => RuntimeError::Topology(source),
-            })?;
+        let mut machine = Machine::discover()?;
+        if !self.config.gpus.is_empty() {
+            machine.ask_gpu_driver();
+        }
+        self.plan_on(&machine, threads)
+    }
+
+    /// The same for any machine.
+    ///
+    /// # Errors
+    /// As [`TopologyFile::plan`].
+    pub fn plan_on(&self, machine: &Machine, threads: Option<usize>) -> Result<Plan, RuntimeError> {
+        let config = self.fitting(machine)?;
+        let plan = Plan::new(&config, machine, threads).map_err(|source| match &self.path {
+            Some(path) if !source.is_environment() => RuntimeError::TopologyOf {
+                path: path.clone(),
+                source,
+            },
+            _ => RuntimeError::Topology(source),
+        })?;
         tracing::info!(
             name = self.config.name.as_deref().unwrap_or("discovered machine"),
             nodes = plan.nodes.len(),
@@ -57,6 +85,40 @@ impl TopologyFile {
             "planned"
         );
         Ok(plan)
+    }
+
+    /// What is asked, as far as the machine has it; says (in the log) what the host does in a GPU's place.
+    fn fitting(&self, machine: &Machine) -> Result<TopologyConfig, RuntimeError> {
+        let Some(path) = &self.path else {
+            return Ok(self.config.clone());
+        };
+        let fit = Fit::new(&self.config, machine, BACKENDS);
+        let name = path.display();
+        for difference in &fit.fallbacks {
+            tracing::warn!("{name}: {difference}; the host computes in its place");
+        }
+        if fit.lacks.is_empty() {
+            return Ok(fit.nearest);
+        }
+        if self.simulate {
+            for difference in &fit.lacks {
+                tracing::warn!("{name}: simulated, {difference}");
+            }
+            return Ok(fit.simulated);
+        }
+        let mut differences: Vec<String> = fit.lacks.iter().map(Difference::to_string).collect();
+        let causes = conflicts(machine, None, &SystemState::read());
+        differences
+            .extend((causes.iter()).map(|cause| format!("({}: {})", cause.problem, cause.cure)));
+        Err(RuntimeError::Lacking {
+            path: path.clone(),
+            differences,
+            nearest: TopologyConfig {
+                name: None,
+                ..fit.nearest
+            }
+            .to_short_toml(),
+        })
     }
 }
 
@@ -69,6 +131,10 @@ fn parse(text: &str) -> Result<TopologyConfig, (usize, String)> {
             .filter(|byte| **byte == b'\n')
             .count();
         let message = error.message().trim().replace('\n', ", ");
+        let message = match suggestion(&message) {
+            Some(key) => format!("{message}; did you mean `{key}`?"),
+            None => message,
+        };
         let problem = match key_on(text.lines().nth(line - 1).unwrap_or_default()) {
             Some(key) if !message.contains(&format!("`{key}`")) => format!("{key}: {message}"),
             _ => message,
@@ -76,6 +142,21 @@ fn parse(text: &str) -> Result<TopologyConfig, (usize, String)> {
         (line, problem)
     })
 }
+
+/// The known key that is most like the unknown one of `message`, if one is.
+///
+/// serde names both: "unknown field `a`, expected one of `b`, `c`".
+fn suggestion(message: &str) -> Option<&str> {
+    let names = message.strip_prefix("unknown field `")?;
+    let mut names = names.split('`').step_by(2);
+    let unknown = names.next()?;
+    let alike = |key: &&str| strsim::jaro_winkler(unknown, key);
+    let best = names.max_by(|a, b| alike(a).total_cmp(&alike(b)))?;
+    (alike(&best) > LIKENESS_MIN).then_some(best)
+}
+
+/// Likeness from which on a key is meant: 1 for the same, 0 for nothing in common.
+const LIKENESS_MIN: f64 = 0.75;
 
 /// The key or table that a line of TOML is about.
 fn key_on(line: &str) -> Option<&str> {
@@ -107,6 +188,18 @@ mod tests {
         let (line, text) = problem("[memory]\nhuge_page = \"try\"\n");
         assert_eq!(line, 2);
         assert!(text.contains("`huge_page`"), "{text}");
+        assert!(text.ends_with("; did you mean `huge_pages`?"), "{text}");
+        let (line, text) = problem("[memory]\n\nstrictly = true\n");
+        assert!(
+            line == 3 && text.ends_with("; did you mean `strict`?"),
+            "{text}"
+        );
+        let (_, text) = problem("[gpus]\n");
+        assert!(text.ends_with("; did you mean `gpu`?"), "{text}");
+        let (_, text) = problem("[[gpu]]\nvram = \"1GiB\"\n");
+        assert!(text.ends_with("; did you mean `vram_budget`?"), "{text}");
+        let (_, text) = problem("[host]\nxyz = 1\n");
+        assert!(!text.contains("did you mean"), "{text}");
         let (line, text) = problem("[host]\nthreads = 0\n");
         assert!(line == 2 && text.contains("threads"), "{line} {text}");
         let (line, text) = problem("name = \n");

@@ -129,10 +129,7 @@ fn plan(threads: &[usize]) -> Plan {
         numa: None,
         cpus: next.by_ref().take(n).collect(),
     });
-    Plan {
-        nodes: nodes.collect(),
-        huge_pages: HugePages::Try,
-    }
+    Plan::of_nodes(nodes.collect(), HugePages::Try)
 }
 
 /// Gives sequences of tokens, each from position 0, and shows the logits of all positions from one on.

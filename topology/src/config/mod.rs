@@ -3,36 +3,125 @@
 //! As much as can be is checked while a file is read, so that errors carry its line; what depends
 //! on the machine is checked by [`Plan::new`](crate::Plan::new).
 
+mod printing;
+mod reading;
+mod size;
+
 use std::fmt;
 
-use serde::Deserialize;
-use serde::de::{self, Deserializer, Visitor};
+use serde::{Deserialize, Serialize, Serializer};
 
 use crate::error::TopologyError;
 use crate::plan::N_NODES_MAX;
 
-/// A whole file; the default uses everything that the machine has.
+pub use size::ByteSize;
+
+/// A whole file; the default uses the cores and memory that the machine has, and no GPU.
 #[derive(Debug, Clone, PartialEq, Eq, Default, Deserialize)]
 #[serde(deny_unknown_fields, default)]
 pub struct TopologyConfig {
     /// Name for logs.
     pub name: Option<String>,
+    /// What the configuration is made for.
+    pub machine: MachineNeeds,
     /// How memory is had.
     pub memory: MemoryConfig,
     /// Teams of threads on the host.
     pub host: HostConfig,
+    /// GPUs to use, in the order of their layers; none: the host computes everything.
+    #[serde(rename = "gpu")]
+    pub gpus: Vec<GpuConfig>,
+}
+
+/// `[machine]`: the least that a machine must have for the configuration to make sense on it.
+#[derive(Debug, Clone, PartialEq, Eq, Default, Deserialize)]
+#[serde(deny_unknown_fields, default)]
+pub struct MachineNeeds {
+    /// NUMA nodes with cores.
+    pub numa_nodes: Option<usize>,
+    /// Physical cores of each of them.
+    pub cores_per_node: Option<usize>,
+    /// Memory of each of them, used or not.
+    pub memory_per_node: Option<ByteSize>,
 }
 
 /// `[memory]`.
 #[derive(Debug, Clone, PartialEq, Eq, Default, Deserialize)]
 #[serde(deny_unknown_fields, default)]
 pub struct MemoryConfig {
-    /// Huge pages for weights and cache.
+    /// Where cold neurons' bundles lie, and so which node computes them.
+    pub cold: ColdPolicy,
+    /// Huge pages for weights.
     pub huge_pages: HugePages,
+    /// Whether memory that cannot be bound, or that lies elsewhere than planned, is an error.
+    pub strict: bool,
+}
+
+/// `memory.cold`: where the bundles of cold neurons lie. The results do not depend on it.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+pub enum ColdPolicy {
+    /// Each node has whole groups of neurons, in number by its threads, in its own memory.
+    #[default]
+    Shard,
+    /// Each node computes the same neurons as with `Shard`; the pages of all nodes' weights go round the NUMA nodes.
+    Interleave,
+    /// One node has all of them, and computes all of them.
+    Single(usize),
+}
+
+impl fmt::Display for ColdPolicy {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::Shard => f.write_str("shard"),
+            Self::Interleave => f.write_str("interleave"),
+            Self::Single(node) => write!(f, "single:{node}"),
+        }
+    }
+}
+
+impl Serialize for ColdPolicy {
+    fn serialize<S: Serializer>(&self, serializer: S) -> Result<S::Ok, S::Error> {
+        serializer.collect_str(self)
+    }
+}
+
+/// `[[gpu]]`.
+#[derive(Debug, Clone, PartialEq, Eq, Default, Deserialize)]
+#[serde(deny_unknown_fields, default)]
+pub struct GpuConfig {
+    /// Its address on the PCI bus; none: the first that no other entry has.
+    pub pci_address: Option<String>,
+    /// Its memory that may be used.
+    pub vram_budget: VramBudget,
+    /// How host and GPU wait for each other.
+    pub sync: GpuSync,
+    /// Whether its absence is an error; else the host computes in its place.
+    pub required: bool,
+}
+
+/// `gpu.vram_budget`.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+pub enum VramBudget {
+    /// All that is free.
+    #[default]
+    All,
+    /// So much.
+    Bytes(ByteSize),
+}
+
+/// `gpu.sync`.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum GpuSync {
+    /// By flags in memory that both see: a few microseconds less per layer.
+    #[default]
+    Flags,
+    /// By the driver's events.
+    Events,
 }
 
 /// Whether memory is asked for in huge pages.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Deserialize)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Deserialize, Serialize)]
 #[serde(rename_all = "lowercase")]
 pub enum HugePages {
     /// Where the system gives them.
@@ -56,6 +145,8 @@ pub enum HostConfig {
         threads: ThreadsPerNode,
         /// Cores of each team left to others.
         reserved_cores: usize,
+        /// Which kinds of core of a hybrid processor have threads.
+        cores: CoreChoice,
     },
     /// Teams as listed in `[[host.node]]`.
     Listed(Vec<ListedTeam>),
@@ -67,8 +158,20 @@ impl Default for HostConfig {
             nodes: NodeCount::All,
             threads: ThreadsPerNode::Cores,
             reserved_cores: 0,
+            cores: CoreChoice::Fastest,
         }
     }
+}
+
+/// `host.cores`.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum CoreChoice {
+    /// The fastest of each NUMA node; slower ones only where more threads are asked for.
+    #[default]
+    Fastest,
+    /// All, the fastest first. Each thread gets an equal part, so that slow ones hold the others up.
+    All,
 }
 
 /// `host.nodes`.
@@ -97,7 +200,8 @@ pub enum ThreadsPerNode {
 pub struct ListedTeam {
     /// NUMA node of its memory and CPUs; none: memory where the system puts it.
     pub numa: Option<usize>,
-    /// A logical CPU per thread, the leader's first.
+    /// A logical CPU per thread, the leader's first: `[0, 1]`, or `"0-15,32-47"`.
+    #[serde(deserialize_with = "reading::cpus")]
     pub cpus: Vec<usize>,
 }
 
@@ -108,6 +212,7 @@ struct HostTable {
     nodes: Option<NodeCount>,
     threads: Option<ThreadsPerNode>,
     reserved_cores: Option<usize>,
+    cores: Option<CoreChoice>,
     node: Option<Vec<ListedTeam>>,
 }
 
@@ -120,6 +225,7 @@ impl TryFrom<HostTable> for HostConfig {
                 nodes: table.nodes.unwrap_or(NodeCount::All),
                 threads: table.threads.unwrap_or(ThreadsPerNode::Cores),
                 reserved_cores: table.reserved_cores.unwrap_or(0),
+                cores: table.cores.unwrap_or_default(),
             };
             config.check()?;
             return Ok(config);
@@ -128,6 +234,7 @@ impl TryFrom<HostTable> for HostConfig {
             ("nodes", table.nodes.is_some()),
             ("threads", table.threads.is_some()),
             ("reserved_cores", table.reserved_cores.is_some()),
+            ("cores", table.cores.is_some()),
         ];
         if let Some((key, _)) = other_ways.into_iter().find(|(_, is_there)| *is_there) {
             return Err(TopologyError::TwoWays { key });
@@ -193,71 +300,4 @@ fn check_listed(teams: &[ListedTeam]) -> Result<(), TopologyError> {
         }
     }
     Ok(())
-}
-
-impl<'de> Deserialize<'de> for NodeCount {
-    fn deserialize<D: Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
-        let visitor = WordOrNumber {
-            expected: "\"all\" or a number of nodes",
-            words: &[("all", Self::All)],
-            number_max: N_NODES_MAX,
-            number: Self::Number,
-        };
-        deserializer.deserialize_any(visitor)
-    }
-}
-
-impl<'de> Deserialize<'de> for ThreadsPerNode {
-    fn deserialize<D: Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
-        let visitor = WordOrNumber {
-            expected: "\"cores\", \"hyperthreads\" or a number of threads",
-            words: &[("cores", Self::Cores), ("hyperthreads", Self::Hyperthreads)],
-            number_max: usize::MAX,
-            number: Self::Number,
-        };
-        deserializer.deserialize_any(visitor)
-    }
-}
-
-/// Reads one of some words, or a number from 1 to `number_max`.
-struct WordOrNumber<T: 'static> {
-    expected: &'static str,
-    words: &'static [(&'static str, T)],
-    number_max: usize,
-    number: fn(usize) -> T,
-}
-
-impl<T: Copy> Visitor<'_> for WordOrNumber<T> {
-    type Value = T;
-
-    fn expecting(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.write_str(self.expected)?;
-        match self.number_max {
-            usize::MAX => f.write_str(" from 1"),
-            number_max => write!(f, " from 1 to {number_max}"),
-        }
-    }
-
-    fn visit_str<E: de::Error>(self, text: &str) -> Result<T, E> {
-        let found = self.words.iter().find(|(word, _)| *word == text);
-        found
-            .map(|(_, value)| *value)
-            .ok_or_else(|| E::invalid_value(de::Unexpected::Str(text), &self))
-    }
-
-    fn visit_i64<E: de::Error>(self, number: i64) -> Result<T, E> {
-        usize::try_from(number)
-            .ok()
-            .filter(|number| (1..=self.number_max).contains(number))
-            .map(self.number)
-            .ok_or_else(|| E::invalid_value(de::Unexpected::Signed(number), &self))
-    }
-
-    fn visit_u64<E: de::Error>(self, number: u64) -> Result<T, E> {
-        usize::try_from(number)
-            .ok()
-            .filter(|number| (1..=self.number_max).contains(number))
-            .map(self.number)
-            .ok_or_else(|| E::invalid_value(de::Unexpected::Unsigned(number), &self))
-    }
 }

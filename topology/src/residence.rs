@@ -1,0 +1,338 @@
+//! Where memory really lies: each page's NUMA node, as the kernel tells it, held against the plan.
+
+use std::collections::BTreeMap;
+use std::fmt;
+
+use serde::Serialize;
+use tracing::warn;
+
+use crate::arena::Arena;
+use crate::config::ColdPolicy;
+use crate::error::TopologyError;
+use crate::plan::Plan;
+
+/// Bytes of a page, or of what the kernel is asked for at a time.
+const PAGE_BYTES: usize = 4096;
+
+/// Pages that the kernel is asked for in one call.
+const PAGES_A_CALL: usize = 16 << 10;
+
+/// Bytes from which interleaved memory is expected to be spread evenly: a page each decides nothing.
+const EVEN_BYTES: usize = 64 << 20;
+
+/// Where all nodes' memory lies.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize)]
+pub struct Residence {
+    /// Each node's, by node; none where the system does not tell.
+    pub nodes: Option<Vec<NodeResidence>>,
+    /// What is not as planned, or why nobody knows.
+    pub problem: Option<String>,
+}
+
+/// Where one node's memory lies.
+#[derive(Debug, Clone, Default, PartialEq, Eq, Serialize)]
+pub struct NodeResidence {
+    /// Bytes on each NUMA node, as the system numbers them.
+    pub numa_bytes: BTreeMap<usize, usize>,
+    /// Bytes of pages that are in no memory: never written, or swapped out.
+    pub absent_bytes: usize,
+}
+
+impl fmt::Display for Residence {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let Some(nodes) = &self.nodes else {
+            return f.write_str("not known");
+        };
+        let words = nodes.iter().enumerate().map(|(node, residence)| {
+            let mut parts: Vec<String> = residence
+                .numa_bytes
+                .iter()
+                .map(|(numa, &bytes)| format!("{} on NUMA node {numa}", megabytes(bytes)))
+                .collect();
+            if residence.absent_bytes > 0 {
+                parts.push(format!(
+                    "{} in no memory",
+                    megabytes(residence.absent_bytes)
+                ));
+            }
+            format!("node {node}: {}", parts.join(", "))
+        });
+        f.write_str(&words.collect::<Vec<String>>().join("; "))
+    }
+}
+
+fn megabytes(bytes: usize) -> String {
+    format!("{:.1} MB", bytes as f64 / 1e6)
+}
+
+impl Plan {
+    /// NUMA nodes whose memory holds the weights of team `node`; none where the system chooses.
+    pub(crate) fn homes(&self, node: usize) -> Vec<usize> {
+        match self.cold {
+            ColdPolicy::Interleave => self.numas(),
+            ColdPolicy::Shard | ColdPolicy::Single(_) => {
+                self.nodes[node].numa.into_iter().collect()
+            }
+        }
+    }
+
+    /// Reserves `bytes` for the weights of team `node`, as its policy and huge pages are planned.
+    ///
+    /// # Errors
+    /// As [`Arena::new`]; where the plan is strict, also memory that cannot be bound.
+    pub fn arena(&self, node: usize, bytes: usize) -> Result<Arena, TopologyError> {
+        Arena::on(bytes, &self.homes(node), self.huge_pages, self.strict)
+    }
+
+    /// Asks the kernel for the NUMA node of each page of `areas`, the teams' memory, and warns (logged) of what is not
+    /// as planned.
+    ///
+    /// # Errors
+    /// Something is not as planned, or the kernel does not tell, and the plan is strict.
+    pub fn verify(&self, areas: &[&[u8]]) -> Result<Residence, TopologyError> {
+        let found: Result<Vec<NodeResidence>, String> =
+            areas.iter().map(|area| residence(area)).collect();
+        let (nodes, problem) = match found {
+            Ok(nodes) => {
+                let problem = self.misplaced(&nodes);
+                (Some(nodes), problem)
+            }
+            Err(problem) => {
+                let problem = format!("nobody knows where memory lies: {problem}");
+                (None, Some(problem))
+            }
+        };
+        let residence = Residence { nodes, problem };
+        match &residence.problem {
+            Some(problem) if self.strict => Err(TopologyError::Misplaced {
+                problem: problem.clone(),
+            }),
+            Some(problem) => {
+                warn!("{problem}");
+                Ok(residence)
+            }
+            None => Ok(residence),
+        }
+    }
+
+    /// What of `found` is not where its team's memory is planned.
+    fn misplaced(&self, found: &[NodeResidence]) -> Option<String> {
+        let mut problems = Vec::new();
+        for (node, found) in found.iter().enumerate() {
+            let homes = self.homes(node);
+            if homes.is_empty() {
+                continue;
+            }
+            let total: usize = found.numa_bytes.values().sum();
+            let at_home = |numa: &usize| found.numa_bytes.get(numa).copied().unwrap_or(0);
+            let strayed = total - homes.iter().map(at_home).sum::<usize>();
+            if strayed > 0 {
+                let elsewhere: Vec<String> = (found.numa_bytes.keys())
+                    .filter(|numa| !homes.contains(numa))
+                    .map(usize::to_string)
+                    .collect();
+                problems.push(format!(
+                    "{} of node {node}'s {} lie on NUMA node {} and not on {}",
+                    megabytes(strayed),
+                    megabytes(total),
+                    elsewhere.join(", "),
+                    crate::machine::ranges(homes.clone()),
+                ));
+            }
+            // every home has its turn: less than half of an even part is no turn
+            let fair = total / homes.len();
+            let short = homes.iter().find(|numa| at_home(numa) < fair / 2);
+            if let Some(numa) = short.filter(|_| total >= EVEN_BYTES && strayed == 0) {
+                problems.push(format!(
+                    "only {} of node {node}'s {}, which are spread over NUMA nodes {}, lie on {numa}",
+                    megabytes(at_home(numa)),
+                    megabytes(total),
+                    crate::machine::ranges(homes.clone()),
+                ));
+            }
+        }
+        (!problems.is_empty()).then(|| problems.join("; "))
+    }
+}
+
+/// Where the pages of `area` lie.
+///
+/// # Errors
+/// Why the kernel does not tell.
+#[cfg(target_os = "linux")]
+fn residence(area: &[u8]) -> Result<NodeResidence, String> {
+    let mut found = NodeResidence::default();
+    let start = area.as_ptr().addr();
+    let first = start / PAGE_BYTES * PAGE_BYTES;
+    let pages: Vec<usize> = (first..start + area.len()).step_by(PAGE_BYTES).collect();
+    for pages in pages.chunks(PAGES_A_CALL) {
+        for status in page_nodes(pages).map_err(|error| error.to_string())? {
+            match usize::try_from(status) {
+                Ok(numa) => *found.numa_bytes.entry(numa).or_default() += PAGE_BYTES,
+                Err(_) => found.absent_bytes += PAGE_BYTES,
+            }
+        }
+    }
+    Ok(found)
+}
+
+#[cfg(not(target_os = "linux"))]
+fn residence(_area: &[u8]) -> Result<NodeResidence, String> {
+    Err("this system does not tell".to_owned())
+}
+
+/// The NUMA node of each page, or an error number below zero.
+#[cfg(target_os = "linux")]
+fn page_nodes(pages: &[usize]) -> std::io::Result<Vec<i32>> {
+    let mut status = vec![0i32; pages.len()];
+    // SAFETY: without a list of nodes the call moves nothing: it reads the list of addresses, which may be any, and
+    // writes one status for each, for which there is room.
+    let rc = unsafe {
+        libc::syscall(
+            libc::SYS_move_pages,
+            0,
+            pages.len(),
+            pages.as_ptr(),
+            std::ptr::null::<i32>(),
+            status.as_mut_ptr(),
+            0,
+        )
+    };
+    match rc {
+        0.. => Ok(status),
+        _ => Err(std::io::Error::last_os_error()),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::config::HugePages;
+    use crate::machine::Machine;
+    use crate::plan::NodePlan;
+
+    fn plan(numas: &[Option<usize>], cold: ColdPolicy, strict: bool) -> Plan {
+        let team = |&numa: &Option<usize>| NodePlan {
+            numa,
+            cpus: vec![0],
+        };
+        let nodes = numas.iter().map(team).collect();
+        Plan {
+            cold,
+            strict,
+            ..Plan::of_nodes(nodes, HugePages::Off)
+        }
+    }
+
+    fn on(bytes: &[(usize, usize)]) -> NodeResidence {
+        NodeResidence {
+            numa_bytes: bytes.iter().copied().collect(),
+            absent_bytes: 0,
+        }
+    }
+
+    const MB: usize = 1_000_000;
+
+    #[test]
+    fn each_nodes_memory_has_its_home() {
+        let two = plan(&[Some(0), Some(1)], ColdPolicy::Shard, false);
+        assert_eq!(
+            two.misplaced(&[on(&[(0, 5 * MB)]), on(&[(1, 5 * MB)])]),
+            None
+        );
+        assert_eq!(two.misplaced(&[on(&[]), on(&[])]), None);
+        assert_eq!(
+            two.misplaced(&[on(&[(0, 4 * MB), (1, MB)]), on(&[(0, 5 * MB)])])
+                .unwrap(),
+            "1.0 MB of node 0's 5.0 MB lie on NUMA node 1 and not on 0; 5.0 MB of node 1's 5.0 MB lie on NUMA node 0 and not on 1"
+        );
+        let anywhere = plan(&[None], ColdPolicy::Shard, false);
+        assert_eq!(anywhere.misplaced(&[on(&[(0, MB), (7, MB)])]), None);
+    }
+
+    #[test]
+    fn interleaved_memory_is_spread_evenly() {
+        let plan = plan(&[Some(0), Some(2)], ColdPolicy::Interleave, false);
+        assert_eq!(plan.homes(0), [0, 2]);
+        assert_eq!(plan.homes(1), [0, 2]);
+        let even = on(&[(0, 60 * MB), (2, 50 * MB)]);
+        assert_eq!(plan.misplaced(&[even.clone(), even.clone()]), None);
+        assert_eq!(
+            plan.misplaced(&[even, on(&[(0, 100 * MB), (2, 10 * MB)])])
+                .unwrap(),
+            "only 10.0 MB of node 1's 110.0 MB, which are spread over NUMA nodes 0,2, lie on 2"
+        );
+        assert_eq!(
+            plan.misplaced(&[on(&[(0, MB)]), on(&[(0, MB)])]),
+            None,
+            "a few pages"
+        );
+    }
+
+    /// The kernel's own answer for memory of this process.
+    #[cfg(target_os = "linux")]
+    #[test]
+    fn pages_are_found_where_the_kernel_has_them() {
+        let machine = Machine::discover().unwrap();
+        let numa = machine.nodes[0].os_index;
+        let planned = plan(&[numa], ColdPolicy::Shard, true);
+        let mut arena = planned.arena(0, 100 * PAGE_BYTES).unwrap();
+        let absent = match residence(arena.as_slice()) {
+            Ok(found) => found,
+            Err(problem) => {
+                eprintln!("skipped: the kernel does not tell ({problem})");
+                return;
+            }
+        };
+        assert_eq!(
+            (absent.absent_bytes, absent.numa_bytes.len()),
+            (100 * PAGE_BYTES, 0)
+        );
+        arena.as_mut_slice()[..60 * PAGE_BYTES].fill(1);
+        let found = residence(arena.as_slice()).unwrap();
+        let bytes: usize = found.numa_bytes.values().sum();
+        assert_eq!(
+            (bytes, found.absent_bytes),
+            (60 * PAGE_BYTES, 40 * PAGE_BYTES)
+        );
+        let residence = planned.verify(&[arena.as_slice()]).unwrap();
+        assert_eq!(residence.problem, None);
+        let node = numa.map_or(0, |numa| numa);
+        assert_eq!(
+            residence.to_string(),
+            format!("node 0: 0.2 MB on NUMA node {node}, 0.2 MB in no memory")
+        );
+    }
+
+    /// A plan for a node that is not the one where the pages are.
+    #[cfg(target_os = "linux")]
+    #[test]
+    fn memory_elsewhere_is_a_warning_or_an_error() {
+        let numa = Machine::discover().unwrap().nodes[0].os_index.unwrap_or(0);
+        let mut arena = Arena::new(10 * PAGE_BYTES, None, HugePages::Off).unwrap();
+        arena.as_mut_slice().fill(1);
+        if residence(arena.as_slice()).is_err() {
+            eprintln!("skipped: the kernel does not tell");
+            return;
+        }
+        let elsewhere = Some(numa + 1000);
+        let areas = [arena.as_slice()];
+        let found = plan(&[elsewhere], ColdPolicy::Shard, false)
+            .verify(&areas)
+            .unwrap();
+        let problem = found.problem.unwrap();
+        assert!(
+            problem.starts_with("0.0 MB of node 0's 0.0 MB lie on NUMA node"),
+            "{problem}"
+        );
+        let error = plan(&[elsewhere], ColdPolicy::Shard, true)
+            .verify(&areas)
+            .unwrap_err();
+        assert!(error.is_environment());
+        let text = error.to_string();
+        assert!(
+            text.starts_with("memory.strict = true, but 0.0 MB of node 0's"),
+            "{text}"
+        );
+    }
+}
