@@ -1,0 +1,176 @@
+// The second half of the feed-forward network over a list of neurons: the sum of their down rows, of which those whose factor
+// is zero are not read. (The first half is in rows.cu.) No sum depends on which block is first.
+#include "quant.cuh"
+
+struct DownArgs {
+    // [n_neurons] rows, `stride` bytes apart
+    const u8* rows;
+    u64 stride;
+    // [*n_ids] u32 in ascending order, or null: all neurons
+    const u32* ids;
+    const u32* n_ids;
+    u32 n_neurons;
+    // places of `ids` and `a`
+    u32 n_a;
+    u32 n_cols;
+    // [n_a] f32, by place in the list
+    const float* a;
+    // [n_cols] f32 or null: added to the sums; may be `out`
+    const float* add;
+    // [n_cols] f32
+    float* out;
+    // [gridDim.x, gridDim.y, 32 * values of an item] f32
+    float* partials;
+    // [gridDim.x], zeros
+    u32* tickets;
+};
+static_assert(sizeof(DownArgs) == 88, "as the launcher has it");
+
+constexpr u32 DOWN_WARPS = 8;
+// Places that a block looks through at a time.
+constexpr u32 DOWN_LIST = 1024;
+
+// Neurons of a part of the list whose product is not zero, in the list's order.
+struct DownList {
+    u32 ids[DOWN_LIST];
+    float a[DOWN_LIST];
+    u32 counts[DOWN_LIST / WARP];
+    u32 n;
+};
+
+// Fills `list` with places first ... end - 1. Called by the whole block; synchronises before and after.
+__device__ __forceinline__ void find_active(const DownArgs& args, u32 first, u32 end, DownList& list) {
+    const u32 lane = threadIdx.x % WARP, warp = threadIdx.x / WARP;
+    constexpr u32 ROUNDS = DOWN_LIST / (DOWN_WARPS * WARP);
+    float a[ROUNDS];
+    u32 before[ROUNDS];
+    __syncthreads();
+#pragma unroll
+    for (u32 r = 0; r < ROUNDS; r++) {
+        u32 j = first + (r * DOWN_WARPS + warp) * WARP + lane;
+        a[r] = j < end ? args.a[j] : 0.0f;
+        u32 active = __ballot_sync(ALL_LANES, a[r] != 0.0f);
+        before[r] = __popc(active & ((1u << lane) - 1));
+        if (lane == 0) list.counts[r * DOWN_WARPS + warp] = __popc(active);
+    }
+    __syncthreads();
+    if (warp == 0) {
+        // counts become starts
+        u32 count = list.counts[lane], start = count;
+#pragma unroll
+        for (u32 step = 1; step < WARP; step *= 2) {
+            u32 other = __shfl_up_sync(ALL_LANES, start, step);
+            if (lane >= step) start += other;
+        }
+        list.counts[lane] = start - count;
+        if (lane == WARP - 1) list.n = start;
+    }
+    __syncthreads();
+#pragma unroll
+    for (u32 r = 0; r < ROUNDS; r++) {
+        u32 j = first + (r * DOWN_WARPS + warp) * WARP + lane;
+        if (j < end && a[r] != 0.0f) {
+            u32 at = list.counts[r * DOWN_WARPS + warp] + before[r];
+            u32 id = args.ids == nullptr ? j : args.ids[j];
+            // a neuron that does not exist: NaN times the first row
+            list.ids[at] = id < args.n_neurons ? id : 0;
+            list.a[at] = id < args.n_neurons ? a[r] : not_a_number();
+        }
+    }
+    __syncthreads();
+}
+static_assert(DOWN_LIST / WARP == WARP, "one lane a count");
+
+// Block (x, y): items 32 x ... 32 x + 31 of the rows, one a lane, of part y of the list; warp w takes active neurons w, w + 8,
+// .... The warps are joined pairwise, the blocks of a column in ascending order by whichever ends last.
+template <class Q>
+__device__ __forceinline__ void down(const DownArgs& args) {
+    constexpr int VALUES = Q::PARTS * Q::PART, TOGETHER = 4;
+    __shared__ DownList list;
+    __shared__ float halves[DOWN_WARPS / 2][VALUES][WARP];
+    const u32 lane = threadIdx.x % WARP, warp = threadIdx.x / WARP;
+    const u32 item = blockIdx.x * WARP + lane, n_items = Q::items(args.n_cols);
+    const u32 n = args.ids == nullptr ? args.n_neurons : min(*args.n_ids, args.n_a);
+    const u32 begin = (u32)((u64)n * blockIdx.y / gridDim.y), end = (u32)((u64)n * (blockIdx.y + 1) / gridDim.y);
+    float acc[VALUES];
+#pragma unroll
+    for (int v = 0; v < VALUES; v++) acc[v] = 0.0f;
+
+    for (u32 first = begin; first < end; first += DOWN_LIST) {
+        find_active(args, first, min(end, first + DOWN_LIST), list);
+        if (item >= n_items) continue;
+#pragma unroll 1
+        for (u32 k = warp; k < list.n; k += DOWN_WARPS * TOGETHER) {
+            Q items[TOGETHER];
+#pragma unroll
+            for (int t = 0; t < TOGETHER; t++) {
+                u32 at = k + t * DOWN_WARPS;
+                if (at < list.n) items[t].load(args.rows + list.ids[at] * args.stride, args.n_cols, item);
+            }
+#pragma unroll
+            for (int t = 0; t < TOGETHER; t++) {
+                u32 at = k + t * DOWN_WARPS;
+                if (at >= list.n) break;
+                float a = list.a[at];
+#pragma unroll
+                for (int part = 0; part < Q::PARTS; part++) {
+                    float w[Q::PART];
+                    if constexpr (Q::QUANTISED) {
+                        part_integers(items[t], part, w);
+                        float scale = a * items[t].scale(item, part), min = a * items[t].min(item, part);
+#pragma unroll
+                        for (int v = 0; v < Q::PART; v++) {
+                            float& sum = acc[part * Q::PART + v];
+                            sum = fmaf(w[v], scale, Q::HAS_MIN ? sum + min : sum);
+                        }
+                    } else {
+                        items[t].floats(w);
+#pragma unroll
+                        for (int v = 0; v < Q::PART; v++) acc[v] = fmaf(w[v], a, acc[v]);
+                    }
+                }
+            }
+        }
+    }
+
+#pragma unroll 1
+    for (u32 width = DOWN_WARPS / 2; width > 0; width /= 2) {
+        __syncthreads();
+        if (warp >= width && warp < 2 * width)
+#pragma unroll
+            for (int v = 0; v < VALUES; v++) halves[warp - width][v][lane] = acc[v];
+        __syncthreads();
+        if (warp < width)
+#pragma unroll
+            for (int v = 0; v < VALUES; v++) acc[v] += halves[warp][v][lane];
+    }
+    constexpr u32 TILE = VALUES * WARP;
+    float* tile = args.partials + (u64)blockIdx.x * gridDim.y * TILE;
+    if (warp == 0)
+#pragma unroll
+        for (int v = 0; v < VALUES; v++) tile[blockIdx.y * TILE + v * WARP + lane] = acc[v];
+    if (!is_last_block(args.tickets + blockIdx.x, gridDim.y)) return;
+
+#pragma unroll 1
+    for (u32 i = threadIdx.x; i < TILE; i += DOWN_WARPS * WARP) {
+        float sum = 0.0f;
+        for (u32 y = 0; y < gridDim.y; y++) sum += __ldcg(tile + y * TILE + i);
+        u32 of = blockIdx.x * WARP + i % WARP, v = i / WARP;
+        u32 column = Q::column(of, v / Q::PART) + v % Q::PART;
+        if (of < n_items && column < args.n_cols) args.out[column] = args.add == nullptr ? sum : args.add[column] + sum;
+    }
+}
+
+#define DOWN(Q) \
+    extern "C" __global__ void __launch_bounds__(256) down_##Q(DownArgs args) { down<Q>(args); }
+
+DOWN(F32)
+DOWN(F16)
+DOWN(BF16)
+DOWN(Q4_0)
+DOWN(Q4_1)
+DOWN(Q5_0)
+DOWN(Q8_0)
+DOWN(Q4_K)
+DOWN(Q5_K)
+DOWN(Q6_K)
