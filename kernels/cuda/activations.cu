@@ -9,6 +9,7 @@ static_assert(sizeof(PrepareArgs) == 48, "as the launcher has it");
 
 // Makes activations of x. Grid: any number of blocks of whole warps.
 extern "C" __global__ void prepare(PrepareArgs args) {
+    wait_for_launch_before();
     const Act& to = args.to;
     const u32 warps = gridDim.x * blockDim.x / WARP;
 #pragma unroll 1
@@ -16,4 +17,5 @@ extern "C" __global__ void prepare(PrepareArgs args) {
         u32 column = block * BLOCK + threadIdx.x % WARP;
         store_block(to, block, column < to.n_cols ? args.x[column] : 0.0f);
     }
+    start_next_launch();
 }

@@ -1,4 +1,4 @@
-// Attention of one token over the cache. The visible positions are divided evenly over gridDim.x blocks a group of query
+// Attention of one token over the cache. The visible positions are divided evenly over at most gridDim.x blocks a group of query
 // heads; each gives a state (maximum score, sum of weights, weighted sum of values), and the block that ends last joins the
 // states in ascending order.
 #include "common.cuh"
@@ -13,7 +13,7 @@ struct AttendArgs {
     const u32* position;
     // [n_head * head_dim] f32
     float* out;
-    // [gridDim.x, n_head, head_dim + 2] f32
+    // [gridDim.x, n_head, head_dim + 2] f32; gridDim.x is at most ATTEND_PARTS_MAX
     float* states;
     // [gridDim.y], zeros
     u32* tickets;
@@ -26,16 +26,22 @@ struct AttendArgs {
 static_assert(sizeof(AttendArgs) == 80, "as the launcher has it");
 
 constexpr u32 ATTEND_THREADS = 128;
+constexpr u32 ATTEND_PARTS_MAX = 64;
+// Positions of a part at least, where there are several.
+constexpr u32 PART_MIN = 32;
 // Positions whose scores are held at a time.
 constexpr u32 TILE = 64;
 // Threads that share a key: each takes 8 of every 64 values.
 constexpr u32 KEY_LANES = 8;
 
+// Eight cached values, as they are loaded and as f32.
 struct CachedF16 {
     typedef u16 Value;
-    static __device__ __forceinline__ void eight(const u16* at, float* v) {
-        uint4 q = *(const uint4*)at;
-        u32 words[4] = {q.x, q.y, q.z, q.w};
+    uint4 raw;
+
+    __device__ __forceinline__ void load(const u16* at) { raw = *(const uint4*)at; }
+    __device__ __forceinline__ void floats(float* v) const {
+        u32 words[4] = {raw.x, raw.y, raw.z, raw.w};
 #pragma unroll
         for (int k = 0; k < 4; k++) {
             v[2 * k] = half_to_float((u16)words[k]);
@@ -46,8 +52,13 @@ struct CachedF16 {
 
 struct CachedF32 {
     typedef float Value;
-    static __device__ __forceinline__ void eight(const float* at, float* v) {
-        float4 low = ((const float4*)at)[0], high = ((const float4*)at)[1];
+    float4 low, high;
+
+    __device__ __forceinline__ void load(const float* at) {
+        low = ((const float4*)at)[0];
+        high = ((const float4*)at)[1];
+    }
+    __device__ __forceinline__ void floats(float* v) const {
         v[0] = low.x, v[1] = low.y, v[2] = low.z, v[3] = low.w;
         v[4] = high.x, v[5] = high.y, v[6] = high.z, v[7] = high.w;
     }
@@ -69,16 +80,20 @@ __device__ __forceinline__ void attend(const AttendArgs& args) {
     const typename C::Value* keys = (const typename C::Value*)args.k_cache + (u64)kv * args.n_ctx * dim;
     const typename C::Value* values = (const typename C::Value*)args.v_cache + (u64)kv * args.n_ctx * dim;
 
+    wait_for_launch_before();
     const u32 visible_end = min(*args.position, args.n_ctx - 1) + 1;
     const u32 visible = args.window == 0 ? visible_end : min(visible_end, args.window);
     const u32 visible_start = visible_end - visible;
-    const u32 begin = visible_start + (u32)((u64)visible * blockIdx.x / gridDim.x);
-    const u32 end = visible_start + (u32)((u64)visible * (blockIdx.x + 1) / gridDim.x);
+    const u32 parts = min(gridDim.x, (visible + PART_MIN - 1) / PART_MIN);
+    if (blockIdx.x >= parts) return;
+    const u32 begin = visible_start + (u32)((u64)visible * blockIdx.x / parts);
+    const u32 end = visible_start + (u32)((u64)visible * (blockIdx.x + 1) / parts);
 
-#pragma unroll 1
-    for (u32 i = tid; i < HEADS * dim; i += ATTEND_THREADS) {
-        u32 head = i / dim, d = i % dim;
-        buffer[i] = head < n_heads ? args.q[(first_head + head) * dim + d] * args.scale : 0.0f;
+#pragma unroll 4
+    for (u32 i = tid * 4; i < HEADS * dim; i += ATTEND_THREADS * 4) {
+        float4 q = make_float4(0.0f, 0.0f, 0.0f, 0.0f);
+        if (i < n_heads * dim) q = *(const float4*)(args.q + first_head * dim + i);
+        *(float4*)(buffer + i) = make_float4(q.x * args.scale, q.y * args.scale, q.z * args.scale, q.w * args.scale);
     }
     if (tid < HEADS) {
         maxima[tid] = -infinity();
@@ -97,41 +112,51 @@ __device__ __forceinline__ void attend(const AttendArgs& args) {
 #pragma unroll 1
     for (u32 start = begin; start < end; start += TILE) {
         const u32 n = min(TILE, end - start);
-        // scores
-#pragma unroll 1
-        for (u32 p = tid / KEY_LANES; p < TILE; p += ATTEND_THREADS / KEY_LANES) {
-            float score[HEADS];
+        // scores: a thread has the same values of every 16th position
+        constexpr u32 ROUNDS = TILE * KEY_LANES / ATTEND_THREADS, STEP = ATTEND_THREADS / KEY_LANES;
+        const typename C::Value *tile_keys = keys + (u64)start * dim, *tile_values = values + (u64)start * dim;
+        float scores[ROUNDS][HEADS];
 #pragma unroll
-            for (int h = 0; h < HEADS; h++) score[h] = 0.0f;
-            if (p < n) {
-                const typename C::Value* key = keys + (u64)(start + p) * dim;
-#pragma unroll 1
-                for (u32 d = tid % KEY_LANES * 8; d < dim; d += KEY_LANES * 8) {
-                    float k[8];
-                    C::eight(key + d, k);
+        for (u32 r = 0; r < ROUNDS; r++)
 #pragma unroll
-                    for (int h = 0; h < HEADS; h++) {
-                        const float4* q = (const float4*)(buffer + h * dim + d);
-                        float4 low = q[0], high = q[1];
-                        score[h] = fmaf(k[0], low.x, score[h]);
-                        score[h] = fmaf(k[1], low.y, score[h]);
-                        score[h] = fmaf(k[2], low.z, score[h]);
-                        score[h] = fmaf(k[3], low.w, score[h]);
-                        score[h] = fmaf(k[4], high.x, score[h]);
-                        score[h] = fmaf(k[5], high.y, score[h]);
-                        score[h] = fmaf(k[6], high.z, score[h]);
-                        score[h] = fmaf(k[7], high.w, score[h]);
-                    }
+            for (int h = 0; h < HEADS; h++) scores[r][h] = 0.0f;
+#pragma unroll 1
+        for (u32 d = tid % KEY_LANES * 8; d < dim; d += KEY_LANES * 8) {
+            C cached[ROUNDS];
+#pragma unroll
+            for (u32 r = 0; r < ROUNDS; r++)
+                // behind the last position its key again, whose score is not used
+                cached[r].load(tile_keys + min(tid / KEY_LANES + r * STEP, n - 1) * dim + d);
+#pragma unroll
+            for (u32 r = 0; r < ROUNDS; r++) {
+                float k[8];
+                cached[r].floats(k);
+#pragma unroll
+                for (int h = 0; h < HEADS; h++) {
+                    const float4* q = (const float4*)(buffer + h * dim + d);
+                    float4 low = q[0], high = q[1];
+                    float score = scores[r][h];
+                    score = fmaf(k[0], low.x, score);
+                    score = fmaf(k[1], low.y, score);
+                    score = fmaf(k[2], low.z, score);
+                    score = fmaf(k[3], low.w, score);
+                    score = fmaf(k[4], high.x, score);
+                    score = fmaf(k[5], high.y, score);
+                    score = fmaf(k[6], high.z, score);
+                    scores[r][h] = fmaf(k[7], high.w, score);
                 }
             }
+        }
+#pragma unroll
+        for (u32 r = 0; r < ROUNDS; r++)
 #pragma unroll
             for (int h = 0; h < HEADS; h++) {
+                float score = scores[r][h];
 #pragma unroll
-                for (int step = KEY_LANES / 2; step > 0; step /= 2)
-                    score[h] += __shfl_xor_sync(ALL_LANES, score[h], step);
-                if (tid % KEY_LANES == 0) weights[h][p] = p < n ? score[h] : -infinity();
+                for (int step = KEY_LANES / 2; step > 0; step /= 2) score += __shfl_xor_sync(ALL_LANES, score, step);
+                u32 p = tid / KEY_LANES + r * STEP;
+                if (tid % KEY_LANES == 0) weights[h][p] = p < n ? score : -infinity();
             }
-        }
         __syncthreads();
         // weights
 #pragma unroll 1
@@ -159,14 +184,24 @@ __device__ __forceinline__ void attend(const AttendArgs& args) {
                 for (int h = 0; h < HEADS; h++)
 #pragma unroll
                     for (int k = 0; k < 8; k++) acc[h][k] *= factors[h];
-            for (u32 p = group; p < n; p += row_groups) {
-                float v[8];
-                C::eight(values + (u64)(start + p) * dim + d_of, v);
+#pragma unroll 1
+            for (u32 first = group; first < n; first += 4 * row_groups) {
+                C cached[4];
 #pragma unroll
-                for (int h = 0; h < HEADS; h++) {
-                    float weight = weights[h][p];
+                for (u32 r = 0; r < 4; r++)
+                    cached[r].load(tile_values + min(first + r * row_groups, n - 1) * dim + d_of);
 #pragma unroll
-                    for (int k = 0; k < 8; k++) acc[h][k] = fmaf(v[k], weight, acc[h][k]);
+                for (u32 r = 0; r < 4; r++) {
+                    u32 p = first + r * row_groups;
+                    if (p >= n) break;
+                    float v[8];
+                    cached[r].floats(v);
+#pragma unroll
+                    for (int h = 0; h < HEADS; h++) {
+                        float weight = weights[h][p];
+#pragma unroll
+                        for (int k = 0; k < 8; k++) acc[h][k] = fmaf(v[k], weight, acc[h][k]);
+                    }
                 }
             }
         }
@@ -181,39 +216,65 @@ __device__ __forceinline__ void attend(const AttendArgs& args) {
 #pragma unroll
             for (int k = 0; k < 8; k++) buffer[(group * HEADS + h) * dim + d_of + k] = acc[h][k];
     __syncthreads();
-    const u32 state_len = dim + 2;
-    float* state = args.states + ((u64)blockIdx.x * args.n_head + first_head) * state_len;
+    // [parts, n_head, dim] values, then [parts, n_head, 2] maxima and sums
+    float* all_values = args.states;
+    float2* all_weights = (float2*)(args.states + (u64)gridDim.x * args.n_head * dim);
+    float* state = all_values + ((u64)blockIdx.x * args.n_head + first_head) * dim;
 #pragma unroll 1
-    for (u32 i = tid; i < n_heads * dim; i += ATTEND_THREADS) {
-        u32 h = i / dim, d = i % dim;
-        float sum = 0.0f;
-#pragma unroll 1
-        for (u32 g = 0; g < row_groups; g++) sum += buffer[(g * HEADS + h) * dim + d];
-        state[h * state_len + d] = sum;
-    }
-    if (tid < n_heads) {
-        state[tid * state_len + dim] = maxima[tid];
-        state[tid * state_len + dim + 1] = sums[tid];
-    }
-    if (!is_last_block(args.tickets + blockIdx.y, gridDim.x)) return;
-
-#pragma unroll 1
-    for (u32 i = tid; i < n_heads * dim; i += ATTEND_THREADS) {
-        u32 h = i / dim, d = i % dim;
-        float largest = -infinity(), sum = 0.0f, value = 0.0f;
-#pragma unroll 1
-        for (u32 part = 0; part < gridDim.x; part++) {
-            const float* of = args.states + ((u64)part * args.n_head + first_head + h) * state_len;
-            float part_largest = __ldcg(of + dim), part_sum = __ldcg(of + dim + 1);
-            // a part without positions
-            if (part_sum == 0.0f) continue;
-            float joint = fmaxf(largest, part_largest);
-            float old = sum == 0.0f ? 0.0f : expf(largest - joint), now = expf(part_largest - joint);
-            sum = fmaf(part_sum, now, sum * old);
-            value = fmaf(__ldcg(of + d), now, value * old);
-            largest = joint;
+    for (u32 i = tid * 4; i < n_heads * dim; i += ATTEND_THREADS * 4) {
+        float4 sum = make_float4(0.0f, 0.0f, 0.0f, 0.0f);
+#pragma unroll 8
+        for (u32 g = 0; g < row_groups; g++) {
+            float4 v = *(const float4*)(buffer + g * HEADS * dim + i);
+            sum.x += v.x;
+            sum.y += v.y;
+            sum.z += v.z;
+            sum.w += v.w;
         }
-        args.out[(first_head + h) * dim + d] = __fdiv_rn(value, sum);
+        *(float4*)(state + i) = sum;
+    }
+    if (tid < n_heads)
+        all_weights[(u64)blockIdx.x * args.n_head + first_head + tid] = make_float2(maxima[tid], sums[tid]);
+    start_next_launch();
+    if (!is_last_block(args.tickets + blockIdx.y, parts)) return;
+
+    // what each part's values are multiplied by
+    __shared__ float shares[HEADS][ATTEND_PARTS_MAX];
+#pragma unroll 1
+    for (u32 h = warp; h < n_heads; h += ATTEND_THREADS / WARP) {
+        float2 of[ATTEND_PARTS_MAX / WARP];
+        float largest = -infinity(), sum = 0.0f;
+#pragma unroll
+        for (u32 r = 0; r < ATTEND_PARTS_MAX / WARP; r++) {
+            u32 part = r * WARP + lane;
+            of[r] = part < parts ? __ldcg(all_weights + (u64)part * args.n_head + first_head + h)
+                                     : make_float2(-infinity(), 0.0f);
+            largest = fmaxf(largest, of[r].x);
+        }
+        largest = warp_max(largest);
+#pragma unroll
+        for (u32 r = 0; r < ATTEND_PARTS_MAX / WARP; r++) {
+            of[r].x = of[r].y == 0.0f ? 0.0f : expf(of[r].x - largest);
+            sum += warp_sum(of[r].x * of[r].y);
+        }
+#pragma unroll
+        for (u32 r = 0; r < ATTEND_PARTS_MAX / WARP; r++) shares[h][r * WARP + lane] = __fdiv_rn(of[r].x, sum);
+    }
+    __syncthreads();
+#pragma unroll 1
+    for (u32 i = tid * 4; i < n_heads * dim; i += ATTEND_THREADS * 4) {
+        const float* share = shares[i / dim];
+        float4 sum = make_float4(0.0f, 0.0f, 0.0f, 0.0f);
+#pragma unroll 8
+        for (u32 part = 0; part < parts; part++) {
+            float4 v = __ldcg((const float4*)(all_values + ((u64)part * args.n_head + first_head) * dim + i));
+            float by = share[part];
+            sum.x = fmaf(v.x, by, sum.x);
+            sum.y = fmaf(v.y, by, sum.y);
+            sum.z = fmaf(v.z, by, sum.z);
+            sum.w = fmaf(v.w, by, sum.w);
+        }
+        *(float4*)(args.out + first_head * dim + i) = sum;
     }
 }
 

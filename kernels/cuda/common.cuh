@@ -26,7 +26,8 @@ __device__ __forceinline__ uint4 load16_once(const void* at) {
     return v;
 }
 
-// Weights that neighbouring lanes read too.
+// Weights that neighbouring lanes read too. Only weights are read like this, as memory that nobody writes: the compiler may move
+// such loads to before `wait_for_launch_before`.
 __device__ __forceinline__ uint4 load16(const void* at) { return __ldg((const uint4*)at); }
 __device__ __forceinline__ u32 load4(const void* at) { return __ldg((const u32*)at); }
 __device__ __forceinline__ u16 load2(const void* at) { return __ldg((const u16*)at); }
@@ -65,6 +66,26 @@ __device__ __forceinline__ float byte_to_float(u32 bytes, float offset) {
     u32 bits = __byte_perm(bytes, 0x4B000000u, 0x7440 + k);
     return __uint_as_float(bits) - (8388608.0f + offset);
 }
+
+// Every kernel calls it before it reads or writes what other launches write or read. From Hopper on a kernel may be started
+// before the one before it has ended: what comes before this call overlaps that one's end, what comes behind it is ordered as
+// usual.
+__device__ __forceinline__ void wait_for_launch_before() {
+#if __CUDA_ARCH__ >= 900
+    asm volatile("griddepcontrol.wait;" ::: "memory");
+#endif
+}
+
+// Every kernel's blocks call it when most of their work is done. The next kernel starts when all have; earlier, its blocks would
+// gather on the multiprocessors that happen to be free.
+__device__ __forceinline__ void start_next_launch() {
+#if __CUDA_ARCH__ >= 900
+    asm volatile("griddepcontrol.launch_dependents;");
+#endif
+}
+
+// Asks for the line at `at` to be brought to the second cache: weights, which no launch writes.
+__device__ __forceinline__ void prefetch_line(const void* at) { asm volatile("prefetch.global.L2 [%0];" ::"l"(at)); }
 
 // Every lane gets the sum, in one order: lanes 16 apart first, neighbours last.
 __device__ __forceinline__ float warp_sum(float v) {
@@ -116,9 +137,9 @@ struct Act {
 
     // 16 8-bit values from column 16 * half on.
     __device__ __forceinline__ uint4 q16(u32 half) const {
-        return __ldg((const uint4*)halves + (half & 1) * n_blocks + (half >> 1));
+        return ((const uint4*)halves)[(half & 1) * n_blocks + (half >> 1)];
     }
     // Values 4 * quad ... 4 * quad + 3 of a block.
-    __device__ __forceinline__ float4 quad(u32 block, u32 quad) const { return __ldg(quads + quad * n_blocks + block); }
+    __device__ __forceinline__ float4 quad(u32 block, u32 quad) const { return quads[quad * n_blocks + block]; }
 };
 static_assert(sizeof(Act) == 40, "as the launcher has it");

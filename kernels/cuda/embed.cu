@@ -15,6 +15,7 @@ static_assert(sizeof(EmbedArgs) == 40, "as the launcher has it");
 // The real values of one row. A token that does not exist gives NaN.
 template <class Q>
 __device__ __forceinline__ void embed(const EmbedArgs& args) {
+    wait_for_launch_before();
     const u32 token = *args.token, n_items = Q::items(args.n_cols);
     const u8* row = args.rows + token * args.stride;
 #pragma unroll 1

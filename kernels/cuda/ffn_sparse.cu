@@ -6,7 +6,7 @@ struct DownArgs {
     // [n_neurons] rows, `stride` bytes apart
     const u8* rows;
     u64 stride;
-    // [*n_ids] u32 in ascending order, or null: all neurons
+    // [*n_ids] u32 in ascending order; all neurons where `n_ids` is null
     const u32* ids;
     const u32* n_ids;
     u32 n_neurons;
@@ -43,12 +43,13 @@ __device__ __forceinline__ void find_active(const DownArgs& args, u32 first, u32
     const u32 lane = threadIdx.x % WARP, warp = threadIdx.x / WARP;
     constexpr u32 ROUNDS = DOWN_LIST / (DOWN_WARPS * WARP);
     float a[ROUNDS];
-    u32 before[ROUNDS];
+    u32 ids[ROUNDS], before[ROUNDS];
     __syncthreads();
 #pragma unroll
     for (u32 r = 0; r < ROUNDS; r++) {
         u32 j = first + (r * DOWN_WARPS + warp) * WARP + lane;
         a[r] = j < end ? args.a[j] : 0.0f;
+        ids[r] = args.n_ids == nullptr || j >= end ? j : args.ids[j];
         u32 active = __ballot_sync(ALL_LANES, a[r] != 0.0f);
         before[r] = __popc(active & ((1u << lane) - 1));
         if (lane == 0) list.counts[r * DOWN_WARPS + warp] = __popc(active);
@@ -71,10 +72,9 @@ __device__ __forceinline__ void find_active(const DownArgs& args, u32 first, u32
         u32 j = first + (r * DOWN_WARPS + warp) * WARP + lane;
         if (j < end && a[r] != 0.0f) {
             u32 at = list.counts[r * DOWN_WARPS + warp] + before[r];
-            u32 id = args.ids == nullptr ? j : args.ids[j];
             // a neuron that does not exist: NaN times the first row
-            list.ids[at] = id < args.n_neurons ? id : 0;
-            list.a[at] = id < args.n_neurons ? a[r] : not_a_number();
+            list.ids[at] = ids[r] < args.n_neurons ? ids[r] : 0;
+            list.a[at] = ids[r] < args.n_neurons ? a[r] : not_a_number();
         }
     }
     __syncthreads();
@@ -90,7 +90,8 @@ __device__ __forceinline__ void down(const DownArgs& args) {
     __shared__ float halves[DOWN_WARPS / 2][VALUES][WARP];
     const u32 lane = threadIdx.x % WARP, warp = threadIdx.x / WARP;
     const u32 item = blockIdx.x * WARP + lane, n_items = Q::items(args.n_cols);
-    const u32 n = args.ids == nullptr ? args.n_neurons : min(*args.n_ids, args.n_a);
+    wait_for_launch_before();
+    const u32 n = args.n_ids == nullptr ? args.n_neurons : min(*args.n_ids, args.n_a);
     const u32 begin = (u32)((u64)n * blockIdx.y / gridDim.y), end = (u32)((u64)n * (blockIdx.y + 1) / gridDim.y);
     float acc[VALUES];
 #pragma unroll
@@ -115,16 +116,15 @@ __device__ __forceinline__ void down(const DownArgs& args) {
 #pragma unroll
                 for (int part = 0; part < Q::PARTS; part++) {
                     float w[Q::PART];
-                    if constexpr (Q::QUANTISED) {
+                    if constexpr (Q::QUANTISED && !Q::HAS_MIN) {
                         part_integers(items[t], part, w);
-                        float scale = a * items[t].scale(item, part), min = a * items[t].min(item, part);
+                        float scale = a * items[t].scale(item, part);
 #pragma unroll
-                        for (int v = 0; v < Q::PART; v++) {
-                            float& sum = acc[part * Q::PART + v];
-                            sum = fmaf(w[v], scale, Q::HAS_MIN ? sum + min : sum);
-                        }
+                        for (int v = 0; v < Q::PART; v++)
+                            acc[part * Q::PART + v] = fmaf(w[v], scale, acc[part * Q::PART + v]);
                     } else {
-                        items[t].floats(w);
+                        // scaled value and minimum may nearly cancel: their sum is taken first
+                        part_values(items[t], item, part, w);
 #pragma unroll
                         for (int v = 0; v < Q::PART; v++) acc[v] = fmaf(w[v], a, acc[v]);
                     }
@@ -149,20 +149,32 @@ __device__ __forceinline__ void down(const DownArgs& args) {
     if (warp == 0)
 #pragma unroll
         for (int v = 0; v < VALUES; v++) tile[blockIdx.y * TILE + v * WARP + lane] = acc[v];
+    start_next_launch();
     if (!is_last_block(args.tickets + blockIdx.x, gridDim.y)) return;
 
 #pragma unroll 1
-    for (u32 i = threadIdx.x; i < TILE; i += DOWN_WARPS * WARP) {
-        float sum = 0.0f;
-        for (u32 y = 0; y < gridDim.y; y++) sum += __ldcg(tile + y * TILE + i);
-        u32 of = blockIdx.x * WARP + i % WARP, v = i / WARP;
-        u32 column = Q::column(of, v / Q::PART) + v % Q::PART;
-        if (of < n_items && column < args.n_cols) args.out[column] = args.add == nullptr ? sum : args.add[column] + sum;
+    for (u32 i = threadIdx.x * 4; i < TILE; i += DOWN_WARPS * WARP * 4) {
+        float sums[4] = {0.0f, 0.0f, 0.0f, 0.0f};
+#pragma unroll 16
+        for (u32 y = 0; y < gridDim.y; y++) {
+            float4 part = __ldcg((const float4*)(tile + y * TILE + i));
+            sums[0] += part.x;
+            sums[1] += part.y;
+            sums[2] += part.z;
+            sums[3] += part.w;
+        }
+#pragma unroll
+        for (u32 k = 0; k < 4; k++) {
+            u32 of = blockIdx.x * WARP + i % WARP + k, v = i / WARP;
+            u32 column = Q::column(of, v / Q::PART) + v % Q::PART;
+            if (of < n_items && column < args.n_cols)
+                args.out[column] = args.add == nullptr ? sums[k] : args.add[column] + sums[k];
+        }
     }
 }
 
 #define DOWN(Q) \
-    extern "C" __global__ void __launch_bounds__(256) down_##Q(DownArgs args) { down<Q>(args); }
+    extern "C" __global__ void __launch_bounds__(256, 3) down_##Q(DownArgs args) { down<Q>(args); }
 
 DOWN(F32)
 DOWN(F16)

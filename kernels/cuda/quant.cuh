@@ -1,5 +1,5 @@
-// Weight formats as rows lie on the device: a block's fields are planes, values first, each plane padded to 16 bytes
-// (README.md, "Rows"). A lane takes one *item* of a row at a time: what 16-byte loads bring. An item of a quantised format has
+// Weight formats as rows lie on the device: a block's fields are planes, values first, each plane padded to 16 bytes (`layout.rs`,
+// `DeviceRows`). A lane takes one *item* of a row at a time: what 16-byte loads bring. An item of a quantised format has
 // PARTS parts of PART consecutive columns with one scale (and minimum) each; value = scale * (byte - OFFSET) + min.
 #pragma once
 #include "common.cuh"
@@ -116,137 +116,106 @@ struct Q8_0 {
     __device__ __forceinline__ float min(u32, int) const { return 0.0f; }
 };
 
-// Two neighbouring 6-bit scales and minima out of the 12 bytes of Q4_K and Q5_K: sub-blocks 2 * chunk and 2 * chunk + 1.
-struct ScalesK4 {
-    u32 scales, mins;
-
-    __device__ __forceinline__ void load(const u8* packed, u32 chunk) {
-        u32 w0 = load4(packed), w1 = load4(packed + 4), w2 = load4(packed + 8);
-        bool low = chunk < 2;
-        u32 s = low ? w0 & 0x3F3F3F3F : (w2 & 0x0F0F0F0F) | ((w0 >> 2) & 0x30303030);
-        u32 m = low ? w1 & 0x3F3F3F3F : ((w2 >> 4) & 0x0F0F0F0F) | ((w1 >> 2) & 0x30303030);
-        u32 shift = chunk % 2 * 16;
-        scales = s >> shift;
-        mins = m >> shift;
-    }
-    __device__ __forceinline__ float scale(int part) const { return (float)((scales >> (8 * part)) & 0xFF); }
-    __device__ __forceinline__ float min(int part) const { return (float)((mins >> (8 * part)) & 0xFF); }
-};
-
-// An item is 16 bytes of a chunk of 64 values: 16 in low nibbles, and 16 of the next sub-block in high ones.
+// The formats with blocks of 256 lie as eight sub-blocks of 32 each, which are ordered like blocks of Q4_0, with scales of whole
+// bytes (`layout.rs`, `DeviceRows`). An item is a sub-block.
 struct Q4_K {
     static constexpr bool QUANTISED = true, SIGNED = false, HAS_MIN = true;
-    static constexpr int PARTS = 2, PART = 16, OFFSET = 0, TOGETHER = 4;
+    static constexpr int PARTS = 1, PART = 32, OFFSET = 0, TOGETHER = 4;
     uint4 q;
-    ScalesK4 subs;
-    u16 d, dmin;
+    // scale and minimum of the sub-block, a byte each
+    u16 sub;
+    // d and dmin
+    u32 floats;
 
     static __device__ __forceinline__ u32 items(u32 n_cols) { return n_cols / 32; }
     __device__ __forceinline__ void load(const u8* row, u32 n_cols, u32 item) {
-        u32 n = n_cols / 256, block = item / 8;
+        u32 n = n_cols / 256;
         q = load16_once(row + item * 16);
-        const u8* scales = row + n * 128;
-        subs.load(scales + block * 12, item % 8 / 2);
-        const u8* floats = scales + padded16(n * 12);
-        d = load2(floats + block * 2);
-        dmin = load2(floats + padded16(n * 2) + block * 2);
+        const u8* subs = row + n * 128;
+        sub = load2(subs + item * 2);
+        floats = load4(subs + n * 16 + item / 8 * 4);
     }
-    static __device__ __forceinline__ u32 column(u32 item, int part) {
-        return item / 2 * 64 + part * 32 + item % 2 * 16;
+    static __device__ __forceinline__ u32 column(u32 item, int) { return item * 32; }
+    __device__ __forceinline__ void bytes(int, u32* p) const {
+        low_nibbles(q, p);
+        high_nibbles(q, p + 4);
     }
-    __device__ __forceinline__ void bytes(int part, u32* p) const {
-        if (part == 0)
-            low_nibbles(q, p);
-        else
-            high_nibbles(q, p);
+    __device__ __forceinline__ float scale(u32, int) const { return half_to_float((u16)floats) * (float)(sub & 0xFF); }
+    __device__ __forceinline__ float min(u32, int) const {
+        return -half_to_float((u16)(floats >> 16)) * (float)(sub >> 8);
     }
-    __device__ __forceinline__ float scale(u32, int part) const { return half_to_float(d) * subs.scale(part); }
-    __device__ __forceinline__ float min(u32, int part) const { return -half_to_float(dmin) * subs.min(part); }
 };
 
 struct Q5_K {
     static constexpr bool QUANTISED = true, SIGNED = false, HAS_MIN = true;
-    static constexpr int PARTS = 2, PART = 16, OFFSET = 0, TOGETHER = 2;
-    uint4 q, high;
-    ScalesK4 subs;
-    u32 shift;
-    u16 d, dmin;
+    static constexpr int PARTS = 1, PART = 32, OFFSET = 0, TOGETHER = 4;
+    uint4 q;
+    u32 high;
+    u16 sub;
+    u32 floats;
 
     static __device__ __forceinline__ u32 items(u32 n_cols) { return n_cols / 32; }
     __device__ __forceinline__ void load(const u8* row, u32 n_cols, u32 item) {
-        u32 n = n_cols / 256, block = item / 8;
+        u32 n = n_cols / 256;
         q = load16_once(row + item * 16);
-        // shared by the four chunks of the block
-        high = load16(row + n * 128 + block * 32 + item % 2 * 16);
-        shift = item % 8 / 2 * 2;
-        const u8* scales = row + n * 160;
-        subs.load(scales + block * 12, item % 8 / 2);
-        const u8* floats = scales + padded16(n * 12);
-        d = load2(floats + block * 2);
-        dmin = load2(floats + padded16(n * 2) + block * 2);
+        high = load4(row + n * 128 + item * 4);
+        const u8* subs = row + n * 160;
+        sub = load2(subs + item * 2);
+        floats = load4(subs + n * 16 + item / 8 * 4);
     }
-    static __device__ __forceinline__ u32 column(u32 item, int part) {
-        return item / 2 * 64 + part * 32 + item % 2 * 16;
+    static __device__ __forceinline__ u32 column(u32 item, int) { return item * 32; }
+    __device__ __forceinline__ void bytes(int, u32* p) const {
+        low_nibbles(q, p);
+        high_nibbles(q, p + 4);
+#pragma unroll
+        for (int k = 0; k < 8; k++) p[k] |= fifth_bits(high >> (4 * k));
     }
+    __device__ __forceinline__ float scale(u32, int) const { return half_to_float((u16)floats) * (float)(sub & 0xFF); }
+    __device__ __forceinline__ float min(u32, int) const {
+        return -half_to_float((u16)(floats >> 16)) * (float)(sub >> 8);
+    }
+};
+
+// Both halves of a sub-block have a scale of their own.
+struct Q6_K {
+    static constexpr bool QUANTISED = true, SIGNED = false, HAS_MIN = false;
+    static constexpr int PARTS = 2, PART = 16, OFFSET = 32, TOGETHER = 4;
+    uint4 q;
+    // bits 2 w and 2 w + 1 of byte k: the high bits of value 4 w + k of a half
+    uint2 high;
+    // a signed byte each
+    u16 sub;
+    u16 d;
+
+    static __device__ __forceinline__ u32 items(u32 n_cols) { return n_cols / 32; }
+    __device__ __forceinline__ void load(const u8* row, u32 n_cols, u32 item) {
+        u32 n = n_cols / 256;
+        q = load16_once(row + item * 16);
+        high = __ldg((const uint2*)(row + n * 128 + item * 8));
+        sub = load2(row + n * 192 + item * 2);
+        d = load2(row + n * 208 + item / 8 * 2);
+    }
+    static __device__ __forceinline__ u32 column(u32 item, int part) { return item * 32 + part * 16; }
     __device__ __forceinline__ void bytes(int part, u32* p) const {
         if (part == 0)
             low_nibbles(q, p);
         else
             high_nibbles(q, p);
-        u32 by = shift + part;
-        p[0] |= ((high.x >> by) & 0x01010101) << 4;
-        p[1] |= ((high.y >> by) & 0x01010101) << 4;
-        p[2] |= ((high.z >> by) & 0x01010101) << 4;
-        p[3] |= ((high.w >> by) & 0x01010101) << 4;
+        u32 bits = part == 0 ? high.x : high.y;
+        p[0] |= (bits << 4) & 0x30303030;
+        p[1] |= (bits << 2) & 0x30303030;
+        p[2] |= bits & 0x30303030;
+        p[3] |= (bits >> 2) & 0x30303030;
     }
-    __device__ __forceinline__ float scale(u32, int part) const { return half_to_float(d) * subs.scale(part); }
-    __device__ __forceinline__ float min(u32, int part) const { return -half_to_float(dmin) * subs.min(part); }
-};
-
-// An item is a quarter of a block: 16 values of each of the four quarters of one half of 128.
-struct Q6_K {
-    static constexpr bool QUANTISED = true, SIGNED = false, HAS_MIN = false;
-    static constexpr int PARTS = 4, PART = 16, OFFSET = 32, TOGETHER = 2;
-    uint4 low[2], high;
-    // two bytes of scales in each half word: of quarters 0 and 1, of quarters 2 and 3
-    u32 scales[2];
-    u16 d;
-
-    static __device__ __forceinline__ u32 items(u32 n_cols) { return n_cols / 64; }
-    __device__ __forceinline__ void load(const u8* row, u32 n_cols, u32 item) {
-        u32 n = n_cols / 256, block = item / 4, big = item / 2 % 2, side = item % 2 * 16;
-        const u8* values = row + block * 128 + big * 64 + side;
-        low[0] = load16_once(values);
-        low[1] = load16_once(values + 32);
-        high = load16_once(row + n * 128 + block * 64 + big * 32 + side);
-        const u8* subs = row + n * 192 + block * 16 + big * 8;
-        scales[0] = load4(subs);
-        scales[1] = load4(subs + 4);
-        d = load2(row + n * 208 + block * 2);
-    }
-    static __device__ __forceinline__ u32 column(u32 item, int part) {
-        return item / 2 * 128 + part * 32 + item % 2 * 16;
-    }
-    __device__ __forceinline__ void bytes(int part, u32* p) const {
-        if (part < 2)
-            low_nibbles(low[part & 1], p);
-        else
-            high_nibbles(low[part & 1], p);
-        p[0] |= ((high.x >> (2 * part)) & 0x03030303) << 4;
-        p[1] |= ((high.y >> (2 * part)) & 0x03030303) << 4;
-        p[2] |= ((high.z >> (2 * part)) & 0x03030303) << 4;
-        p[3] |= ((high.w >> (2 * part)) & 0x03030303) << 4;
-    }
-    __device__ __forceinline__ float scale(u32 item, int part) const {
-        u32 at = part % 2 * 16 + item % 2 * 8;
-        return half_to_float(d) * (float)(i8)(scales[part / 2] >> at);
+    __device__ __forceinline__ float scale(u32, int part) const {
+        return half_to_float(d) * (float)(i8)(part == 0 ? sub : sub >> 8);
     }
     __device__ __forceinline__ float min(u32, int) const { return 0.0f; }
 };
 
 // Float formats: an item is 16 bytes; rows are padded with zeros to whole items.
 struct F32 {
-    static constexpr bool QUANTISED = false;
+    static constexpr bool QUANTISED = false, HAS_MIN = false;
     static constexpr int PARTS = 1, PART = 4, TOGETHER = 4;
     uint4 q;
 
@@ -262,7 +231,7 @@ struct F32 {
 };
 
 struct F16 {
-    static constexpr bool QUANTISED = false;
+    static constexpr bool QUANTISED = false, HAS_MIN = false;
     static constexpr int PARTS = 1, PART = 8, TOGETHER = 4;
     uint4 q;
 
@@ -280,7 +249,7 @@ struct F16 {
 };
 
 struct BF16 {
-    static constexpr bool QUANTISED = false;
+    static constexpr bool QUANTISED = false, HAS_MIN = false;
     static constexpr int PARTS = 1, PART = 8, TOGETHER = 4;
     uint4 q;
 
@@ -343,7 +312,7 @@ __device__ __forceinline__ float add_item_q8(const Q& item, u32 at, const Act& x
             for (int j = 0; j < 4; j++)
                 sum = Q::SIGNED ? dot4_signed(p[4 * k + j], words[j], sum) : dot4_unsigned(p[4 * k + j], words[j], sum);
         }
-        int4 meta = __ldg(x.meta + half / 2);
+        int4 meta = x.meta[half / 2];
         int total = Q::PART == 32 ? meta.y + meta.z : (half & 1 ? meta.z : meta.y);
         if (!Q::SIGNED && Q::OFFSET != 0) sum -= Q::OFFSET * total;
         float x_scale = __int_as_float(meta.x);
@@ -386,7 +355,7 @@ __device__ __forceinline__ float add_item_f32(const Q& item, u32 at, const Act& 
         const float4* v = (const float4*)(x.values + at * Q::PART);
 #pragma unroll
         for (int k = 0; k < Q::PART / 4; k++) {
-            float4 quad = __ldg(v + k);
+            float4 quad = v[k];
             acc = fmaf(w[4 * k], quad.x, acc);
             acc = fmaf(w[4 * k + 1], quad.y, acc);
             acc = fmaf(w[4 * k + 2], quad.z, acc);

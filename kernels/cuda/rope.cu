@@ -31,6 +31,7 @@ __device__ __forceinline__ void store_cached(void* cache, u64 at, float value, u
 
 // One block a head: queries first, then keys, then values. Nothing is written for a position beyond the cache.
 extern "C" __global__ void __launch_bounds__(128) rope_append(RopeAppendArgs args) {
+    wait_for_launch_before();
     const u32 position = *args.position;
     if (position >= args.n_ctx) return;
     const u32 head = blockIdx.x, n_heads = args.n_head + args.n_head_kv, dim = args.head_dim;

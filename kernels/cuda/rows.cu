@@ -9,7 +9,7 @@ struct RowsArgs {
     // null: the products themselves are wanted
     const u8* up;
     u64 up_stride;
-    // [*n_ids] u32: the rows to take, or null: all
+    // [*n_ids] u32: the rows to take; all where `n_ids` is null
     const u32* ids;
     const u32* n_ids;
     u32 n_rows;
@@ -22,6 +22,8 @@ struct RowsArgs {
     float* out;
     // ReLU: up rows of closed gates are not read, the result is 0; else SiLU
     u32 relu;
+    // of a row of the format
+    u32 row_bytes;
 };
 static_assert(sizeof(RowsArgs) == 120, "as the launcher has it");
 
@@ -30,10 +32,15 @@ __device__ __forceinline__ float silu(float x) { return __fdiv_rn(x, 1.0f + expf
 // One warp a row or neuron; warps take them in steps of the grid. A row that does not exist gives NaN.
 template <class Q, bool Q8>
 __device__ __forceinline__ void rows(const RowsArgs& args) {
-    const u32 warps = gridDim.x * blockDim.x / WARP;
-    const u32 n = args.ids == nullptr ? args.n_rows : min(*args.n_ids, args.n_out);
-    for (u32 j = (blockIdx.x * blockDim.x + threadIdx.x) / WARP; j < n; j += warps) {
-        const u32 row = args.ids == nullptr ? j : args.ids[j];
+    const u32 warps = gridDim.x * blockDim.x / WARP, first = (blockIdx.x * blockDim.x + threadIdx.x) / WARP;
+    if (args.n_ids == nullptr && first < args.n_rows) {
+        u64 line = threadIdx.x % WARP * 128;
+        if (line < args.row_bytes) prefetch_line(args.rows + first * args.stride + line);
+    }
+    wait_for_launch_before();
+    const u32 n = args.n_ids == nullptr ? args.n_rows : min(*args.n_ids, args.n_out);
+    for (u32 j = first; j < n; j += warps) {
+        const u32 row = args.n_ids == nullptr ? j : args.ids[j];
         float result = not_a_number();
         if (row < args.n_rows) {
             const u8* at = args.rows + row * args.stride;
@@ -54,6 +61,7 @@ __device__ __forceinline__ void rows(const RowsArgs& args) {
         }
         if (threadIdx.x % WARP == 0) args.out[j] = args.add == nullptr ? result : args.add[j] + result;
     }
+    start_next_launch();
 }
 
 #define ROWS(Q, MODE, Q8) \

@@ -44,12 +44,14 @@ __device__ __forceinline__ u64 block_max(u64 key) {
 }
 
 extern "C" __global__ void __launch_bounds__(256) argmax(ArgmaxArgs args) {
+    wait_for_launch_before();
     u64 key = 0;
 #pragma unroll 1
     for (u32 i = blockIdx.x * blockDim.x + threadIdx.x; i < args.n; i += gridDim.x * blockDim.x)
         key = max(key, key_of(args.logits[i], i));
     key = block_max(key);
     if (threadIdx.x == 0) args.partials[blockIdx.x] = key;
+    start_next_launch();
     if (!is_last_block(args.ticket, gridDim.x)) return;
     key = 0;
 #pragma unroll 1
@@ -77,6 +79,7 @@ constexpr u32 TOP_K_KEYS = 1024;
 
 // One round: each block sorts 1024 keys and keeps its k largest.
 extern "C" __global__ void __launch_bounds__(512) top_k(TopKArgs args) {
+    wait_for_launch_before();
     __shared__ u64 keys[TOP_K_KEYS];
 #pragma unroll 1
     for (u32 i = threadIdx.x; i < TOP_K_KEYS; i += blockDim.x) {

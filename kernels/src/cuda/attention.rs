@@ -11,6 +11,8 @@ use crate::error::KernelError;
 const THREADS: usize = 128;
 /// Blocks that share the work on a multiprocessor.
 const BLOCKS_PER_MULTIPROCESSOR: usize = 2;
+/// Parts that one block can join.
+const PARTS_MAX: usize = 64;
 /// Positions below which dividing a context further gains nothing.
 const POSITIONS_MIN: usize = 32;
 
@@ -144,7 +146,7 @@ impl AttendScratch {
         let heads = heads.unwrap_or(ATTEND_HEADS.len() - 1);
         let n_groups = n_head_kv * shared_by.div_ceil(ATTEND_HEADS[heads]);
         let room = device.info().n_multiprocessors * BLOCKS_PER_MULTIPROCESSOR;
-        let n_parts = (room / n_groups).clamp(1, n_ctx.div_ceil(POSITIONS_MIN).max(1));
+        let n_parts = (room / n_groups).clamp(1, n_ctx.div_ceil(POSITIONS_MIN).clamp(1, PARTS_MAX));
         Ok(Self {
             n_head,
             head_dim,

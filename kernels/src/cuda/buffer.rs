@@ -49,7 +49,7 @@ impl<T: Plain> DeviceBuffer<T> {
         if bytes == 0 {
             return Ok(buffer);
         }
-        // SAFETY: the context is current; the memory is set before anything reads it.
+        // SAFETY: the context is current; the memory is cleared before anything reads it.
         unsafe {
             buffer.at = match result::malloc_sync(bytes) {
                 Err(DriverError(sys::CUresult::CUDA_ERROR_OUT_OF_MEMORY)) => {
@@ -58,13 +58,11 @@ impl<T: Plain> DeviceBuffer<T> {
                 }
                 answer => call("allocate device memory", answer)?,
             };
-            call(
-                "clear device memory",
-                result::memset_d8_sync(buffer.at, 0, bytes),
-            )?;
         }
-        // a memset may return before it is done, and streams do not wait for it
-        buffer.device.synchronize()?;
+        buffer.device.copy("clear device memory", |stream| {
+            // SAFETY: the memory was just allocated.
+            unsafe { result::memset_d8_async(buffer.at, 0, bytes, stream) }
+        })?;
         Ok(buffer)
     }
 
@@ -190,10 +188,11 @@ impl<T: Plain> View<'_, T> {
     pub fn read(&self) -> Result<Vec<T>, KernelError> {
         let mut values = vec![T::default(); self.len];
         if self.len > 0 {
-            self.device.bind()?;
-            // SAFETY: the memory holds `len` values, all bit patterns of which are values.
-            let answer = unsafe { result::memcpy_dtoh_sync(&mut values, self.at) };
-            call("copy from the device", answer)?;
+            self.device.copy("copy from the device", |stream| {
+                // SAFETY: the memory holds `len` values, all bit patterns of which are values; `values` stays until
+                // the copy is done.
+                unsafe { result::memcpy_dtoh_async(&mut values, self.at, stream) }
+            })?;
         }
         Ok(values)
     }
@@ -240,12 +239,10 @@ impl<T: Plain> ViewMut<'_, T> {
         if self.len == 0 {
             return Ok(());
         }
-        self.device.bind()?;
-        // SAFETY: the memory has room for `len` values.
-        let answer = unsafe { result::memcpy_htod_sync(self.at, values) };
-        call("copy to the device", answer)?;
-        // of pageable memory the last part may still be on its way from the driver's buffer
-        self.device.synchronize()
+        self.device.copy("copy to the device", |stream| {
+            // SAFETY: the memory has room for `len` values; `values` stays until the copy is done.
+            unsafe { result::memcpy_htod_async(self.at, values, stream) }
+        })
     }
 
     pub(super) fn device(&self) -> &Device {

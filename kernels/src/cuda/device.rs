@@ -3,6 +3,7 @@
 use std::ffi::c_void;
 use std::sync::Arc;
 
+use cudarc::driver::result::stream::StreamKind;
 use cudarc::driver::{DriverError, result, sys};
 
 use super::buffer::{DeviceBuffer, Plain};
@@ -14,6 +15,9 @@ use crate::error::KernelError;
 
 /// The least version of CUDA that a driver must support, as the driver states it: 12.0, driver 525.
 pub const DRIVER_VERSION_MIN: u32 = 12_000;
+
+/// The least version of CUDA with which graphs hold launches that may start early.
+const OVERLAP_DRIVER_VERSION_MIN: u32 = 12_030;
 
 /// What is known of a GPU.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -43,6 +47,8 @@ struct Inner {
     info: DeviceInfo,
     device: sys::CUdevice,
     context: sys::CUcontext,
+    /// For copies and clearing, so that they wait for no launch.
+    copies: sys::CUstream,
     module: sys::CUmodule,
     functions: Functions,
 }
@@ -58,6 +64,7 @@ impl Drop for Inner {
         // SAFETY: nothing else uses the module: what was launched holds the device. An error has nowhere to go.
         unsafe {
             let _ = result::ctx::set_current(self.context);
+            let _ = result::stream::destroy(self.copies);
             let _ = result::module::unload(self.module);
             let _ = result::primary_ctx::release(self.device);
         }
@@ -148,11 +155,12 @@ impl Device {
         unsafe {
             let context = call("make a context", result::primary_ctx::retain(device))?;
             match load(context, &image) {
-                Ok((module, functions)) => Ok(Self {
+                Ok((module, functions, copies)) => Ok(Self {
                     inner: Arc::new(Inner {
                         info,
                         device,
                         context,
+                        copies,
                         module,
                         functions,
                     }),
@@ -221,6 +229,27 @@ impl Device {
         call("make the context current", answer)
     }
 
+    /// Whether a kernel's start may overlap the end of the one before: Hopper and later, and drivers that can
+    /// capture it.
+    pub(super) fn overlaps_launches(&self) -> bool {
+        let info = self.info();
+        info.capability.major >= 9 && info.driver_version >= OVERLAP_DRIVER_VERSION_MIN
+    }
+
+    /// Runs `copy` on the stream for copies, and waits for it.
+    pub(super) fn copy(
+        &self,
+        operation: &'static str,
+        copy: impl FnOnce(sys::CUstream) -> Result<(), DriverError>,
+    ) -> Result<(), KernelError> {
+        self.bind()?;
+        call(operation, copy(self.inner.copies))?;
+        // SAFETY: the stream lives as long as `self`.
+        call(operation, unsafe {
+            result::stream::synchronize(self.inner.copies)
+        })
+    }
+
     pub(super) fn functions(&self) -> &Functions {
         &self.inner.functions
     }
@@ -260,14 +289,14 @@ fn describe(
     })
 }
 
-/// Loads an image and fetches its functions.
+/// Loads an image and fetches its functions; makes the stream for copies.
 ///
 /// # Safety
 /// `context` is alive.
 unsafe fn load(
     context: sys::CUcontext,
     image: &[u8],
-) -> Result<(sys::CUmodule, Functions), KernelError> {
+) -> Result<(sys::CUmodule, Functions, sys::CUstream), KernelError> {
     // SAFETY: the context is alive; the image is whole, and PTX ends with a zero.
     unsafe {
         call(
@@ -276,8 +305,11 @@ unsafe fn load(
         )?;
         let module = result::module::load_data(image.as_ptr().cast::<c_void>());
         let module = call("load the kernels", module)?;
-        Functions::fetch(module)
-            .map(|functions| (module, functions))
-            .inspect_err(|_| _ = result::module::unload(module))
+        let rest = || {
+            let functions = Functions::fetch(module)?;
+            let copies = result::stream::create(StreamKind::NonBlocking);
+            Ok((module, functions, call("make a stream", copies)?))
+        };
+        rest().inspect_err(|_| _ = result::module::unload(module))
     }
 }

@@ -13,7 +13,7 @@ const TILE_ITEMS: usize = 32;
 /// Threads of a block.
 const THREADS: usize = 256;
 /// Blocks that share the work on a multiprocessor.
-const BLOCKS_PER_MULTIPROCESSOR: usize = 2;
+const BLOCKS_PER_MULTIPROCESSOR: usize = 3;
 /// Neurons below which dividing a list further gains nothing.
 const NEURONS_MIN: usize = 32;
 
@@ -23,7 +23,6 @@ fn item_values(quant: QuantType) -> usize {
         QuantType::F32 => 4,
         QuantType::F16 | QuantType::BF16 => 8,
         QuantType::Q8_0 => 16,
-        QuantType::Q6_K => 64,
         _ => 32,
     }
 }

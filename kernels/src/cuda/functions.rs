@@ -15,15 +15,26 @@ use crate::quant::QuantType;
 /// Query heads that share a block in `attend`, ascending: one kernel each.
 pub(super) const ATTEND_HEADS: [usize; 3] = [1, 4, 8];
 
+/// Threads of a block of the `rows` kernels.
+pub(super) const ROWS_THREADS: usize = 128;
+
 /// A kernel of the loaded image.
 #[derive(Debug, Clone, Copy)]
 pub(super) struct Function(pub(super) sys::CUfunction);
+
+/// A kernel of which no more blocks should be launched than there is room for.
+#[derive(Debug, Clone, Copy)]
+pub(super) struct ResidentFunction {
+    pub(super) function: Function,
+    /// Blocks of [`ROWS_THREADS`] that a multiprocessor holds at a time.
+    pub(super) blocks_per_multiprocessor: usize,
+}
 
 /// Every kernel.
 #[derive(Debug)]
 pub(super) struct Functions {
     /// By place in [`SUPPORTED`]: f32 and 8-bit activations (the same for float weights).
-    rows: Vec<[Function; 2]>,
+    rows: Vec<[ResidentFunction; 2]>,
     down: Vec<Function>,
     embed: Vec<Function>,
     /// f16 and f32 caches, by place in [`ATTEND_HEADS`].
@@ -51,10 +62,23 @@ impl Functions {
             let name = |quant: &QuantType| get(format!("{family}_{}", quant.name()));
             SUPPORTED.iter().map(name).collect()
         };
+        let resident = |name: String| {
+            let function = get(name)?;
+            // SAFETY: a function of the module.
+            let blocks = unsafe {
+                let threads = ROWS_THREADS as i32;
+                result::occupancy::max_active_block_per_multiprocessor(function.0, threads, 0)
+            };
+            let blocks = call("ask for a kernel's occupancy", blocks)?;
+            Ok::<_, KernelError>(ResidentFunction {
+                function,
+                blocks_per_multiprocessor: blocks.max(1) as usize,
+            })
+        };
         let rows = |quant: &QuantType| -> Result<_, KernelError> {
-            let f32 = get(format!("rows_{}_f32", quant.name()))?;
+            let f32 = resident(format!("rows_{}_f32", quant.name()))?;
             let q8 = match quant.is_quantised() {
-                true => get(format!("rows_{}_q8", quant.name()))?,
+                true => resident(format!("rows_{}_q8", quant.name()))?,
                 false => f32,
             };
             Ok([f32, q8])
@@ -81,7 +105,7 @@ impl Functions {
         place.expect("rows are of a supported format")
     }
 
-    pub(super) fn rows(&self, quant: QuantType, mode: ActivationMode) -> Function {
+    pub(super) fn rows(&self, quant: QuantType, mode: ActivationMode) -> ResidentFunction {
         self.rows[Self::place(quant)][usize::from(mode == ActivationMode::Q8)]
     }
 

@@ -1,7 +1,7 @@
 //! Rows of weights as they lie on a device.
 
 use super::buffer::View;
-use crate::quant::{Plane, QuantType};
+use crate::quant::{QuantType, scale_min_k4};
 
 /// Formats that the CUDA kernels run.
 pub const SUPPORTED: [QuantType; 10] = [
@@ -27,9 +27,18 @@ const ALIGN: usize = 16;
 
 /// Format and size of rows `[n_rows, n_cols]` on a device.
 ///
-/// A row is its format's planes ([`QuantType::planes`]: values first, scales behind), each padded with zeros to 16
-/// bytes, so that every load of 16 bytes is aligned. It is [`crate::Layout::Rows`] with that padding, of which
-/// there is none where `n_cols` is a multiple of 256 (of 2048 for the formats with blocks of 256).
+/// A row is planes, values first and scales behind, each padded with zeros to 16 bytes, so that loads of 16 bytes are
+/// aligned and neighbouring lanes read neighbouring bytes. Blocks of one or 32 values have the planes of
+/// [`QuantType::planes`]: the row is that of [`crate::Layout::Rows`] but for the padding, of which there is none where
+/// `n_cols` is a multiple of 256. Blocks of 256 values are put in order anew, as eight sub-blocks of 32:
+///
+/// | plane | bytes per sub-block |
+/// |---|---|
+/// | low 4 bits: value j in the low nibble of byte j, value j + 16 in the high one | 16 |
+/// | `Q5_K`: fifth bits, of value k in bit k | 4 |
+/// | `Q6_K`: for each half, the high bits of its value 4 w + k in bits 2 w and 2 w + 1 of byte k | 2 × 4 |
+/// | `Q4_K`, `Q5_K`: scale and minimum, unpacked to a byte each; `Q6_K`: the scales of both halves | 2 |
+/// | `Q4_K`, `Q5_K`: d and dmin of the block; `Q6_K`: d | 4 or 2 per block |
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
 pub struct DeviceRows {
     /// Format of the weights, one of [`SUPPORTED`].
@@ -43,7 +52,9 @@ pub struct DeviceRows {
 impl DeviceRows {
     /// Bytes of one row: a multiple of 16.
     pub fn row_bytes(&self) -> usize {
-        self.planes().map(|(_, bytes)| bytes).sum()
+        let n_blocks = self.n_blocks();
+        let padded = |field: &Field| (n_blocks * field.bytes).next_multiple_of(ALIGN);
+        fields(self.quant).iter().map(padded).sum()
     }
 
     /// Bytes of all rows, one behind the other.
@@ -60,13 +71,6 @@ impl DeviceRows {
         self.n_cols / block
     }
 
-    /// Each plane and its bytes in a row, padding included.
-    fn planes(&self) -> impl Iterator<Item = (&'static Plane, usize)> {
-        let n_blocks = self.n_blocks();
-        let planes = self.quant.planes().iter();
-        planes.map(move |plane| (plane, (n_blocks * plane.bytes()).next_multiple_of(ALIGN)))
-    }
-
     /// Writes rows in file order (`file_rows`, whole rows) to `dst`, each `stride_bytes` behind the one before.
     /// Overwrites `row_bytes` of each stride, padding included, and nothing else.
     ///
@@ -81,21 +85,160 @@ impl DeviceRows {
             n_rows == 0 || dst.len() >= (n_rows - 1) * stride_bytes + row_bytes,
             "{n_rows} rows fit"
         );
-        let block_bytes = self.quant.block_bytes();
+        let (fields, block_bytes) = (fields(self.quant), self.quant.block_bytes());
         for (row, dst) in file_rows
             .chunks_exact(file_bytes)
             .zip(dst.chunks_mut(stride_bytes))
         {
             let mut rest = &mut dst[..row_bytes];
-            for (plane, bytes) in self.planes() {
-                let (out, behind) = rest.split_at_mut(bytes);
-                let (fields, padding) = out.split_at_mut(self.n_blocks() * plane.bytes());
+            for field in fields {
+                let plane_bytes = self.n_blocks() * field.bytes;
+                let (plane, behind) = rest.split_at_mut(plane_bytes.next_multiple_of(ALIGN));
+                let (plane, padding) = plane.split_at_mut(plane_bytes);
                 let blocks = row.chunks_exact(block_bytes);
-                for (block, field) in blocks.zip(fields.chunks_exact_mut(plane.bytes())) {
-                    field.copy_from_slice(&block[plane.offset_bytes..][..plane.bytes()]);
+                for (block, out) in blocks.zip(plane.chunks_exact_mut(field.bytes)) {
+                    field.write(block, out);
                 }
                 padding.fill(0);
                 rest = behind;
+            }
+        }
+    }
+}
+
+/// One plane of a format: what a block has in it.
+struct Field {
+    bytes: usize,
+    from: From,
+}
+
+/// Where a block's field comes from, in the file's block.
+enum From {
+    /// Its bytes from here on.
+    Offset(usize),
+    /// Nibbles of `Q4_K` and `Q5_K` from here on.
+    NibblesK45(usize),
+    /// Fifth bits of `Q5_K`.
+    FifthBits,
+    /// Scales and minima of `Q4_K` and `Q5_K`.
+    ScalesK45,
+    /// Low bits of `Q6_K`.
+    NibblesQ6,
+    /// High bits of `Q6_K`.
+    HighBitsQ6,
+}
+
+const fn field(bytes: usize, from: From) -> Field {
+    Field { bytes, from }
+}
+
+/// The planes of a format on a device.
+fn fields(quant: QuantType) -> &'static [Field] {
+    use From::{FifthBits, HighBitsQ6, NibblesK45, NibblesQ6, Offset, ScalesK45};
+    match quant {
+        QuantType::F32 => const { &[field(4, Offset(0))] },
+        QuantType::F16 | QuantType::BF16 => const { &[field(2, Offset(0))] },
+        QuantType::Q4_0 => const { &[field(16, Offset(2)), field(2, Offset(0))] },
+        QuantType::Q4_1 => {
+            const {
+                &[
+                    field(16, Offset(4)),
+                    field(2, Offset(0)),
+                    field(2, Offset(2)),
+                ]
+            }
+        }
+        QuantType::Q5_0 => {
+            const {
+                &[
+                    field(16, Offset(6)),
+                    field(4, Offset(2)),
+                    field(2, Offset(0)),
+                ]
+            }
+        }
+        QuantType::Q8_0 => const { &[field(32, Offset(2)), field(2, Offset(0))] },
+        QuantType::Q4_K => {
+            const {
+                &[
+                    field(128, NibblesK45(16)),
+                    field(16, ScalesK45),
+                    field(4, Offset(0)),
+                ]
+            }
+        }
+        QuantType::Q5_K => {
+            const {
+                &[
+                    field(128, NibblesK45(48)),
+                    field(32, FifthBits),
+                    field(16, ScalesK45),
+                    field(4, Offset(0)),
+                ]
+            }
+        }
+        QuantType::Q6_K => {
+            const {
+                &[
+                    field(128, NibblesQ6),
+                    field(64, HighBitsQ6),
+                    field(16, Offset(192)),
+                    field(2, Offset(208)),
+                ]
+            }
+        }
+        _ => panic!("{quant} does not run on CUDA"),
+    }
+}
+
+impl Field {
+    /// Writes the field of `block`, a block of the file, to `out` (`[bytes]`).
+    fn write(&self, block: &[u8], out: &mut [u8]) {
+        match self.from {
+            From::Offset(offset) => out.copy_from_slice(&block[offset..offset + self.bytes]),
+            From::NibblesK45(offset) => {
+                // 32 bytes hold two sub-blocks: one in low nibbles, one in high ones
+                let nibbles = &block[offset..offset + 128];
+                for (chunk, out) in nibbles.chunks_exact(32).zip(out.chunks_exact_mut(32)) {
+                    for j in 0..16 {
+                        let (first, second) = (chunk[j], chunk[16 + j]);
+                        out[j] = (first & 0xF) | (second << 4);
+                        out[16 + j] = (first >> 4) | (second & 0xF0);
+                    }
+                }
+            }
+            From::FifthBits => {
+                for (sub, out) in out.as_chunks_mut::<4>().0.iter_mut().enumerate() {
+                    let bit = |k: usize| u32::from((block[16 + k] >> sub) & 1) << k;
+                    *out = (0..32).map(bit).sum::<u32>().to_le_bytes();
+                }
+            }
+            From::ScalesK45 => {
+                for (sub, out) in out.as_chunks_mut::<2>().0.iter_mut().enumerate() {
+                    let (scale, min) = scale_min_k4(&block[4..16], sub);
+                    *out = [scale, min];
+                }
+            }
+            From::NibblesQ6 => {
+                // 64 bytes hold four sub-blocks: two in low nibbles, two in high ones
+                for (low, out) in block[..128].chunks_exact(64).zip(out.chunks_exact_mut(64)) {
+                    for (sub, out) in out.chunks_exact_mut(16).enumerate() {
+                        let nibble = |k: usize| (low[sub % 2 * 32 + k] >> (sub / 2 * 4)) & 0xF;
+                        for (j, out) in out.iter_mut().enumerate() {
+                            *out = nibble(j) | (nibble(16 + j) << 4);
+                        }
+                    }
+                }
+            }
+            From::HighBitsQ6 => {
+                for (half, out) in out.as_chunks_mut::<4>().0.iter_mut().enumerate() {
+                    let (sub, first) = (half / 2, half % 2 * 16);
+                    let high = &block[128 + sub / 4 * 32 + first..][..16];
+                    let bits = |k: usize| (high[k] >> (sub % 4 * 2)) & 3;
+                    for (k, out) in out.iter_mut().enumerate() {
+                        *out = (0..4).map(|w| bits(4 * w + k) << (2 * w)).sum();
+                    }
+                }
             }
         }
     }
@@ -159,11 +302,59 @@ impl<'a> RowsView<'a> {
 
 #[cfg(test)]
 mod tests {
+    use half::{bf16, f16};
+
     use super::*;
+    use crate::quant::dequantize_block;
     use crate::testing::Random;
 
+    /// Value `k` of a packed row: the format's meaning, read from the layout's description.
+    fn value(rows: &DeviceRows, row: &[u8], k: usize) -> f32 {
+        let (quant, n) = (rows.quant, rows.n_cols);
+        let pad = |bytes: usize| bytes.next_multiple_of(16);
+        let half = |at: usize| f16::from_le_bytes([row[at], row[at + 1]]).to_f32();
+        let (block, sub, j) = (k / 256, k / 32, k % 32);
+        let nibble = i32::from((row[sub * 16 + j % 16] >> (j / 16 * 4)) & 0xF);
+        let values = n / 2;
+        match quant {
+            QuantType::F32 => f32::from_le_bytes(row[4 * k..4 * k + 4].try_into().unwrap()),
+            QuantType::F16 => half(2 * k),
+            QuantType::BF16 => bf16::from_le_bytes([row[2 * k], row[2 * k + 1]]).to_f32(),
+            QuantType::Q4_0 => half(values + sub * 2) * (nibble - 8) as f32,
+            QuantType::Q4_1 => {
+                let min = half(values + pad(n / 16) + sub * 2);
+                (nibble as f32).mul_add(half(values + sub * 2), min)
+            }
+            QuantType::Q5_0 => {
+                let fifth = i32::from((row[values + sub * 4 + j / 8] >> (j % 8)) & 1) << 4;
+                half(values + pad(n / 8) + sub * 2) * (nibble + fifth - 16) as f32
+            }
+            QuantType::Q8_0 => half(n + sub * 2) * f32::from(row[k] as i8),
+            QuantType::Q4_K | QuantType::Q5_K => {
+                let (mut subs, mut q) = (values, nibble);
+                if quant == QuantType::Q5_K {
+                    q += i32::from((row[values + sub * 4 + j / 8] >> (j % 8)) & 1) << 4;
+                    subs += n / 8;
+                }
+                let floats = subs + pad(n / 16) + block * 4;
+                let scale = half(floats) * f32::from(row[subs + sub * 2]);
+                let min = -half(floats + 2) * f32::from(row[subs + sub * 2 + 1]);
+                (q as f32).mul_add(scale, min)
+            }
+            QuantType::Q6_K => {
+                let (part, within) = (j / 16, j % 16);
+                let byte = row[values + sub * 8 + part * 4 + within % 4];
+                let q = nibble + (i32::from((byte >> (within / 4 * 2)) & 3) << 4) - 32;
+                let subs = values + n / 4;
+                let scale = f32::from(row[subs + sub * 2 + part] as i8);
+                half(subs + pad(n / 16) + block * 2) * scale * q as f32
+            }
+            _ => unreachable!(),
+        }
+    }
+
     #[test]
-    fn planes_start_at_16_bytes_and_hold_the_file_s_fields() {
+    fn packed_rows_have_the_file_s_values_and_nothing_between() {
         for quant in SUPPORTED {
             let block = quant.block_values();
             for n_cols in [block, 3 * block, 8 * block, 18 * block] {
@@ -175,28 +366,30 @@ mod tests {
                 };
                 let file = Random(3).rows(quant, n_rows, n_cols);
                 let stride = rows.row_bytes() + 32;
+                assert_eq!(rows.row_bytes() % 16, 0);
                 let mut packed = vec![0xA5; n_rows * stride];
                 rows.pack(&file, stride, &mut packed);
-                for (r, row) in file.chunks(quant.row_bytes(n_cols)).enumerate() {
-                    let mut at = r * stride;
-                    for plane in quant.planes() {
-                        assert_eq!(at % 16, 0, "{quant} plane");
-                        for block in row.chunks(quant.block_bytes()) {
-                            let field = &block[plane.offset_bytes..][..plane.bytes()];
-                            assert_eq!(&packed[at..at + plane.bytes()], field, "{quant} row {r}");
-                            at += plane.bytes();
+                let blocks: Vec<&[u8]> = file.chunks(quant.block_bytes()).collect();
+                for (r, row) in packed.chunks(stride).enumerate() {
+                    let (row, between) = row.split_at(rows.row_bytes());
+                    assert_eq!(between, [0xA5; 32], "{quant}: between rows");
+                    for (b, file) in blocks[r * n_cols / block..].iter().enumerate() {
+                        if b == n_cols / block {
+                            break;
                         }
-                        while at % 16 != 0 {
-                            assert_eq!(packed[at], 0, "{quant} padding");
-                            at += 1;
+                        let mut values = vec![0.0; block];
+                        dequantize_block(quant, file, &mut values);
+                        for (k, want) in values.iter().enumerate() {
+                            let got = value(&rows, row, b * block + k);
+                            assert_eq!(got, *want, "{quant} row {r} block {b} value {k}");
                         }
                     }
-                    assert_eq!(at, r * stride + rows.row_bytes(), "{quant} bytes of a row");
-                    assert_eq!(
-                        packed[at..(r + 1) * stride],
-                        [0xA5; 32],
-                        "{quant} between rows"
-                    );
+                }
+                // padding is zeros whatever was there
+                let mut other = vec![0x5A; n_rows * stride];
+                rows.pack(&file, stride, &mut other);
+                for (a, b) in packed.chunks(stride).zip(other.chunks(stride)) {
+                    assert_eq!(a[..rows.row_bytes()], b[..rows.row_bytes()], "{quant}");
                 }
             }
         }
@@ -205,7 +398,7 @@ mod tests {
     #[test]
     fn wide_rows_have_the_bytes_of_the_host_s_layout() {
         use crate::matrix::Layout;
-        for (quant, n_cols) in [(QuantType::Q4_0, 512), (QuantType::Q6_K, 2048)] {
+        for (quant, n_cols) in [(QuantType::Q4_0, 512), (QuantType::Q5_0, 256)] {
             let file = Random(5).rows(quant, 3, n_cols);
             let rows = DeviceRows {
                 quant,

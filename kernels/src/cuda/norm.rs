@@ -44,7 +44,7 @@ pub fn rms_norm(
         eps,
     };
     let grid = Grid {
-        blocks: [1, 1],
+        blocks: [x.len().div_ceil(1024), 1],
         threads: 1024,
         shared_bytes: 0,
     };

@@ -2,6 +2,7 @@
 
 use super::activations::{DeviceAct, RawAct};
 use super::buffer::{View, ViewMut};
+use super::functions::ROWS_THREADS;
 use super::layout::RowsView;
 use super::stream::{Grid, Stream};
 use crate::error::KernelError;
@@ -52,7 +53,7 @@ pub enum NeuronList<'a> {
 }
 
 impl NeuronList<'_> {
-    /// Addresses of ids and count, 0 for none, and how many there can be.
+    /// Addresses of ids and count (0: all rows), and how many there can be.
     pub(super) fn raw(&self, stream: &Stream, n_rows: usize) -> (u64, u64, usize) {
         match self {
             NeuronList::All => (0, 0, n_rows),
@@ -79,14 +80,13 @@ struct RowsArgs {
     add: u64,
     out: u64,
     relu: u32,
+    row_bytes: u32,
 }
 
 const _: () = assert!(size_of::<RowsArgs>() == 120);
 
 /// Warps of a block.
-const WARPS: usize = 4;
-/// Blocks that a multiprocessor can hold at most.
-const BLOCKS_PER_MULTIPROCESSOR: usize = 16;
+const WARPS: usize = ROWS_THREADS / 32;
 
 /// Writes the products of all rows of `m` (`[n_rows, n_cols]`) with `x` (`[n_cols]`), plus `add`, to `out`
 /// (`[n_rows]` f32). As [`crate::gemm::gemv`], but for the order of the sum.
@@ -209,19 +209,21 @@ fn launch(
         add: add.address(&out),
         out: out.address(),
         relu: u32::from(relu),
+        row_bytes: shape.row_bytes() as u32,
     };
+    let kernel = stream.functions().rows(shape.quant, x.mode());
     let mut n_blocks = n_out.div_ceil(WARPS);
-    if ids != 0 || up.is_some() {
+    if n_ids != 0 || up.is_some() {
         // of a list most may be missing, and neurons differ: no more blocks than there is room for
-        let room = stream.device().info().n_multiprocessors * BLOCKS_PER_MULTIPROCESSOR;
+        let n_multiprocessors = stream.device().info().n_multiprocessors;
+        let room = n_multiprocessors * kernel.blocks_per_multiprocessor;
         n_blocks = n_blocks.min(room);
     }
     let grid = Grid {
         blocks: [n_blocks, 1],
-        threads: WARPS * 32,
+        threads: ROWS_THREADS,
         shared_bytes: 0,
     };
-    let function = stream.functions().rows(shape.quant, x.mode());
     // SAFETY: rows, activations, list and output fit (asserted); activations have what their mode's kernel reads.
-    unsafe { stream.launch(operation, function, grid, args) }
+    unsafe { stream.launch(operation, kernel.function, grid, args) }
 }

@@ -83,18 +83,33 @@ impl Stream {
         self.device.bind()?;
         let dim = |n: usize| u32::try_from(n).expect("a grid of 32-bit size");
         let [x, y] = grid.blocks.map(dim);
-        let answer = // SAFETY: the caller's contract; the driver copies the argument before it returns.
-            unsafe {
-                result::launch_kernel(
-                    function.0,
-                    (x, y, 1),
-                    (dim(grid.threads), 1, 1),
-                    dim(grid.shared_bytes),
-                    self.raw,
-                    &mut [(&raw mut args).cast::<c_void>()],
-                )
-            };
-        call(operation, answer)
+        // every kernel waits for the one before it, but may be set up while that one ends
+        let mut early = sys::CUlaunchAttribute {
+            id: sys::CUlaunchAttributeID::CU_LAUNCH_ATTRIBUTE_PROGRAMMATIC_STREAM_SERIALIZATION,
+            pad: Default::default(),
+            value: sys::CUlaunchAttributeValue {
+                programmaticStreamSerializationAllowed: 1,
+            },
+        };
+        let config = sys::CUlaunchConfig {
+            gridDimX: x,
+            gridDimY: y,
+            gridDimZ: 1,
+            blockDimX: dim(grid.threads),
+            blockDimY: 1,
+            blockDimZ: 1,
+            sharedMemBytes: dim(grid.shared_bytes),
+            hStream: self.raw,
+            attrs: &raw mut early,
+            numAttrs: u32::from(self.device.overlaps_launches()),
+        };
+        let mut params = [(&raw mut args).cast::<c_void>()];
+        // SAFETY: the caller's contract; the driver copies the argument before it returns.
+        let answer = unsafe {
+            let (params, extra) = (params.as_mut_ptr(), std::ptr::null_mut());
+            sys::cuLaunchKernelEx(&raw const config, function.0, params, extra)
+        };
+        call(operation, answer.result())
     }
 }
 
