@@ -81,6 +81,12 @@ __device__ __forceinline__ void attend(const AttendArgs& args) {
     const typename C::Value* values = (const typename C::Value*)args.v_cache + (u64)kv * args.n_ctx * dim;
 
     wait_for_launch_before();
+#pragma unroll 4
+    for (u32 i = tid * 4; i < HEADS * dim; i += ATTEND_THREADS * 4) {
+        float4 q = make_float4(0.0f, 0.0f, 0.0f, 0.0f);
+        if (i < n_heads * dim) q = *(const float4*)(args.q + first_head * dim + i);
+        *(float4*)(buffer + i) = make_float4(q.x * args.scale, q.y * args.scale, q.z * args.scale, q.w * args.scale);
+    }
     const u32 visible_end = min(*args.position, args.n_ctx - 1) + 1;
     const u32 visible = args.window == 0 ? visible_end : min(visible_end, args.window);
     const u32 visible_start = visible_end - visible;
@@ -89,12 +95,6 @@ __device__ __forceinline__ void attend(const AttendArgs& args) {
     const u32 begin = visible_start + (u32)((u64)visible * blockIdx.x / parts);
     const u32 end = visible_start + (u32)((u64)visible * (blockIdx.x + 1) / parts);
 
-#pragma unroll 4
-    for (u32 i = tid * 4; i < HEADS * dim; i += ATTEND_THREADS * 4) {
-        float4 q = make_float4(0.0f, 0.0f, 0.0f, 0.0f);
-        if (i < n_heads * dim) q = *(const float4*)(args.q + first_head * dim + i);
-        *(float4*)(buffer + i) = make_float4(q.x * args.scale, q.y * args.scale, q.z * args.scale, q.w * args.scale);
-    }
     if (tid < HEADS) {
         maxima[tid] = -infinity();
         sums[tid] = 0.0f;
@@ -168,6 +168,8 @@ __device__ __forceinline__ void attend(const AttendArgs& args) {
             weights[h][lane] = first;
             weights[h][lane + WARP] = second;
             float sum = warp_sum(first + second);
+            // every lane has read the old maximum
+            __syncwarp();
             if (lane == 0) {
                 // the first tile has nothing to rescale
                 float factor = start == begin ? 0.0f : expf(old - largest);

@@ -84,9 +84,6 @@ __device__ __forceinline__ void start_next_launch() {
 #endif
 }
 
-// Asks for the line at `at` to be brought to the second cache: weights, which no launch writes.
-__device__ __forceinline__ void prefetch_line(const void* at) { asm volatile("prefetch.global.L2 [%0];" ::"l"(at)); }
-
 // Every lane gets the sum, in one order: lanes 16 apart first, neighbours last.
 __device__ __forceinline__ float warp_sum(float v) {
 #pragma unroll

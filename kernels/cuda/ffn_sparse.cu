@@ -26,9 +26,11 @@ struct DownArgs {
 };
 static_assert(sizeof(DownArgs) == 88, "as the launcher has it");
 
-constexpr u32 DOWN_WARPS = 8;
+// Two blocks fill a multiprocessor: more warps a block leave fewer parts to join behind, and more steps to join within.
+constexpr u32 DOWN_WARPS = 12;
+constexpr u32 DOWN_ROUNDS = 3;
 // Places that a block looks through at a time.
-constexpr u32 DOWN_LIST = 1024;
+constexpr u32 DOWN_LIST = DOWN_ROUNDS * DOWN_WARPS * WARP;
 
 // Neurons of a part of the list whose product is not zero, in the list's order.
 struct DownList {
@@ -41,12 +43,11 @@ struct DownList {
 // Fills `list` with places first ... end - 1. Called by the whole block; synchronises before and after.
 __device__ __forceinline__ void find_active(const DownArgs& args, u32 first, u32 end, DownList& list) {
     const u32 lane = threadIdx.x % WARP, warp = threadIdx.x / WARP;
-    constexpr u32 ROUNDS = DOWN_LIST / (DOWN_WARPS * WARP);
-    float a[ROUNDS];
-    u32 ids[ROUNDS], before[ROUNDS];
+    float a[DOWN_ROUNDS];
+    u32 ids[DOWN_ROUNDS], before[DOWN_ROUNDS];
     __syncthreads();
 #pragma unroll
-    for (u32 r = 0; r < ROUNDS; r++) {
+    for (u32 r = 0; r < DOWN_ROUNDS; r++) {
         u32 j = first + (r * DOWN_WARPS + warp) * WARP + lane;
         a[r] = j < end ? args.a[j] : 0.0f;
         ids[r] = args.n_ids == nullptr || j >= end ? j : args.ids[j];
@@ -57,18 +58,29 @@ __device__ __forceinline__ void find_active(const DownArgs& args, u32 first, u32
     __syncthreads();
     if (warp == 0) {
         // counts become starts
-        u32 count = list.counts[lane], start = count;
+        u32 counts[DOWN_ROUNDS], count = 0;
+#pragma unroll
+        for (u32 r = 0; r < DOWN_ROUNDS; r++) {
+            counts[r] = lane < DOWN_WARPS ? list.counts[lane * DOWN_ROUNDS + r] : 0;
+            count += counts[r];
+        }
+        u32 start = count;
 #pragma unroll
         for (u32 step = 1; step < WARP; step *= 2) {
             u32 other = __shfl_up_sync(ALL_LANES, start, step);
             if (lane >= step) start += other;
         }
-        list.counts[lane] = start - count;
         if (lane == WARP - 1) list.n = start;
+        start -= count;
+#pragma unroll
+        for (u32 r = 0; r < DOWN_ROUNDS; r++) {
+            if (lane < DOWN_WARPS) list.counts[lane * DOWN_ROUNDS + r] = start;
+            start += counts[r];
+        }
     }
     __syncthreads();
 #pragma unroll
-    for (u32 r = 0; r < ROUNDS; r++) {
+    for (u32 r = 0; r < DOWN_ROUNDS; r++) {
         u32 j = first + (r * DOWN_WARPS + warp) * WARP + lane;
         if (j < end && a[r] != 0.0f) {
             u32 at = list.counts[r * DOWN_WARPS + warp] + before[r];
@@ -79,15 +91,17 @@ __device__ __forceinline__ void find_active(const DownArgs& args, u32 first, u32
     }
     __syncthreads();
 }
-static_assert(DOWN_LIST / WARP == WARP, "one lane a count");
+static_assert(DOWN_WARPS <= WARP, "a lane for each warp's counts");
 
-// Block (x, y): items 32 x ... 32 x + 31 of the rows, one a lane, of part y of the list; warp w takes active neurons w, w + 8,
-// .... The warps are joined pairwise, the blocks of a column in ascending order by whichever ends last.
+// Block (x, y): items 32 x ... 32 x + 31 of the rows, one a lane, of part y of the list; warp w takes active neurons w,
+// w + 12, .... The warps are joined pairwise, the blocks of a column in ascending order by whichever ends last.
 template <class Q>
 __device__ __forceinline__ void down(const DownArgs& args) {
     constexpr int VALUES = Q::PARTS * Q::PART, TOGETHER = 4;
     __shared__ DownList list;
-    __shared__ float halves[DOWN_WARPS / 2][VALUES][WARP];
+    // values that are joined at a time
+    constexpr int JOINED = VALUES < 16 ? VALUES : 16;
+    __shared__ float halves[DOWN_WARPS / 2][JOINED][WARP];
     const u32 lane = threadIdx.x % WARP, warp = threadIdx.x / WARP;
     const u32 item = blockIdx.x * WARP + lane, n_items = Q::items(args.n_cols);
     wait_for_launch_before();
@@ -133,17 +147,21 @@ __device__ __forceinline__ void down(const DownArgs& args) {
         }
     }
 
+    // the upper half of the warps is added to the lower one, until one is left
+#pragma unroll
+    for (int first = 0; first < VALUES; first += JOINED)
 #pragma unroll 1
-    for (u32 width = DOWN_WARPS / 2; width > 0; width /= 2) {
-        __syncthreads();
-        if (warp >= width && warp < 2 * width)
+        for (u32 n_warps = DOWN_WARPS; n_warps > 1; n_warps = (n_warps + 1) / 2) {
+            const u32 lower = (n_warps + 1) / 2;
+            __syncthreads();
+            if (warp >= lower && warp < n_warps)
 #pragma unroll
-            for (int v = 0; v < VALUES; v++) halves[warp - width][v][lane] = acc[v];
-        __syncthreads();
-        if (warp < width)
+                for (int v = 0; v < JOINED; v++) halves[warp - lower][v][lane] = acc[first + v];
+            __syncthreads();
+            if (warp < n_warps - lower)
 #pragma unroll
-            for (int v = 0; v < VALUES; v++) acc[v] += halves[warp][v][lane];
-    }
+                for (int v = 0; v < JOINED; v++) acc[first + v] += halves[warp][v][lane];
+        }
     constexpr u32 TILE = VALUES * WARP;
     float* tile = args.partials + (u64)blockIdx.x * gridDim.y * TILE;
     if (warp == 0)
@@ -174,7 +192,7 @@ __device__ __forceinline__ void down(const DownArgs& args) {
 }
 
 #define DOWN(Q) \
-    extern "C" __global__ void __launch_bounds__(256, 3) down_##Q(DownArgs args) { down<Q>(args); }
+    extern "C" __global__ void __launch_bounds__(DOWN_WARPS * WARP, 2) down_##Q(DownArgs args) { down<Q>(args); }
 
 DOWN(F32)
 DOWN(F16)

@@ -22,24 +22,27 @@ struct RowsArgs {
     float* out;
     // ReLU: up rows of closed gates are not read, the result is 0; else SiLU
     u32 relu;
-    // of a row of the format
-    u32 row_bytes;
+    // whether a block's warps take a row together, else each its own
+    u32 together;
 };
 static_assert(sizeof(RowsArgs) == 120, "as the launcher has it");
 
 __device__ __forceinline__ float silu(float x) { return __fdiv_rn(x, 1.0f + expf(-x)); }
 
-// One warp a row or neuron; warps take them in steps of the grid. A row that does not exist gives NaN.
+constexpr u32 ROWS_WARPS = 4;
+
+// Warps or whole blocks take rows or neurons in steps of the grid. A row that does not exist gives NaN.
 template <class Q, bool Q8>
 __device__ __forceinline__ void rows(const RowsArgs& args) {
-    const u32 warps = gridDim.x * blockDim.x / WARP, first = (blockIdx.x * blockDim.x + threadIdx.x) / WARP;
-    if (args.n_ids == nullptr && first < args.n_rows) {
-        u64 line = threadIdx.x % WARP * 128;
-        if (line < args.row_bytes) prefetch_line(args.rows + first * args.stride + line);
-    }
+    // of the product before and of this one
+    __shared__ float sums[2][ROWS_WARPS];
     wait_for_launch_before();
+    const u32 warp = threadIdx.x / WARP, teams = args.together ? 1 : ROWS_WARPS;
+    const u32 threads = ROWS_WARPS / teams * WARP, thread = threadIdx.x % threads;
     const u32 n = args.n_ids == nullptr ? args.n_rows : min(*args.n_ids, args.n_out);
-    for (u32 j = first; j < n; j += warps) {
+    u32 turn = 0;
+#pragma unroll 1
+    for (u32 j = blockIdx.x * teams + threadIdx.x / threads; j < n; j += gridDim.x * teams) {
         const u32 row = args.n_ids == nullptr ? j : args.ids[j];
         float result = not_a_number();
         if (row < args.n_rows) {
@@ -48,7 +51,13 @@ __device__ __forceinline__ void rows(const RowsArgs& args) {
             // the gate, then up, in the same instructions
 #pragma unroll 1
             for (bool more = args.up != nullptr;; more = false) {
-                float product = row_dot<Q, Q8>(at, args.x);
+                float product = warp_sum(row_part<Q, Q8>(at, args.x, thread, threads));
+                if (args.together) {
+                    if (threadIdx.x % WARP == 0) sums[turn][warp] = product;
+                    __syncthreads();
+                    product = (sums[turn][0] + sums[turn][1]) + (sums[turn][2] + sums[turn][3]);
+                    turn ^= 1;
+                }
                 result = factor * product;
                 if (!more) break;
                 if (args.relu && product <= 0.0f) {
@@ -59,13 +68,13 @@ __device__ __forceinline__ void rows(const RowsArgs& args) {
                 at = args.up + row * args.up_stride;
             }
         }
-        if (threadIdx.x % WARP == 0) args.out[j] = args.add == nullptr ? result : args.add[j] + result;
+        if (thread == 0) args.out[j] = args.add == nullptr ? result : args.add[j] + result;
     }
     start_next_launch();
 }
 
 #define ROWS(Q, MODE, Q8) \
-    extern "C" __global__ void __launch_bounds__(128) rows_##Q##_##MODE(RowsArgs args) { rows<Q, Q8>(args); }
+    extern "C" __global__ void __launch_bounds__(ROWS_WARPS * WARP) rows_##Q##_##MODE(RowsArgs args) { rows<Q, Q8>(args); }
 
 ROWS(F32, f32, false)
 ROWS(F16, f32, false)

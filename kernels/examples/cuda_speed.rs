@@ -136,111 +136,69 @@ impl Bench {
         Ok(())
     }
 
-    /// Gate, up and down of `n_active` of `n_ff` neurons. With `scan` all gates are read.
+    /// Gate, up and down of `n_active` of `n_ff` neurons: the two launches apart, and together.
     fn ffn(
         &self,
         quant: QuantType,
         n_embd: usize,
         n_ff: usize,
         n_active: usize,
-        scan: bool,
     ) -> Result<(), KernelError> {
-        let up = self.weights(quant, n_ff, n_embd)?;
+        let weights = self.weights(quant, n_ff, n_embd)?;
         let x = self.activations(n_embd, ActivationMode::Q8)?;
-        let ids: Vec<u32> = (0..n_active)
-            .map(|j| (j * n_ff / n_active) as u32)
-            .collect();
-        let (list, count) = (
-            self.device.upload(&ids)?,
-            self.device.upload(&[n_active as u32])?,
-        );
-        let list = NeuronList::Ids {
-            ids: list.view(..),
+        // evenly spread, and other rows in each list, so that no cache holds what is read
+        let ids = |shift: usize| (0..n_active).map(move |j| (j * n_ff / n_active + shift) as u32);
+        let lists =
+            (0..n_ff / n_active).map(|shift| self.device.upload(&ids(shift).collect::<Vec<_>>()));
+        let lists = lists.collect::<Result<Vec<_>, _>>()?;
+        let count = self.device.upload(&[n_active as u32])?;
+        let list = |i: usize| NeuronList::Ids {
+            ids: lists[i % lists.len()].view(..),
             count: count.view(..),
         };
-        let (mut out, mut a) = (self.device.alloc::<f32>(n_ff)?, vec![0.0f32; n_ff]);
+        let mut a = self.device.upload(&vec![0.25f32; n_active])?;
         let mut y = self.device.alloc::<f32>(n_embd)?;
-        let mut scratch = DownScratch::new(&self.device, up.rows)?;
-        let row = up.rows.row_bytes();
+        let mut scratch = DownScratch::new(&self.device, weights.rows)?;
+        let bytes = n_active * weights.rows.row_bytes();
         let name = format!("{quant} {n_embd}, {n_active} of {n_ff}");
-        let (first, n_read) = if scan {
-            // gates alone, then up rows of the open ones are a list's
-            let us = self.time(40, |stream, i| {
-                gemv(stream, up.view(i), &x, Add::None, out.view_mut(..))
-            })?;
-            self.report(&format!("  all gates {name}"), us, n_ff * row);
-            (us, n_ff + n_active)
-        } else {
-            (0.0, 2 * n_active)
-        };
-        let mut product = self.device.alloc::<f32>(n_active)?;
-        // SiLU, so that all of the list is read
-        let second = self.time(40, |stream, i| {
-            let (gate, up) = (up.view(i), up.view(i + 1));
-            gate_up(stream, gate, up, list, &x, false, product.view_mut(..))
-        })?;
-        self.report(&format!("  gate, up {name}"), second, 2 * n_active * row);
-        ids.iter().for_each(|&id| a[id as usize] = 0.25);
-        let a = self.device.upload(&a)?;
-        let down = self.time(40, |stream, i| {
-            let (rows, all) = (up.view(i), NeuronList::All);
+        let us = self.time(48, |stream, i| {
+            let (rows, y) = (weights.view(i), y.view_mut(..));
             down_active(
                 stream,
                 rows,
-                all,
+                list(i),
                 a.view(..),
                 Add::None,
                 &mut scratch,
-                y.view_mut(..),
+                y,
             )
         })?;
-        self.report(
-            &format!("  down {name}, found in all"),
-            down,
-            n_active * row,
-        );
-        let short = self.device.upload(&vec![0.25f32; n_active])?;
-        let listed = self.time(40, |stream, i| {
-            let rows = up.view(i);
+        self.report(&format!("down {name}"), us, bytes);
+        // SiLU, so that all of the list is read
+        let us = self.time(48, |stream, i| {
+            let (gate, up) = (weights.view(2 * i), weights.view(2 * i + 1));
+            gate_up(stream, gate, up, list(i), &x, false, a.view_mut(..))
+        })?;
+        self.report(&format!("gate, up {name}"), us, 2 * bytes);
+        let us = self.time(48, |stream, i| {
+            let (gate, up, down) = (
+                weights.view(3 * i),
+                weights.view(3 * i + 1),
+                weights.view(3 * i + 2),
+            );
+            gate_up(stream, gate, up, list(i), &x, false, a.view_mut(..))?;
+            let y = y.view_mut(..);
             down_active(
                 stream,
-                rows,
-                list,
-                short.view(..),
+                down,
+                list(i),
+                a.view(..),
                 Add::None,
                 &mut scratch,
-                y.view_mut(..),
+                y,
             )
         })?;
-        self.report(&format!("  down {name}, listed"), listed, n_active * row);
-        if !scan {
-            self.report(
-                &format!("ffn {name}, listed"),
-                second + listed,
-                3 * n_active * row,
-            );
-            let both = self.time(40, |stream, i| {
-                let (gate, up_rows, down) =
-                    (up.view(3 * i), up.view(3 * i + 1), up.view(3 * i + 2));
-                gate_up(stream, gate, up_rows, list, &x, false, product.view_mut(..))?;
-                down_active(
-                    stream,
-                    down,
-                    list,
-                    product.view(..),
-                    Add::None,
-                    &mut scratch,
-                    y.view_mut(..),
-                )
-            })?;
-            self.report(
-                &format!("ffn {name}, both in one graph"),
-                both,
-                3 * n_active * row,
-            );
-        } else {
-            let _ = (first, n_read);
-        }
+        self.report(&format!("ffn {name}"), us, 3 * bytes);
         Ok(())
     }
 
@@ -350,11 +308,11 @@ fn main() -> Result<(), Box<dyn std::error::Error>> {
         bench.gemv(quant, q8, 8192, 8192)?;
     }
     for percent in [10, 15] {
-        bench.ffn(QuantType::Q4_0, 8192, 28672, 28672 * percent / 100, false)?;
+        bench.ffn(QuantType::Q4_0, 8192, 28672, 28672 * percent / 100)?;
     }
-    bench.ffn(QuantType::Q4_0, 8192, 28672, 28672 * 15 / 100, true)?;
-    bench.ffn(QuantType::Q4_0, 4096, 11008, 11008 / 10, true)?;
-    bench.ffn(QuantType::F16, 5120, 13824, 13824 * 15 / 100, false)?;
+    bench.ffn(QuantType::Q4_0, 4096, 11008, 11008 / 10)?;
+    bench.ffn(QuantType::Q4_K, 8192, 28672, 28672 * 15 / 100)?;
+    bench.ffn(QuantType::F16, 5120, 13824, 13824 * 15 / 100)?;
     for n_ctx in [512, 4096, 32768] {
         bench.attention(64, 8, 128, n_ctx)?;
     }

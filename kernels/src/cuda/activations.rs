@@ -25,6 +25,17 @@ pub struct DeviceAct {
     meta: DeviceBuffer<i32>,
 }
 
+/// A copy of 8-bit blocks, as [`crate::ActRef`] has them.
+#[derive(Debug, Clone, PartialEq)]
+pub struct Q8Copy {
+    /// `[n_blocks · 32]` 8-bit values.
+    pub q: Vec<i8>,
+    /// `[n_blocks]` scale of each block.
+    pub scales: Vec<f32>,
+    /// `[n_blocks]` integer sum of each block.
+    pub block_sums: Vec<i32>,
+}
+
 /// `Act` of `kernels/cuda/common.cuh`.
 #[derive(Debug, Clone, Copy)]
 #[repr(C)]
@@ -80,22 +91,22 @@ impl DeviceAct {
         self.values.view(..self.n_cols)
     }
 
-    /// The 8-bit values in the order of columns, and the scale and the integer sum of each block of 32 (mode `Q8`, else empty).
-    /// Streams are not waited for.
+    /// The 8-bit blocks in the order of columns (mode `Q8`, else empty). Streams are not waited for.
     ///
     /// # Errors
     /// The driver's.
-    pub fn read_q8(&self) -> Result<(Vec<i8>, Vec<f32>, Vec<i32>), KernelError> {
+    pub fn read_q8(&self) -> Result<Q8Copy, KernelError> {
         let (halves, meta) = (self.halves.read()?, self.meta.read()?);
         let n_blocks = meta.len() / 4;
         let (halves, _) = halves.as_chunks::<16>();
-        let q = (0..2 * n_blocks).flat_map(|half| halves[half % 2 * n_blocks + half / 2]);
-        let scales = meta
-            .iter()
-            .step_by(4)
-            .map(|&bits| f32::from_bits(bits as u32));
-        let sums = meta.chunks_exact(4).map(|meta| meta[1] + meta[2]);
-        Ok((q.collect(), scales.collect(), sums.collect()))
+        let (meta, _) = meta.as_chunks::<4>();
+        Ok(Q8Copy {
+            q: (0..2 * n_blocks)
+                .flat_map(|half| halves[half % 2 * n_blocks + half / 2])
+                .collect(),
+            scales: meta.iter().map(|m| f32::from_bits(m[0] as u32)).collect(),
+            block_sums: meta.iter().map(|m| m[1] + m[2]).collect(),
+        })
     }
 
     pub(super) fn raw(&self) -> RawAct {

@@ -2,30 +2,19 @@
 
 use super::buffer::{DeviceBuffer, View, ViewMut};
 use super::device::Device;
-use super::layout::{DeviceRows, RowsView};
+use super::layout::{DeviceRows, RowsView, item_values};
 use super::rows::{Add, NeuronList};
 use super::stream::{Grid, Stream};
 use crate::error::KernelError;
-use crate::quant::QuantType;
 
 /// Items of a row that a block takes, one a lane.
 const TILE_ITEMS: usize = 32;
 /// Threads of a block.
-const THREADS: usize = 256;
+const THREADS: usize = 384;
 /// Blocks that share the work on a multiprocessor.
-const BLOCKS_PER_MULTIPROCESSOR: usize = 3;
+const BLOCKS_PER_MULTIPROCESSOR: usize = 2;
 /// Neurons below which dividing a list further gains nothing.
-const NEURONS_MIN: usize = 32;
-
-/// Values that a lane takes together (`quant.cuh`).
-fn item_values(quant: QuantType) -> usize {
-    match quant {
-        QuantType::F32 => 4,
-        QuantType::F16 | QuantType::BF16 => 8,
-        QuantType::Q8_0 => 16,
-        _ => 32,
-    }
-}
+const NEURONS_MIN: usize = 48;
 
 /// Memory that [`down_active`] works in. One launch at a time may use it.
 #[derive(Debug)]

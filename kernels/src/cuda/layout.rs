@@ -244,6 +244,16 @@ impl Field {
     }
 }
 
+/// Values of an item, which a lane takes at a time (`quant.cuh`).
+pub(super) fn item_values(quant: QuantType) -> usize {
+    match quant {
+        QuantType::F32 => 4,
+        QuantType::F16 | QuantType::BF16 => 8,
+        QuantType::Q8_0 => 16,
+        _ => 32,
+    }
+}
+
 /// Packed rows in device memory.
 #[derive(Debug, Clone, Copy)]
 pub struct RowsView<'a> {

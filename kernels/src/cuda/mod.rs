@@ -27,7 +27,7 @@ mod rows;
 mod sample;
 mod stream;
 
-pub use activations::{DeviceAct, prepare};
+pub use activations::{DeviceAct, Q8Copy, prepare};
 pub use attention::{AttendScratch, DeviceCache, attend};
 pub use buffer::{DeviceBuffer, Plain, View, ViewMut};
 pub use device::{DRIVER_VERSION_MIN, Device, DeviceInfo, device_count};

@@ -3,7 +3,7 @@
 use super::activations::{DeviceAct, RawAct};
 use super::buffer::{View, ViewMut};
 use super::functions::ROWS_THREADS;
-use super::layout::RowsView;
+use super::layout::{RowsView, item_values};
 use super::stream::{Grid, Stream};
 use crate::error::KernelError;
 
@@ -80,11 +80,13 @@ struct RowsArgs {
     add: u64,
     out: u64,
     relu: u32,
-    row_bytes: u32,
+    together: u32,
 }
 
 const _: () = assert!(size_of::<RowsArgs>() == 120);
 
+/// Items of a row, in blocks' threads, from which on a block's warps take it together: work is divided more evenly.
+const TOGETHER_ITEMS_MIN: usize = 2;
 /// Warps of a block.
 const WARPS: usize = ROWS_THREADS / 32;
 
@@ -196,6 +198,9 @@ fn launch(
     if n_out == 0 {
         return Ok(());
     }
+    let is_list = n_ids != 0 || up.is_some();
+    let items = shape.n_cols / item_values(shape.quant);
+    let together = items >= TOGETHER_ITEMS_MIN * ROWS_THREADS;
     let args = RowsArgs {
         rows: rows.bytes().address(),
         stride: rows.stride_bytes() as u64,
@@ -209,11 +214,15 @@ fn launch(
         add: add.address(&out),
         out: out.address(),
         relu: u32::from(relu),
-        row_bytes: shape.row_bytes() as u32,
+        together: u32::from(together),
     };
     let kernel = stream.functions().rows(shape.quant, x.mode());
-    let mut n_blocks = n_out.div_ceil(WARPS);
-    if n_ids != 0 || up.is_some() {
+    let mut n_blocks = if together {
+        n_out
+    } else {
+        n_out.div_ceil(WARPS)
+    };
+    if is_list {
         // of a list most may be missing, and neurons differ: no more blocks than there is room for
         let n_multiprocessors = stream.device().info().n_multiprocessors;
         let room = n_multiprocessors * kernel.blocks_per_multiprocessor;
