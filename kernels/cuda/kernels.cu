@@ -1,6 +1,7 @@
 // Everything in one module, so that all functions can be had at once.
 #include "activations.cu"
 #include "attention.cu"
+#include "compact.cu"
 #include "embed.cu"
 #include "ffn_sparse.cu"
 #include "norm.cu"

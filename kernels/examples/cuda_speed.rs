@@ -6,8 +6,8 @@
 use pi_kernels::attention::KvType;
 use pi_kernels::cuda::{
     Add, AttendScratch, Device, DeviceAct, DeviceBuffer, DeviceCache, DeviceRows, DownScratch,
-    Event, Graph, NeuronList, RowsView, SampleScratch, Stream, argmax, attend, down_active,
-    gate_up, gemv, prepare, rms_norm, top_k,
+    Event, Graph, NeuronList, RowsView, SampleScratch, Stream, argmax, attend, compact,
+    down_active, gate_up, gemv, prepare, rms_norm, top_k,
 };
 use pi_kernels::{ActivationMode, KernelError, QuantType};
 
@@ -243,6 +243,18 @@ impl Bench {
             let us = self.time(100, |stream, _| prepare(stream, ones.view(..), &mut act))?;
             self.report(&format!("prepare {n}"), us, 4 * n);
         }
+        let n = 28_672;
+        let gates: Vec<f32> = random_bytes(n, 4)
+            .iter()
+            .map(|&b| f32::from(b) - 217.0)
+            .collect();
+        let gates = self.device.upload(&gates)?;
+        let (mut ids, mut count) = (self.device.alloc::<u32>(n)?, self.device.alloc::<u32>(1)?);
+        let us = self.time(100, |stream, _| {
+            let (ids, count) = (ids.view_mut(..), count.view_mut(..));
+            compact(stream, gates.view(..), None, 0, ids, None, count)
+        })?;
+        self.report(&format!("compact {n}, 15 %"), us, 4 * n);
         let n = 128_256;
         let logits: Vec<f32> = random_bytes(n, 3).iter().map(|&b| f32::from(b)).collect();
         let logits = self.device.upload(&logits)?;

@@ -39,6 +39,7 @@ pub(super) struct Functions {
     embed: Vec<Function>,
     /// f16 and f32 caches, by place in [`ATTEND_HEADS`].
     attend: [Vec<Function>; 2],
+    pub(super) compact: Function,
     pub(super) prepare: Function,
     pub(super) rms_norm: Function,
     pub(super) rope_append: Function,
@@ -92,6 +93,7 @@ impl Functions {
             down: each("down")?,
             embed: each("embed")?,
             attend: [attend("f16")?, attend("f32")?],
+            compact: get("compact".to_owned())?,
             prepare: get("prepare".to_owned())?,
             rms_norm: get("rms_norm".to_owned())?,
             rope_append: get("rope_append".to_owned())?,

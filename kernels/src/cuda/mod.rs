@@ -13,6 +13,7 @@
 mod activations;
 mod attention;
 mod buffer;
+mod compact;
 mod device;
 mod down;
 mod embed;
@@ -30,6 +31,7 @@ mod stream;
 pub use activations::{DeviceAct, Q8Copy, prepare};
 pub use attention::{AttendScratch, DeviceCache, attend};
 pub use buffer::{DeviceBuffer, Plain, View, ViewMut};
+pub use compact::compact;
 pub use device::{DRIVER_VERSION_MIN, Device, DeviceInfo, device_count};
 pub use down::{DownScratch, down_active};
 pub use embed::embed;

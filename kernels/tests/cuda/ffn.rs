@@ -1,6 +1,6 @@
 //! The sparse feed-forward network.
 
-use pi_kernels::cuda::{Add, DownScratch, NeuronList, SUPPORTED, down_active, gate_up};
+use pi_kernels::cuda::{Add, DownScratch, NeuronList, SUPPORTED, compact, down_active, gate_up};
 use pi_kernels::ffn_sparse::{self, FFN_GROUPS, GroupSpan};
 use pi_kernels::{ActivationMode, QuantType};
 
@@ -242,5 +242,63 @@ fn what_is_not_finite_and_neurons_that_do_not_exist_surface() {
         .unwrap();
         stream.synchronize().unwrap();
         assert!(out.read().unwrap().iter().all(|v| v.is_nan()), "{ids:?}");
+    }
+}
+
+#[test]
+fn lists_of_active_neurons_are_the_host_s() {
+    let Some(device) = device() else { return };
+    let stream = device.stream().unwrap();
+    for n in [1, 31, 1000, 1024, 1025, 11008, 28672] {
+        let mut random = Random(n as u64);
+        for share in [0, 1, 5, 10] {
+            let mut values: Vec<f32> = (0..n)
+                .map(|_| {
+                    let open = random.below(10) < share;
+                    random.float().abs() * if open { 1.0 } else { -1.0 }
+                })
+                .collect();
+            if share == 5 {
+                values[n / 2] = f32::NAN;
+                values[n / 3] = 0.0;
+                values[n - 1] = -0.0;
+            }
+            let thresholds: Vec<f32> = random.floats(n).iter().map(|t| t.abs()).collect();
+            for with_thresholds in [false, true] {
+                let (mut want_ids, mut want) = (vec![], vec![]);
+                if with_thresholds {
+                    ffn_sparse::large_active(&values, &thresholds, 7, &mut want_ids, &mut want);
+                } else {
+                    ffn_sparse::gate_active(&values, 7, &mut want_ids, &mut want);
+                }
+                let from = device.upload(&values).unwrap();
+                let by = device.upload(&thresholds).unwrap();
+                let mut ids = device.upload(&vec![u32::MAX; n]).unwrap();
+                let mut kept = device.upload(&vec![-7.0f32; n]).unwrap();
+                let mut count = device.upload(&[99u32]).unwrap();
+                let thresholds = with_thresholds.then(|| by.view(..));
+                let (ids_view, kept_view) = (ids.view_mut(..), Some(kept.view_mut(..)));
+                let count_view = count.view_mut(..);
+                compact(
+                    &stream,
+                    from.view(..),
+                    thresholds,
+                    7,
+                    ids_view,
+                    kept_view,
+                    count_view,
+                )
+                .unwrap();
+                stream.synchronize().unwrap();
+                let (ids, kept) = (ids.read().unwrap(), kept.read().unwrap());
+                let n_active = want_ids.len();
+                let what = format!("{n} values, thresholds {with_thresholds}");
+                assert_eq!(count.read().unwrap(), [n_active as u32], "{what}");
+                assert_eq!(ids[..n_active], want_ids, "{what}");
+                assert_eq!(bits(&kept[..n_active]), bits(&want), "{what}");
+                assert!(ids[n_active..].iter().all(|&id| id == u32::MAX), "{what}");
+                assert!(kept[n_active..].iter().all(|&v| v == -7.0), "{what}");
+            }
+        }
     }
 }
