@@ -6,6 +6,7 @@
 pub mod activations;
 pub mod attention;
 pub mod cpu;
+pub mod cuda;
 mod dot;
 pub mod elementwise;
 pub mod error;

@@ -1,0 +1,293 @@
+// Attention of one token over the cache. The visible positions are divided evenly over at most gridDim.x blocks a group of query
+// heads; each gives a state (maximum score, sum of weights, weighted sum of values), and the block that ends last joins the
+// states in ascending order.
+#include "common.cuh"
+
+struct AttendArgs {
+    // [n_head * head_dim] f32, rotated
+    const float* q;
+    // [n_head_kv, n_ctx, head_dim] f16 or f32 each
+    const void* k_cache;
+    const void* v_cache;
+    // the token's position, in device memory; it sees positions up to its own
+    const u32* position;
+    // [n_head * head_dim] f32
+    float* out;
+    // [gridDim.x, n_head, head_dim + 2] f32; gridDim.x is at most ATTEND_PARTS_MAX
+    float* states;
+    // [gridDim.y], zeros
+    u32* tickets;
+    // head_dim is a multiple of 8
+    u32 n_head, n_head_kv, head_dim, n_ctx;
+    // the token sees the last so many positions; 0: all
+    u32 window;
+    float scale;
+};
+static_assert(sizeof(AttendArgs) == 80, "as the launcher has it");
+
+constexpr u32 ATTEND_THREADS = 128;
+constexpr u32 ATTEND_PARTS_MAX = 64;
+// Positions of a part at least, where there are several.
+constexpr u32 PART_MIN = 32;
+// Positions whose scores are held at a time.
+constexpr u32 TILE = 64;
+// Threads that share a key: each takes 8 of every 64 values.
+constexpr u32 KEY_LANES = 8;
+
+// Eight cached values, as they are loaded and as f32.
+struct CachedF16 {
+    typedef u16 Value;
+    uint4 raw;
+
+    __device__ __forceinline__ void load(const u16* at) { raw = *(const uint4*)at; }
+    __device__ __forceinline__ void floats(float* v) const {
+        u32 words[4] = {raw.x, raw.y, raw.z, raw.w};
+#pragma unroll
+        for (int k = 0; k < 4; k++) {
+            v[2 * k] = half_to_float((u16)words[k]);
+            v[2 * k + 1] = half_to_float((u16)(words[k] >> 16));
+        }
+    }
+};
+
+struct CachedF32 {
+    typedef float Value;
+    float4 low, high;
+
+    __device__ __forceinline__ void load(const float* at) {
+        low = ((const float4*)at)[0];
+        high = ((const float4*)at)[1];
+    }
+    __device__ __forceinline__ void floats(float* v) const {
+        v[0] = low.x, v[1] = low.y, v[2] = low.z, v[3] = low.w;
+        v[4] = high.x, v[5] = high.y, v[6] = high.z, v[7] = high.w;
+    }
+};
+
+// Block (x, y): part x of the positions, group y of at most HEADS query heads of one key/value head.
+template <class C, int HEADS>
+__device__ __forceinline__ void attend(const AttendArgs& args) {
+    // queries [HEADS][dim], later the sums of groups of threads [groups][HEADS][dim]
+    extern __shared__ float4 shared[];
+    float* buffer = (float*)shared;
+    __shared__ float weights[HEADS][TILE];
+    __shared__ float maxima[HEADS], sums[HEADS], factors[HEADS];
+
+    const u32 tid = threadIdx.x, lane = tid % WARP, warp = tid / WARP, dim = args.head_dim;
+    const u32 heads_per_kv = args.n_head / args.n_head_kv, groups_per_kv = (heads_per_kv + HEADS - 1) / HEADS;
+    const u32 kv = blockIdx.y / groups_per_kv, first_of_kv = blockIdx.y % groups_per_kv * HEADS;
+    const u32 first_head = kv * heads_per_kv + first_of_kv, n_heads = min((u32)HEADS, heads_per_kv - first_of_kv);
+    const typename C::Value* keys = (const typename C::Value*)args.k_cache + (u64)kv * args.n_ctx * dim;
+    const typename C::Value* values = (const typename C::Value*)args.v_cache + (u64)kv * args.n_ctx * dim;
+
+    wait_for_launch_before();
+#pragma unroll 4
+    for (u32 i = tid * 4; i < HEADS * dim; i += ATTEND_THREADS * 4) {
+        float4 q = make_float4(0.0f, 0.0f, 0.0f, 0.0f);
+        if (i < n_heads * dim) q = *(const float4*)(args.q + first_head * dim + i);
+        *(float4*)(buffer + i) = make_float4(q.x * args.scale, q.y * args.scale, q.z * args.scale, q.w * args.scale);
+    }
+    const u32 visible_end = min(*args.position, args.n_ctx - 1) + 1;
+    const u32 visible = args.window == 0 ? visible_end : min(visible_end, args.window);
+    const u32 visible_start = visible_end - visible;
+    const u32 parts = min(gridDim.x, (visible + PART_MIN - 1) / PART_MIN);
+    if (blockIdx.x >= parts) return;
+    const u32 begin = visible_start + (u32)((u64)visible * blockIdx.x / parts);
+    const u32 end = visible_start + (u32)((u64)visible * (blockIdx.x + 1) / parts);
+
+    if (tid < HEADS) {
+        maxima[tid] = -infinity();
+        sums[tid] = 0.0f;
+    }
+    // of a row of values a thread has eight, and every so many positions
+    const u32 row_threads = dim / 8, row_groups = ATTEND_THREADS / row_threads;
+    const u32 group = tid / row_threads, d_of = tid % row_threads * 8;
+    float acc[HEADS][8];
+#pragma unroll
+    for (int h = 0; h < HEADS; h++)
+#pragma unroll
+        for (int k = 0; k < 8; k++) acc[h][k] = 0.0f;
+    __syncthreads();
+
+#pragma unroll 1
+    for (u32 start = begin; start < end; start += TILE) {
+        const u32 n = min(TILE, end - start);
+        // scores: a thread has the same values of every 16th position
+        constexpr u32 ROUNDS = TILE * KEY_LANES / ATTEND_THREADS, STEP = ATTEND_THREADS / KEY_LANES;
+        const typename C::Value *tile_keys = keys + (u64)start * dim, *tile_values = values + (u64)start * dim;
+        float scores[ROUNDS][HEADS];
+#pragma unroll
+        for (u32 r = 0; r < ROUNDS; r++)
+#pragma unroll
+            for (int h = 0; h < HEADS; h++) scores[r][h] = 0.0f;
+#pragma unroll 1
+        for (u32 d = tid % KEY_LANES * 8; d < dim; d += KEY_LANES * 8) {
+            C cached[ROUNDS];
+#pragma unroll
+            for (u32 r = 0; r < ROUNDS; r++)
+                // behind the last position its key again, whose score is not used
+                cached[r].load(tile_keys + min(tid / KEY_LANES + r * STEP, n - 1) * dim + d);
+#pragma unroll
+            for (u32 r = 0; r < ROUNDS; r++) {
+                float k[8];
+                cached[r].floats(k);
+#pragma unroll
+                for (int h = 0; h < HEADS; h++) {
+                    const float4* q = (const float4*)(buffer + h * dim + d);
+                    float4 low = q[0], high = q[1];
+                    float score = scores[r][h];
+                    score = fmaf(k[0], low.x, score);
+                    score = fmaf(k[1], low.y, score);
+                    score = fmaf(k[2], low.z, score);
+                    score = fmaf(k[3], low.w, score);
+                    score = fmaf(k[4], high.x, score);
+                    score = fmaf(k[5], high.y, score);
+                    score = fmaf(k[6], high.z, score);
+                    scores[r][h] = fmaf(k[7], high.w, score);
+                }
+            }
+        }
+#pragma unroll
+        for (u32 r = 0; r < ROUNDS; r++)
+#pragma unroll
+            for (int h = 0; h < HEADS; h++) {
+                float score = scores[r][h];
+#pragma unroll
+                for (int step = KEY_LANES / 2; step > 0; step /= 2) score += __shfl_xor_sync(ALL_LANES, score, step);
+                u32 p = tid / KEY_LANES + r * STEP;
+                if (tid % KEY_LANES == 0) weights[h][p] = p < n ? score : -infinity();
+            }
+        __syncthreads();
+        // weights
+#pragma unroll 1
+        for (u32 h = warp; h < HEADS; h += ATTEND_THREADS / WARP) {
+            float first = weights[h][lane], second = weights[h][lane + WARP];
+            float old = maxima[h], largest = fmaxf(old, warp_max(fmaxf(first, second)));
+            first = lane < n ? expf(first - largest) : 0.0f;
+            second = lane + WARP < n ? expf(second - largest) : 0.0f;
+            weights[h][lane] = first;
+            weights[h][lane + WARP] = second;
+            float sum = warp_sum(first + second);
+            // every lane has read the old maximum
+            __syncwarp();
+            if (lane == 0) {
+                // the first tile has nothing to rescale
+                float factor = start == begin ? 0.0f : expf(old - largest);
+                factors[h] = factor;
+                maxima[h] = largest;
+                sums[h] = fmaf(sums[h], factor, sum);
+            }
+        }
+        __syncthreads();
+        // values
+        if (group < row_groups) {
+            if (start != begin)
+#pragma unroll
+                for (int h = 0; h < HEADS; h++)
+#pragma unroll
+                    for (int k = 0; k < 8; k++) acc[h][k] *= factors[h];
+#pragma unroll 1
+            for (u32 first = group; first < n; first += 4 * row_groups) {
+                C cached[4];
+#pragma unroll
+                for (u32 r = 0; r < 4; r++)
+                    cached[r].load(tile_values + min(first + r * row_groups, n - 1) * dim + d_of);
+#pragma unroll
+                for (u32 r = 0; r < 4; r++) {
+                    u32 p = first + r * row_groups;
+                    if (p >= n) break;
+                    float v[8];
+                    cached[r].floats(v);
+#pragma unroll
+                    for (int h = 0; h < HEADS; h++) {
+                        float weight = weights[h][p];
+#pragma unroll
+                        for (int k = 0; k < 8; k++) acc[h][k] = fmaf(v[k], weight, acc[h][k]);
+                    }
+                }
+            }
+        }
+        __syncthreads();
+    }
+
+    // groups of threads are joined in ascending order
+    __syncthreads();
+    if (group < row_groups)
+#pragma unroll
+        for (int h = 0; h < HEADS; h++)
+#pragma unroll
+            for (int k = 0; k < 8; k++) buffer[(group * HEADS + h) * dim + d_of + k] = acc[h][k];
+    __syncthreads();
+    // [parts, n_head, dim] values, then [parts, n_head, 2] maxima and sums
+    float* all_values = args.states;
+    float2* all_weights = (float2*)(args.states + (u64)gridDim.x * args.n_head * dim);
+    float* state = all_values + ((u64)blockIdx.x * args.n_head + first_head) * dim;
+#pragma unroll 1
+    for (u32 i = tid * 4; i < n_heads * dim; i += ATTEND_THREADS * 4) {
+        float4 sum = make_float4(0.0f, 0.0f, 0.0f, 0.0f);
+#pragma unroll 8
+        for (u32 g = 0; g < row_groups; g++) {
+            float4 v = *(const float4*)(buffer + g * HEADS * dim + i);
+            sum.x += v.x;
+            sum.y += v.y;
+            sum.z += v.z;
+            sum.w += v.w;
+        }
+        *(float4*)(state + i) = sum;
+    }
+    if (tid < n_heads)
+        all_weights[(u64)blockIdx.x * args.n_head + first_head + tid] = make_float2(maxima[tid], sums[tid]);
+    start_next_launch();
+    if (!is_last_block(args.tickets + blockIdx.y, parts)) return;
+
+    // what each part's values are multiplied by
+    __shared__ float shares[HEADS][ATTEND_PARTS_MAX];
+#pragma unroll 1
+    for (u32 h = warp; h < n_heads; h += ATTEND_THREADS / WARP) {
+        float2 of[ATTEND_PARTS_MAX / WARP];
+        float largest = -infinity(), sum = 0.0f;
+#pragma unroll
+        for (u32 r = 0; r < ATTEND_PARTS_MAX / WARP; r++) {
+            u32 part = r * WARP + lane;
+            of[r] = part < parts ? __ldcg(all_weights + (u64)part * args.n_head + first_head + h)
+                                     : make_float2(-infinity(), 0.0f);
+            largest = fmaxf(largest, of[r].x);
+        }
+        largest = warp_max(largest);
+#pragma unroll
+        for (u32 r = 0; r < ATTEND_PARTS_MAX / WARP; r++) {
+            of[r].x = of[r].y == 0.0f ? 0.0f : expf(of[r].x - largest);
+            sum += warp_sum(of[r].x * of[r].y);
+        }
+#pragma unroll
+        for (u32 r = 0; r < ATTEND_PARTS_MAX / WARP; r++) shares[h][r * WARP + lane] = __fdiv_rn(of[r].x, sum);
+    }
+    __syncthreads();
+#pragma unroll 1
+    for (u32 i = tid * 4; i < n_heads * dim; i += ATTEND_THREADS * 4) {
+        const float* share = shares[i / dim];
+        float4 sum = make_float4(0.0f, 0.0f, 0.0f, 0.0f);
+#pragma unroll 8
+        for (u32 part = 0; part < parts; part++) {
+            float4 v = __ldcg((const float4*)(all_values + ((u64)part * args.n_head + first_head) * dim + i));
+            float by = share[part];
+            sum.x = fmaf(v.x, by, sum.x);
+            sum.y = fmaf(v.y, by, sum.y);
+            sum.z = fmaf(v.z, by, sum.z);
+            sum.w = fmaf(v.w, by, sum.w);
+        }
+        *(float4*)(args.out + first_head * dim + i) = sum;
+    }
+}
+
+#define ATTEND(C, NAME, HEADS)                                                                            \
+    extern "C" __global__ void __launch_bounds__(ATTEND_THREADS) attend_##NAME##_##HEADS(AttendArgs args) { \
+        attend<C, HEADS>(args);                                                                           \
+    }
+
+ATTEND(CachedF16, f16, 1)
+ATTEND(CachedF16, f16, 4)
+ATTEND(CachedF16, f16, 8)
+ATTEND(CachedF32, f32, 1)
+ATTEND(CachedF32, f32, 4)
+ATTEND(CachedF32, f32, 8)

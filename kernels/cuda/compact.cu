@@ -1,0 +1,57 @@
+// Which neurons are active, as a list in ascending order.
+#include "common.cuh"
+
+struct CompactArgs {
+    // [n] f32
+    const float* values;
+    // [n] f32 or null
+    const float* thresholds;
+    u32 n, first_id;
+    // [n] u32: first_id + index
+    u32* ids;
+    // [n] f32 or null: the values of the list
+    float* kept;
+    // how many there are
+    u32* count;
+};
+static_assert(sizeof(CompactArgs) == 48, "as the launcher has it");
+
+constexpr u32 COMPACT_THREADS = 1024;
+
+// Above zero, or larger than its threshold whatever its sign; NaN always is.
+__device__ __forceinline__ bool is_active(const CompactArgs& args, u32 i) {
+    float value = args.values[i];
+    return args.thresholds == nullptr ? !(value <= 0.0f) : !(fabsf(value) <= args.thresholds[i]);
+}
+
+__device__ __forceinline__ u32 block_sum(u32 count, u32* counts) {
+    const u32 lane = threadIdx.x % WARP, warp = threadIdx.x / WARP;
+    count = (u32)warp_sum((int)count);
+    if (lane == 0) counts[warp] = count;
+    __syncthreads();
+    return (u32)warp_sum((int)counts[lane]);
+}
+
+// One value a thread. A block counts what lies before its own values itself, so that no block waits for another.
+extern "C" __global__ void __launch_bounds__(COMPACT_THREADS) compact(CompactArgs args) {
+    __shared__ u32 counts_before[COMPACT_THREADS / WARP], counts[COMPACT_THREADS / WARP];
+    const u32 lane = threadIdx.x % WARP, warp = threadIdx.x / WARP, i = blockIdx.x * COMPACT_THREADS + threadIdx.x;
+    wait_for_launch_before();
+    u32 before = 0;
+#pragma unroll 8
+    for (u32 block = 0; block < blockIdx.x; block++) before += is_active(args, block * COMPACT_THREADS + threadIdx.x);
+    before = block_sum(before, counts_before);
+    const bool active = i < args.n && is_active(args, i);
+    const u32 of_warp = __ballot_sync(ALL_LANES, active);
+    if (lane == 0) counts[warp] = __popc(of_warp);
+    __syncthreads();
+    // of warps before this one, and of all
+    u32 of_lane = counts[lane], total = (u32)warp_sum((int)of_lane);
+    u32 at = before + (u32)warp_sum((int)(lane < warp ? of_lane : 0)) + __popc(of_warp & ((1u << lane) - 1));
+    start_next_launch();
+    if (active) {
+        args.ids[at] = args.first_id + i;
+        if (args.kept != nullptr) args.kept[at] = args.values[i];
+    }
+    if (blockIdx.x == gridDim.x - 1 && threadIdx.x == 0) *args.count = before + total;
+}

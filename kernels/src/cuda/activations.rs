@@ -1,0 +1,158 @@
+//! Activations of one token on a device.
+
+use super::buffer::{DeviceBuffer, View};
+use super::device::Device;
+use super::stream::{Grid, Stream};
+use crate::activations::ActivationMode;
+use crate::error::KernelError;
+use crate::quant::BLOCK;
+
+/// Activations of one token, `[n_cols]`: f32 values, and beside them what products with quantised rows read.
+///
+/// Blocks, rounding and scales are those of [`crate::ActBatch`]; only the order in memory is the device's
+/// (`kernels/cuda/common.cuh`, `Act`).
+#[derive(Debug)]
+pub struct DeviceAct {
+    mode: ActivationMode,
+    n_cols: usize,
+    /// `[n_blocks · 32]`, zeros behind the last column.
+    values: DeviceBuffer<f32>,
+    /// Mode `F32`: `[8, n_blocks, 4]`; else empty.
+    quads: DeviceBuffer<f32>,
+    /// Mode `Q8`: `[2, n_blocks, 16]`; else empty.
+    halves: DeviceBuffer<i8>,
+    /// Mode `Q8`: `[n_blocks, 4]`: scale (its bits), integer sums of both halves, 0; else empty.
+    meta: DeviceBuffer<i32>,
+}
+
+/// A copy of 8-bit blocks, as [`crate::ActRef`] has them.
+#[derive(Debug, Clone, PartialEq)]
+pub struct Q8Copy {
+    /// `[n_blocks · 32]` 8-bit values.
+    pub q: Vec<i8>,
+    /// `[n_blocks]` scale of each block.
+    pub scales: Vec<f32>,
+    /// `[n_blocks]` integer sum of each block.
+    pub block_sums: Vec<i32>,
+}
+
+/// `Act` of `kernels/cuda/common.cuh`.
+#[derive(Debug, Clone, Copy)]
+#[repr(C)]
+pub(super) struct RawAct {
+    values: u64,
+    quads: u64,
+    halves: u64,
+    meta: u64,
+    n_blocks: u32,
+    n_cols: u32,
+}
+
+const _: () = assert!(size_of::<RawAct>() == 40);
+
+impl DeviceAct {
+    /// Room for one token's `n_cols` values.
+    ///
+    /// # Errors
+    /// As [`Device::alloc`].
+    pub fn new(device: &Device, mode: ActivationMode, n_cols: usize) -> Result<Self, KernelError> {
+        let n_blocks = n_cols.div_ceil(BLOCK);
+        let (f32, q8) = match mode {
+            ActivationMode::F32 => (n_blocks, 0),
+            ActivationMode::Q8 => (0, n_blocks),
+        };
+        Ok(Self {
+            mode,
+            n_cols,
+            values: device.alloc(n_blocks * BLOCK)?,
+            quads: device.alloc(f32 * BLOCK)?,
+            halves: device.alloc(q8 * BLOCK)?,
+            meta: device.alloc(q8 * 4)?,
+        })
+    }
+
+    /// The arithmetic that quantised rows meet it with.
+    pub fn mode(&self) -> ActivationMode {
+        self.mode
+    }
+
+    /// Values.
+    pub fn n_cols(&self) -> usize {
+        self.n_cols
+    }
+
+    /// Bytes of device memory.
+    pub fn bytes(&self) -> usize {
+        self.values.bytes() + self.quads.bytes() + self.halves.bytes() + self.meta.bytes()
+    }
+
+    /// The values, `[n_cols]` f32.
+    pub fn values(&self) -> View<'_, f32> {
+        self.values.view(..self.n_cols)
+    }
+
+    /// The 8-bit blocks in the order of columns (mode `Q8`, else empty). Streams are not waited for.
+    ///
+    /// # Errors
+    /// The driver's.
+    pub fn read_q8(&self) -> Result<Q8Copy, KernelError> {
+        let (halves, meta) = (self.halves.read()?, self.meta.read()?);
+        let n_blocks = meta.len() / 4;
+        let (halves, _) = halves.as_chunks::<16>();
+        let (meta, _) = meta.as_chunks::<4>();
+        Ok(Q8Copy {
+            q: (0..2 * n_blocks)
+                .flat_map(|half| halves[half % 2 * n_blocks + half / 2])
+                .collect(),
+            scales: meta.iter().map(|m| f32::from_bits(m[0] as u32)).collect(),
+            block_sums: meta.iter().map(|m| m[1] + m[2]).collect(),
+        })
+    }
+
+    pub(super) fn raw(&self) -> RawAct {
+        let or_null = |address: u64, len: usize| if len == 0 { 0 } else { address };
+        RawAct {
+            values: self.values.view(..).address(),
+            quads: or_null(self.quads.view(..).address(), self.quads.len()),
+            halves: or_null(self.halves.view(..).address(), self.halves.len()),
+            meta: or_null(self.meta.view(..).address(), self.meta.len()),
+            n_blocks: self.n_cols.div_ceil(BLOCK) as u32,
+            n_cols: self.n_cols as u32,
+        }
+    }
+
+    pub(super) fn device(&self) -> &Device {
+        self.values.device()
+    }
+}
+
+#[repr(C)]
+struct PrepareArgs {
+    x: u64,
+    to: RawAct,
+}
+
+const _: () = assert!(size_of::<PrepareArgs>() == 48);
+
+/// Makes activations of `x` (`[n_cols]` f32). Overwrites `to`.
+///
+/// # Errors
+/// The driver's.
+///
+/// # Panics
+/// When the lengths differ, or devices do.
+pub fn prepare(stream: &Stream, x: View<'_, f32>, to: &mut DeviceAct) -> Result<(), KernelError> {
+    assert_eq!(x.len(), to.n_cols, "values of the activations");
+    stream.check(&[x.device(), to.device()]);
+    let args = PrepareArgs {
+        x: x.address(),
+        to: to.raw(),
+    };
+    let grid = Grid {
+        blocks: [to.n_cols.div_ceil(4 * BLOCK), 1],
+        threads: 4 * 32,
+        shared_bytes: 0,
+    };
+    // SAFETY: `x` has the columns, `to` has room for them.
+    unsafe { stream.launch("launch prepare", stream.functions().prepare, grid, args) }
+}

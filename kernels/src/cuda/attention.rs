@@ -1,0 +1,247 @@
+//! Attention of one token over a cache on the device.
+
+use super::buffer::{DeviceBuffer, View, ViewMut};
+use super::device::Device;
+use super::functions::ATTEND_HEADS;
+use super::stream::{Grid, Stream};
+use crate::attention::{HEAD_DIM_MAX, KvType};
+use crate::error::KernelError;
+
+/// Threads of a block.
+const THREADS: usize = 128;
+/// Blocks that share the work on a multiprocessor.
+const BLOCKS_PER_MULTIPROCESSOR: usize = 2;
+/// Parts that one block can join.
+const PARTS_MAX: usize = 64;
+/// Positions below which dividing a context further gains nothing.
+const POSITIONS_MIN: usize = 32;
+
+/// Keys and values of one layer, `[n_head_kv, n_ctx, head_dim]` each.
+#[derive(Debug)]
+pub struct DeviceCache {
+    kv_type: KvType,
+    n_head_kv: usize,
+    n_ctx: usize,
+    head_dim: usize,
+    k: DeviceBuffer<u8>,
+    v: DeviceBuffer<u8>,
+}
+
+impl DeviceCache {
+    /// An empty cache.
+    ///
+    /// # Errors
+    /// As [`Device::alloc`].
+    ///
+    /// # Panics
+    /// When `head_dim` is no multiple of 8 in 8 … [`HEAD_DIM_MAX`], or there are no heads or positions.
+    pub fn new(
+        device: &Device,
+        kv_type: KvType,
+        n_head_kv: usize,
+        n_ctx: usize,
+        head_dim: usize,
+    ) -> Result<Self, KernelError> {
+        assert!(
+            head_dim.is_multiple_of(8) && (8..=HEAD_DIM_MAX).contains(&head_dim),
+            "head_dim {head_dim} is a multiple of 8 up to {HEAD_DIM_MAX}"
+        );
+        assert!(n_head_kv > 0 && n_ctx > 0, "a cache of something");
+        let bytes = n_head_kv * n_ctx * kv_type.row_bytes(head_dim);
+        Ok(Self {
+            kv_type,
+            n_head_kv,
+            n_ctx,
+            head_dim,
+            k: device.alloc(bytes)?,
+            v: device.alloc(bytes)?,
+        })
+    }
+
+    /// Format of the values.
+    pub fn kv_type(&self) -> KvType {
+        self.kv_type
+    }
+
+    /// Heads of keys and values.
+    pub fn n_head_kv(&self) -> usize {
+        self.n_head_kv
+    }
+
+    /// Positions.
+    pub fn n_ctx(&self) -> usize {
+        self.n_ctx
+    }
+
+    /// Values of a row.
+    pub fn head_dim(&self) -> usize {
+        self.head_dim
+    }
+
+    /// Bytes of device memory.
+    pub fn bytes(&self) -> usize {
+        self.k.bytes() + self.v.bytes()
+    }
+
+    /// The keys, `[n_head_kv, n_ctx, head_dim]` of `kv_type`.
+    pub fn keys(&self) -> View<'_, u8> {
+        self.k.view(..)
+    }
+
+    /// The values, likewise.
+    pub fn values(&self) -> View<'_, u8> {
+        self.v.view(..)
+    }
+
+    /// The keys and the values, to be written.
+    pub fn halves_mut(&mut self) -> (ViewMut<'_, u8>, ViewMut<'_, u8>) {
+        (self.k.view_mut(..), self.v.view_mut(..))
+    }
+
+    pub(super) fn addresses(&self) -> (u64, u64) {
+        (self.k.view(..).address(), self.v.view(..).address())
+    }
+
+    pub(super) fn device(&self) -> &Device {
+        self.k.device()
+    }
+}
+
+/// Memory that [`attend`] works in. One launch at a time may use it; layers of the same shape can share it.
+#[derive(Debug)]
+pub struct AttendScratch {
+    n_head: usize,
+    head_dim: usize,
+    /// Place in [`ATTEND_HEADS`].
+    heads: usize,
+    n_groups: usize,
+    n_parts: usize,
+    states: DeviceBuffer<f32>,
+    tickets: DeviceBuffer<u32>,
+}
+
+impl AttendScratch {
+    /// For `n_head` query heads over `n_head_kv` key/value heads and contexts of up to `n_ctx` positions. How the
+    /// positions are divided, and so the result's last bits, depends on these, the number of multiprocessors and
+    /// the position, on nothing else.
+    ///
+    /// # Errors
+    /// As [`Device::alloc`].
+    ///
+    /// # Panics
+    /// When `n_head_kv` does not divide `n_head`.
+    pub fn new(
+        device: &Device,
+        n_head: usize,
+        n_head_kv: usize,
+        head_dim: usize,
+        n_ctx: usize,
+    ) -> Result<Self, KernelError> {
+        assert!(
+            n_head > 0 && n_head.is_multiple_of(n_head_kv),
+            "{n_head} heads share {n_head_kv}"
+        );
+        let shared_by = n_head / n_head_kv;
+        let heads = ATTEND_HEADS.iter().position(|&heads| heads >= shared_by);
+        let heads = heads.unwrap_or(ATTEND_HEADS.len() - 1);
+        let n_groups = n_head_kv * shared_by.div_ceil(ATTEND_HEADS[heads]);
+        let room = device.info().n_multiprocessors * BLOCKS_PER_MULTIPROCESSOR;
+        let n_parts = (room / n_groups).clamp(1, n_ctx.div_ceil(POSITIONS_MIN).clamp(1, PARTS_MAX));
+        Ok(Self {
+            n_head,
+            head_dim,
+            heads,
+            n_groups,
+            n_parts,
+            states: device.alloc(n_parts * n_head * (head_dim + 2))?,
+            tickets: device.alloc(n_groups)?,
+        })
+    }
+
+    /// Bytes of device memory.
+    pub fn bytes(&self) -> usize {
+        self.states.bytes() + self.tickets.bytes()
+    }
+}
+
+#[repr(C)]
+struct AttendArgs {
+    q: u64,
+    k_cache: u64,
+    v_cache: u64,
+    position: u64,
+    out: u64,
+    states: u64,
+    tickets: u64,
+    n_head: u32,
+    n_head_kv: u32,
+    head_dim: u32,
+    n_ctx: u32,
+    window: u32,
+    scale: f32,
+}
+
+const _: () = assert!(size_of::<AttendArgs>() == 80);
+
+/// Writes the attention of one token's queries `q` (`[n_head, head_dim]` f32, rotated) over `cache` to `out`
+/// (`[n_head, head_dim]` f32, overwritten). The token, at `position` (`[1]` u32), sees positions up to its own, of
+/// which `window` takes the last ones. `scale` multiplies the queries, commonly 1/√head_dim.
+///
+/// As [`crate::attention::attend`], but for the order of sums. A position beyond the cache is taken as its last.
+///
+/// # Errors
+/// The driver's.
+///
+/// # Panics
+/// When shapes or devices do not fit, or the window is 0.
+pub fn attend(
+    stream: &Stream,
+    q: View<'_, f32>,
+    cache: &DeviceCache,
+    position: View<'_, u32>,
+    window: Option<usize>,
+    scale: f32,
+    scratch: &mut AttendScratch,
+    out: ViewMut<'_, f32>,
+) -> Result<(), KernelError> {
+    let (n_head, head_dim) = (scratch.n_head, scratch.head_dim);
+    assert_eq!(cache.head_dim, head_dim, "head_dim of the scratch");
+    assert_eq!(n_head % cache.n_head_kv, 0, "heads of the scratch");
+    let heads = ATTEND_HEADS[scratch.heads];
+    let n_groups = cache.n_head_kv * (n_head / cache.n_head_kv).div_ceil(heads);
+    assert_eq!(scratch.n_groups, n_groups, "groups of the scratch");
+    assert!(
+        q.len() == n_head * head_dim && out.len() == q.len(),
+        "heads of a token"
+    );
+    assert_eq!(position.len(), 1, "one position");
+    assert!(window != Some(0), "a window sees at least the token itself");
+    stream.check(&[q.device(), cache.device(), position.device()]);
+    stream.check(&[out.device(), scratch.tickets.device()]);
+    let (k_cache, v_cache) = cache.addresses();
+    let args = AttendArgs {
+        q: q.address(),
+        k_cache,
+        v_cache,
+        position: position.address(),
+        out: out.address(),
+        states: scratch.states.view(..).address(),
+        tickets: scratch.tickets.view(..).address(),
+        n_head: n_head as u32,
+        n_head_kv: cache.n_head_kv as u32,
+        head_dim: head_dim as u32,
+        n_ctx: cache.n_ctx as u32,
+        window: window.map_or(0, |window| window.min(cache.n_ctx) as u32),
+        scale,
+    };
+    // sums of as many groups of threads as a row leaves room for
+    let row_groups = THREADS / (head_dim / 8);
+    let grid = Grid {
+        blocks: [scratch.n_parts, scratch.n_groups],
+        threads: THREADS,
+        shared_bytes: row_groups * heads * head_dim * size_of::<f32>(),
+    };
+    let function = stream.functions().attend(cache.kv_type, scratch.heads);
+    // SAFETY: all shapes fit (asserted); the scratch was made for them; shared memory is at most 32 KiB.
+    unsafe { stream.launch("launch attend", function, grid, args) }
+}

@@ -1,0 +1,128 @@
+//! `down`: Σ over neurons of activation · row.
+
+use super::buffer::{DeviceBuffer, View, ViewMut};
+use super::device::Device;
+use super::layout::{DeviceRows, RowsView, item_values};
+use super::rows::{Add, NeuronList};
+use super::stream::{Grid, Stream};
+use crate::error::KernelError;
+
+/// Items of a row that a block takes, one a lane.
+const TILE_ITEMS: usize = 32;
+/// Threads of a block.
+const THREADS: usize = 384;
+/// Blocks that share the work on a multiprocessor.
+const BLOCKS_PER_MULTIPROCESSOR: usize = 2;
+/// Neurons below which dividing a list further gains nothing.
+const NEURONS_MIN: usize = 48;
+
+/// Memory that [`down_active`] works in. One launch at a time may use it.
+#[derive(Debug)]
+pub struct DownScratch {
+    rows: DeviceRows,
+    n_tiles: usize,
+    n_parts: usize,
+    partials: DeviceBuffer<f32>,
+    tickets: DeviceBuffer<u32>,
+}
+
+impl DownScratch {
+    /// For down rows of this format and size. How the sum is divided, and so its last bits, depends on these and on
+    /// the number of multiprocessors, on nothing else.
+    ///
+    /// # Errors
+    /// As [`Device::alloc`].
+    pub fn new(device: &Device, rows: DeviceRows) -> Result<Self, KernelError> {
+        let values = item_values(rows.quant);
+        let n_tiles = rows.n_cols.div_ceil(values).div_ceil(TILE_ITEMS);
+        let room = device.info().n_multiprocessors * BLOCKS_PER_MULTIPROCESSOR;
+        let n_parts = (room / n_tiles.max(1)).clamp(1, rows.n_rows.div_ceil(NEURONS_MIN).max(1));
+        Ok(Self {
+            rows,
+            n_tiles,
+            n_parts,
+            partials: device.alloc(n_tiles * n_parts * TILE_ITEMS * values)?,
+            tickets: device.alloc(n_tiles)?,
+        })
+    }
+
+    /// Bytes of device memory.
+    pub fn bytes(&self) -> usize {
+        self.partials.bytes() + self.tickets.bytes()
+    }
+}
+
+#[repr(C)]
+struct DownArgs {
+    rows: u64,
+    stride: u64,
+    ids: u64,
+    n_ids: u64,
+    n_neurons: u32,
+    n_a: u32,
+    n_cols: u32,
+    a: u64,
+    add: u64,
+    out: u64,
+    partials: u64,
+    tickets: u64,
+}
+
+const _: () = assert!(size_of::<DownArgs>() == 88);
+
+/// Writes `Σ a[j] · down[ids[j]]`, plus `add`, to `out` (`[n_cols]` f32). Rows whose `a` (f32, as long as the list)
+/// is zero are not read.
+///
+/// Activations stay f32 with every [`crate::ActivationMode`]: rounding them to 8 bits, as the CPU does beside 8-bit
+/// activations for `Q4_0`, would save nothing here. The order of the sum is not the CPU's.
+///
+/// # Errors
+/// The driver's.
+///
+/// # Panics
+/// When shapes or devices do not fit, or `scratch` is for other rows.
+pub fn down_active(
+    stream: &Stream,
+    down: RowsView<'_>,
+    list: NeuronList<'_>,
+    a: View<'_, f32>,
+    add: Add<'_>,
+    scratch: &mut DownScratch,
+    out: ViewMut<'_, f32>,
+) -> Result<(), KernelError> {
+    let shape = down.rows();
+    let (ids, n_ids, n_a) = list.raw(stream, shape.n_rows);
+    assert_eq!(scratch.rows, shape, "scratch for these rows");
+    assert_eq!(a.len(), n_a, "one activation per neuron");
+    assert_eq!(out.len(), shape.n_cols, "columns");
+    let scratch_device = scratch.tickets.device();
+    stream.check(&[
+        down.bytes().device(),
+        a.device(),
+        out.device(),
+        scratch_device,
+    ]);
+    add.check(stream);
+    let args = DownArgs {
+        rows: down.bytes().address(),
+        stride: down.stride_bytes() as u64,
+        ids,
+        n_ids,
+        n_neurons: shape.n_rows as u32,
+        n_a: n_a as u32,
+        n_cols: shape.n_cols as u32,
+        a: a.address(),
+        add: add.address(&out),
+        out: out.address(),
+        partials: scratch.partials.view(..).address(),
+        tickets: scratch.tickets.view(..).address(),
+    };
+    let grid = Grid {
+        blocks: [scratch.n_tiles, scratch.n_parts],
+        threads: THREADS,
+        shared_bytes: 0,
+    };
+    let function = stream.functions().down(shape.quant);
+    // SAFETY: rows, list and output fit (asserted); the scratch was made for them.
+    unsafe { stream.launch("launch down_active", function, grid, args) }
+}

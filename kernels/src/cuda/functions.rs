@@ -1,0 +1,126 @@
+//! All functions of an image, fetched together: a function fetched lazily beside a kernel that spins would wait
+//! for it.
+
+use std::ffi::CString;
+
+use cudarc::driver::{result, sys};
+
+use super::device::call;
+use super::layout::SUPPORTED;
+use crate::activations::ActivationMode;
+use crate::attention::KvType;
+use crate::error::KernelError;
+use crate::quant::QuantType;
+
+/// Query heads that share a block in `attend`, ascending: one kernel each.
+pub(super) const ATTEND_HEADS: [usize; 3] = [1, 4, 8];
+
+/// Threads of a block of the `rows` kernels.
+pub(super) const ROWS_THREADS: usize = 128;
+
+/// A kernel of the loaded image.
+#[derive(Debug, Clone, Copy)]
+pub(super) struct Function(pub(super) sys::CUfunction);
+
+/// A kernel of which no more blocks should be launched than there is room for.
+#[derive(Debug, Clone, Copy)]
+pub(super) struct ResidentFunction {
+    pub(super) function: Function,
+    /// Blocks of [`ROWS_THREADS`] that a multiprocessor holds at a time.
+    pub(super) blocks_per_multiprocessor: usize,
+}
+
+/// Every kernel.
+#[derive(Debug)]
+pub(super) struct Functions {
+    /// By place in [`SUPPORTED`]: f32 and 8-bit activations (the same for float weights).
+    rows: Vec<[ResidentFunction; 2]>,
+    down: Vec<Function>,
+    embed: Vec<Function>,
+    /// f16 and f32 caches, by place in [`ATTEND_HEADS`].
+    attend: [Vec<Function>; 2],
+    pub(super) compact: Function,
+    pub(super) prepare: Function,
+    pub(super) rms_norm: Function,
+    pub(super) rope_append: Function,
+    pub(super) argmax: Function,
+    pub(super) top_k: Function,
+}
+
+impl Functions {
+    /// Fetches all functions of `module`.
+    ///
+    /// # Safety
+    /// `module` is loaded in the current context.
+    pub(super) unsafe fn fetch(module: sys::CUmodule) -> Result<Self, KernelError> {
+        let get = |name: String| {
+            let text = CString::new(name).expect("a name without zeros");
+            // SAFETY: the module is loaded.
+            let function = unsafe { result::module::get_function(module, text) };
+            call("fetch a kernel", function).map(Function)
+        };
+        let each = |family: &str| -> Result<Vec<_>, _> {
+            let name = |quant: &QuantType| get(format!("{family}_{}", quant.name()));
+            SUPPORTED.iter().map(name).collect()
+        };
+        let resident = |name: String| {
+            let function = get(name)?;
+            // SAFETY: a function of the module.
+            let blocks = unsafe {
+                let threads = ROWS_THREADS as i32;
+                result::occupancy::max_active_block_per_multiprocessor(function.0, threads, 0)
+            };
+            let blocks = call("ask for a kernel's occupancy", blocks)?;
+            Ok::<_, KernelError>(ResidentFunction {
+                function,
+                blocks_per_multiprocessor: blocks.max(1) as usize,
+            })
+        };
+        let rows = |quant: &QuantType| -> Result<_, KernelError> {
+            let f32 = resident(format!("rows_{}_f32", quant.name()))?;
+            let q8 = match quant.is_quantised() {
+                true => resident(format!("rows_{}_q8", quant.name()))?,
+                false => f32,
+            };
+            Ok([f32, q8])
+        };
+        let attend = |cache: &str| -> Result<Vec<_>, _> {
+            let name = |heads: &usize| get(format!("attend_{cache}_{heads}"));
+            ATTEND_HEADS.iter().map(name).collect()
+        };
+        Ok(Self {
+            rows: SUPPORTED.iter().map(rows).collect::<Result<_, _>>()?,
+            down: each("down")?,
+            embed: each("embed")?,
+            attend: [attend("f16")?, attend("f32")?],
+            compact: get("compact".to_owned())?,
+            prepare: get("prepare".to_owned())?,
+            rms_norm: get("rms_norm".to_owned())?,
+            rope_append: get("rope_append".to_owned())?,
+            argmax: get("argmax".to_owned())?,
+            top_k: get("top_k".to_owned())?,
+        })
+    }
+
+    fn place(quant: QuantType) -> usize {
+        let place = SUPPORTED.iter().position(|&other| other == quant);
+        place.expect("rows are of a supported format")
+    }
+
+    pub(super) fn rows(&self, quant: QuantType, mode: ActivationMode) -> ResidentFunction {
+        self.rows[Self::place(quant)][usize::from(mode == ActivationMode::Q8)]
+    }
+
+    pub(super) fn down(&self, quant: QuantType) -> Function {
+        self.down[Self::place(quant)]
+    }
+
+    pub(super) fn embed(&self, quant: QuantType) -> Function {
+        self.embed[Self::place(quant)]
+    }
+
+    /// `place` is one in [`ATTEND_HEADS`].
+    pub(super) fn attend(&self, cache: KvType, place: usize) -> Function {
+        self.attend[usize::from(cache == KvType::F32)][place]
+    }
+}

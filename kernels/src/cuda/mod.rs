@@ -1,0 +1,45 @@
+//! The kernels on NVIDIA GPUs: sources in `kernels/cuda`, compiled ahead of time and loaded through the driver.
+//!
+//! [`Device::open`] finds the driver at run time; without one it is an error and nothing else. Weights are
+//! copied as [`DeviceRows::pack`] lays them out. Launches go to a [`Stream`], return at once, and touch no host
+//! memory: lists, counts, positions and tokens are read from device memory, and grids depend on shapes alone,
+//! so that launches can be captured in a [`Graph`]. No kernel adds floats in an order that depends on time: a
+//! result has the same bits whenever it is repeated on the same device model.
+//!
+//! Every launcher asserts its shapes. Ids, positions and tokens in device memory are checked by the kernels: one
+//! that is out of range gives NaN or writes nothing. A buffer must not be freed while a graph that uses it can
+//! still be launched: its launch would then end with an error of the driver, and the device would be lost.
+
+mod activations;
+mod attention;
+mod buffer;
+mod compact;
+mod device;
+mod down;
+mod embed;
+mod functions;
+mod graph;
+mod images;
+mod layout;
+mod lz4;
+mod norm;
+mod rope;
+mod rows;
+mod sample;
+mod stream;
+
+pub use activations::{DeviceAct, Q8Copy, prepare};
+pub use attention::{AttendScratch, DeviceCache, attend};
+pub use buffer::{DeviceBuffer, Plain, View, ViewMut};
+pub use compact::compact;
+pub use device::{DRIVER_VERSION_MIN, Device, DeviceInfo, device_count};
+pub use down::{DownScratch, down_active};
+pub use embed::embed;
+pub use graph::Graph;
+pub use images::Capability;
+pub use layout::{DeviceRows, RowsView, SUPPORTED, is_supported};
+pub use norm::rms_norm;
+pub use rope::{RopeAppend, rope_append};
+pub use rows::{Add, NeuronList, gate_up, gemv, row_products};
+pub use sample::{SampleScratch, TOP_K_MAX, argmax, top_k};
+pub use stream::{Event, Stream};

@@ -1,0 +1,238 @@
+//! Rows times one token's activations: a matrix, some rows of it, or gate and up of neurons.
+
+use super::activations::{DeviceAct, RawAct};
+use super::buffer::{View, ViewMut};
+use super::functions::ROWS_THREADS;
+use super::layout::{RowsView, item_values};
+use super::stream::{Grid, Stream};
+use crate::error::KernelError;
+
+/// What is added to a result.
+#[derive(Debug, Clone, Copy)]
+pub enum Add<'a> {
+    /// Nothing: the output is overwritten.
+    None,
+    /// Values as long as the output, which is overwritten: a bias, or a residual stream that goes on elsewhere.
+    Values(View<'a, f32>),
+    /// What the output holds: results are accumulated into it.
+    Out,
+}
+
+impl Add<'_> {
+    /// The address, 0 for none; asserts the length.
+    pub(super) fn address(&self, out: &ViewMut<'_, f32>) -> u64 {
+        match self {
+            Add::None => 0,
+            Add::Values(values) => {
+                assert_eq!(values.len(), out.len(), "values to add");
+                values.address()
+            }
+            Add::Out => out.address(),
+        }
+    }
+
+    pub(super) fn check(&self, stream: &Stream) {
+        if let Add::Values(values) = self {
+            stream.check(&[values.device()]);
+        }
+    }
+}
+
+/// Which rows or neurons, in ascending order.
+#[derive(Debug, Clone, Copy)]
+pub enum NeuronList<'a> {
+    /// All of them.
+    All,
+    /// The first `count[0]` of `ids`, read when the kernel runs. A count over the list's length is cut to it.
+    Ids {
+        /// `[n_max]` u32.
+        ids: View<'a, u32>,
+        /// `[1]` u32.
+        count: View<'a, u32>,
+    },
+}
+
+impl NeuronList<'_> {
+    /// Addresses of ids and count (0: all rows), and how many there can be.
+    pub(super) fn raw(&self, stream: &Stream, n_rows: usize) -> (u64, u64, usize) {
+        match self {
+            NeuronList::All => (0, 0, n_rows),
+            NeuronList::Ids { ids, count } => {
+                assert_eq!(count.len(), 1, "one count");
+                stream.check(&[ids.device(), count.device()]);
+                (ids.address(), count.address(), ids.len())
+            }
+        }
+    }
+}
+
+#[repr(C)]
+struct RowsArgs {
+    rows: u64,
+    stride: u64,
+    up: u64,
+    up_stride: u64,
+    ids: u64,
+    n_ids: u64,
+    n_rows: u32,
+    n_out: u32,
+    x: RawAct,
+    add: u64,
+    out: u64,
+    relu: u32,
+    together: u32,
+}
+
+const _: () = assert!(size_of::<RowsArgs>() == 120);
+
+/// Items of a row, in blocks' threads, from which on a block's warps take it together: work is divided more evenly.
+const TOGETHER_ITEMS_MIN: usize = 2;
+/// Warps of a block.
+const WARPS: usize = ROWS_THREADS / 32;
+
+/// Writes the products of all rows of `m` (`[n_rows, n_cols]`) with `x` (`[n_cols]`), plus `add`, to `out`
+/// (`[n_rows]` f32). As [`crate::gemm::gemv`], but for the order of the sum.
+///
+/// # Errors
+/// The driver's.
+///
+/// # Panics
+/// When shapes or devices do not fit.
+pub fn gemv(
+    stream: &Stream,
+    m: RowsView<'_>,
+    x: &DeviceAct,
+    add: Add<'_>,
+    out: ViewMut<'_, f32>,
+) -> Result<(), KernelError> {
+    launch(
+        stream,
+        "launch gemv",
+        m,
+        None,
+        NeuronList::All,
+        x,
+        add,
+        true,
+        out,
+    )
+}
+
+/// As [`gemv`], of the rows in `list` only: `out[j]` (f32, as long as the list) belongs to the j-th. Places
+/// behind the count are left alone.
+///
+/// # Errors
+/// The driver's.
+///
+/// # Panics
+/// When shapes or devices do not fit.
+pub fn row_products(
+    stream: &Stream,
+    rows: RowsView<'_>,
+    list: NeuronList<'_>,
+    x: &DeviceAct,
+    add: Add<'_>,
+    out: ViewMut<'_, f32>,
+) -> Result<(), KernelError> {
+    launch(
+        stream,
+        "launch row_products",
+        rows,
+        None,
+        list,
+        x,
+        add,
+        true,
+        out,
+    )
+}
+
+/// Writes `act(gate · x) · (up · x)` of each neuron in `list` to `out` (f32, as long as the list). With ReLU the up
+/// row of a closed gate (≤ 0) is not read and gives 0; else `act` is SiLU. Places behind the count are left alone.
+///
+/// # Errors
+/// The driver's.
+///
+/// # Panics
+/// When shapes, formats or devices do not fit.
+pub fn gate_up(
+    stream: &Stream,
+    gate: RowsView<'_>,
+    up: RowsView<'_>,
+    list: NeuronList<'_>,
+    x: &DeviceAct,
+    relu: bool,
+    out: ViewMut<'_, f32>,
+) -> Result<(), KernelError> {
+    assert_eq!(gate.rows(), up.rows(), "gate and up of the same neurons");
+    launch(
+        stream,
+        "launch gate_up",
+        gate,
+        Some(up),
+        list,
+        x,
+        Add::None,
+        relu,
+        out,
+    )
+}
+
+fn launch(
+    stream: &Stream,
+    operation: &'static str,
+    rows: RowsView<'_>,
+    up: Option<RowsView<'_>>,
+    list: NeuronList<'_>,
+    x: &DeviceAct,
+    add: Add<'_>,
+    relu: bool,
+    out: ViewMut<'_, f32>,
+) -> Result<(), KernelError> {
+    let shape = rows.rows();
+    let (ids, n_ids, n_out) = list.raw(stream, shape.n_rows);
+    assert_eq!(x.n_cols(), shape.n_cols, "columns");
+    assert_eq!(out.len(), n_out, "one output per row");
+    stream.check(&[rows.bytes().device(), x.device(), out.device()]);
+    add.check(stream);
+    if n_out == 0 {
+        return Ok(());
+    }
+    let is_list = n_ids != 0 || up.is_some();
+    let items = shape.n_cols / item_values(shape.quant);
+    let together = items >= TOGETHER_ITEMS_MIN * ROWS_THREADS;
+    let args = RowsArgs {
+        rows: rows.bytes().address(),
+        stride: rows.stride_bytes() as u64,
+        up: up.map_or(0, |up| up.bytes().address()),
+        up_stride: up.map_or(0, |up| up.stride_bytes() as u64),
+        ids,
+        n_ids,
+        n_rows: shape.n_rows as u32,
+        n_out: n_out as u32,
+        x: x.raw(),
+        add: add.address(&out),
+        out: out.address(),
+        relu: u32::from(relu),
+        together: u32::from(together),
+    };
+    let kernel = stream.functions().rows(shape.quant, x.mode());
+    let mut n_blocks = if together {
+        n_out
+    } else {
+        n_out.div_ceil(WARPS)
+    };
+    if is_list {
+        // of a list most may be missing, and neurons differ: no more blocks than there is room for
+        let n_multiprocessors = stream.device().info().n_multiprocessors;
+        let room = n_multiprocessors * kernel.blocks_per_multiprocessor;
+        n_blocks = n_blocks.min(room);
+    }
+    let grid = Grid {
+        blocks: [n_blocks, 1],
+        threads: ROWS_THREADS,
+        shared_bytes: 0,
+    };
+    // SAFETY: rows, activations, list and output fit (asserted); activations have what their mode's kernel reads.
+    unsafe { stream.launch(operation, kernel.function, grid, args) }
+}

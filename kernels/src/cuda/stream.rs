@@ -1,0 +1,179 @@
+//! Order of launches, and times.
+
+use std::ffi::c_void;
+
+use cudarc::driver::result::stream::StreamKind;
+use cudarc::driver::{result, sys};
+
+use super::device::{Device, call};
+use super::functions::{Function, Functions};
+use crate::error::KernelError;
+
+/// A queue of launches, which run one after the other.
+#[derive(Debug)]
+pub struct Stream {
+    device: Device,
+    raw: sys::CUstream,
+}
+
+// SAFETY: the driver's streams may be used from any thread; calls make the context current first.
+unsafe impl Send for Stream {}
+
+/// Size of a launch.
+#[derive(Debug, Clone, Copy)]
+pub(super) struct Grid {
+    pub(super) blocks: [usize; 2],
+    pub(super) threads: usize,
+    pub(super) shared_bytes: usize,
+}
+
+impl Stream {
+    pub(super) fn new(device: Device) -> Result<Self, KernelError> {
+        device.bind()?;
+        let raw = call(
+            "make a stream",
+            result::stream::create(StreamKind::NonBlocking),
+        )?;
+        Ok(Self { device, raw })
+    }
+
+    /// The stream's device.
+    pub fn device(&self) -> &Device {
+        &self.device
+    }
+
+    /// Waits until everything launched so far is done.
+    ///
+    /// # Errors
+    /// The driver's: that of an earlier launch, which has lost the device.
+    pub fn synchronize(&self) -> Result<(), KernelError> {
+        self.device.bind()?;
+        // SAFETY: the stream is alive.
+        let answer = unsafe { result::stream::synchronize(self.raw) };
+        call("wait for a stream", answer)
+    }
+
+    pub(super) fn functions(&self) -> &Functions {
+        self.device.functions()
+    }
+
+    /// Asserts that memory is on the stream's device.
+    pub(super) fn check(&self, devices: &[&Device]) {
+        for device in devices {
+            assert!(self.device.is_same(device), "memory of the stream's device");
+        }
+    }
+
+    pub(super) fn raw(&self) -> sys::CUstream {
+        self.raw
+    }
+
+    /// Launches `function` with its one argument, a struct.
+    ///
+    /// # Safety
+    /// `A` is laid out as the kernel's argument, the memory that it names is on the stream's device and as long as
+    /// the kernel takes it to be, and the grid is one that the kernel can run in.
+    pub(super) unsafe fn launch<A>(
+        &self,
+        operation: &'static str,
+        function: Function,
+        grid: Grid,
+        mut args: A,
+    ) -> Result<(), KernelError> {
+        self.device.bind()?;
+        let dim = |n: usize| u32::try_from(n).expect("a grid of 32-bit size");
+        let [x, y] = grid.blocks.map(dim);
+        // every kernel waits for the one before it, but may be set up while that one ends
+        let mut early = sys::CUlaunchAttribute {
+            id: sys::CUlaunchAttributeID::CU_LAUNCH_ATTRIBUTE_PROGRAMMATIC_STREAM_SERIALIZATION,
+            pad: Default::default(),
+            value: sys::CUlaunchAttributeValue {
+                programmaticStreamSerializationAllowed: 1,
+            },
+        };
+        let config = sys::CUlaunchConfig {
+            gridDimX: x,
+            gridDimY: y,
+            gridDimZ: 1,
+            blockDimX: dim(grid.threads),
+            blockDimY: 1,
+            blockDimZ: 1,
+            sharedMemBytes: dim(grid.shared_bytes),
+            hStream: self.raw,
+            attrs: &raw mut early,
+            numAttrs: u32::from(self.device.overlaps_launches()),
+        };
+        let mut params = [(&raw mut args).cast::<c_void>()];
+        // SAFETY: the caller's contract; the driver copies the argument before it returns.
+        let answer = unsafe {
+            let (params, extra) = (params.as_mut_ptr(), std::ptr::null_mut());
+            sys::cuLaunchKernelEx(&raw const config, function.0, params, extra)
+        };
+        call(operation, answer.result())
+    }
+}
+
+impl Drop for Stream {
+    fn drop(&mut self) {
+        if self.device.bind().is_ok() {
+            // SAFETY: made by `new`, destroyed once; the driver finishes what is queued first.
+            let _ = unsafe { result::stream::destroy(self.raw) };
+        }
+    }
+}
+
+/// A point in a stream, with its time.
+#[derive(Debug)]
+pub struct Event {
+    device: Device,
+    raw: sys::CUevent,
+}
+
+impl Event {
+    /// A new event of the stream's device.
+    ///
+    /// # Errors
+    /// The driver's.
+    pub fn new(device: &Device) -> Result<Self, KernelError> {
+        device.bind()?;
+        let flags = sys::CUevent_flags::CU_EVENT_DEFAULT;
+        let raw = call("make an event", result::event::create(flags))?;
+        Ok(Self {
+            device: device.clone(),
+            raw,
+        })
+    }
+
+    /// Puts it behind everything launched so far.
+    ///
+    /// # Errors
+    /// The driver's.
+    pub fn record(&self, stream: &Stream) -> Result<(), KernelError> {
+        self.device.bind()?;
+        // SAFETY: both are alive.
+        call("record an event", unsafe {
+            result::event::record(self.raw, stream.raw)
+        })
+    }
+
+    /// Milliseconds from this event to `end`, when both have been waited for.
+    ///
+    /// # Errors
+    /// The driver's.
+    pub fn elapsed_ms(&self, end: &Event) -> Result<f32, KernelError> {
+        self.device.bind()?;
+        // SAFETY: both are alive.
+        call("compare events", unsafe {
+            result::event::elapsed(self.raw, end.raw)
+        })
+    }
+}
+
+impl Drop for Event {
+    fn drop(&mut self) {
+        if self.device.bind().is_ok() {
+            // SAFETY: made by `new`, destroyed once.
+            let _ = unsafe { result::event::destroy(self.raw) };
+        }
+    }
+}

@@ -1,0 +1,14 @@
+//! The CUDA kernels against the scalar ones, on random inputs. Where there is no GPU every test says so and passes.
+
+#[path = "cuda/attention.rs"]
+mod attention;
+#[path = "cuda/common.rs"]
+mod common;
+#[path = "cuda/device.rs"]
+mod device;
+#[path = "cuda/ffn.rs"]
+mod ffn;
+#[path = "cuda/rows.rs"]
+mod rows;
+#[path = "cuda/sample.rs"]
+mod sample;

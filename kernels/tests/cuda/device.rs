@@ -1,0 +1,119 @@
+//! Opening devices, and graphs.
+
+use pi_kernels::cuda::{
+    Add, Device, DeviceAct, DeviceRows, DownScratch, Graph, NeuronList, device_count, down_active,
+    gate_up, rms_norm,
+};
+use pi_kernels::{ActivationMode, KernelError, QuantType};
+
+use crate::common::{Random, Rows, bits, device};
+
+#[test]
+fn a_machine_without_a_driver_says_so() {
+    match device_count() {
+        Err(error) => {
+            assert_eq!(error, KernelError::CudaNoDriver);
+            assert!(error.to_string().starts_with("no CUDA driver"), "{error}");
+            assert_eq!(Device::open(0).unwrap_err(), error);
+        }
+        Ok(count) => {
+            let error = Device::open(count).unwrap_err();
+            assert_eq!(
+                error,
+                KernelError::CudaNoDevice {
+                    ordinal: count,
+                    count
+                }
+            );
+        }
+    }
+}
+
+#[test]
+fn more_memory_than_there_is_is_refused_with_numbers() {
+    let Some(device) = device() else { return };
+    let bytes = 2 * device.info().memory_bytes;
+    match device.alloc::<u8>(bytes) {
+        Err(KernelError::CudaOutOfMemory {
+            bytes: asked,
+            free_bytes,
+        }) => {
+            assert_eq!(asked, bytes);
+            assert!(free_bytes < bytes);
+        }
+        other => panic!("{other:?}"),
+    }
+    // and the device is as good as before
+    let buffer = device.upload(&[1u32, 2, 3]).unwrap();
+    assert_eq!(buffer.read().unwrap(), [1, 2, 3]);
+    assert_eq!(buffer.view(1..).read().unwrap(), [2, 3]);
+}
+
+/// norm → gate, skip, up → down, captured once; lists and inputs change in device memory.
+#[test]
+fn a_graph_reads_lists_when_it_runs_and_repeats_every_bit() {
+    let Some(device) = device() else { return };
+    const N_EMBD: usize = 512;
+    const N_FF: usize = 1000;
+    let stream = device.stream().unwrap();
+    let make = |seed| Rows::random(&device, seed, QuantType::Q4_0, N_FF, N_EMBD);
+    let (gate, up, down) = (make(1), make(2), make(3));
+    let mut random = Random(7);
+    let mut x = device.alloc::<f32>(N_EMBD).unwrap();
+    let weight = device.upload(&random.floats(N_EMBD)).unwrap();
+    let ids: Vec<u32> = (0..N_FF as u32).filter(|_| random.below(3) > 0).collect();
+    let list = device.upload(&ids).unwrap();
+    let mut count = device.alloc::<u32>(1).unwrap();
+    let mut normed = DeviceAct::new(&device, ActivationMode::Q8, N_EMBD).unwrap();
+    let mut a = device.alloc::<f32>(ids.len()).unwrap();
+    let mut out = device.alloc::<f32>(N_EMBD).unwrap();
+    let rows = DeviceRows {
+        quant: QuantType::Q4_0,
+        n_rows: N_FF,
+        n_cols: N_EMBD,
+    };
+    let mut scratch = DownScratch::new(&device, rows).unwrap();
+    let graph = Graph::capture(&stream, |stream| {
+        let neurons = NeuronList::Ids {
+            ids: list.view(..),
+            count: count.view(..),
+        };
+        rms_norm(stream, x.view(..), weight.view(..), 1e-5, &mut normed)?;
+        let (gate, up) = (gate.view(), up.view());
+        gate_up(stream, gate, up, neurons, &normed, true, a.view_mut(..))?;
+        let add = Add::Values(x.view(..));
+        let out = out.view_mut(..);
+        down_active(
+            stream,
+            down.view(),
+            neurons,
+            a.view(..),
+            add,
+            &mut scratch,
+            out,
+        )
+    })
+    .unwrap();
+    let mut run = |values: &[f32], n: u32| {
+        x.write(0, values).unwrap();
+        count.write(0, &[n]).unwrap();
+        out.write(0, &[f32::NAN; N_EMBD]).unwrap();
+        graph.launch(&stream).unwrap();
+        stream.synchronize().unwrap();
+        out.read().unwrap()
+    };
+    let values = random.activations(N_EMBD);
+    assert_eq!(run(&values, 0), values, "no neuron: the residual stream");
+    let all = run(&values, ids.len() as u32);
+    let half = run(&values, ids.len() as u32 / 2);
+    assert_ne!(all, half);
+    assert!(all.iter().all(|v| v.is_finite()));
+    // a count over the list's length is cut to it
+    for n in [ids.len() as u32, u32::MAX, ids.len() as u32] {
+        assert_eq!(
+            bits(&run(&values, n)),
+            bits(&all),
+            "the same bits every time"
+        );
+    }
+}
