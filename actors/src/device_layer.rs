@@ -1,5 +1,5 @@
-//! `DeviceLayer`: the device's part of one layer. Here the device is the host: the actor owns the
-//! norms and the residual stream, and divides everything else over the nodes.
+//! `DeviceLayer`: the device's part of one layer. Where the host is the device, the actor owns the norms and the
+//! residual stream, and divides everything else over the nodes; where a GPU is, see [`crate::gpu`].
 #![allow(unsafe_code)]
 
 use std::ops::Range;
@@ -13,6 +13,7 @@ use pi_kernels::head_sparse::kth_largest;
 use pi_kernels::norm::{can_be_normed, rms_norm};
 
 use crate::counters::{Cell, Counters};
+use crate::gpu::CudaLayer;
 use crate::messages::{
     ActorId, Compute, Correct, HeadDone, Hidden, LayerDone, Message, NeuronIds, Partial, RunHead,
     RunLayer, Share, ShareDone, SlotId, Stage, Step,
@@ -23,9 +24,54 @@ use crate::slots::StepInfo;
 use crate::team::Team;
 use crate::weights::FfnShare;
 
-/// The actor's state: nothing that another incarnation could not build again.
+/// The device's part of a layer, on whatever is the device.
 #[derive(Debug)]
-pub(crate) struct DeviceLayer {
+pub(crate) enum DeviceLayer {
+    /// The host.
+    Host(HostLayer),
+    /// A GPU.
+    Cuda(CudaLayer),
+}
+
+impl DeviceLayer {
+    /// The device's part of a layer.
+    pub fn new(layer: usize, model: Arc<Model>, cell: Arc<Cell>) -> Self {
+        match &model.gpu {
+            None => Self::Host(HostLayer::new(layer, model, cell)),
+            Some(_) => Self::Cuda(CudaLayer::new(layer, model, cell)),
+        }
+    }
+
+    /// Nodes that the actor waits for, a bit each.
+    pub fn pending(&self) -> u32 {
+        match self {
+            Self::Host(layer) => layer.pending(),
+            Self::Cuda(layer) => layer.pending(),
+        }
+    }
+
+    /// Lets the actor handle a message.
+    pub fn handle(&mut self, message: Message, team: &mut Team, posts: &mut Posts<'_>) {
+        match (self, message) {
+            (Self::Host(layer), Message::RunLayer(message)) => {
+                layer.run_layer(message, team, posts);
+            }
+            (Self::Host(layer), Message::RunHead(message)) => layer.run_head(message, team, posts),
+            (Self::Host(layer), Message::ShareDone(message)) => {
+                layer.share_done(message, team, posts);
+            }
+            (Self::Host(layer), Message::Partial(message)) => layer.partial(message, team, posts),
+            (Self::Cuda(layer), Message::RunLayer(message)) => layer.run_layer(message, posts),
+            (Self::Cuda(layer), Message::RunHead(message)) => layer.run_head(message, posts),
+            (Self::Cuda(layer), Message::Partial(message)) => layer.partial(message, posts),
+            (_, other) => unreachable!("DeviceLayer got {other:?}"),
+        }
+    }
+}
+
+/// The state of the actor where the host is the device: nothing that another incarnation could not build again.
+#[derive(Debug)]
+pub(crate) struct HostLayer {
     layer: usize,
     model: Arc<Model>,
     cell: Arc<Cell>,
@@ -38,7 +84,7 @@ pub(crate) struct DeviceLayer {
     sums: Vec<(usize, usize)>,
 }
 
-impl DeviceLayer {
+impl HostLayer {
     /// The device's part of a layer.
     pub fn new(layer: usize, model: Arc<Model>, cell: Arc<Cell>) -> Self {
         let mut subtrees = Vec::new();

@@ -21,6 +21,8 @@ use crate::error::ActorError;
 use crate::executor::{Attachment, Cells, Control, DeathNotice, Incarnation};
 use crate::faults::Faults;
 use crate::feeder::Feeder;
+use crate::gpu::GpuModel;
+use crate::gpu::weights::GpuWeights;
 use crate::kv::KvStore;
 use crate::messages::ActorId;
 use crate::model::Model;
@@ -47,7 +49,7 @@ pub struct EngineOptions {
     pub faults: Faults,
     /// How much of what the executors do is recorded; none: nothing.
     pub trace: Option<TraceBounds>,
-    /// Who looks at the hidden states, if somebody does.
+    /// Who looks at the hidden states, if somebody does; not with a GPU.
     pub tap: Option<Arc<dyn LayerTap>>,
 }
 
@@ -106,6 +108,22 @@ impl Engine {
         weights: ModelWeights,
         options: EngineOptions,
     ) -> Result<Self, ActorError> {
+        Self::start_on(teams, weights, None, options)
+    }
+
+    /// The same with what a GPU has of the model, which is the device then: the nodes have its cold neurons alone.
+    ///
+    /// # Errors
+    /// As [`Engine::start`], or the GPU's driver refuses.
+    ///
+    /// # Panics
+    /// As [`Engine::start`].
+    pub fn start_on(
+        teams: Teams,
+        weights: ModelWeights,
+        gpu: Option<GpuWeights>,
+        options: EngineOptions,
+    ) -> Result<Self, ActorError> {
         let n_nodes = teams.plan().nodes.len();
         assert_eq!(
             weights.head.len(),
@@ -121,8 +139,20 @@ impl Engine {
             trace,
             tap,
         } = options;
-        let n_ubatch = n_ubatch.clamp(1, weights.shape.n_ctx);
-        let model = Arc::new(Model::new(weights, cpu, kv_type, n_ubatch).with_tap(tap));
+        let n_ubatch = match gpu {
+            None => n_ubatch.clamp(1, weights.shape.n_ctx),
+            // a GPU takes one token at a time
+            Some(_) => 1,
+        };
+        let model = Model::new(weights, cpu, kv_type, n_ubatch).with_tap(tap);
+        let gpu = gpu.map(|gpu| {
+            let (shape, rope_len) = (model.shape(), model.rope.row_len());
+            GpuModel::new(gpu, shape, rope_len, cpu.mode(), kv_type, wait_limit)
+        });
+        let gpu = gpu
+            .transpose()
+            .map_err(|source| ActorError::GpuStart { source })?;
+        let model = Arc::new(model.with_gpu(gpu));
         let caches = caches(&teams, &model)?;
         let n_layer = model.shape().n_layer;
         let ahead = model.slots.sizes.ahead;
@@ -188,6 +218,11 @@ impl Engine {
         }
         nodes[0] += shared;
         nodes
+    }
+
+    /// Bytes of device memory, where a GPU is the device.
+    pub fn gpu_bytes(&self) -> Option<usize> {
+        self.model.gpu.as_ref().map(GpuModel::bytes)
     }
 
     /// What the executors record, if they do.

@@ -5,6 +5,7 @@ use std::fmt;
 use pi_topology::TopologyError;
 use thiserror::Error;
 
+use crate::gpu::GpuError;
 use crate::messages::ActorId;
 
 /// A part of a model that has an output.
@@ -144,6 +145,22 @@ pub enum ActorError {
         node: usize,
         /// The panic's words.
         reason: String,
+    },
+    /// The GPU failed.
+    #[error(
+        "the GPU has no result for position {position}: {source}; start again, or run on the host (without --topology)"
+    )]
+    Gpu {
+        /// Position of the token.
+        position: usize,
+        /// Why.
+        source: GpuError,
+    },
+    /// The GPU's part of an engine cannot be made.
+    #[error("the GPU cannot be prepared: {source}")]
+    GpuStart {
+        /// Why.
+        source: GpuError,
     },
     /// The engine's threads are gone.
     #[error("the engine has ended")]

@@ -479,13 +479,7 @@ impl Bench {
                 let Some(device) = &mut devices[layer] else {
                     return false;
                 };
-                match message {
-                    Message::RunLayer(message) => device.run_layer(message, team, posts),
-                    Message::RunHead(message) => device.run_head(message, team, posts),
-                    Message::ShareDone(message) => device.share_done(message, team, posts),
-                    Message::Partial(message) => device.partial(message, team, posts),
-                    other => unreachable!("{to} got {other:?}"),
-                }
+                device.handle(message, team, posts);
             }
             ActorId::ColdLayer { layer, .. } => {
                 let Some(cold) = &mut cold[layer] else {

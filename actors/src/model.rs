@@ -1,13 +1,14 @@
 //! What all actors of an engine share and never change.
 
 use std::ops::Range;
-use std::sync::Arc;
+use std::sync::{Arc, Mutex};
 
 use pi_kernels::Cpu;
 use pi_kernels::attention::KvType;
 use pi_kernels::ffn_sparse::{FFN_GROUPS, subtrees};
 use pi_kernels::rope::RopeTable;
 
+use crate::gpu::{GpuError, GpuModel};
 use crate::slots::{SlotSizes, Slots};
 use crate::tap::LayerTap;
 use crate::weights::{
@@ -27,6 +28,10 @@ pub(crate) struct Model {
     pub n_ubatch: usize,
     pub slots: Slots,
     pub tap: Option<Arc<dyn LayerTap>>,
+    /// Where a GPU is the device.
+    pub gpu: Option<GpuModel>,
+    /// Why the last token on it has no result.
+    gpu_failure: Mutex<Option<GpuError>>,
 }
 
 impl Model {
@@ -65,7 +70,32 @@ impl Model {
             n_ubatch,
             slots,
             tap: None,
+            gpu: None,
+            gpu_failure: Mutex::default(),
         }
+    }
+
+    /// Lets a GPU be the device.
+    pub fn with_gpu(self, gpu: Option<GpuModel>) -> Self {
+        Self { gpu, ..self }
+    }
+
+    /// Notes why a token on the GPU has no result.
+    pub fn note_gpu_failure(&self, error: GpuError) {
+        let mut noted = self
+            .gpu_failure
+            .lock()
+            .unwrap_or_else(|broken| broken.into_inner());
+        *noted = Some(error);
+    }
+
+    /// Takes what was noted.
+    pub fn take_gpu_failure(&self) -> Option<GpuError> {
+        let mut noted = self
+            .gpu_failure
+            .lock()
+            .unwrap_or_else(|broken| broken.into_inner());
+        noted.take()
     }
 
     /// Lets `tap` look at the hidden states.

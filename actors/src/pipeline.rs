@@ -16,6 +16,7 @@ use pi_kernels::quant::dequantize_block;
 use crate::counters::{Cell, Counters, RunTotals};
 use crate::error::{ActorError, ModelPart};
 use crate::feeder::{Candidates, Feeder, HeadWanted, Next};
+use crate::gpu::GpuError;
 use crate::messages::{ActorId, HeadDone, LayerDone, Message, RunHead, RunLayer, Step};
 use crate::model::Model;
 use crate::posts::Posts;
@@ -231,6 +232,12 @@ impl Pipeline {
         ActorError::NotFinite { part, position }
     }
 
+    fn gpu_error(&self, source: GpuError) -> ActorError {
+        // SAFETY: no other actor works on a step now.
+        let position = unsafe { self.model.slots.step.get() }.position;
+        ActorError::Gpu { position, source }
+    }
+
     fn run_layer(&self, layer: usize, posts: &mut Posts<'_>) {
         let message = Message::RunLayer(RunLayer {
             step: self.step,
@@ -296,6 +303,9 @@ impl Pipeline {
             ..Counters::default()
         });
         if !message.finite {
+            if let Some(source) = self.model.take_gpu_failure() {
+                return Err(self.gpu_error(source));
+            }
             let layer = message.layer;
             return Err(self.not_finite(ModelPart::Layer { layer }));
         }
@@ -347,6 +357,9 @@ impl Pipeline {
             messages: 1,
             ..Counters::default()
         });
+        if let Some(source) = self.model.take_gpu_failure() {
+            return Err(self.gpu_error(source));
+        }
         let first = run.delivered.max(self.in_step.start);
         let end = run.wanted.end.min(self.in_step.end);
         for n in 0..self.n_head_tokens(run, end - first) {

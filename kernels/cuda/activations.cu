@@ -4,8 +4,10 @@ struct PrepareArgs {
     // [n_cols] f32
     const float* x;
     Act to;
+    // whether values below zero become zero
+    u32 relu;
 };
-static_assert(sizeof(PrepareArgs) == 48, "as the launcher has it");
+static_assert(sizeof(PrepareArgs) == 56, "as the launcher has it");
 
 // Makes activations of x. Grid: any number of blocks of whole warps.
 extern "C" __global__ void prepare(PrepareArgs args) {
@@ -15,7 +17,9 @@ extern "C" __global__ void prepare(PrepareArgs args) {
 #pragma unroll 1
     for (u32 block = (blockIdx.x * blockDim.x + threadIdx.x) / WARP; block < to.n_blocks; block += warps) {
         u32 column = block * BLOCK + threadIdx.x % WARP;
-        store_block(to, block, column < to.n_cols ? args.x[column] : 0.0f);
+        float value = column < to.n_cols ? args.x[column] : 0.0f;
+        // NaN stays
+        store_block(to, block, args.relu && value < 0.0f ? 0.0f : value);
     }
     start_next_launch();
 }

@@ -4,6 +4,7 @@
 #include "compact.cu"
 #include "embed.cu"
 #include "ffn_sparse.cu"
+#include "hand_off.cu"
 #include "norm.cu"
 #include "rope.cu"
 #include "rows.cu"

@@ -53,7 +53,7 @@ impl ModelBytes {
         };
         let nobody = Predicting::default();
         let loader = Loader::predicted(
-            &file, &hyper, &tensors, &sparsity, None, nobody, division, n_ctx,
+            &file, &hyper, &tensors, &sparsity, None, nobody, division, None, n_ctx,
         )
         .map_err(in_file)?;
         let rows = 2 * n_ctx * hyper.n_layer;

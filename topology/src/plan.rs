@@ -6,8 +6,8 @@ use serde::Serialize;
 use tracing::warn;
 
 use crate::config::{
-    ColdPolicy, CoreChoice, HostConfig, HugePages, ListedTeam, NodeCount, ThreadsPerNode,
-    TopologyConfig, check_node_count,
+    ColdPolicy, CoreChoice, GpuConfig, HostConfig, HugePages, ListedTeam, NodeCount,
+    ThreadsPerNode, TopologyConfig, check_node_count,
 };
 use crate::error::TopologyError;
 use crate::machine::{Core, Machine, MachineNode, cpus_of, ranges};
@@ -27,6 +27,9 @@ pub struct Plan {
     pub cold: ColdPolicy,
     /// Whether memory that cannot be bound, or that lies elsewhere than planned, is an error.
     pub strict: bool,
+    /// GPUs that are used, in the order of their layers.
+    #[serde(skip)]
+    pub gpus: Vec<GpuConfig>,
 }
 
 /// One node's team and memory.
@@ -46,6 +49,7 @@ impl Plan {
             huge_pages,
             cold: ColdPolicy::Shard,
             strict: false,
+            gpus: Vec::new(),
         }
     }
 
@@ -117,6 +121,7 @@ impl Plan {
             huge_pages: config.memory.huge_pages,
             cold,
             strict: config.memory.strict,
+            gpus: config.gpus.clone(),
         })
     }
 

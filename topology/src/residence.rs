@@ -220,6 +220,7 @@ mod tests {
         Plan {
             cold,
             strict,
+            gpus: Vec::new(),
             ..Plan::of_nodes(nodes, HugePages::Off)
         }
     }

@@ -130,9 +130,10 @@ impl DeviceAct {
 struct PrepareArgs {
     x: u64,
     to: RawAct,
+    relu: u32,
 }
 
-const _: () = assert!(size_of::<PrepareArgs>() == 48);
+const _: () = assert!(size_of::<PrepareArgs>() == 56);
 
 /// Makes activations of `x` (`[n_cols]` f32). Overwrites `to`.
 ///
@@ -142,11 +143,36 @@ const _: () = assert!(size_of::<PrepareArgs>() == 48);
 /// # Panics
 /// When the lengths differ, or devices do.
 pub fn prepare(stream: &Stream, x: View<'_, f32>, to: &mut DeviceAct) -> Result<(), KernelError> {
+    launch(stream, x, false, to)
+}
+
+/// The same of `max(x, 0)`; NaN stays NaN.
+///
+/// # Errors
+/// As [`prepare`].
+///
+/// # Panics
+/// As [`prepare`].
+pub fn prepare_relu(
+    stream: &Stream,
+    x: View<'_, f32>,
+    to: &mut DeviceAct,
+) -> Result<(), KernelError> {
+    launch(stream, x, true, to)
+}
+
+fn launch(
+    stream: &Stream,
+    x: View<'_, f32>,
+    relu: bool,
+    to: &mut DeviceAct,
+) -> Result<(), KernelError> {
     assert_eq!(x.len(), to.n_cols, "values of the activations");
     stream.check(&[x.device(), to.device()]);
     let args = PrepareArgs {
         x: x.address(),
         to: to.raw(),
+        relu: u32::from(relu),
     };
     let grid = Grid {
         blocks: [to.n_cols.div_ceil(4 * BLOCK), 1],

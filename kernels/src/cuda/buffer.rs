@@ -1,7 +1,7 @@
 //! Device memory with a length and a type.
 
 use std::marker::PhantomData;
-use std::ops::{Bound, RangeBounds};
+use std::ops::{Bound, Range, RangeBounds};
 
 use cudarc::driver::{DriverError, result, sys};
 
@@ -128,6 +128,21 @@ impl<T: Plain> DeviceBuffer<T> {
         }
     }
 
+    /// The first `n` values, to be written, and those behind them.
+    ///
+    /// # Panics
+    /// When there are fewer.
+    pub fn split_at_mut(&mut self, n: usize) -> (ViewMut<'_, T>, View<'_, T>) {
+        let ((first, _), (rest, len)) = (self.part(..n), self.part(n..));
+        let first = ViewMut {
+            device: &self.device,
+            at: first,
+            len: n,
+            of: PhantomData,
+        };
+        (first, View::raw(&self.device, rest, len))
+    }
+
     pub(super) fn device(&self) -> &Device {
         &self.device
     }
@@ -170,7 +185,7 @@ pub struct View<'a, T: Plain> {
     of: PhantomData<T>,
 }
 
-impl<T: Plain> View<'_, T> {
+impl<'a, T: Plain> View<'a, T> {
     /// Values.
     pub fn len(&self) -> usize {
         self.len
@@ -197,13 +212,58 @@ impl<T: Plain> View<'_, T> {
         Ok(values)
     }
 
-    pub(super) fn device(&self) -> &Device {
+    /// Part of it.
+    ///
+    /// # Panics
+    /// When it is not in it.
+    pub fn part(self, range: Range<usize>) -> Self {
+        assert!(
+            range.start <= range.end && range.end <= self.len,
+            "values {range:?} of {}",
+            self.len
+        );
+        let at = self.at + (range.start * size_of::<T>()) as u64;
+        Self::raw(self.device, at, range.len())
+    }
+
+    /// `len` values from `at` on.
+    pub(super) fn raw(device: &'a Device, at: sys::CUdeviceptr, len: usize) -> Self {
+        Self {
+            device,
+            at,
+            len,
+            of: PhantomData,
+        }
+    }
+
+    pub(super) fn device(&self) -> &'a Device {
         self.device
     }
 
     /// Where it is on the device.
     pub(super) fn address(&self) -> u64 {
         self.at
+    }
+}
+
+impl<'a> View<'a, f32> {
+    /// The values' bits.
+    pub fn to_bits(self) -> View<'a, u32> {
+        View::raw(self.device, self.at, self.len)
+    }
+}
+
+impl<'a> View<'a, u8> {
+    /// The bytes as f32 values.
+    ///
+    /// # Panics
+    /// When start or length are no multiple of 4.
+    pub fn as_f32(self) -> View<'a, f32> {
+        assert!(
+            self.at.is_multiple_of(4) && self.len.is_multiple_of(4),
+            "aligned values"
+        );
+        View::raw(self.device, self.at, self.len / 4)
     }
 }
 

@@ -173,6 +173,20 @@ impl Device {
         }
     }
 
+    /// Opens the GPU at an address on the PCI bus, such as `0000:01:00.0`.
+    ///
+    /// # Errors
+    /// As [`Self::open`].
+    pub fn open_at(pci_address: &str) -> Result<Self, KernelError> {
+        start_driver()?;
+        let address = std::ffi::CString::new(pci_address).unwrap_or_default();
+        let mut device = 0;
+        // SAFETY: writes one device; the address is a text that ends with a zero.
+        let answer = unsafe { sys::cuDeviceGetByPCIBusId(&raw mut device, address.as_ptr()) };
+        call("find a device by its PCI address", answer.result())?;
+        Self::open(usize::try_from(device).unwrap_or(usize::MAX))
+    }
+
     /// What is known of the GPU.
     pub fn info(&self) -> &DeviceInfo {
         &self.inner.info

@@ -18,6 +18,8 @@ pub struct Stream {
 
 // SAFETY: the driver's streams may be used from any thread; calls make the context current first.
 unsafe impl Send for Stream {}
+// SAFETY: as above; the driver locks its own state.
+unsafe impl Sync for Stream {}
 
 /// Size of a launch.
 #[derive(Debug, Clone, Copy)]
@@ -51,6 +53,19 @@ impl Stream {
         // SAFETY: the stream is alive.
         let answer = unsafe { result::stream::synchronize(self.raw) };
         call("wait for a stream", answer)
+    }
+
+    /// Whether everything launched so far is done, without waiting.
+    ///
+    /// # Errors
+    /// As [`Self::synchronize`].
+    pub fn is_done(&self) -> Result<bool, KernelError> {
+        self.device.bind()?;
+        // SAFETY: the stream is alive.
+        match unsafe { sys::cuStreamQuery(self.raw) } {
+            sys::CUresult::CUDA_ERROR_NOT_READY => Ok(false),
+            answer => call("ask a stream", answer.result()).map(|()| true),
+        }
     }
 
     pub(super) fn functions(&self) -> &Functions {

@@ -55,6 +55,7 @@ pub(super) fn copy_tasks<'a, 'm>(
             ffn,
             sketch,
             ahead,
+            ..
         } = layer;
         for matrix in [wq, wk, wv, wo, gate] {
             cutting.matrix(matrix);
@@ -177,8 +178,14 @@ impl<'a> CopyTask<'a, '_> {
             Source::Matrix(part) => copy_matrix(part, self.to),
             Source::Records(part) => copy_records(part, self.to),
             Source::Planes(part) => {
-                let rows = part.source.rows(part.neurons.clone());
-                part.shape().pack(rows, 0, self.to, self.rest);
+                let rows = part.neurons.clone();
+                match part.order {
+                    None => (part.shape()).pack(part.source.rows(rows), 0, self.to, self.rest),
+                    Some(order) => {
+                        let rows = gathered(part.source, &order[rows]);
+                        part.shape().pack(&rows, 0, self.to, self.rest);
+                    }
+                }
             }
         }
         self.to.len() + self.rest.len()
@@ -188,24 +195,39 @@ impl<'a> CopyTask<'a, '_> {
     fn tensors(&self) -> Vec<(&'a FileMatrix, Option<Range<usize>>)> {
         match &self.source {
             Source::Matrix(part) if !part.of_model => vec![],
-            Source::Planes(part) => vec![(part.source, Some(part.neurons.clone()))],
+            // rows in another order lie here and there
+            Source::Planes(part) => {
+                let rows = part.order.is_none().then(|| part.neurons.clone());
+                vec![(part.source, rows)]
+            }
             Source::Matrix(part) => {
-                let whole = part.cols.len() == part.source.n_cols();
+                let whole = part.cols.len() == part.source.n_cols() && part.order.is_none();
                 vec![(part.source, whole.then(|| part.rows.clone()))]
             }
             Source::Records(part) => {
-                let rows = (!part.transposed).then(|| part.neurons.clone());
-                let up = part.up.map(|up| (up, Some(part.neurons.clone())));
+                let in_order = part.order.is_none();
+                let rows = (!part.transposed && in_order).then(|| part.neurons.clone());
+                let up_rows = in_order.then(|| part.neurons.clone());
+                let up = part.up.map(|up| (up, up_rows));
                 up.into_iter().chain([(part.down, rows)]).collect()
             }
         }
     }
 }
 
+/// Rows of a matrix one after the other.
+fn gathered(source: &FileMatrix, rows: &[u32]) -> Vec<u8> {
+    let row = |&row: &u32| source.rows(row as usize..row as usize + 1);
+    rows.iter().flat_map(row).copied().collect()
+}
+
 fn copy_matrix(part: &MatrixPart<'_>, to: &mut [u8]) {
     let (source, shape) = (part.source, part.shape());
     if part.cols.len() == source.n_cols() {
-        shape.pack(source.rows(part.rows.clone()), 0, to);
+        match part.order {
+            None => shape.pack(source.rows(part.rows.clone()), 0, to),
+            Some(order) => shape.pack(&gathered(source, &order[part.rows.clone()]), 0, to),
+        }
         return;
     }
     let columns = source.quant.row_bytes(part.cols.start)..source.quant.row_bytes(part.cols.end);
@@ -229,10 +251,12 @@ fn copy_records(part: &RecordsPart<'_>, to: &mut [u8]) {
         layout: Layout::Rows,
     };
     let first = part.neurons.start;
+    let in_file = |neuron: usize| part.order.map_or(neuron, |order| order[neuron] as usize);
     if let Some(up) = part.up {
         let shape = row(up.quant);
         for (neuron, record) in part.neurons.clone().zip(to.chunks_exact_mut(record_bytes)) {
-            shape.pack(up.rows(neuron..neuron + 1), 0, record);
+            let row = in_file(neuron);
+            shape.pack(up.rows(row..row + 1), 0, record);
         }
     }
     let shape = row(part.down_quant);
@@ -245,7 +269,8 @@ fn copy_records(part: &RecordsPart<'_>, to: &mut [u8]) {
         transposer.each_row(part.neurons.clone(), put_down);
     } else {
         for neuron in part.neurons.clone() {
-            put_down(neuron, part.down.rows(neuron..neuron + 1));
+            let row = in_file(neuron);
+            put_down(neuron, part.down.rows(row..row + 1));
         }
     }
 }

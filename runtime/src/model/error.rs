@@ -3,11 +3,15 @@
 use pi_actors::ActorError;
 use thiserror::Error;
 
+use super::gpu::GpuModelError;
 use crate::gguf::GgufError;
 
 /// A model file that cannot be run, or a machine that cannot hold it.
 #[derive(Debug, Error)]
 pub enum ModelError {
+    /// The model does not go to the GPU.
+    #[error(transparent)]
+    Gpu(#[from] GpuModelError),
     /// A key or tensor that is missing, or not what it has to be.
     #[error(transparent)]
     Gguf(#[from] GgufError),

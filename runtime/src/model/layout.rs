@@ -6,8 +6,9 @@ use pi_kernels::ffn_sparse::FFN_GROUPS;
 use pi_kernels::ffn_sparse::sketch::planes::PlanesShape;
 use pi_kernels::{Layout, MatrixShape, QuantType, ROW_GROUP};
 
+use super::gpu::HotLayer;
 use super::hyperparameters::Hyperparameters;
-use super::shares::{Division, NodeShare, divide, neuron_groups};
+use super::shares::{Division, NodeShare, cold_groups, divide, neuron_groups};
 use super::sparsity::{DownPlan, Skipping, SparsityPlan};
 use super::tensors::{FileMatrix, LayerTensors, ModelTensors};
 use crate::sidecar::{LayerPredictors, SketchKind};
@@ -34,6 +35,8 @@ pub(super) struct MatrixPart<'a> {
     pub layout: Layout,
     /// Whether the file is the model's, whose pages are given back.
     pub of_model: bool,
+    /// The file's row of each row, where they are in another order.
+    pub order: Option<&'a [u32]>,
 }
 
 impl<'a> MatrixPart<'a> {
@@ -45,6 +48,15 @@ impl<'a> MatrixPart<'a> {
             cols,
             layout: Layout::Interleaved,
             of_model: true,
+            order: None,
+        }
+    }
+
+    /// Rows of neurons.
+    fn neurons(source: &'a FileMatrix, neurons: &Neurons<'a>) -> Self {
+        Self {
+            order: neurons.order,
+            ..Self::rows(source, neurons.range.clone())
         }
     }
 
@@ -72,6 +84,8 @@ impl<'a> MatrixPart<'a> {
 pub(super) struct PlanesPart<'a> {
     pub source: &'a FileMatrix,
     pub neurons: Range<usize>,
+    /// As in [`MatrixPart`].
+    pub order: Option<&'a [u32]>,
 }
 
 impl PlanesPart<'_> {
@@ -107,6 +121,17 @@ pub(super) struct RecordsPart<'a> {
     pub transposed: bool,
     pub n_embd: usize,
     pub neurons: Range<usize>,
+    /// As in [`MatrixPart`]; none where `transposed`.
+    pub order: Option<&'a [u32]>,
+}
+
+/// Neurons of a layer.
+#[derive(Debug, Clone)]
+struct Neurons<'a> {
+    /// In the layer's order.
+    range: Range<usize>,
+    /// The file's neuron of each; none where the order is the file's.
+    order: Option<&'a [u32]>,
 }
 
 impl RecordsPart<'_> {
@@ -139,6 +164,11 @@ pub(super) enum FfnLayout<'a> {
 /// One node's part of a layer.
 #[derive(Debug, Clone)]
 pub(super) struct LayerLayout<'a> {
+    /// Groups of neurons, and these neurons in the layer's order.
+    pub groups: Range<usize>,
+    pub neurons: Range<usize>,
+    /// The file's neuron of each neuron of the layer; none where the order is the file's.
+    pub order: Option<&'a [u32]>,
     pub wq: Placed<MatrixPart<'a>>,
     pub wk: Placed<MatrixPart<'a>>,
     pub wv: Placed<MatrixPart<'a>>,
@@ -179,14 +209,36 @@ impl<'a> ModelLayout<'a> {
         plan: &SparsityPlan,
         predictors: Option<&'a [LayerPredictors]>,
         division: Division<'_>,
+        hot: Option<&'a [HotLayer]>,
     ) -> Self {
         let multiple = neuron_multiple(plan);
+        let neuron_groups = neuron_groups(hyper.n_ff, multiple);
         let nodes = divide(hyper, division, multiple).into_iter().enumerate();
+        let cold = |node: usize, layer: usize| {
+            let hot = &hot?[layer];
+            let groups = cold_groups(division, hot.groups, node);
+            let range = neuron_groups[groups.start]..neuron_groups[groups.end];
+            let order = hot.order.as_deref();
+            Some((groups, Neurons { range, order }))
+        };
         Self {
-            neuron_groups: neuron_groups(hyper.n_ff, multiple),
+            neuron_groups,
             nodes: nodes
-                .map(|(node, share)| {
-                    NodeLayout::new(hyper, tensors, plan, predictors, node == 0, share)
+                .map(|(node, mut share)| {
+                    // a GPU predicts, and has all but cold neurons
+                    let is_device = node == 0 && hot.is_none();
+                    if hot.is_some() {
+                        share.keep_nothing_but_neurons();
+                    }
+                    let groups = (0..hyper.n_layer).map(|layer| {
+                        let all = || {
+                            let range = share.neurons.clone();
+                            (share.groups.clone(), Neurons { range, order: None })
+                        };
+                        cold(node, layer).unwrap_or_else(all)
+                    });
+                    let groups = groups.collect();
+                    NodeLayout::new(hyper, tensors, plan, predictors, is_device, share, groups)
                 })
                 .collect(),
         }
@@ -194,7 +246,7 @@ impl<'a> ModelLayout<'a> {
 }
 
 /// Neurons that no boundary may part: a group of gate rows, or a block of a plain down projection.
-fn neuron_multiple(plan: &SparsityPlan) -> usize {
+pub(super) fn neuron_multiple(plan: &SparsityPlan) -> usize {
     let multiple = |down: &DownPlan| match down {
         DownPlan::Dense(quant) => quant.block_values().max(ROW_GROUP),
         DownPlan::NeuronRows(_) | DownPlan::Transposed { .. } => ROW_GROUP,
@@ -210,15 +262,21 @@ impl<'a> NodeLayout<'a> {
         predictors: Option<&'a [LayerPredictors]>,
         is_device: bool,
         share: NodeShare,
+        groups: Vec<(Range<usize>, Neurons<'a>)>,
     ) -> Self {
         let mut placing = Placing {
             is_device,
             ..Placing::default()
         };
         let of_layer = |index: usize| predictors.map(|all| &all[index]);
-        let layers = tensors.layers.iter().zip(&plan.down).enumerate();
+        let layers = tensors
+            .layers
+            .iter()
+            .zip(&plan.down)
+            .zip(groups)
+            .enumerate();
         let layers = layers
-            .map(|(index, (layer, down))| {
+            .map(|(index, ((layer, down), groups))| {
                 placing.layer(
                     hyper,
                     layer,
@@ -226,6 +284,7 @@ impl<'a> NodeLayout<'a> {
                     *down,
                     of_layer(index),
                     &share,
+                    groups,
                 )
             })
             .collect();
@@ -288,6 +347,7 @@ impl Placing {
         down: DownPlan,
         predictors: Option<&'a LayerPredictors>,
         share: &NodeShare,
+        (groups, neurons): (Range<usize>, Neurons<'a>),
     ) -> LayerLayout<'a> {
         let rows = |heads: &Range<usize>, heads_per_kv: usize| {
             let rows_per_head = heads_per_kv * hyper.head_dim;
@@ -296,13 +356,16 @@ impl Placing {
         let q_rows = rows(&share.kv_heads, hyper.n_head / hyper.n_head_kv);
         let kv_rows = rows(&share.kv_heads, 1);
         LayerLayout {
+            groups,
+            neurons: neurons.range.clone(),
+            order: neurons.order,
             wq: self.matrix(MatrixPart::rows(&layer.wq, q_rows)),
             wk: self.matrix(MatrixPart::rows(&layer.wk, kv_rows.clone())),
             wv: self.matrix(MatrixPart::rows(&layer.wv, kv_rows)),
             wo: self.matrix(MatrixPart::rows(&layer.wo, share.output_rows.clone())),
-            gate: self.gate(layer, predictors, share.neurons.clone()),
-            ffn: self.ffn(hyper.n_embd, layer, skipping, down, share.neurons.clone()),
-            sketch: self.sketch(layer, predictors, share.neurons.clone()),
+            gate: self.gate(layer, predictors, &neurons),
+            ffn: self.ffn(hyper.n_embd, layer, skipping, down, &neurons),
+            sketch: self.sketch(layer, predictors, &neurons),
             ahead: self.ahead(predictors),
         }
     }
@@ -312,10 +375,10 @@ impl Placing {
         &mut self,
         layer: &'a LayerTensors,
         predictors: Option<&LayerPredictors>,
-        neurons: Range<usize>,
+        neurons: &Neurons<'a>,
     ) -> Placed<MatrixPart<'a>> {
         let sketch = predictors.and_then(|layer| layer.sketch.as_ref());
-        let whole = MatrixPart::rows(&layer.gate, neurons.clone());
+        let whole = MatrixPart::neurons(&layer.gate, neurons);
         self.matrix(match sketch.map(|sketch| &sketch.kind) {
             None => whole,
             Some(SketchKind::LowRank { .. }) => MatrixPart {
@@ -323,7 +386,7 @@ impl Placing {
                 ..whole
             },
             Some(SketchKind::Bits { .. }) => MatrixPart {
-                rows: neurons.start..neurons.start,
+                rows: neurons.range.start..neurons.range.start,
                 ..whole
             },
         })
@@ -333,16 +396,23 @@ impl Placing {
         &mut self,
         layer: &'a LayerTensors,
         predictors: Option<&'a LayerPredictors>,
-        neurons: Range<usize>,
+        neurons: &Neurons<'a>,
     ) -> Option<SketchLayout<'a>> {
         Some(match &predictors?.sketch.as_ref()?.kind {
             SketchKind::LowRank { a, b } => SketchLayout::LowRank {
                 a: self.matrix(MatrixPart::of_sidecar(a, 0..a.n_rows())),
-                b: self.matrix(MatrixPart::of_sidecar(b, neurons)),
+                b: self.matrix(MatrixPart {
+                    of_model: false,
+                    ..MatrixPart::neurons(b, neurons)
+                }),
             },
             SketchKind::Bits { .. } => {
                 let source = &layer.gate;
-                let part = PlanesPart { source, neurons };
+                let part = PlanesPart {
+                    source,
+                    neurons: neurons.range.clone(),
+                    order: neurons.order,
+                };
                 let bytes = part.shape().top_bytes() + part.shape().rest_bytes();
                 SketchLayout::Bits(self.place(part, bytes))
             }
@@ -366,16 +436,17 @@ impl Placing {
         layer: &'a LayerTensors,
         skipping: Skipping,
         down: DownPlan,
-        neurons: Range<usize>,
+        neurons: &Neurons<'a>,
     ) -> FfnLayout<'a> {
         let (down_quant, transposed) = match down {
             DownPlan::NeuronRows(quant) => (quant, false),
             DownPlan::Transposed { to, .. } => (to, true),
             DownPlan::Dense(_) => {
                 let source = layer.down.matrix();
-                let (rows, cols) = (0..source.n_rows(), neurons.clone());
+                // the order of a plain down projection is the file's
+                let (rows, cols) = (0..source.n_rows(), neurons.range.clone());
                 return FfnLayout::Dense {
-                    up: self.matrix(MatrixPart::rows(&layer.up, neurons)),
+                    up: self.matrix(MatrixPart::neurons(&layer.up, neurons)),
                     down: self.matrix(MatrixPart {
                         cols,
                         ..MatrixPart::rows(source, rows)
@@ -389,12 +460,13 @@ impl Placing {
             down_quant,
             transposed,
             n_embd,
-            neurons: neurons.clone(),
+            neurons: neurons.range.clone(),
+            order: neurons.order,
         };
         match skipping {
             Skipping::UpAndDown => FfnLayout::Paired(self.records(records)),
             Skipping::Nothing | Skipping::Down => FfnLayout::Apart {
-                up: self.matrix(MatrixPart::rows(&layer.up, neurons)),
+                up: self.matrix(MatrixPart::neurons(&layer.up, neurons)),
                 down: self.records(records),
             },
         }

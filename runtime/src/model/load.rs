@@ -15,6 +15,7 @@ use pi_actors::weights::{
 
 use super::copy_task::{CopyTask, PageDrop, copy_tasks};
 use super::error::ModelError;
+use super::gpu::HotLayer;
 use super::hyperparameters::{GateKind, Hyperparameters};
 use super::layout::{
     FfnLayout, LayerLayout, MatrixPart, ModelLayout, Placed, RecordsPart, SketchLayout,
@@ -76,6 +77,8 @@ pub struct Loader<'a> {
     thresholds: Option<Arc<Thresholds>>,
     predictors: Option<&'a [LayerPredictors]>,
     predicting: Predicting,
+    /// Whether a GPU has all but cold neurons.
+    on_gpu: bool,
 }
 
 impl<'a> Loader<'a> {
@@ -96,10 +99,13 @@ impl<'a> Loader<'a> {
     ) -> Result<Self, ModelError> {
         let nobody = Predicting::default();
         let division = Division::by_threads(threads);
-        Self::predicted(file, hyper, tensors, plan, None, nobody, division, n_ctx)
+        Self::predicted(
+            file, hyper, tensors, plan, None, nobody, division, None, n_ctx,
+        )
     }
 
-    /// The same for any division, with predictors, of which `predicting` says who predicts.
+    /// The same for any division, with predictors, of which `predicting` says who predicts, and of cold neurons alone where
+    /// `hot` says which are a GPU's.
     ///
     /// # Errors
     /// As [`model_shape`].
@@ -114,6 +120,7 @@ impl<'a> Loader<'a> {
         predictors: Option<&'a [LayerPredictors]>,
         predicting: Predicting,
         division: Division<'_>,
+        hot: Option<&'a [HotLayer]>,
         n_ctx: usize,
     ) -> Result<Self, ModelError> {
         let threads = division.threads;
@@ -125,7 +132,8 @@ impl<'a> Loader<'a> {
             file,
             tensors,
             shape: model_shape(hyper, tensors, n_ctx)?,
-            layout: ModelLayout::new(hyper, tensors, plan, predictors, division),
+            layout: ModelLayout::new(hyper, tensors, plan, predictors, division, hot),
+            on_gpu: hot.is_some(),
             transposed_bytes: plan.transposed_bytes(hyper.n_embd, hyper.n_ff),
             thresholds: plan.thresholds.clone(),
             predictors,
@@ -227,8 +235,8 @@ impl<'a> Loader<'a> {
                 shares: nodes()
                     .map(|(node, arena)| {
                         let bias = layer.qkv_bias.as_ref();
-                        let thresholds = self.layer_thresholds(index, &node.share);
                         let layer = &node.layers[index];
+                        let thresholds = self.layer_thresholds(index, layer);
                         LayerShare {
                             thresholds,
                             ..self.layer_share(&node.share, layer, bias, index, arena)
@@ -261,8 +269,8 @@ impl<'a> Loader<'a> {
                     .collect(),
             }),
             embedding: match self.tensors.output {
-                None => Embedding::Tied,
-                Some(_) => Embedding::Rows(EmbeddingRows {
+                None if !self.on_gpu => Embedding::Tied,
+                _ => Embedding::Rows(EmbeddingRows {
                     quant: token_embd.quant,
                     n_embd: token_embd.n_cols(),
                     bytes: token_embd.bytes.clone(),
@@ -271,9 +279,9 @@ impl<'a> Loader<'a> {
         }
     }
 
-    fn layer_thresholds(&self, layer: usize, share: &NodeShare) -> Option<Vec<f32>> {
+    fn layer_thresholds(&self, layer: usize, layout: &LayerLayout<'_>) -> Option<Vec<f32>> {
         let layer = self.thresholds.as_ref()?.layers[layer].as_ref()?;
-        Some(layer.values[share.neurons.clone()].to_vec())
+        Some(of_neurons(&layer.values, layout))
     }
 
     fn layer_share(
@@ -296,11 +304,11 @@ impl<'a> Loader<'a> {
             bv: bias.map(|bias| part(&bias.v, &layer.wv)),
             output_rows: share.output_rows.clone(),
             wo: matrix(&layer.wo, arena),
-            groups: share.groups.clone(),
-            neurons: share.neurons.clone(),
+            groups: layer.groups.clone(),
+            neurons: layer.neurons.clone(),
             gate: matrix(&layer.gate, arena),
             thresholds: None,
-            sketch: self.sketch(share, layer, index, arena),
+            sketch: self.sketch(layer, index, arena),
             ffn: match &layer.ffn {
                 FfnLayout::Paired(placed) => FfnShare::Neurons {
                     up: UpRows::Paired,
@@ -320,15 +328,9 @@ impl<'a> Loader<'a> {
 }
 
 impl Loader<'_> {
-    fn sketch(
-        &self,
-        share: &NodeShare,
-        layer: &LayerLayout<'_>,
-        index: usize,
-        arena: &Bytes,
-    ) -> Option<SketchShare> {
+    fn sketch(&self, layer: &LayerLayout<'_>, index: usize, arena: &Bytes) -> Option<SketchShare> {
         let sketch = self.predictors?[index].sketch.as_ref()?;
-        let neurons = || share.neurons.clone();
+        let mine = |values: &Vec<f32>| of_neurons(values, layer);
         let kind = match layer.sketch.as_ref()? {
             SketchLayout::LowRank { a, b } => SketchKind::LowRank {
                 a: matrix(a, arena),
@@ -348,14 +350,14 @@ impl Loader<'_> {
                 };
                 SketchKind::Bits {
                     planes,
-                    two_bit_bias: two_bit_bias.map(|bias| bias[neurons()].to_vec()),
+                    two_bit_bias: two_bit_bias.map(mine),
                 }
             }
         };
         Some(SketchShare {
             kind,
-            bias: sketch.bias[neurons()].to_vec(),
-            floor: (sketch.floor.as_ref()).map(|floor| floor[neurons()].to_vec()),
+            bias: mine(&sketch.bias),
+            floor: sketch.floor.as_ref().map(mine),
         })
     }
 
@@ -370,6 +372,17 @@ impl Loader<'_> {
             prefetch: self.predicting.prefetch,
             alone: self.predicting.by == Some(PredictBy::Ahead),
         })
+    }
+}
+
+/// Values of a node's neurons of a layer, out of those of all in the file's order.
+fn of_neurons(values: &[f32], layer: &LayerLayout<'_>) -> Vec<f32> {
+    match layer.order {
+        None => values[layer.neurons.clone()].to_vec(),
+        Some(order) => {
+            let mine = order[layer.neurons.clone()].iter();
+            mine.map(|&id| values[id as usize]).collect()
+        }
     }
 }
 

@@ -5,6 +5,7 @@ mod copy_task;
 pub mod description;
 pub mod error;
 pub mod footprint;
+pub mod gpu;
 pub mod hyperparameters;
 mod layout;
 pub mod load;

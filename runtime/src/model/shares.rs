@@ -23,6 +23,15 @@ pub struct NodeShare {
     pub head_rows: Range<usize>,
 }
 
+impl NodeShare {
+    /// Leaves out what a GPU has where it is the device: all but neurons.
+    pub(super) fn keep_nothing_but_neurons(&mut self) {
+        self.kv_heads = 0..0;
+        self.output_rows = 0..0;
+        self.head_rows = 0..0;
+    }
+}
+
 /// How a model is divided over nodes.
 #[derive(Debug, Clone, Copy)]
 pub struct Division<'a> {
@@ -78,6 +87,21 @@ pub fn divide(
             head_rows: head_rows[node]..head_rows[node + 1],
         })
         .collect()
+}
+
+/// Groups of cold neurons of node `node`, where the first `n_hot` groups are a GPU's.
+pub(super) fn cold_groups(division: Division<'_>, n_hot: usize, node: usize) -> Range<usize> {
+    let n_cold = FFN_GROUPS - n_hot;
+    match division.cold {
+        ColdPolicy::Shard | ColdPolicy::Interleave => {
+            let shares = cumulative(division.threads);
+            let bound = |node: usize| n_hot + nearest(shares[node], n_cold, 1);
+            bound(node)..bound(node + 1)
+        }
+        ColdPolicy::Single(one) if one == node => n_hot..FFN_GROUPS,
+        ColdPolicy::Single(one) if one < node => FFN_GROUPS..FFN_GROUPS,
+        ColdPolicy::Single(_) => n_hot..n_hot,
+    }
 }
 
 /// Boundaries of the 16 neuron groups, from 0 to `n_ff`: each the multiple of `multiple` nearest to equal groups, or

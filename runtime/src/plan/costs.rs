@@ -116,6 +116,7 @@ pub(super) fn measure(
             threads: &threads,
             cold: plan.cold,
         },
+        None,
         n_ctx,
     )
     .map_err(in_model)?;

@@ -260,6 +260,7 @@ impl Planning<'_> {
                 threads: &self.request.plan.team_sizes(),
                 cold: self.request.plan.cold,
             },
+            None,
             self.options.n_ctx,
         )
         .map_err(|source| self.in_model(source))

@@ -2,6 +2,7 @@
 
 mod answer;
 mod generation;
+mod gpu;
 mod opening;
 mod sparsity;
 mod stop_texts;

@@ -11,6 +11,7 @@ use pi_kernels::Cpu;
 use pi_kernels::attention::KvType;
 use pi_topology::{Plan, Residence};
 
+use super::gpu::OnGpu;
 use super::sparsity::{self, ThresholdSource};
 use crate::chat::SpecialTexts;
 use crate::error::RuntimeError;
@@ -18,12 +19,14 @@ use crate::gguf::GgufFile;
 use crate::head_sketch::{Head, SketchTensors};
 use crate::model::description::Description;
 use crate::model::footprint::{Footprint, HeadBytes};
+use crate::model::gpu::{GpuLayout, GpuRequest};
+use crate::model::load::model_shape;
 use crate::model::node_memory::{PlacedWeights, VerifiedMemory};
 use crate::model::predicting::Predicting;
 use crate::model::shares::Division;
 use crate::model::sparsity::SparsityPlan;
 use crate::model::{Hyperparameters, Loader, ModelError, ModelTensors, Sparsity};
-use crate::sidecar::{self, Sidecar, SidecarError};
+use crate::sidecar::{self, Profile, Sidecar, SidecarError};
 use crate::tokenizer::{Tokenizer, TokenizerError};
 
 /// Context without `-c`, where the model knows a longer one: a larger cache has to be asked for.
@@ -129,7 +132,9 @@ impl LoadedModel {
         let in_file = |source| model_error(&options.path, source);
         let hyper = Hyperparameters::read(&file).map_err(in_file)?;
         let needed = sparsity::needs_sidecar(options, &hyper) || options.head == Head::Sparse;
-        let sidecar = open_sidecar(options, needed, &file, &hyper)?;
+        // its profile says which neurons are hot
+        let wanted = !plan.gpus.is_empty() && sidecar::default_path(&options.path).exists();
+        let sidecar = open_sidecar(options, needed || wanted, &file, &hyper)?;
         let (tokenizer, engine) = std::thread::scope(|scope| {
             let tokenizer = scope.spawn(|| Tokenizer::from_metadata(file.metadata()));
             let engine = start_engine(options, plan, &file, &hyper, sidecar.as_ref(), observer);
@@ -269,6 +274,24 @@ fn start_engine(
         }
         _ => None,
     };
+    let shape = model_shape(hyper, &tensors, n_ctx).map_err(in_file)?;
+    let profile = match sidecar {
+        Some(sidecar) if !plan.gpus.is_empty() => {
+            Profile::read(sidecar, hyper.n_layer, hyper.n_ff)?
+        }
+        _ => None,
+    };
+    let request = GpuRequest {
+        shape: &shape,
+        tensors: &tensors,
+        sparsity: &sparsity,
+        predictors: predictors.as_deref(),
+        profile: profile.as_ref(),
+        predicting: options.predicting,
+        kv_type: options.kv_type,
+        groups_max: None,
+    };
+    let on_gpu = OnGpu::choose(options, plan, request).map_err(in_file)?;
     let loader = Loader::predicted(
         file,
         hyper,
@@ -280,21 +303,33 @@ fn start_engine(
             threads: &threads,
             cold: plan.cold,
         },
+        on_gpu.as_ref().map(|gpu| &gpu.hot[..]),
         n_ctx,
     )
     .map_err(in_file)?;
     let teams = Teams::start(plan)?;
-    observer.begin(loader.copied_bytes());
     let memory = VerifiedMemory::new(plan);
-    let weights = loader.load(&teams, &memory, &|bytes| observer.copied(bytes));
+    let gpu_layout = on_gpu
+        .as_ref()
+        .map(|gpu| GpuLayout::new(&request, &gpu.hot));
+    let gpu_bytes = gpu_layout.as_ref().map_or(0, |layout| layout.bytes as u64);
+    observer.begin(gpu_bytes + loader.copied_bytes());
+    let gpu = on_gpu.as_ref().zip(gpu_layout.as_ref());
+    let gpu =
+        gpu.map(|(gpu, layout)| layout.load(&gpu.device, &teams, &|bytes| observer.copied(bytes)));
+    let loaded = gpu.transpose().and_then(|gpu| {
+        let copied = |bytes| observer.copied(gpu_bytes + bytes);
+        Ok((gpu, loader.load(&teams, &memory, &copied)?))
+    });
     observer.end();
-    let weights = weights.map_err(in_file)?;
+    let (gpu, weights) = loaded.map_err(in_file)?;
     let placed = memory.into_weights();
     let residence = placed.verify()?;
     tracing::info!(cold = %plan.cold, "weights lie: {residence}");
-    let engine = Engine::start(
+    let engine = Engine::start_on(
         teams,
         weights,
+        gpu,
         EngineOptions {
             cpu: options.cpu,
             kv_type: options.kv_type,
@@ -305,6 +340,9 @@ fn start_engine(
             tap: options.tap.clone(),
         },
     )?;
+    if let (Some(on_gpu), Some(bytes)) = (&on_gpu, engine.gpu_bytes()) {
+        on_gpu.log(bytes);
+    }
     let footprint = Footprint::of(hyper, &tensors, &sparsity);
     Ok(Started {
         engine,

@@ -17,7 +17,7 @@ pub struct TopologyFile {
 }
 
 /// Back ends for GPUs that this program has.
-const BACKENDS: Backends = Backends { cuda: false };
+const BACKENDS: Backends = Backends { cuda: true };
 
 impl TopologyFile {
     /// Reads the file at `path`; without one the discovered machine is used as it is.

@@ -1,0 +1,247 @@
+//! `DeviceLayer` on a GPU: turns the flags of a token's graph into messages, and the nodes' answers into flags.
+#![allow(unsafe_code)]
+
+use std::sync::Arc;
+
+use pi_kernels::elementwise::add_assign;
+
+use super::error::GpuError;
+use super::gpu_model::GpuModel;
+use crate::counters::{Cell, Counters};
+use crate::messages::{
+    ActorId, Compute, Correct, HeadDone, LayerDone, Message, NeuronIds, Partial, RunHead, RunLayer,
+    SlotId, Step,
+};
+use crate::model::{Model, sums_of};
+use crate::posts::Posts;
+use crate::slots::StepInfo;
+
+/// The actor's state: nothing that another incarnation could not build again.
+#[derive(Debug)]
+pub(crate) struct CudaLayer {
+    layer: usize,
+    model: Arc<Model>,
+    cell: Arc<Cell>,
+    /// Nodes that have not answered yet, a bit each.
+    pending: u32,
+    /// What the step took so far.
+    work: Counters,
+    /// Sums of all nodes, ascending: the node, and its number of the sum.
+    sums: Vec<(usize, usize)>,
+}
+
+impl CudaLayer {
+    /// The device's part of a layer of a model that is on a GPU.
+    pub fn new(layer: usize, model: Arc<Model>, cell: Arc<Cell>) -> Self {
+        let sums = (0..model.n_nodes()).flat_map(|node| {
+            let n_sums = sums_of(model.share(layer, node)).len();
+            (0..n_sums).map(move |sum| (node, sum))
+        });
+        Self {
+            layer,
+            sums: sums.collect(),
+            model,
+            cell,
+            pending: 0,
+            work: Counters::default(),
+        }
+    }
+
+    /// Nodes that the actor waits for, a bit each.
+    pub fn pending(&self) -> u32 {
+        self.pending
+    }
+
+    fn gpu(&self) -> &GpuModel {
+        let gpu = self.model.gpu.as_ref();
+        gpu.expect("the model is on a GPU")
+    }
+
+    /// Starts the token before its first layer; lets the nodes' neurons be computed as soon as the hidden state is there.
+    pub fn run_layer(&mut self, message: RunLayer, posts: &mut Posts<'_>) {
+        self.work = Counters::default();
+        self.count_message();
+        if let Err(error) = self.try_layer(message.step, posts) {
+            self.failed(message.step, error, posts);
+        }
+    }
+
+    fn try_layer(&mut self, step: Step, posts: &mut Posts<'_>) -> Result<(), GpuError> {
+        if self.layer == 0 {
+            self.begin()?;
+        }
+        if !self.gpu().has_cold(self.layer) {
+            return self.finish(step, posts);
+        }
+        let alone = self.gpu().ahead_alone(self.layer);
+        if alone.is_some() {
+            self.take_ids()?;
+        }
+        self.take_hidden()?;
+        let layer = self.layer;
+        let ids = match alone {
+            None => NeuronIds::All,
+            Some(_) => NeuronIds::Predicted,
+        };
+        let compute = Message::Compute(Compute {
+            step,
+            layer,
+            ids,
+            x_slot: SlotId::Normed,
+            work: Counters::default(),
+        });
+        let correct = alone.map(|alone| {
+            let ids = match alone {
+                true => NeuronIds::None,
+                false => NeuronIds::All,
+            };
+            Message::Correct(Correct { step, layer, ids })
+        });
+        let n_nodes = self.model.n_nodes();
+        self.pending = (1 << n_nodes) - 1;
+        // other nodes first, so that they start while this one still works on its own message
+        for node in (0..n_nodes).rev() {
+            let to = ActorId::ColdLayer { layer, node };
+            posts.post(to, compute);
+            if let Some(correct) = correct {
+                posts.post(to, correct);
+            }
+        }
+        Ok(())
+    }
+
+    /// Launches the token.
+    fn begin(&self) -> Result<(), GpuError> {
+        let model = &*self.model;
+        let (n_embd, rope_len) = (model.shape().n_embd, model.rope.row_len());
+        // SAFETY: the pipeline wrote them before the message.
+        unsafe {
+            let StepInfo { position, n_tokens } = *model.slots.step.get();
+            assert_eq!(n_tokens, 1, "a GPU takes one token at a time");
+            let x = model.slots.x.read(0..n_embd);
+            let rotation = model.slots.rope.read(0..rope_len);
+            self.gpu().begin(x, rotation, position)
+        }
+    }
+
+    /// Divides the layer's predicted ids over the nodes' slots.
+    fn take_ids(&self) -> Result<(), GpuError> {
+        let (model, layer) = (&*self.model, self.layer);
+        let gpu = self.gpu();
+        let ids = gpu.wait_ids(layer)?;
+        let n_hot = gpu.n_hot(layer);
+        for (node, slots) in model.slots.predicted.iter().enumerate() {
+            let neurons = &model.share(layer, node).neurons;
+            if neurons.is_empty() {
+                continue;
+            }
+            let inside = |bound: usize| ids.partition_point(|&id| (id as usize + n_hot) < bound);
+            let mine = &ids[inside(neurons.start)..inside(neurons.end)];
+            // SAFETY: the node has answered what it read of the layer two before.
+            let to = unsafe { slots[layer % 2].get_mut() };
+            to.clear();
+            let shift = neurons.start - n_hot;
+            to.extend(mine.iter().map(|id| id - shift as u32));
+        }
+        Ok(())
+    }
+
+    /// Makes the nodes' activations of the hidden state.
+    fn take_hidden(&self) -> Result<(), GpuError> {
+        let model = &*self.model;
+        let hidden = self.gpu().wait_hidden(self.layer)?;
+        // SAFETY: all nodes have answered what they read it for.
+        let writer = unsafe { model.slots.normed.get_mut() }.writer();
+        // SAFETY: no other thread has it now.
+        unsafe { writer.set_with(model.cpu, 0, |out| out.copy_from_slice(hidden)) };
+        Ok(())
+    }
+
+    /// Takes a node's partial sums.
+    pub fn partial(&mut self, message: Partial, posts: &mut Posts<'_>) {
+        self.count_message();
+        self.work += message.work;
+        self.pending &= !(1 << message.node);
+        if self.pending != 0 {
+            return;
+        }
+        self.answer();
+        if let Err(error) = self.finish(message.step, posts) {
+            self.failed(message.step, error, posts);
+        }
+    }
+
+    /// Adds all nodes' sums, in their order, into the GPU's slot.
+    fn answer(&self) {
+        let model = &*self.model;
+        let n_embd = model.shape().n_embd;
+        self.gpu().answer(self.layer, |y| {
+            let mut sums = self.sums.iter().map(|&(node, sum)| {
+                let at = model.partial_offset(sum);
+                // SAFETY: the nodes have written their sums.
+                unsafe { model.slots.partials[node].read(at..at + n_embd) }
+            });
+            match sums.next() {
+                None => y.fill(0.0),
+                Some(first) => y.copy_from_slice(first),
+            }
+            for sum in sums {
+                add_assign(model.cpu, y, sum);
+            }
+        });
+    }
+
+    /// Ends the layer; after the last one the GPU has ended the token.
+    fn finish(&mut self, step: Step, posts: &mut Posts<'_>) -> Result<(), GpuError> {
+        if self.layer + 1 == self.model.shape().n_layer {
+            self.gpu().wait_token()?;
+        }
+        self.done(step, true, posts);
+        Ok(())
+    }
+
+    fn done(&self, step: Step, finite: bool, posts: &mut Posts<'_>) {
+        let done = LayerDone {
+            step,
+            layer: self.layer,
+            finite,
+            work: self.work,
+        };
+        posts.post(ActorId::Pipeline, Message::LayerDone(done));
+    }
+
+    /// Computes the logits of the token: the last layer's device has the residual stream.
+    pub fn run_head(&mut self, message: RunHead, posts: &mut Posts<'_>) {
+        self.work = Counters::default();
+        self.count_message();
+        let model = &*self.model;
+        match self.gpu().logits() {
+            Ok(logits) => {
+                // SAFETY: nobody reads the slot before the message below.
+                unsafe { model.slots.logits.write(0..logits.len()) }.copy_from_slice(logits);
+            }
+            Err(error) => model.note_gpu_failure(error),
+        }
+        let done = HeadDone {
+            step: message.step,
+            work: self.work,
+        };
+        posts.post(ActorId::Pipeline, Message::HeadDone(done));
+    }
+
+    /// Notes why the token has no result, and ends the layer: the pipeline looks before it goes on.
+    fn failed(&mut self, step: Step, error: GpuError, posts: &mut Posts<'_>) {
+        self.pending = 0;
+        self.model.note_gpu_failure(error);
+        self.done(step, false, posts);
+    }
+
+    fn count_message(&mut self) {
+        let own = Counters {
+            messages: 1,
+            ..Counters::default()
+        };
+        self.cell.add(own);
+        self.work += own;
+    }
+}

@@ -1,0 +1,214 @@
+//! Memory that host and GPU both see, and who may touch it when.
+//!
+//! Flags carry the token's number. The writer of a slot sets its flag behind the data; the reader waits for the flag.
+//!
+//! | slot | written by | flag | read by | until |
+//! |---|---|---|---|---|
+//! | `x`, `rotation`, `words` | host | (launch of the graph) | GPU | end of the token |
+//! | `hidden`, that of even or odd layers | GPU | `hidden[layer]` | host | it sets `partial[layer]` |
+//! | `ids`, `n_ids`, likewise | GPU | `ids[layer]` | host | it sets `partial[layer]` |
+//! | `partial`, likewise | host | `partial[layer]` | GPU | `hidden[layer + 1]`, or the end |
+//! | `logits` | GPU | `logits` | host | the next launch |
+//!
+//! The slots of layer l + 2 are those of layer l. The GPU writes `hidden` of l + 2 after it took `partial[l]`, which the host
+//! set when it had read `hidden` and `ids` of l; it writes `ids` of l + 2 within layer l + 1, so after `partial[l]` too. The host
+//! writes `partial` of l + 2 after it saw `hidden[l + 2]`, which the GPU set after it had read `partial` of l. Where a layer has
+//! no cold neurons it uses no slot.
+#![allow(unsafe_code)]
+
+use std::time::{Duration, Instant};
+
+use pi_kernels::KernelError;
+use pi_kernels::cuda::{Device, PinnedBuffer, Stream, View};
+
+use super::error::GpuError;
+
+/// Words between flags: a line of the host's caches, and the one that it fetches beside it.
+const FLAG_WORDS: usize = 32;
+/// Slots start at multiples of this many values.
+const SLOT_VALUES: usize = 64;
+/// Looks at a flag between looks at the clock.
+const SPINS: u32 = 1 << 12;
+/// Time between questions to the driver whether the GPU still works.
+const ASK_EVERY: Duration = Duration::from_millis(20);
+
+/// A flag.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) enum Flag {
+    /// The layer's normed hidden state is there.
+    Hidden(usize),
+    /// The ids that were predicted for the layer are there.
+    Ids(usize),
+    /// The host's part of the layer is there.
+    Partial(usize),
+    /// All layers are done.
+    Token,
+    /// The logits are there.
+    Logits,
+    /// The host was late.
+    Late,
+}
+
+/// See the module.
+#[derive(Debug)]
+pub(super) struct Exchange {
+    n_embd: usize,
+    stride: usize,
+    ids_stride: usize,
+    flags: PinnedBuffer<u32>,
+    pub x: PinnedBuffer<f32>,
+    pub rotation: PinnedBuffer<f32>,
+    /// Position and number of the token.
+    pub words: PinnedBuffer<u32>,
+    hidden: PinnedBuffer<f32>,
+    partial: PinnedBuffer<f32>,
+    ids: PinnedBuffer<u32>,
+    n_ids: PinnedBuffer<u32>,
+    pub logits: PinnedBuffer<f32>,
+}
+
+/// Sizes of an [`Exchange`].
+#[derive(Debug, Clone, Copy)]
+pub(super) struct ExchangeSizes {
+    pub n_layer: usize,
+    pub n_embd: usize,
+    pub rope_len: usize,
+    /// Most ids of a layer.
+    pub n_ids: usize,
+    pub n_vocab: usize,
+}
+
+impl Exchange {
+    pub fn new(device: &Device, sizes: ExchangeSizes) -> Result<Self, KernelError> {
+        let stride = sizes.n_embd.next_multiple_of(SLOT_VALUES);
+        let ids_stride = sizes.n_ids.next_multiple_of(SLOT_VALUES);
+        let n_flags = 3 * sizes.n_layer + 3;
+        Ok(Self {
+            n_embd: sizes.n_embd,
+            stride,
+            ids_stride,
+            flags: PinnedBuffer::new(device, n_flags * FLAG_WORDS)?,
+            x: PinnedBuffer::new(device, sizes.n_embd)?,
+            rotation: PinnedBuffer::new(device, sizes.rope_len)?,
+            words: PinnedBuffer::new(device, 2)?,
+            hidden: PinnedBuffer::new(device, 2 * stride)?,
+            partial: PinnedBuffer::new(device, 2 * stride)?,
+            ids: PinnedBuffer::new(device, 2 * ids_stride)?,
+            n_ids: PinnedBuffer::new(device, 2 * FLAG_WORDS)?,
+            logits: PinnedBuffer::new(device, sizes.n_vocab)?,
+        })
+    }
+
+    fn place(flag: Flag) -> usize {
+        FLAG_WORDS
+            * match flag {
+                Flag::Token => 0,
+                Flag::Logits => 1,
+                Flag::Late => 2,
+                Flag::Hidden(layer) => 3 + 3 * layer,
+                Flag::Ids(layer) => 4 + 3 * layer,
+                Flag::Partial(layer) => 5 + 3 * layer,
+            }
+    }
+
+    /// A flag as the GPU sees it, `[1]`.
+    pub fn flag(&self, flag: Flag) -> View<'_, u32> {
+        let at = Self::place(flag);
+        self.flags.view(at..at + 1)
+    }
+
+    pub fn load(&self, flag: Flag) -> u32 {
+        self.flags.load(Self::place(flag))
+    }
+
+    pub fn store(&self, flag: Flag, number: u32) {
+        self.flags.store(Self::place(flag), number);
+    }
+
+    /// The normed hidden state of a layer as the GPU sees it, `[n_embd]`.
+    pub fn hidden_view(&self, layer: usize) -> View<'_, f32> {
+        self.hidden.view(self.slot(layer))
+    }
+
+    /// The host's part of a layer as the GPU sees it, `[n_embd]`.
+    pub fn partial_view(&self, layer: usize) -> View<'_, f32> {
+        self.partial.view(self.slot(layer))
+    }
+
+    /// Room for the first `n` ids of a layer, and for their number `[1]`, as the GPU sees them.
+    pub fn ids_views(&self, layer: usize, n: usize) -> (View<'_, u32>, View<'_, u32>) {
+        let at = layer % 2 * self.ids_stride;
+        let count = layer % 2 * FLAG_WORDS;
+        (self.ids.view(at..at + n), self.n_ids.view(count..count + 1))
+    }
+
+    /// # Safety
+    /// `hidden[layer]` was seen, and `partial[layer]` is not set while the slice lives.
+    pub unsafe fn hidden(&self, layer: usize) -> &[f32] {
+        // SAFETY: this function's contract.
+        unsafe { self.hidden.read(self.slot(layer)) }
+    }
+
+    /// # Safety
+    /// As [`Self::hidden`], with `ids[layer]`.
+    pub unsafe fn ids(&self, layer: usize) -> &[u32] {
+        let (at, count) = (layer % 2 * self.ids_stride, layer % 2 * FLAG_WORDS);
+        // SAFETY: this function's contract.
+        unsafe {
+            let n = self.n_ids.read(count..count + 1)[0] as usize;
+            self.ids.read(at..at + n.min(self.ids_stride))
+        }
+    }
+
+    /// # Safety
+    /// `hidden[layer]` was seen, `partial[layer]` is not set yet, and nobody else of the host touches it.
+    #[allow(clippy::mut_from_ref)]
+    pub unsafe fn partial(&self, layer: usize) -> &mut [f32] {
+        // SAFETY: this function's contract.
+        unsafe { self.partial.write(self.slot(layer)) }
+    }
+
+    fn slot(&self, layer: usize) -> std::ops::Range<usize> {
+        let at = layer % 2 * self.stride;
+        at..at + self.n_embd
+    }
+
+    /// Spins until the GPU has set the flag to `number`.
+    ///
+    /// # Errors
+    /// The GPU failed, was waiting for the host too long, or does not answer within `limit`.
+    pub fn wait(
+        &self,
+        flag: Flag,
+        number: u32,
+        stream: &Stream,
+        limit: Duration,
+    ) -> Result<(), GpuError> {
+        let mut clock: Option<(Instant, Instant)> = None;
+        loop {
+            for _ in 0..SPINS {
+                if self.load(flag) == number {
+                    return Ok(());
+                }
+                std::hint::spin_loop();
+            }
+            let now = Instant::now();
+            let (start, asked) = clock.get_or_insert((now, now));
+            if now.duration_since(*asked) < ASK_EVERY {
+                continue;
+            }
+            *asked = now;
+            let seconds = limit.as_secs_f64();
+            if self.load(Flag::Late) != 0 {
+                return Err(GpuError::HostLate { seconds });
+            }
+            let is_done = stream.is_done()?;
+            // it may have been set since the last look
+            if is_done && self.load(flag) != number || now.duration_since(*start) > limit {
+                return Err(GpuError::GpuLate {
+                    seconds: now.duration_since(*start).as_secs_f64(),
+                });
+            }
+        }
+    }
+}

@@ -1,0 +1,544 @@
+//! A model on a GPU: the graphs of a token and of the head, and the host's side of running them.
+#![allow(unsafe_code)]
+
+use std::sync::Mutex;
+use std::sync::atomic::{AtomicU32, AtomicU64, Ordering};
+use std::time::Duration;
+
+use pi_kernels::attention::KvType;
+use pi_kernels::cuda::{
+    Add, BeginToken, DeviceAct, DownScratch, Graph, HandOver, NeuronList, RopeAppend, Stream,
+    TakeOver, attend, begin_token, compact, down_active, gate_up, gemv, hand_over, prepare,
+    prepare_relu, rms_norm, rope_append, take_over,
+};
+use pi_kernels::{ActivationMode, KernelError};
+
+use super::buffers::Buffers;
+use super::error::GpuError;
+use super::exchange::{Exchange, ExchangeSizes, Flag};
+use super::weights::{GpuAhead, GpuDown, GpuFfn, GpuLayer, GpuWeights, values};
+use crate::weights::{GateActivation, ModelShape};
+
+/// See the module. Only the thread of node 0's executor calls its functions while a run is under way.
+#[derive(Debug)]
+pub(crate) struct GpuModel {
+    // graphs first: they are dropped before the memory that they use
+    token: Mutex<Graph>,
+    head: Mutex<Graph>,
+    stream: Stream,
+    exchange: Exchange,
+    buffers: Buffers,
+    weights: GpuWeights,
+    /// Number of the token under way.
+    number: AtomicU32,
+    /// Whether the GPU still works on it.
+    under_way: AtomicU32,
+    /// Tokens that were given up.
+    given_up: AtomicU64,
+    limit: Duration,
+}
+
+/// Bytes of device memory that a token is computed in, key-value cache included, rounded up as the driver gives memory.
+pub fn working_bytes(shape: &ModelShape, kv_type: KvType) -> usize {
+    /// What the driver gives large pieces in.
+    const GRANULE: usize = 2 << 20;
+    /// Attention's and down's scratch, and what else does not depend on the model's width.
+    const SCRATCH: usize = 48 << 20;
+    let half = shape.n_head_kv * shape.n_ctx * kv_type.row_bytes(shape.head_dim);
+    // small pieces share a granule
+    let cache = match half {
+        0..0x10_0000 => (2 * half * shape.n_layer).next_multiple_of(GRANULE),
+        _ => 2 * half.next_multiple_of(GRANULE) * shape.n_layer,
+    };
+    let wide = 16 * (shape.n_embd + shape.n_attn()) + 8 * shape.n_ff + 2 * shape.n_vocab;
+    cache + SCRATCH + (wide * size_of::<f32>()).next_multiple_of(GRANULE)
+}
+
+impl GpuModel {
+    /// Prepares a model to run. A token that waits longer than `limit` is given up.
+    ///
+    /// # Errors
+    /// The driver's.
+    pub fn new(
+        weights: GpuWeights,
+        shape: &ModelShape,
+        rope_len: usize,
+        mode: ActivationMode,
+        kv_type: KvType,
+        limit: Duration,
+    ) -> Result<Self, GpuError> {
+        let device = weights.device.clone();
+        let mut buffers = Buffers::new(&device, shape, rope_len, &weights.layers, mode, kv_type)?;
+        let predicts = weights.layers.iter().any(|layer| layer.ahead.is_some());
+        let exchange = Exchange::new(
+            &device,
+            ExchangeSizes {
+                n_layer: shape.n_layer,
+                n_embd: shape.n_embd,
+                rope_len,
+                n_ids: if predicts { shape.n_ff } else { 0 },
+                n_vocab: shape.n_vocab,
+            },
+        )?;
+        let stream = device.stream()?;
+        let mut capture = Capture {
+            shape,
+            weights: &weights,
+            exchange: &exchange,
+            buffers: &mut buffers,
+            limit,
+        };
+        let token = Graph::capture(&stream, |stream| capture.token(stream))?;
+        let head = Graph::capture(&stream, |stream| capture.head(stream))?;
+        Ok(Self {
+            token: Mutex::new(token),
+            head: Mutex::new(head),
+            stream,
+            exchange,
+            buffers,
+            weights,
+            number: AtomicU32::new(0),
+            under_way: AtomicU32::new(0),
+            given_up: AtomicU64::new(0),
+            limit,
+        })
+    }
+
+    /// Bytes of device memory.
+    pub fn bytes(&self) -> usize {
+        self.weights.arena.bytes() + self.buffers.bytes()
+    }
+
+    /// Whether the layer has neurons on the host.
+    pub fn has_cold(&self, layer: usize) -> bool {
+        self.weights.layers[layer].has_cold
+    }
+
+    /// How the layer is predicted: none; or whether what is not named is left out.
+    pub fn ahead_alone(&self, layer: usize) -> Option<bool> {
+        let ahead = self.weights.layers[layer].ahead.as_ref();
+        ahead.map(|ahead| ahead.alone)
+    }
+
+    /// Hot neurons of the layer.
+    pub fn n_hot(&self, layer: usize) -> usize {
+        let ffn = self.weights.layers[layer].ffn.as_ref();
+        ffn.map_or(0, GpuFfn::n_hot)
+    }
+
+    fn number(&self) -> u32 {
+        self.number.load(Ordering::Relaxed)
+    }
+
+    /// Starts a token: its embedding `[n_embd]`, rotation `[rope_len]` and position.
+    ///
+    /// # Errors
+    /// The driver's, or the token before hangs.
+    pub fn begin(&self, x: &[f32], rotation: &[f32], position: usize) -> Result<(), GpuError> {
+        self.give_up()?;
+        // 0 is what flags are at first
+        let number = self.number().wrapping_add(1).max(1);
+        self.number.store(number, Ordering::Relaxed);
+        let exchange = &self.exchange;
+        // SAFETY: no token is under way, and no other thread of the host touches these.
+        unsafe {
+            exchange.x.write(0..x.len()).copy_from_slice(x);
+            let to = exchange.rotation.write(0..rotation.len());
+            to.copy_from_slice(rotation);
+            let words = exchange.words.write(0..2);
+            words.copy_from_slice(&[position as u32, number]);
+        }
+        std::sync::atomic::fence(Ordering::SeqCst);
+        self.launch(&self.token)?;
+        self.under_way.store(1, Ordering::Relaxed);
+        Ok(())
+    }
+
+    /// Lets a token that was given up run to its end, with whatever lies in the slots: nobody uses its results.
+    fn give_up(&self) -> Result<(), GpuError> {
+        if self.under_way.load(Ordering::Relaxed) == 0 {
+            return Ok(());
+        }
+        let number = self.number();
+        for layer in 0..self.weights.layers.len() {
+            self.exchange.store(Flag::Partial(layer), number);
+        }
+        self.given_up.fetch_add(1, Ordering::Relaxed);
+        self.wait_token()
+    }
+
+    fn launch(&self, graph: &Mutex<Graph>) -> Result<(), GpuError> {
+        let graph = graph.lock().unwrap_or_else(|broken| broken.into_inner());
+        Ok(graph.launch(&self.stream)?)
+    }
+
+    fn wait(&self, flag: Flag) -> Result<(), GpuError> {
+        self.exchange
+            .wait(flag, self.number(), &self.stream, self.limit)
+    }
+
+    /// The ids of cold neurons that were predicted for a layer, counted from its first cold one, ascending.
+    ///
+    /// # Errors
+    /// [`GpuError`].
+    pub fn wait_ids(&self, layer: usize) -> Result<&[u32], GpuError> {
+        self.wait(Flag::Ids(layer))?;
+        // SAFETY: the flag was seen; the slice is used before `answer`, by this thread.
+        Ok(unsafe { self.exchange.ids(layer) })
+    }
+
+    /// The normed hidden state of a layer, `[n_embd]`.
+    ///
+    /// # Errors
+    /// [`GpuError`].
+    pub fn wait_hidden(&self, layer: usize) -> Result<&[f32], GpuError> {
+        self.wait(Flag::Hidden(layer))?;
+        // SAFETY: as above.
+        Ok(unsafe { self.exchange.hidden(layer) })
+    }
+
+    /// Gives the host's part of a layer to the GPU: `join` writes the sum, `[n_embd]`.
+    pub fn answer(&self, layer: usize, join: impl FnOnce(&mut [f32])) {
+        // SAFETY: the layer's hidden state was seen, and this is the thread that answers.
+        join(unsafe { self.exchange.partial(layer) });
+        self.exchange.store(Flag::Partial(layer), self.number());
+    }
+
+    /// Waits for the end of the token's layers.
+    ///
+    /// # Errors
+    /// [`GpuError`].
+    pub fn wait_token(&self) -> Result<(), GpuError> {
+        self.wait(Flag::Token)?;
+        self.under_way.store(0, Ordering::Relaxed);
+        if self.exchange.load(Flag::Late) != 0 {
+            let seconds = self.limit.as_secs_f64();
+            return Err(GpuError::HostLate { seconds });
+        }
+        Ok(())
+    }
+
+    /// Logits of the last token, `[n_vocab]`.
+    ///
+    /// # Errors
+    /// [`GpuError`].
+    pub fn logits(&self) -> Result<&[f32], GpuError> {
+        // another number than the last launch's
+        self.exchange.store(Flag::Logits, 0);
+        self.launch(&self.head)?;
+        self.wait(Flag::Logits)?;
+        let n_vocab = self.exchange.logits.len();
+        // SAFETY: the flag was seen; the next launch is after the slice's use, by this thread.
+        Ok(unsafe { self.exchange.logits.read(0..n_vocab) })
+    }
+}
+
+/// What the launches of a token are made from.
+struct Capture<'a> {
+    shape: &'a ModelShape,
+    weights: &'a GpuWeights,
+    exchange: &'a Exchange,
+    buffers: &'a mut Buffers,
+    limit: Duration,
+}
+
+type Launched = Result<(), KernelError>;
+
+impl Capture<'_> {
+    fn token(&mut self, stream: &Stream) -> Launched {
+        let (exchange, buffers) = (self.exchange, &mut *self.buffers);
+        let token = BeginToken {
+            x: (exchange.x.view(0..exchange.x.len()), buffers.x.view_mut(..)),
+            rotation: (
+                exchange.rotation.view(0..exchange.rotation.len()),
+                buffers.rotation.view_mut(..),
+            ),
+            words: (exchange.words.view(0..2), buffers.words.view_mut(..)),
+        };
+        begin_token(stream, token)?;
+        for index in 0..self.weights.layers.len() {
+            self.layer(stream, index)?;
+        }
+        // nothing but the flag
+        let none = self.exchange.flag(Flag::Token);
+        let [_, _, ticket] = &mut self.buffers.tickets;
+        let what = HandOver {
+            from: self.buffers.x.view(..0).to_bits(),
+            count: None,
+            to: none.part(0..0),
+            flag: none,
+            number: self.buffers.words.view(1..2),
+        };
+        hand_over(stream, what, ticket)
+    }
+
+    fn layer(&mut self, stream: &Stream, index: usize) -> Launched {
+        let layer = &self.weights.layers[index];
+        self.attention(stream, index, layer)?;
+        let (arena, shape) = (&self.weights.arena, self.shape);
+        let buffers = &mut *self.buffers;
+        rms_norm(
+            stream,
+            buffers.x.view(..),
+            values(arena, &layer.ffn_norm),
+            shape.rms_eps,
+            &mut buffers.ffn_normed,
+        )?;
+        if layer.has_cold {
+            let [ticket, _, _] = &mut buffers.tickets;
+            let what = HandOver {
+                from: buffers.ffn_normed.values().to_bits(),
+                count: None,
+                to: self.exchange.hidden_view(index).to_bits(),
+                flag: self.exchange.flag(Flag::Hidden(index)),
+                number: buffers.words.view(1..2),
+            };
+            hand_over(stream, what, ticket)?;
+        }
+        if let Some(next) = self.weights.layers.get(index + 1)
+            && let Some(ahead) = &next.ahead
+        {
+            let n_hot = next.ffn.as_ref().map_or(0, GpuFfn::n_hot);
+            self.predict(stream, index + 1, ahead, n_hot, next.has_cold)?;
+        }
+        if let Some(ffn) = &layer.ffn {
+            let by_list = layer.ahead.as_ref().is_some_and(|ahead| ahead.alone);
+            self.hot(stream, index, ffn, by_list)?;
+        }
+        if layer.has_cold {
+            self.cold(stream, index)?;
+        }
+        Ok(())
+    }
+
+    fn attention(&mut self, stream: &Stream, index: usize, layer: &GpuLayer) -> Launched {
+        let (arena, shape) = (&self.weights.arena, self.shape);
+        let buffers = &mut *self.buffers;
+        rms_norm(
+            stream,
+            buffers.x.view(..),
+            values(arena, &layer.attn_norm),
+            shape.rms_eps,
+            &mut buffers.normed,
+        )?;
+        let mut first = 0;
+        for rows in &layer.qkv {
+            let out = first..first + rows.rows.n_rows;
+            let add = match &layer.qkv_bias {
+                Some(bias) => Add::Values(values(
+                    arena,
+                    &(bias.start + 4 * out.start..bias.start + 4 * out.end),
+                )),
+                None => Add::None,
+            };
+            let to = buffers.qkv.view_mut(out.clone());
+            gemv(stream, rows.view(arena), &buffers.normed, add, to)?;
+            first = out.end;
+        }
+        let (n_q, n_kv) = (shape.n_attn(), shape.n_head_kv * shape.head_dim);
+        let cache = &mut buffers.caches[index];
+        let (q, kv) = buffers.qkv.split_at_mut(n_q);
+        rope_append(
+            stream,
+            RopeAppend {
+                q,
+                k: kv.part(0..n_kv),
+                v: kv.part(n_kv..2 * n_kv),
+                rotation: buffers.rotation.view(..),
+                pairs: shape.rope.pairs,
+                position: buffers.words.view(0..1),
+            },
+            cache,
+        )?;
+        attend(
+            stream,
+            buffers.qkv.view(..n_q),
+            cache,
+            buffers.words.view(0..1),
+            shape.window,
+            shape.attn_scale,
+            &mut buffers.attend,
+            buffers.heads.view_mut(..),
+        )?;
+        prepare(stream, buffers.heads.view(..), &mut buffers.attn)?;
+        gemv(
+            stream,
+            layer.wo.view(arena),
+            &buffers.attn,
+            Add::Out,
+            buffers.x.view_mut(..),
+        )
+    }
+
+    /// Predicts layer `next` from the residual stream after attention: hot neurons for the GPU, cold ones for the host.
+    fn predict(
+        &mut self,
+        stream: &Stream,
+        next: usize,
+        ahead: &GpuAhead,
+        n_hot: usize,
+        has_cold: bool,
+    ) -> Launched {
+        let (arena, shape, exchange) = (&self.weights.arena, self.shape, self.exchange);
+        let buffers = &mut *self.buffers;
+        rms_norm(
+            stream,
+            buffers.x.view(..),
+            buffers.ones.view(..),
+            shape.rms_eps,
+            &mut buffers.residual,
+        )?;
+        let rank = ahead.a.rows.n_rows;
+        let bias = |at: &Option<_>| match at {
+            Some(at) => Add::Values(values(arena, at)),
+            None => Add::None,
+        };
+        gemv(
+            stream,
+            ahead.a.view(arena),
+            &buffers.residual,
+            bias(&ahead.a_bias),
+            buffers.middle.view_mut(..rank),
+        )?;
+        let middle = (buffers.middles.iter_mut()).find(|act| act.n_cols() == rank);
+        let middle: &mut DeviceAct = middle.expect("there is one for every rank");
+        let h = buffers.middle.view(..rank);
+        match ahead.a_bias {
+            Some(_) => prepare_relu(stream, h, middle)?,
+            None => prepare(stream, h, middle)?,
+        }
+        gemv(
+            stream,
+            ahead.b.view(arena),
+            middle,
+            Add::Values(values(arena, &ahead.b_bias)),
+            buffers.scores.view_mut(..),
+        )?;
+        if has_cold {
+            let n_cold = shape.n_ff - n_hot;
+            compact(
+                stream,
+                buffers.scores.view(n_hot..),
+                None,
+                0,
+                buffers.cold.ids.view_mut(..n_cold),
+                None,
+                buffers.cold.count.view_mut(..),
+            )?;
+            let (to, to_count) = exchange.ids_views(next, n_cold);
+            let what = HandOver {
+                from: buffers.cold.ids.view(..n_cold),
+                count: Some((buffers.cold.count.view(..), to_count)),
+                to,
+                flag: exchange.flag(Flag::Ids(next)),
+                number: buffers.words.view(1..2),
+            };
+            let [_, ticket, _] = &mut buffers.tickets;
+            hand_over(stream, what, ticket)?;
+        }
+        if n_hot > 0 && ahead.alone {
+            let list = &mut buffers.hot[next % 2];
+            compact(
+                stream,
+                buffers.scores.view(..n_hot),
+                None,
+                0,
+                list.ids.view_mut(..n_hot),
+                None,
+                list.count.view_mut(..),
+            )?;
+        }
+        Ok(())
+    }
+
+    /// Adds the hot neurons' part to the residual stream.
+    fn hot(&mut self, stream: &Stream, index: usize, ffn: &GpuFfn, by_list: bool) -> Launched {
+        let (arena, shape) = (&self.weights.arena, self.shape);
+        let buffers = &mut *self.buffers;
+        let n_hot = ffn.n_hot();
+        let predicted = &buffers.hot[index % 2];
+        let list = match by_list {
+            true => NeuronList::Ids {
+                ids: predicted.ids.view(..n_hot),
+                count: predicted.count.view(..),
+            },
+            false => NeuronList::All,
+        };
+        gate_up(
+            stream,
+            ffn.gate.view(arena),
+            ffn.up.view(arena),
+            list,
+            &buffers.ffn_normed,
+            shape.gate_activation == GateActivation::Relu,
+            buffers.act.view_mut(..n_hot),
+        )?;
+        match &ffn.down {
+            GpuDown::Neurons(down) => {
+                let scratch = buffers
+                    .downs
+                    .iter_mut()
+                    .find(|(rows, _)| *rows == down.rows);
+                let scratch: &mut DownScratch =
+                    &mut scratch.expect("there is scratch for all shapes").1;
+                down_active(
+                    stream,
+                    down.view(arena),
+                    list,
+                    buffers.act.view(..n_hot),
+                    Add::Out,
+                    scratch,
+                    buffers.x.view_mut(..),
+                )
+            }
+            GpuDown::Plain(down) => {
+                let rows = buffers.act_rows.as_mut();
+                let rows = rows.expect("there are some where a down projection is plain");
+                prepare(stream, buffers.act.view(..n_hot), rows)?;
+                let to = buffers.x.view_mut(..);
+                gemv(stream, down.view(arena), rows, Add::Out, to)
+            }
+        }
+    }
+
+    /// Waits for the host's part, and adds it.
+    fn cold(&mut self, stream: &Stream, index: usize) -> Launched {
+        let (exchange, buffers) = (self.exchange, &mut *self.buffers);
+        let what = TakeOver {
+            from: exchange.partial_view(index),
+            flag: exchange.flag(Flag::Partial(index)),
+            number: buffers.words.view(1..2),
+            late: (buffers.late.view(..), exchange.flag(Flag::Late)),
+            limit: self.limit,
+        };
+        take_over(stream, what, buffers.x.view_mut(..))
+    }
+
+    fn head(&mut self, stream: &Stream) -> Launched {
+        let (arena, shape, exchange) = (&self.weights.arena, self.shape, self.exchange);
+        let buffers = &mut *self.buffers;
+        rms_norm(
+            stream,
+            buffers.x.view(..),
+            values(arena, &self.weights.output_norm),
+            shape.rms_eps,
+            &mut buffers.normed,
+        )?;
+        gemv(
+            stream,
+            self.weights.head.view(arena),
+            &buffers.normed,
+            Add::None,
+            buffers.logits.view_mut(..),
+        )?;
+        let what = HandOver {
+            from: buffers.logits.view(..).to_bits(),
+            count: None,
+            to: exchange.logits.view(0..shape.n_vocab).to_bits(),
+            flag: exchange.flag(Flag::Logits),
+            number: buffers.words.view(1..2),
+        };
+        let [_, _, ticket] = &mut buffers.tickets;
+        hand_over(stream, what, ticket)
+    }
+}

@@ -1,0 +1,222 @@
+//! What passes between host and device within a token.
+
+use std::time::Duration;
+
+use super::buffer::{DeviceBuffer, View, ViewMut};
+use super::stream::{Grid, Stream};
+use crate::error::KernelError;
+
+/// Words that a block of `hand_over` takes, about.
+const WORDS_PER_BLOCK: usize = 4096;
+/// Most blocks of it: a few keep the link busy.
+const BLOCKS_MAX: usize = 32;
+
+/// What [`begin_token`] fetches.
+#[derive(Debug)]
+pub struct BeginToken<'a> {
+    /// `[n_embd]` f32 in the host's memory, and where they go.
+    pub x: (View<'a, f32>, ViewMut<'a, f32>),
+    /// `[rope_len]` f32, likewise.
+    pub rotation: (View<'a, f32>, ViewMut<'a, f32>),
+    /// `[2]` u32: position and number of the token, likewise.
+    pub words: (View<'a, u32>, ViewMut<'a, u32>),
+}
+
+#[repr(C)]
+struct BeginArgs {
+    x_in: u64,
+    rotation_in: u64,
+    words_in: u64,
+    x: u64,
+    rotation: u64,
+    words: u64,
+    n: u32,
+    n_rotation: u32,
+}
+
+const _: () = assert!(size_of::<BeginArgs>() == 56);
+
+/// Copies a token's embedding, rotation, position and number to the device.
+///
+/// # Errors
+/// The driver's.
+///
+/// # Panics
+/// When lengths or devices do not fit.
+pub fn begin_token(stream: &Stream, token: BeginToken<'_>) -> Result<(), KernelError> {
+    let BeginToken { x, rotation, words } = token;
+    assert_eq!(x.0.len(), x.1.len(), "an embedding");
+    assert_eq!(rotation.0.len(), rotation.1.len(), "a rotation");
+    assert!(words.0.len() == 2 && words.1.len() == 2, "two words");
+    stream.check(&[x.0.device(), rotation.0.device(), words.0.device()]);
+    stream.check(&[x.1.device(), rotation.1.device(), words.1.device()]);
+    let args = BeginArgs {
+        x_in: x.0.address(),
+        rotation_in: rotation.0.address(),
+        words_in: words.0.address(),
+        x: x.1.address(),
+        rotation: rotation.1.address(),
+        words: words.1.address(),
+        n: x.0.len() as u32,
+        n_rotation: rotation.0.len() as u32,
+    };
+    let grid = Grid {
+        blocks: [x.0.len().div_ceil(1024).clamp(1, BLOCKS_MAX), 1],
+        threads: 1024,
+        shared_bytes: 0,
+    };
+    let function = stream.functions().begin_token;
+    // SAFETY: all lengths fit (asserted).
+    unsafe { stream.launch("launch begin_token", function, grid, args) }
+}
+
+/// What [`hand_over`] writes.
+#[derive(Debug)]
+pub struct HandOver<'a> {
+    /// `[n]` words on the device: u32, or bits of f32 ([`View::to_bits`]).
+    pub from: View<'a, u32>,
+    /// `[1]` u32 on the device: how many of them are written; and where that is written, `[1]` u32 in the host's memory.
+    /// None: all.
+    pub count: Option<(View<'a, u32>, View<'a, u32>)>,
+    /// `[n]` words in the host's memory.
+    pub to: View<'a, u32>,
+    /// `[1]` u32 in the host's memory: gets the number when the rest is there.
+    pub flag: View<'a, u32>,
+    /// `[1]` u32 on the device: the token's number.
+    pub number: View<'a, u32>,
+}
+
+#[repr(C)]
+struct HandOverArgs {
+    from: u64,
+    count: u64,
+    to: u64,
+    to_count: u64,
+    flag: u64,
+    number: u64,
+    ticket: u64,
+    n: u32,
+}
+
+const _: () = assert!(size_of::<HandOverArgs>() == 64);
+
+/// Writes words to the host's memory, and then the token's number to a flag there.
+///
+/// `ticket` (`[1]` u32) is zero, and is left so; one launch at a time may use it.
+///
+/// # Errors
+/// The driver's.
+///
+/// # Panics
+/// When lengths or devices do not fit.
+pub fn hand_over(
+    stream: &Stream,
+    what: HandOver<'_>,
+    ticket: &mut DeviceBuffer<u32>,
+) -> Result<(), KernelError> {
+    let n = what.from.len();
+    assert_eq!(what.to.len(), n, "room for all words");
+    assert_eq!(what.flag.len(), 1, "one flag");
+    assert_eq!(what.number.len(), 1, "one number");
+    assert_eq!(ticket.len(), 1, "one ticket");
+    stream.check(&[what.from.device(), what.to.device(), what.flag.device()]);
+    stream.check(&[what.number.device(), ticket.device()]);
+    if let Some((count, to_count)) = &what.count {
+        assert!(count.len() == 1 && to_count.len() == 1, "one count");
+        stream.check(&[count.device(), to_count.device()]);
+    }
+    let (count, to_count) = what
+        .count
+        .map_or((0, 0), |(count, to)| (count.address(), to.address()));
+    let args = HandOverArgs {
+        from: what.from.address(),
+        count,
+        to: what.to.address(),
+        to_count,
+        flag: what.flag.address(),
+        number: what.number.address(),
+        ticket: ticket.view(..).address(),
+        n: n as u32,
+    };
+    let grid = Grid {
+        blocks: [n.div_ceil(WORDS_PER_BLOCK).clamp(1, BLOCKS_MAX), 1],
+        threads: 1024,
+        shared_bytes: 0,
+    };
+    let function = stream.functions().hand_over;
+    // SAFETY: all lengths fit (asserted).
+    unsafe { stream.launch("launch hand_over", function, grid, args) }
+}
+
+/// What [`take_over`] waits for.
+#[derive(Debug)]
+pub struct TakeOver<'a> {
+    /// `[n]` f32 in the host's memory.
+    pub from: View<'a, f32>,
+    /// `[1]` u32 in the host's memory: the token's number when they are there.
+    pub flag: View<'a, u32>,
+    /// `[1]` u32 on the device: the token's number.
+    pub number: View<'a, u32>,
+    /// `[1]` u32 on the device and `[1]` u32 in the host's memory: set when the host was late.
+    pub late: (View<'a, u32>, View<'a, u32>),
+    /// How long is waited.
+    pub limit: Duration,
+}
+
+#[repr(C)]
+struct TakeOverArgs {
+    from: u64,
+    flag: u64,
+    number: u64,
+    x: u64,
+    late: u64,
+    late_host: u64,
+    limit_ns: u64,
+    n: u32,
+}
+
+const _: () = assert!(size_of::<TakeOverArgs>() == 64);
+
+/// Waits until the host has set the flag, and adds what it wrote to `x` (`[n]` f32). A host that is later than the limit
+/// is noted, and neither this nor any later launch with the same note waits for it.
+///
+/// # Errors
+/// The driver's.
+///
+/// # Panics
+/// When lengths or devices do not fit.
+pub fn take_over(
+    stream: &Stream,
+    what: TakeOver<'_>,
+    x: ViewMut<'_, f32>,
+) -> Result<(), KernelError> {
+    assert_eq!(what.from.len(), x.len(), "values to add");
+    let ones = [&what.flag, &what.number, &what.late.0, &what.late.1];
+    for word in ones {
+        assert_eq!(word.len(), 1, "one word");
+        stream.check(&[word.device()]);
+    }
+    stream.check(&[what.from.device(), x.device()]);
+    assert!(
+        what.from.address().is_multiple_of(16) && x.address().is_multiple_of(16),
+        "aligned values"
+    );
+    let args = TakeOverArgs {
+        from: what.from.address(),
+        flag: what.flag.address(),
+        number: what.number.address(),
+        x: x.address(),
+        late: what.late.0.address(),
+        late_host: what.late.1.address(),
+        limit_ns: u64::try_from(what.limit.as_nanos()).unwrap_or(u64::MAX),
+        n: x.len() as u32,
+    };
+    let grid = Grid {
+        blocks: [x.len().div_ceil(4 * 256).max(1), 1],
+        threads: 256,
+        shared_bytes: 0,
+    };
+    let function = stream.functions().take_over;
+    // SAFETY: all lengths fit, and loads of 16 bytes are aligned (asserted).
+    unsafe { stream.launch("launch take_over", function, grid, args) }
+}

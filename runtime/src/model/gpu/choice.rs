@@ -1,0 +1,204 @@
+//! Which neurons are hot: pure functions over sizes and frequencies.
+
+use std::fmt;
+
+use pi_actors::weights::ModelShape;
+use pi_kernels::attention::KvType;
+use pi_kernels::ffn_sparse::FFN_GROUPS;
+
+use super::error::GpuModelError;
+use super::layout::{GpuLayout, check_formats};
+use crate::model::ModelTensors;
+use crate::model::predicting::Predicting;
+use crate::model::shares::neuron_groups;
+use crate::model::sparsity::{DownPlan, SparsityPlan};
+use crate::sidecar::{LayerPredictors, Profile};
+
+/// One layer's division between a GPU and the host.
+#[derive(Debug, Clone, PartialEq, Eq, Default)]
+pub struct HotLayer {
+    /// The file's neuron of each neuron of the layer, `[n_ff]`, most active ones first; none where the order is the file's.
+    pub order: Option<Vec<u32>>,
+    /// Groups of neurons in that order that are hot: the first ones.
+    pub groups: usize,
+}
+
+/// What is asked of a GPU.
+#[derive(Debug, Clone, Copy)]
+pub struct GpuRequest<'a> {
+    /// Sizes of the model, its context included.
+    pub shape: &'a ModelShape,
+    /// Its tensors.
+    pub tensors: &'a ModelTensors,
+    /// The mode.
+    pub sparsity: &'a SparsityPlan,
+    /// What predicts neurons.
+    pub predictors: Option<&'a [LayerPredictors]>,
+    /// How often neurons fire.
+    pub profile: Option<&'a Profile>,
+    /// Who predicts.
+    pub predicting: Predicting,
+    /// Format of the key-value cache.
+    pub kv_type: KvType,
+    /// Most groups of a layer that may be hot, for experiments; none: as many as fit.
+    pub groups_max: Option<usize>,
+}
+
+/// What takes how much of a GPU's memory, in bytes.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+pub struct GpuMemory {
+    /// What may be used.
+    pub budget: usize,
+    /// The driver's own: context and kernels, and whatever other programs have.
+    pub overhead: usize,
+    /// Norms, projections of attention, and the head.
+    pub dense: usize,
+    /// Predictors.
+    pub predictors: usize,
+    /// Key-value cache, activations, scratch.
+    pub working: usize,
+    /// Hot neurons.
+    pub hot: usize,
+    /// Neurons of all layers, if all were hot.
+    pub neurons: usize,
+}
+
+impl GpuMemory {
+    /// What has to be there.
+    fn fixed(&self) -> usize {
+        self.overhead + self.dense + self.predictors + self.working
+    }
+
+    /// All of it.
+    pub fn total(&self) -> usize {
+        self.fixed() + self.hot
+    }
+}
+
+impl fmt::Display for GpuMemory {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let mib = |bytes: usize| bytes.div_ceil(1 << 20);
+        let rows = [
+            ("driver, kernels, others", self.overhead),
+            ("attention, norms, head", self.dense),
+            ("predictors", self.predictors),
+            ("cache, activations", self.working),
+            ("hot neurons", self.hot),
+        ];
+        for (name, bytes) in rows {
+            writeln!(f, "  {name:<24}{:>9} MiB", mib(bytes))?;
+        }
+        let (total, budget) = (mib(self.total()), self.budget >> 20);
+        write!(f, "  {:<24}{total:>9} MiB of {budget} MiB", "together")
+    }
+}
+
+/// Chooses hot neurons that fit into `budget` bytes, of which the driver has `overhead`: the groups of neurons that fire most
+/// per byte.
+///
+/// Layers whose down projection is plain are hot as a whole or not at all, in the file's order.
+///
+/// # Errors
+/// The rest alone does not fit.
+pub fn choose(
+    request: GpuRequest<'_>,
+    budget: usize,
+    overhead: usize,
+) -> Result<(Vec<HotLayer>, GpuMemory), GpuModelError> {
+    let shape = request.shape;
+    check_formats(request.tensors, &request.sparsity.down)?;
+    let mut layers = orders(&request);
+    let nothing_hot = GpuLayout::new(&request, &layers);
+    let bundle_bytes = nothing_hot.bundle_bytes;
+    let mut memory = GpuMemory {
+        budget,
+        overhead,
+        dense: nothing_hot.dense_bytes,
+        predictors: nothing_hot.predictor_bytes,
+        working: pi_actors::gpu::working_bytes(shape, request.kv_type),
+        hot: 0,
+        neurons: 0,
+    };
+    let ends = neuron_groups(shape.n_ff, multiple(request.sparsity));
+    let groups_max = request.groups_max.unwrap_or(FFN_GROUPS).min(FFN_GROUPS);
+    let mut steps = Vec::new();
+    for (index, layer) in layers.iter().enumerate() {
+        let bundle = bundle_bytes[index];
+        memory.neurons += bundle * shape.n_ff;
+        // a layer without a predictor has all its gates computed: wherever that is, it is worth most on the GPU
+        let unpredicted = request
+            .predictors
+            .is_some_and(|predictors| predictors[index].ahead.is_none());
+        let counts = request.profile.map(|profile| &profile.layers[index].counts);
+        let mut add = |groups: std::ops::Range<usize>| {
+            let neurons = ends[groups.start]..ends[groups.end];
+            let fired: f64 = match (counts, &layer.order) {
+                (Some(counts), Some(order)) => {
+                    let ids = order[neurons.clone()].iter();
+                    ids.map(|&id| f64::from(counts[id as usize])).sum()
+                }
+                (Some(counts), None) => (counts[neurons.clone()].iter())
+                    .map(|&count| f64::from(count))
+                    .sum(),
+                (None, _) => neurons.len() as f64,
+            };
+            let bytes = neurons.len() * bundle;
+            let worth = if unpredicted {
+                f64::INFINITY
+            } else {
+                fired / bytes.max(1) as f64
+            };
+            steps.push((worth, index, groups, bytes));
+        };
+        if whole(request.sparsity.down[index]) {
+            if groups_max == FFN_GROUPS {
+                add(0..FFN_GROUPS);
+            }
+        } else {
+            (0..groups_max).for_each(|group| add(group..group + 1));
+        }
+    }
+    let room = budget.saturating_sub(memory.fixed());
+    if memory.fixed() > budget {
+        return Err(GpuModelError::OverBudget { memory });
+    }
+    // stable: of equals the first layer's first group
+    steps.sort_by(|a, b| b.0.total_cmp(&a.0));
+    for (_, index, groups, bytes) in steps {
+        let layer = &mut layers[index];
+        if layer.groups == groups.start && memory.hot + bytes <= room {
+            layer.groups = groups.end;
+            memory.hot += bytes;
+        }
+    }
+    Ok((layers, memory))
+}
+
+/// Whether a layer's neurons cannot be parted.
+fn whole(down: DownPlan) -> bool {
+    matches!(down, DownPlan::Dense(_))
+}
+
+/// Neurons between which no boundary of groups lies.
+fn multiple(sparsity: &SparsityPlan) -> usize {
+    crate::model::layout::neuron_multiple(sparsity)
+}
+
+/// Each layer's neurons, those first that fired most.
+fn orders(request: &GpuRequest<'_>) -> Vec<HotLayer> {
+    let order = |index: usize| {
+        let counts = &request.profile?.layers[index].counts;
+        if !matches!(request.sparsity.down[index], DownPlan::NeuronRows(_)) {
+            return None;
+        }
+        let mut order: Vec<u32> = (0..counts.len() as u32).collect();
+        order.sort_by_key(|&id| std::cmp::Reverse(counts[id as usize]));
+        Some(order)
+    };
+    (0..request.shape.n_layer)
+        .map(|index| HotLayer {
+            order: order(index),
+            groups: 0,
+        })
+        .collect()
+}

@@ -1,0 +1,160 @@
+//! Copies a model to a GPU: all threads read and pack, each into pinned memory of its own, and the link copies meanwhile.
+#![allow(unsafe_code)]
+
+use std::sync::Mutex;
+use std::sync::atomic::{AtomicU64, AtomicUsize, Ordering};
+
+use pi_actors::gpu::weights::GpuWeights;
+use pi_kernels::KernelError;
+use pi_kernels::cuda::{Device, DeviceRows, PinnedBuffer};
+
+use super::layout::{GpuLayout, PieceSource, device_rows};
+use crate::model::error::ModelError;
+use crate::model::node_memory::NodeThreads;
+use crate::model::tensors::FileMatrix;
+use crate::model::transpose::Transposer;
+
+/// Bytes that a thread packs before they are copied.
+const TASK_BYTES: usize = 4 << 20;
+/// Columns of a transposing task are multiples of this, as every task reads all rows of the matrix.
+const TRANSPOSED_NEURONS: usize = 256;
+
+/// Some rows of a piece.
+struct Task<'l, 'a> {
+    at: usize,
+    bytes: usize,
+    source: &'l PieceSource<'a>,
+    first: usize,
+    n_rows: usize,
+}
+
+impl GpuLayout<'_> {
+    /// Copies everything to `device`. `progress` is called from all threads with the bytes that are there.
+    ///
+    /// # Errors
+    /// Memory that the device does not give, or a thread that failed.
+    pub fn load(
+        &self,
+        device: &Device,
+        threads: &dyn NodeThreads,
+        progress: &(dyn Fn(u64) + Sync),
+    ) -> Result<GpuWeights, ModelError> {
+        let arena = device.alloc::<u8>(self.bytes).map_err(driver)?;
+        let tasks = self.tasks();
+        let arena = Mutex::new(arena);
+        let (next, copied) = (AtomicUsize::new(0), AtomicU64::new(0));
+        let failure: Mutex<Option<KernelError>> = Mutex::default();
+        let largest = tasks.iter().map(|task| task.bytes).max().unwrap_or(0);
+        threads.run(&|_| {
+            let fill = || {
+                let staging = PinnedBuffer::<u8>::new(device, largest)?;
+                while let Some(task) = tasks.get(next.fetch_add(1, Ordering::Relaxed)) {
+                    // SAFETY: the thread's own, and the copy before has ended.
+                    let packed = unsafe { staging.write(0..task.bytes) };
+                    task.pack(packed);
+                    let mut arena = arena.lock().expect("no copy panics in here");
+                    arena.write(task.at, packed)?;
+                    drop(arena);
+                    let bytes = task.bytes as u64;
+                    progress(copied.fetch_add(bytes, Ordering::Relaxed) + bytes);
+                }
+                Ok(())
+            };
+            if let Err(error) = fill() {
+                next.store(tasks.len(), Ordering::Relaxed);
+                *failure.lock().expect("nothing panics in here") = Some(error);
+            }
+        })?;
+        if let Some(error) = failure.into_inner().expect("nothing panicked in there") {
+            return Err(driver(error));
+        }
+        Ok(GpuWeights {
+            device: device.clone(),
+            arena: arena.into_inner().expect("no copy panicked in there"),
+            layers: self.layers.clone(),
+            output_norm: self.output_norm.clone(),
+            head: self.head,
+        })
+    }
+
+    fn tasks(&self) -> Vec<Task<'_, '_>> {
+        let mut tasks = Vec::new();
+        for piece in &self.pieces {
+            let (row_bytes, n_rows, multiple) = match &piece.source {
+                PieceSource::Values(values) => (size_of_val(&values[..]), 1, 1),
+                PieceSource::Rows { matrix, n_rows, .. } => {
+                    (device_rows(matrix, 1).row_bytes(), *n_rows, 1)
+                }
+                PieceSource::Columns { matrix, to, n_rows } => {
+                    let row = DeviceRows {
+                        quant: *to,
+                        n_rows: 1,
+                        n_cols: matrix.n_rows(),
+                    };
+                    (row.row_bytes(), *n_rows, TRANSPOSED_NEURONS)
+                }
+            };
+            let step = (TASK_BYTES / row_bytes.max(1))
+                .max(1)
+                .next_multiple_of(multiple);
+            for first in (0..n_rows).step_by(step) {
+                let n_rows = step.min(n_rows - first);
+                tasks.push(Task {
+                    at: piece.at + first * row_bytes,
+                    bytes: n_rows * row_bytes,
+                    source: &piece.source,
+                    first,
+                    n_rows,
+                });
+            }
+        }
+        tasks
+    }
+}
+
+impl Task<'_, '_> {
+    fn pack(&self, to: &mut [u8]) {
+        let rows = self.first..self.first + self.n_rows;
+        match self.source {
+            PieceSource::Values(values) => {
+                let bytes = values.iter().flat_map(|value| value.to_le_bytes());
+                to.iter_mut().zip(bytes).for_each(|(to, byte)| *to = byte);
+            }
+            PieceSource::Rows { matrix, order, .. } => {
+                let format = device_rows(matrix, self.n_rows);
+                let row_bytes = format.row_bytes();
+                match order {
+                    None => format.pack(matrix.rows(rows), row_bytes, to),
+                    Some(order) => pack_rows(matrix, &order[rows], format, to),
+                }
+            }
+            PieceSource::Columns {
+                matrix, to: quant, ..
+            } => {
+                let format = DeviceRows {
+                    quant: *quant,
+                    n_rows: self.n_rows,
+                    n_cols: matrix.n_rows(),
+                };
+                let row_bytes = format.row_bytes();
+                let first = self.first;
+                Transposer::new(matrix, *quant).each_row(rows, |neuron, row| {
+                    let to = &mut to[(neuron - first) * row_bytes..][..row_bytes];
+                    format.pack(row, row_bytes, to);
+                });
+            }
+        }
+    }
+}
+
+fn pack_rows(matrix: &FileMatrix, order: &[u32], format: DeviceRows, to: &mut [u8]) {
+    let row_bytes = format.row_bytes();
+    for (&row, to) in order.iter().zip(to.chunks_exact_mut(row_bytes)) {
+        let row = row as usize;
+        format.pack(matrix.rows(row..row + 1), row_bytes, to);
+    }
+}
+
+fn driver(error: KernelError) -> ModelError {
+    ModelError::Gpu(error.into())
+}

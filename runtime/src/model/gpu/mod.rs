@@ -1,0 +1,10 @@
+//! A model on a GPU: which neurons are hot, what lies where in its memory, and how it gets there.
+
+mod choice;
+mod error;
+mod layout;
+mod load;
+
+pub use choice::{GpuMemory, GpuRequest, HotLayer, choose};
+pub use error::GpuModelError;
+pub use layout::GpuLayout;
