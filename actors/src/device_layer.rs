@@ -62,6 +62,9 @@ impl DeviceLayer {
             }
             (Self::Host(layer), Message::Partial(message)) => layer.partial(message, team, posts),
             (Self::Cuda(layer), Message::RunLayer(message)) => layer.run_layer(message, posts),
+            (Self::Cuda(layer), Message::AwaitHidden(message)) => {
+                layer.await_hidden(message, posts);
+            }
             (Self::Cuda(layer), Message::RunHead(message)) => layer.run_head(message, posts),
             (Self::Cuda(layer), Message::Partial(message)) => layer.partial(message, posts),
             (_, other) => unreachable!("DeviceLayer got {other:?}"),

@@ -21,8 +21,8 @@ use crate::error::ActorError;
 use crate::executor::{Attachment, Cells, Control, DeathNotice, Incarnation};
 use crate::faults::Faults;
 use crate::feeder::Feeder;
-use crate::gpu::GpuModel;
 use crate::gpu::weights::GpuWeights;
+use crate::gpu::{GpuModel, GpuTimes};
 use crate::kv::KvStore;
 use crate::messages::ActorId;
 use crate::model::Model;
@@ -223,6 +223,11 @@ impl Engine {
     /// Bytes of device memory, where a GPU is the device.
     pub fn gpu_bytes(&self) -> Option<usize> {
         self.model.gpu.as_ref().map(GpuModel::bytes)
+    }
+
+    /// Where the time of recent tokens went, where a GPU is the device.
+    pub fn gpu_times(&self) -> Option<GpuTimes> {
+        self.model.gpu.as_ref().map(GpuModel::recent_times)
     }
 
     /// What the executors record, if they do.

@@ -73,6 +73,8 @@ pub enum Message {
     Share(Share),
     /// `ColdLayer` → `DeviceLayer`
     ShareDone(ShareDone),
+    /// `DeviceLayer` on a GPU → itself
+    AwaitHidden(AwaitHidden),
     /// `DeviceLayer` → `Predictor`
     Hidden(Hidden),
     /// `Predictor` → each `ColdLayer` of the next layer
@@ -98,6 +100,7 @@ impl Message {
             Message::RunLayer(RunLayer { step, .. })
             | Message::Share(Share { step, .. })
             | Message::ShareDone(ShareDone { step, .. })
+            | Message::AwaitHidden(AwaitHidden { step, .. })
             | Message::Hidden(Hidden { step, .. })
             | Message::Prefetch(Prefetch { step, .. })
             | Message::Compute(Compute { step, .. })
@@ -161,6 +164,15 @@ pub struct ShareDone {
     pub node: usize,
     /// What it took.
     pub work: Counters,
+}
+
+/// What was predicted of the layer is under way: wait for its hidden state.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct AwaitHidden {
+    /// The step.
+    pub step: Step,
+    /// The layer.
+    pub layer: usize,
 }
 
 /// The residual stream has passed the layer's attention: predict the next layer's neurons from it.

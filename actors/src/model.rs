@@ -127,6 +127,9 @@ impl Model {
 
     /// Whether the layer's predicted bundles are pulled towards the cache.
     pub fn prefetches(&self, layer: usize) -> bool {
+        if let Some(gpu) = &self.gpu {
+            return gpu.prefetches(layer);
+        }
         let ahead = self.weights.layers[layer].ahead.as_ref();
         ahead.is_some_and(|ahead| ahead.prefetch)
     }

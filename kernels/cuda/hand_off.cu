@@ -33,10 +33,12 @@ struct BeginArgs {
     float* x;
     float* rotation;
     u32* words;
+    // [1] in host memory: when the token began
+    u64* stamp;
     u32 n;
     u32 n_rotation;
 };
-static_assert(sizeof(BeginArgs) == 56, "as the launcher has it");
+static_assert(sizeof(BeginArgs) == 64, "as the launcher has it");
 
 // Fetches a token. The host wrote it before it launched this.
 extern "C" __global__ void __launch_bounds__(1024) begin_token(BeginArgs args) {
@@ -44,6 +46,7 @@ extern "C" __global__ void __launch_bounds__(1024) begin_token(BeginArgs args) {
     const u32 first = blockIdx.x * blockDim.x + threadIdx.x, step = gridDim.x * blockDim.x;
     for (u32 i = first; i < args.n; i += step) args.x[i] = ((volatile const float*)args.x_in)[i];
     for (u32 i = first; i < args.n_rotation; i += step) args.rotation[i] = ((volatile const float*)args.rotation_in)[i];
+    if (first == 0) *args.stamp = time_ns();
     if (first < 2) args.words[first] = ((volatile const u32*)args.words_in)[first];
     start_next_launch();
 }
@@ -60,9 +63,11 @@ struct HandOverArgs {
     const u32* number;
     // zero
     u32* ticket;
+    // [1] in host memory: when it was handed over
+    u64* stamp;
     u32 n;
 };
-static_assert(sizeof(HandOverArgs) == 64, "as the launcher has it");
+static_assert(sizeof(HandOverArgs) == 72, "as the launcher has it");
 
 // Writes words to the host's memory, then the token's number to the flag.
 extern "C" __global__ void __launch_bounds__(1024) hand_over(HandOverArgs args) {
@@ -75,6 +80,7 @@ extern "C" __global__ void __launch_bounds__(1024) hand_over(HandOverArgs args) 
     if (!is_last_block(args.ticket, gridDim.x)) return;
     if (threadIdx.x == 0) {
         if (args.count != nullptr) *args.to_count = n;
+        *args.stamp = time_ns();
         __threadfence_system();
         store_release(args.flag, *args.number);
     }
@@ -90,10 +96,12 @@ struct TakeOverArgs {
     // set when the host is late, on the device and in host memory
     u32* late;
     u32* late_host;
+    // [2] in host memory: when the wait began and ended
+    u64* stamps;
     u64 limit_ns;
     u32 n;
 };
-static_assert(sizeof(TakeOverArgs) == 64, "as the launcher has it");
+static_assert(sizeof(TakeOverArgs) == 72, "as the launcher has it");
 
 // Waits for the host, but not for ever, and adds what it hands over. Once the host was late nothing waits any more: the
 // token is lost, and its results are not used.
@@ -110,6 +118,10 @@ extern "C" __global__ void __launch_bounds__(256) take_over(TakeOverArgs args) {
                 __threadfence_system();
                 break;
             }
+        }
+        if (blockIdx.x == 0) {
+            args.stamps[0] = start;
+            args.stamps[1] = time_ns();
         }
     }
     __syncthreads();

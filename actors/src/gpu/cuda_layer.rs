@@ -9,8 +9,8 @@ use super::error::GpuError;
 use super::gpu_model::GpuModel;
 use crate::counters::{Cell, Counters};
 use crate::messages::{
-    ActorId, Compute, Correct, HeadDone, LayerDone, Message, NeuronIds, Partial, RunHead, RunLayer,
-    SlotId, Step,
+    ActorId, AwaitHidden, Compute, Correct, HeadDone, LayerDone, Message, NeuronIds, Partial,
+    Prefetch, RunHead, RunLayer, SlotId, Step,
 };
 use crate::model::{Model, sums_of};
 use crate::posts::Posts;
@@ -67,47 +67,70 @@ impl CudaLayer {
     }
 
     fn try_layer(&mut self, step: Step, posts: &mut Posts<'_>) -> Result<(), GpuError> {
-        if self.layer == 0 {
+        let layer = self.layer;
+        if layer == 0 {
             self.begin()?;
         }
-        if !self.gpu().has_cold(self.layer) {
+        if !self.gpu().has_cold(layer) {
             return self.finish(step, posts);
         }
-        let alone = self.gpu().ahead_alone(self.layer);
-        if alone.is_some() {
-            self.take_ids()?;
+        if self.gpu().ahead_alone(layer).is_none() {
+            self.take_hidden()?;
+            self.ask_nodes(posts, &[self.compute(step, NeuronIds::All)]);
+            return Ok(());
         }
-        self.take_hidden()?;
-        let layer = self.layer;
-        let ids = match alone {
-            None => NeuronIds::All,
-            Some(_) => NeuronIds::Predicted,
+        self.take_ids()?;
+        let ids = NeuronIds::Predicted;
+        let compute = self.compute(step, ids);
+        if self.gpu().prefetches(layer) {
+            let prefetch = Message::Prefetch(Prefetch { step, layer, ids });
+            self.ask_nodes(posts, &[prefetch, compute]);
+        } else {
+            self.ask_nodes(posts, &[compute]);
+        }
+        // the nodes of other threads start; this thread's has its turn before it waits again
+        let to = ActorId::DeviceLayer { layer };
+        posts.post(to, Message::AwaitHidden(AwaitHidden { step, layer }));
+        Ok(())
+    }
+
+    /// Waits for the hidden state, and lets the nodes compute what was predicted.
+    pub fn await_hidden(&mut self, message: AwaitHidden, posts: &mut Posts<'_>) {
+        self.count_message();
+        if let Err(error) = self.take_hidden() {
+            return self.failed(message.step, error, posts);
+        }
+        let ids = match self.gpu().ahead_alone(self.layer) {
+            Some(true) => NeuronIds::None,
+            _ => NeuronIds::All,
         };
-        let compute = Message::Compute(Compute {
+        let (step, layer) = (message.step, self.layer);
+        self.ask_nodes(posts, &[Message::Correct(Correct { step, layer, ids })]);
+    }
+
+    fn compute(&self, step: Step, ids: NeuronIds) -> Message {
+        Message::Compute(Compute {
             step,
-            layer,
+            layer: self.layer,
             ids,
             x_slot: SlotId::Normed,
             work: Counters::default(),
-        });
-        let correct = alone.map(|alone| {
-            let ids = match alone {
-                true => NeuronIds::None,
-                false => NeuronIds::All,
-            };
-            Message::Correct(Correct { step, layer, ids })
-        });
+        })
+    }
+
+    /// Other nodes first, so that they start while this one still works on its own messages.
+    fn ask_nodes(&mut self, posts: &mut Posts<'_>, messages: &[Message]) {
         let n_nodes = self.model.n_nodes();
         self.pending = (1 << n_nodes) - 1;
-        // other nodes first, so that they start while this one still works on its own message
         for node in (0..n_nodes).rev() {
-            let to = ActorId::ColdLayer { layer, node };
-            posts.post(to, compute);
-            if let Some(correct) = correct {
-                posts.post(to, correct);
+            let to = ActorId::ColdLayer {
+                layer: self.layer,
+                node,
+            };
+            for message in messages {
+                posts.post(to, *message);
             }
         }
-        Ok(())
     }
 
     /// Launches the token.

@@ -65,6 +65,38 @@ pub(super) struct Exchange {
     ids: PinnedBuffer<u32>,
     n_ids: PinnedBuffer<u32>,
     pub logits: PinnedBuffer<f32>,
+    /// The device's times, in ns.
+    stamps: PinnedBuffer<u64>,
+}
+
+/// A time on the device.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) enum Stamp {
+    /// The token began.
+    Begin,
+    /// All layers are done.
+    Token,
+    /// The logits are there.
+    Logits,
+    /// The layer's hidden state is handed over.
+    Hidden(usize),
+    /// The ids that were predicted for the layer are handed over.
+    Ids(usize),
+    /// The wait for the host's part of the layer began; its end is the next one.
+    Wait(usize),
+}
+
+impl Stamp {
+    fn place(self) -> usize {
+        match self {
+            Stamp::Begin => 0,
+            Stamp::Token => 1,
+            Stamp::Logits => 2,
+            Stamp::Hidden(layer) => 4 + 4 * layer,
+            Stamp::Ids(layer) => 5 + 4 * layer,
+            Stamp::Wait(layer) => 6 + 4 * layer,
+        }
+    }
 }
 
 /// Sizes of an [`Exchange`].
@@ -96,6 +128,7 @@ impl Exchange {
             ids: PinnedBuffer::new(device, 2 * ids_stride)?,
             n_ids: PinnedBuffer::new(device, 2 * FLAG_WORDS)?,
             logits: PinnedBuffer::new(device, sizes.n_vocab)?,
+            stamps: PinnedBuffer::new(device, 4 + 4 * sizes.n_layer)?,
         })
     }
 
@@ -115,6 +148,23 @@ impl Exchange {
     pub fn flag(&self, flag: Flag) -> View<'_, u32> {
         let at = Self::place(flag);
         self.flags.view(at..at + 1)
+    }
+
+    /// `n` stamps from one on, as the GPU sees them.
+    pub fn stamps(&self, first: Stamp, n: usize) -> View<'_, u64> {
+        let at = first.place();
+        self.stamps.view(at..at + n)
+    }
+
+    /// `N` stamps from one on.
+    ///
+    /// # Safety
+    /// The token that they are of has ended.
+    pub unsafe fn times<const N: usize>(&self, first: Stamp) -> [u64; N] {
+        let at = first.place();
+        // SAFETY: this function's contract.
+        let stamps = unsafe { self.stamps.read(at..at + N) };
+        std::array::from_fn(|n| stamps[n])
     }
 
     pub fn load(&self, flag: Flag) -> u32 {

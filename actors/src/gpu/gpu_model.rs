@@ -1,9 +1,9 @@
 //! A model on a GPU: the graphs of a token and of the head, and the host's side of running them.
 #![allow(unsafe_code)]
 
-use std::sync::Mutex;
-use std::sync::atomic::{AtomicU32, AtomicU64, Ordering};
-use std::time::Duration;
+use std::sync::atomic::{AtomicU32, Ordering};
+use std::sync::{Mutex, MutexGuard};
+use std::time::{Duration, Instant};
 
 use pi_kernels::attention::KvType;
 use pi_kernels::cuda::{
@@ -15,7 +15,8 @@ use pi_kernels::{ActivationMode, KernelError};
 
 use super::buffers::Buffers;
 use super::error::GpuError;
-use super::exchange::{Exchange, ExchangeSizes, Flag};
+use super::exchange::{Exchange, ExchangeSizes, Flag, Stamp};
+use super::times::{GpuTimes, LayerTimes};
 use super::weights::{GpuAhead, GpuDown, GpuFfn, GpuLayer, GpuWeights, values};
 use crate::weights::{GateActivation, ModelShape};
 
@@ -33,8 +34,7 @@ pub(crate) struct GpuModel {
     number: AtomicU32,
     /// Whether the GPU still works on it.
     under_way: AtomicU32,
-    /// Tokens that were given up.
-    given_up: AtomicU64,
+    times: Mutex<TokenTimes>,
     limit: Duration,
 }
 
@@ -99,7 +99,7 @@ impl GpuModel {
             weights,
             number: AtomicU32::new(0),
             under_way: AtomicU32::new(0),
-            given_up: AtomicU64::new(0),
+            times: Mutex::new(TokenTimes::new(shape.n_layer)),
             limit,
         })
     }
@@ -118,6 +118,12 @@ impl GpuModel {
     pub fn ahead_alone(&self, layer: usize) -> Option<bool> {
         let ahead = self.weights.layers[layer].ahead.as_ref();
         ahead.map(|ahead| ahead.alone)
+    }
+
+    /// Whether bundles that are predicted are pulled towards the caches of the host.
+    pub fn prefetches(&self, layer: usize) -> bool {
+        let ahead = self.weights.layers[layer].ahead.as_ref();
+        ahead.is_some_and(|ahead| ahead.prefetch)
     }
 
     /// Hot neurons of the layer.
@@ -163,7 +169,6 @@ impl GpuModel {
         for layer in 0..self.weights.layers.len() {
             self.exchange.store(Flag::Partial(layer), number);
         }
-        self.given_up.fetch_add(1, Ordering::Relaxed);
         self.wait_token()
     }
 
@@ -193,6 +198,7 @@ impl GpuModel {
     /// [`GpuError`].
     pub fn wait_hidden(&self, layer: usize) -> Result<&[f32], GpuError> {
         self.wait(Flag::Hidden(layer))?;
+        self.times().host[layer].0 = Some(Instant::now());
         // SAFETY: as above.
         Ok(unsafe { self.exchange.hidden(layer) })
     }
@@ -201,6 +207,9 @@ impl GpuModel {
     pub fn answer(&self, layer: usize, join: impl FnOnce(&mut [f32])) {
         // SAFETY: the layer's hidden state was seen, and this is the thread that answers.
         join(unsafe { self.exchange.partial(layer) });
+        let mut times = self.times();
+        times.host[layer].1 = Some(Instant::now());
+        drop(times);
         self.exchange.store(Flag::Partial(layer), self.number());
     }
 
@@ -215,7 +224,47 @@ impl GpuModel {
             let seconds = self.limit.as_secs_f64();
             return Err(GpuError::HostLate { seconds });
         }
+        self.note_times();
         Ok(())
+    }
+
+    fn times(&self) -> MutexGuard<'_, TokenTimes> {
+        self.times
+            .lock()
+            .unwrap_or_else(|broken| broken.into_inner())
+    }
+
+    /// Notes the times of the token that has just ended.
+    fn note_times(&self) {
+        let mut times = self.times();
+        // SAFETY: the token has ended.
+        let [mut before, end] = unsafe { self.exchange.times(Stamp::Begin) };
+        let ns = |from: u64, to: u64| to.saturating_sub(from) as f32;
+        let token = ns(before, end);
+        let TokenTimes { host, all } = &mut *times;
+        let layers = host.iter_mut().enumerate().map(|(layer, host)| {
+            if !self.has_cold(layer) {
+                return None;
+            }
+            // SAFETY: as above.
+            let [hidden, _, wait, answered] = unsafe { self.exchange.times(Stamp::Hidden(layer)) };
+            let (seen, told) = (host.0.take()?, host.1.take()?);
+            let host_ns = told.duration_since(seen).as_nanos() as f32;
+            let times = LayerTimes::new(
+                ns(before, hidden),
+                ns(hidden, wait),
+                ns(wait, answered),
+                host_ns,
+            );
+            before = answered;
+            Some(times)
+        });
+        all.push(token, layers);
+    }
+
+    /// Where the time of recent tokens went.
+    pub fn recent_times(&self) -> GpuTimes {
+        self.times().all.clone()
     }
 
     /// Logits of the last token, `[n_vocab]`.
@@ -230,6 +279,22 @@ impl GpuModel {
         let n_vocab = self.exchange.logits.len();
         // SAFETY: the flag was seen; the next launch is after the slice's use, by this thread.
         Ok(unsafe { self.exchange.logits.read(0..n_vocab) })
+    }
+}
+
+/// When the host saw and answered each layer of the token under way; and all that is known of tokens before.
+#[derive(Debug)]
+struct TokenTimes {
+    host: Vec<(Option<Instant>, Option<Instant>)>,
+    all: GpuTimes,
+}
+
+impl TokenTimes {
+    fn new(n_layer: usize) -> Self {
+        Self {
+            host: vec![(None, None); n_layer],
+            all: GpuTimes::new(n_layer),
+        }
     }
 }
 
@@ -254,6 +319,7 @@ impl Capture<'_> {
                 buffers.rotation.view_mut(..),
             ),
             words: (exchange.words.view(0..2), buffers.words.view_mut(..)),
+            stamp: exchange.stamps(Stamp::Begin, 1),
         };
         begin_token(stream, token)?;
         for index in 0..self.weights.layers.len() {
@@ -268,6 +334,7 @@ impl Capture<'_> {
             to: none.part(0..0),
             flag: none,
             number: self.buffers.words.view(1..2),
+            stamp: self.exchange.stamps(Stamp::Token, 1),
         };
         hand_over(stream, what, ticket)
     }
@@ -292,6 +359,7 @@ impl Capture<'_> {
                 to: self.exchange.hidden_view(index).to_bits(),
                 flag: self.exchange.flag(Flag::Hidden(index)),
                 number: buffers.words.view(1..2),
+                stamp: self.exchange.stamps(Stamp::Hidden(index), 1),
             };
             hand_over(stream, what, ticket)?;
         }
@@ -432,6 +500,7 @@ impl Capture<'_> {
                 to,
                 flag: exchange.flag(Flag::Ids(next)),
                 number: buffers.words.view(1..2),
+                stamp: exchange.stamps(Stamp::Ids(next), 1),
             };
             let [_, ticket, _] = &mut buffers.tickets;
             hand_over(stream, what, ticket)?;
@@ -509,6 +578,7 @@ impl Capture<'_> {
             flag: exchange.flag(Flag::Partial(index)),
             number: buffers.words.view(1..2),
             late: (buffers.late.view(..), exchange.flag(Flag::Late)),
+            stamps: exchange.stamps(Stamp::Wait(index), 2),
             limit: self.limit,
         };
         take_over(stream, what, buffers.x.view_mut(..))
@@ -537,6 +607,7 @@ impl Capture<'_> {
             to: exchange.logits.view(0..shape.n_vocab).to_bits(),
             flag: exchange.flag(Flag::Logits),
             number: buffers.words.view(1..2),
+            stamp: exchange.stamps(Stamp::Logits, 1),
         };
         let [_, _, ticket] = &mut buffers.tickets;
         hand_over(stream, what, ticket)

@@ -8,9 +8,11 @@ mod cuda_layer;
 mod error;
 mod exchange;
 mod gpu_model;
+mod times;
 pub mod weights;
 
 pub(crate) use cuda_layer::CudaLayer;
 pub use error::GpuError;
 pub(crate) use gpu_model::GpuModel;
 pub use gpu_model::working_bytes;
+pub use times::{GpuTimes, LayerTimes};

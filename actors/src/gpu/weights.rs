@@ -106,4 +106,6 @@ pub struct GpuAhead {
     pub b_bias: GpuValues,
     /// Whether cold neurons that it does not name are left out; else the nodes' own sketches add some.
     pub alone: bool,
+    /// Whether cold bundles are pulled towards the host's caches as soon as they are named.
+    pub prefetch: bool,
 }

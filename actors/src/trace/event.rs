@@ -34,6 +34,7 @@ pub enum MessageKind {
     LayerDone,
     RunHead,
     HeadDone,
+    AwaitHidden,
 }
 
 /// A kind of actor.
@@ -48,7 +49,7 @@ pub enum ActorKind {
 
 impl MessageKind {
     /// All of them, in the order of their codes.
-    pub const ALL: [MessageKind; 20] = [
+    pub const ALL: [MessageKind; 21] = [
         MessageKind::RunLayer,
         MessageKind::ShareAttention,
         MessageKind::ShareOutput,
@@ -69,6 +70,7 @@ impl MessageKind {
         MessageKind::LayerDone,
         MessageKind::RunHead,
         MessageKind::HeadDone,
+        MessageKind::AwaitHidden,
     ];
 
     fn of(message: &Message) -> Self {
@@ -88,6 +90,7 @@ impl MessageKind {
                 Stage::HeadSketch => MessageKind::ShareDoneHeadSketch,
                 Stage::HeadRows => MessageKind::ShareDoneHeadRows,
             },
+            Message::AwaitHidden(_) => MessageKind::AwaitHidden,
             Message::Hidden(_) => MessageKind::Hidden,
             Message::Prefetch(_) => MessageKind::Prefetch,
             Message::Compute(Compute {
@@ -117,6 +120,7 @@ impl MessageKind {
             | MessageKind::ShareDoneHead
             | MessageKind::ShareDoneHeadSketch
             | MessageKind::ShareDoneHeadRows => "ShareDone",
+            MessageKind::AwaitHidden => "AwaitHidden",
             MessageKind::Hidden => "Hidden",
             MessageKind::Prefetch => "Prefetch",
             MessageKind::Compute | MessageKind::ComputeAhead => "Compute",
@@ -137,6 +141,7 @@ impl MessageKind {
             | MessageKind::ComputeAhead
             | MessageKind::Correct
             | MessageKind::Partial => Some("ffn"),
+            MessageKind::AwaitHidden => Some("ffn"),
             MessageKind::Hidden => Some("predict"),
             MessageKind::Prefetch => Some("prefetch"),
             MessageKind::ShareHead

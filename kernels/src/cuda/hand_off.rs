@@ -20,6 +20,8 @@ pub struct BeginToken<'a> {
     pub rotation: (View<'a, f32>, ViewMut<'a, f32>),
     /// `[2]` u32: position and number of the token, likewise.
     pub words: (View<'a, u32>, ViewMut<'a, u32>),
+    /// `[1]` u64 in the host's memory: gets the device's time, in ns, at which the token began.
+    pub stamp: View<'a, u64>,
 }
 
 #[repr(C)]
@@ -30,11 +32,12 @@ struct BeginArgs {
     x: u64,
     rotation: u64,
     words: u64,
+    stamp: u64,
     n: u32,
     n_rotation: u32,
 }
 
-const _: () = assert!(size_of::<BeginArgs>() == 56);
+const _: () = assert!(size_of::<BeginArgs>() == 64);
 
 /// Copies a token's embedding, rotation, position and number to the device.
 ///
@@ -44,12 +47,19 @@ const _: () = assert!(size_of::<BeginArgs>() == 56);
 /// # Panics
 /// When lengths or devices do not fit.
 pub fn begin_token(stream: &Stream, token: BeginToken<'_>) -> Result<(), KernelError> {
-    let BeginToken { x, rotation, words } = token;
+    let BeginToken {
+        x,
+        rotation,
+        words,
+        stamp,
+    } = token;
+    assert_eq!(stamp.len(), 1, "one stamp");
     assert_eq!(x.0.len(), x.1.len(), "an embedding");
     assert_eq!(rotation.0.len(), rotation.1.len(), "a rotation");
     assert!(words.0.len() == 2 && words.1.len() == 2, "two words");
     stream.check(&[x.0.device(), rotation.0.device(), words.0.device()]);
     stream.check(&[x.1.device(), rotation.1.device(), words.1.device()]);
+    stream.check(&[stamp.device()]);
     let args = BeginArgs {
         x_in: x.0.address(),
         rotation_in: rotation.0.address(),
@@ -57,6 +67,7 @@ pub fn begin_token(stream: &Stream, token: BeginToken<'_>) -> Result<(), KernelE
         x: x.1.address(),
         rotation: rotation.1.address(),
         words: words.1.address(),
+        stamp: stamp.address(),
         n: x.0.len() as u32,
         n_rotation: rotation.0.len() as u32,
     };
@@ -84,6 +95,8 @@ pub struct HandOver<'a> {
     pub flag: View<'a, u32>,
     /// `[1]` u32 on the device: the token's number.
     pub number: View<'a, u32>,
+    /// `[1]` u64 in the host's memory: gets the device's time, in ns, just before the flag is set.
+    pub stamp: View<'a, u64>,
 }
 
 #[repr(C)]
@@ -95,10 +108,11 @@ struct HandOverArgs {
     flag: u64,
     number: u64,
     ticket: u64,
+    stamp: u64,
     n: u32,
 }
 
-const _: () = assert!(size_of::<HandOverArgs>() == 64);
+const _: () = assert!(size_of::<HandOverArgs>() == 72);
 
 /// Writes words to the host's memory, and then the token's number to a flag there.
 ///
@@ -120,7 +134,8 @@ pub fn hand_over(
     assert_eq!(what.number.len(), 1, "one number");
     assert_eq!(ticket.len(), 1, "one ticket");
     stream.check(&[what.from.device(), what.to.device(), what.flag.device()]);
-    stream.check(&[what.number.device(), ticket.device()]);
+    assert_eq!(what.stamp.len(), 1, "one stamp");
+    stream.check(&[what.number.device(), ticket.device(), what.stamp.device()]);
     if let Some((count, to_count)) = &what.count {
         assert!(count.len() == 1 && to_count.len() == 1, "one count");
         stream.check(&[count.device(), to_count.device()]);
@@ -136,6 +151,7 @@ pub fn hand_over(
         flag: what.flag.address(),
         number: what.number.address(),
         ticket: ticket.view(..).address(),
+        stamp: what.stamp.address(),
         n: n as u32,
     };
     let grid = Grid {
@@ -159,6 +175,8 @@ pub struct TakeOver<'a> {
     pub number: View<'a, u32>,
     /// `[1]` u32 on the device and `[1]` u32 in the host's memory: set when the host was late.
     pub late: (View<'a, u32>, View<'a, u32>),
+    /// `[2]` u64 in the host's memory: get the device's times, in ns, between which it waited.
+    pub stamps: View<'a, u64>,
     /// How long is waited.
     pub limit: Duration,
 }
@@ -171,11 +189,12 @@ struct TakeOverArgs {
     x: u64,
     late: u64,
     late_host: u64,
+    stamps: u64,
     limit_ns: u64,
     n: u32,
 }
 
-const _: () = assert!(size_of::<TakeOverArgs>() == 64);
+const _: () = assert!(size_of::<TakeOverArgs>() == 72);
 
 /// Waits until the host has set the flag, and adds what it wrote to `x` (`[n]` f32). A host that is later than the limit
 /// is noted, and neither this nor any later launch with the same note waits for it.
@@ -196,7 +215,8 @@ pub fn take_over(
         assert_eq!(word.len(), 1, "one word");
         stream.check(&[word.device()]);
     }
-    stream.check(&[what.from.device(), x.device()]);
+    assert_eq!(what.stamps.len(), 2, "two stamps");
+    stream.check(&[what.from.device(), x.device(), what.stamps.device()]);
     assert!(
         what.from.address().is_multiple_of(16) && x.address().is_multiple_of(16),
         "aligned values"
@@ -208,6 +228,7 @@ pub fn take_over(
         x: x.address(),
         late: what.late.0.address(),
         late_host: what.late.1.address(),
+        stamps: what.stamps.address(),
         limit_ns: u64::try_from(what.limit.as_nanos()).unwrap_or(u64::MAX),
         n: x.len() as u32,
     };

@@ -76,6 +76,9 @@ fn run_tests(args: &BenchArgs, tracer: &Tracer) -> Result<(), RuntimeError> {
             writer.row(out.stream(), &row).map_err(output_error)?;
         }
         bench.model.placed.verify_again()?;
+        if let Some(times) = bench.model.engine.gpu_times() {
+            eprintln!("{times}");
+        }
     }
     writer.footer(out.stream()).map_err(output_error)
 }

@@ -175,6 +175,7 @@ impl<'a> GpuLayout<'a> {
                         Some(order) => order.iter().map(|&id| ahead.b_bias[id as usize]).collect(),
                     }),
                     alone: request.predicting.by == Some(PredictBy::Ahead),
+                    prefetch: request.predicting.prefetch,
                 });
                 predictor_bytes += placing.end - before;
                 GpuLayer {
