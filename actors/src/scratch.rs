@@ -139,7 +139,7 @@ impl SketchSizes {
                 .as_ref()
                 .map(|sketch| &sketch.kind)
             {
-                None => {}
+                None | Some(SketchKind::Nothing) => {}
                 Some(SketchKind::LowRank { a, .. }) => {
                     sizes.ranks.insert(a.shape.n_rows);
                 }

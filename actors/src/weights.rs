@@ -140,7 +140,7 @@ pub struct AheadWeights {
 pub struct SketchShare {
     /// What scores neurons.
     pub kind: SketchKind,
-    /// `[neurons.len()]`: a neuron is a candidate when score and bias are together above zero.
+    /// `[neurons.len()]`: a neuron is a candidate when score and bias are together above zero. Empty without scores.
     pub bias: Vec<f32>,
     /// `[neurons.len()]`: a candidate is active when its gate is above that and above zero.
     pub floor: Option<Vec<f32>>,
@@ -156,6 +156,8 @@ pub enum SketchKind {
         /// `[neurons.len(), rank]`, interleaved.
         b: Matrix,
     },
+    /// Nothing: candidates are those that were predicted ahead, else all; the share's gate has the order `Layout::Rows`.
+    Nothing,
     /// The first bits of the gates' own weights; the gates are in these planes, and the share's gate is empty.
     Bits {
         /// The gates.

@@ -1,17 +1,17 @@
 // Attention of one token over the cache. The visible positions are divided evenly over at most gridDim.x blocks a group of query
 // heads; each gives a state (maximum score, sum of weights, weighted sum of values), and the block that ends last joins the
 // states in ascending order.
-#include "common.cuh"
+#include "activations.cuh"
 
 struct AttendArgs {
-    // [n_head * head_dim] f32, rotated
+    // [n_head * head_dim] f32, rotated if `rotation` is null
     const float* q;
     // [n_head_kv, n_ctx, head_dim] f16 or f32 each
-    const void* k_cache;
-    const void* v_cache;
+    void* k_cache;
+    void* v_cache;
     // the token's position, in device memory; it sees positions up to its own
     const u32* position;
-    // [n_head * head_dim] f32
+    // [n_head * head_dim] f32; null: `act` gets them
     float* out;
     // [gridDim.x, n_head, head_dim + 2] f32; gridDim.x is at most ATTEND_PARTS_MAX
     float* states;
@@ -22,8 +22,18 @@ struct AttendArgs {
     // the token sees the last so many positions; 0: all
     u32 window;
     float scale;
+    // the token's own keys and values, [n_head_kv * head_dim] f32 each, which become the cache's row of the position, and its
+    // rotation, [2, n_dims] f32; null where that has been done
+    const float* k;
+    const float* v;
+    const float* rotation;
+    u32 n_dims;
+    // 0: pairs of neighbours, 1: pairs half of n_dims apart
+    u32 halves;
+    // where `out` is null; head_dim is a multiple of 32 then
+    Act act;
 };
-static_assert(sizeof(AttendArgs) == 80, "as the launcher has it");
+static_assert(sizeof(AttendArgs) == 152, "as the launcher has it");
 
 constexpr u32 ATTEND_THREADS = 128;
 constexpr u32 ATTEND_PARTS_MAX = 64;
@@ -64,6 +74,18 @@ struct CachedF32 {
     }
 };
 
+// Value d of a head, rotated.
+__device__ __forceinline__ float rotated(const AttendArgs& args, const float* head, u32 d) {
+    if (args.rotation == nullptr || d >= args.n_dims) return head[d];
+    const u32 n_pairs = args.n_dims / 2;
+    const u32 other = args.halves ? (d < n_pairs ? d + n_pairs : d - n_pairs) : d ^ 1;
+    // as `rope_append` has it
+    return fmaf(head[d], args.rotation[d], __fmul_rn(head[other], args.rotation[args.n_dims + d]));
+}
+
+__device__ __forceinline__ void store(u16* at, float value) { *at = float_to_half(value); }
+__device__ __forceinline__ void store(float* at, float value) { *at = value; }
+
 // Block (x, y): part x of the positions, group y of at most HEADS query heads of one key/value head.
 template <class C, int HEADS>
 __device__ __forceinline__ void attend(const AttendArgs& args) {
@@ -77,10 +99,16 @@ __device__ __forceinline__ void attend(const AttendArgs& args) {
     const u32 heads_per_kv = args.n_head / args.n_head_kv, groups_per_kv = (heads_per_kv + HEADS - 1) / HEADS;
     const u32 kv = blockIdx.y / groups_per_kv, first_of_kv = blockIdx.y % groups_per_kv * HEADS;
     const u32 first_head = kv * heads_per_kv + first_of_kv, n_heads = min((u32)HEADS, heads_per_kv - first_of_kv);
-    const typename C::Value* keys = (const typename C::Value*)args.k_cache + (u64)kv * args.n_ctx * dim;
-    const typename C::Value* values = (const typename C::Value*)args.v_cache + (u64)kv * args.n_ctx * dim;
+    typename C::Value* const keys = (typename C::Value*)args.k_cache + (u64)kv * args.n_ctx * dim;
+    typename C::Value* const values = (typename C::Value*)args.v_cache + (u64)kv * args.n_ctx * dim;
 
     wait_for_launch_before();
+    if (args.rotation != nullptr) {
+        for (u32 h = 0; h < HEADS; h++)
+            for (u32 d = tid; d < dim; d += ATTEND_THREADS)
+                buffer[h * dim + d] =
+                    h < n_heads ? rotated(args, args.q + (first_head + h) * dim, d) * args.scale : 0.0f;
+    } else
 #pragma unroll 4
     for (u32 i = tid * 4; i < HEADS * dim; i += ATTEND_THREADS * 4) {
         float4 q = make_float4(0.0f, 0.0f, 0.0f, 0.0f);
@@ -94,6 +122,15 @@ __device__ __forceinline__ void attend(const AttendArgs& args) {
     if (blockIdx.x >= parts) return;
     const u32 begin = visible_start + (u32)((u64)visible * blockIdx.x / parts);
     const u32 end = visible_start + (u32)((u64)visible * (blockIdx.x + 1) / parts);
+    if (args.rotation != nullptr && blockIdx.x + 1 == parts && *args.position < args.n_ctx) {
+        // only this part reads the row; other groups of the same key/value head write the same to it
+        const u64 row = (u64)*args.position * dim;
+        for (u32 d = tid; d < dim; d += ATTEND_THREADS) {
+            store(keys + row + d, rotated(args, args.k + kv * dim, d));
+            store(values + row + d, args.v[kv * dim + d]);
+        }
+        __threadfence_block();
+    }
 
     if (tid < HEADS) {
         maxima[tid] = -infinity();
@@ -263,6 +300,20 @@ __device__ __forceinline__ void attend(const AttendArgs& args) {
         for (u32 r = 0; r < ATTEND_PARTS_MAX / WARP; r++) shares[h][r * WARP + lane] = __fdiv_rn(of[r].x, sum);
     }
     __syncthreads();
+    if (args.out == nullptr) {
+        // a warp has a block of 32 values
+#pragma unroll 1
+        for (u32 block = warp; block < n_heads * dim / BLOCK; block += ATTEND_THREADS / WARP) {
+            const u32 i = block * BLOCK + lane;
+            const float* share = shares[i / dim];
+            float sum = 0.0f;
+#pragma unroll 8
+            for (u32 part = 0; part < parts; part++)
+                sum = fmaf(__ldcg(all_values + ((u64)part * args.n_head + first_head) * dim + i), share[part], sum);
+            store_block(args.act, first_head * dim / BLOCK + block, sum);
+        }
+        return;
+    }
 #pragma unroll 1
     for (u32 i = tid * 4; i < n_heads * dim; i += ATTEND_THREADS * 4) {
         const float* share = shares[i / dim];

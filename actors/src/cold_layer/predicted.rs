@@ -75,10 +75,16 @@ pub(super) fn open_gates(job: &Job<'_>, sketch: &SketchShare, member: &Member<'_
             scratch.threads[member.thread].get_mut(),
         )
     };
-    score(job, sketch, part.clone(), mine, &mut list.ids);
-    if job.candidates.predicted {
-        // SAFETY: the predictor wrote the ids before it sent the message.
-        let all = unsafe { job.model.slots.predicted[job.node][job.layer % 2].get() };
+    if !job.candidates.own {
+        // where they are is uneven: each thread has as many
+        let all = predicted_ids(job);
+        list.ids.clear();
+        list.ids.extend_from_slice(&all[member.part(all.len(), 1)]);
+    } else {
+        score(job, sketch, part.clone(), mine, &mut list.ids);
+    }
+    if job.candidates.own && job.candidates.predicted {
+        let all = predicted_ids(job);
         let inside = |bound: usize| all.partition_point(|&id| (id as usize) < bound);
         let predicted = &all[inside(part.start)..inside(part.end)];
         merge(&mut list.ids, predicted, &mut mine.merged);
@@ -93,7 +99,13 @@ pub(super) fn open_gates(job: &Job<'_>, sketch: &SketchShare, member: &Member<'_
     keep_open(&mut list.ids, &mut list.gates, floors);
 }
 
-/// Replaces `ids` by the sketch's candidates among neurons `part`; none where it is not asked.
+/// What was predicted ahead, ascending, counted from the node's first neuron.
+fn predicted_ids<'a>(job: &Job<'a>) -> &'a [u32] {
+    // SAFETY: they were written before the message was sent.
+    unsafe { job.model.slots.predicted[job.node][job.layer % 2].get() }
+}
+
+/// Replaces `ids` by the sketch's candidates among neurons `part`.
 fn score(
     job: &Job<'_>,
     sketch: &SketchShare,
@@ -103,14 +115,15 @@ fn score(
 ) {
     let (cpu, scratch) = (job.model.cpu, job.scratch);
     ids.clear();
-    if !job.candidates.own {
-        return;
+    if let SketchKind::Nothing = sketch.kind {
+        return ids.extend(part.start as u32..part.end as u32);
     }
     let (bias, first) = (&sketch.bias[part.clone()], part.start);
     // SAFETY: what all threads prepared is complete; scores and sums of these neurons are this
     // thread's.
     unsafe {
         match &sketch.kind {
+            SketchKind::Nothing => {}
             SketchKind::LowRank { a, b } => {
                 let scores = scratch.gate.write(part.clone());
                 let rank = a.shape.n_rows;
@@ -168,7 +181,7 @@ fn exact_gates(
     // SAFETY: the activations are set.
     let x = unsafe { job.model.slots.normed.get().token(0) };
     match &sketch.kind {
-        SketchKind::LowRank { .. } => {
+        SketchKind::LowRank { .. } | SketchKind::Nothing => {
             row_products(cpu, job.share.gate.neuron_rows(), x, ids, out);
         }
         SketchKind::Bits { planes, .. } if cpu.mode() == ActivationMode::Q8 => {
@@ -190,15 +203,12 @@ pub(super) fn prefetch(job: &Job<'_>, team: &mut Team) {
         return;
     };
     let up_rows = records.up_rows().expect("records have up rows");
-    // SAFETY: the predictor wrote the ids before it sent the message.
-    let all = unsafe { job.model.slots.predicted[job.node][job.layer % 2].get() };
+    let all = predicted_ids(job);
     team.run(&|member| {
-        let part = member.part(share.neurons.len(), ROW_GROUP);
-        let inside = |bound: usize| all.partition_point(|&id| (id as usize) < bound);
-        for &id in &all[inside(part.start)..inside(part.end)] {
+        for &id in &all[member.part(all.len(), 1)] {
             let id = id as usize;
             match share.sketch.as_ref().map(|sketch| &sketch.kind) {
-                Some(SketchKind::LowRank { .. }) => {
+                Some(SketchKind::LowRank { .. } | SketchKind::Nothing) => {
                     let rows = share.gate.neuron_rows();
                     rows.prefetch(id, 0..rows.n_embd);
                 }
@@ -214,6 +224,7 @@ pub(super) fn prefetch(job: &Job<'_>, team: &mut Team) {
 pub(super) fn gate_bytes(job: &Job<'_>, sketch: &SketchShare, candidates: usize) -> usize {
     let (gate, own) = (&job.share.gate, job.candidates.own);
     match &sketch.kind {
+        SketchKind::Nothing => candidates * gate.shape.row_bytes(),
         SketchKind::LowRank { a, b } => {
             let scores = if own {
                 a.bytes.len() + b.bytes.len()
@@ -246,6 +257,7 @@ pub(super) fn gate_bytes(job: &Job<'_>, sketch: &SketchShare, candidates: usize)
 /// The same of many tokens, which need all rows.
 pub(super) fn gate_bytes_of_tokens(job: &Job<'_>, sketch: &SketchShare) -> usize {
     match &sketch.kind {
+        SketchKind::Nothing => job.share.gate.bytes.len(),
         SketchKind::LowRank { a, b } => {
             let scores = a.bytes.len() + b.bytes.len();
             scores + job.share.neurons.len() * job.share.gate.shape.row_bytes()
@@ -306,7 +318,7 @@ mod batch {
             SketchKind::LowRank { a, .. } => unsafe {
                 Some(job.scratch.hidden_rows.writer(a.shape.n_rows))
             },
-            SketchKind::Bits { .. } => None,
+            SketchKind::Bits { .. } | SketchKind::Nothing => None,
         }
     }
 
@@ -334,6 +346,10 @@ mod batch {
         unsafe {
             let x = model.slots.normed.get();
             match &sketch.kind {
+                SketchKind::Nothing => {
+                    all_gates(job, &job.share.gate, neurons.clone(), products, gates);
+                    scores.fill(f32::INFINITY);
+                }
                 SketchKind::LowRank { a, b } => {
                     let hidden = job.scratch.hidden_rows.get(a.shape.n_rows);
                     multiply(model.cpu, b, hidden, n_tokens, neurons.clone(), scores_out);
@@ -379,7 +395,8 @@ mod batch {
             for ((gate, score), neuron) in
                 gates.row(token).iter_mut().zip(scores).zip(neurons.clone())
             {
-                let out = score + sketch.bias[neuron] <= 0.0;
+                let bias = sketch.bias.get(neuron).copied().unwrap_or(0.0);
+                let out = score + bias <= 0.0;
                 let floor = sketch
                     .floor
                     .as_ref()

@@ -13,8 +13,8 @@ use crate::weights::ModelShape;
 /// See the module.
 #[derive(Debug)]
 pub(super) struct Buffers {
-    /// Residual stream, `[n_embd]`.
-    pub x: DeviceBuffer<f32>,
+    /// Residual stream, `[n_embd]`: in the one until a norm takes the host's part over, then in the other.
+    pub x: [DeviceBuffer<f32>; 2],
     pub rotation: DeviceBuffer<f32>,
     /// Position and number of the token.
     pub words: DeviceBuffer<u32>,
@@ -22,8 +22,6 @@ pub(super) struct Buffers {
     pub normed: DeviceAct,
     pub ffn_normed: DeviceAct,
     pub residual: DeviceAct,
-    /// Weights of a norm that has none, `[n_embd]`.
-    pub ones: DeviceBuffer<f32>,
     /// Queries, keys, values.
     pub qkv: DeviceBuffer<f32>,
     /// Results of attention, and the same as activations.
@@ -43,7 +41,7 @@ pub(super) struct Buffers {
     pub downs: Vec<(DeviceRows, DownScratch)>,
     pub attend: AttendScratch,
     pub logits: DeviceBuffer<f32>,
-    /// For launches that hand something over: one each, as one may start before the one before has ended.
+    /// For what is handed over: hidden states, ids, and the rest.
     pub tickets: [DeviceBuffer<u32>; 3],
     /// Set when the host was late.
     pub late: DeviceBuffer<u32>,
@@ -109,13 +107,12 @@ impl Buffers {
             )
         };
         Ok(Self {
-            x: device.alloc(shape.n_embd)?,
+            x: [device.alloc(shape.n_embd)?, device.alloc(shape.n_embd)?],
             rotation: device.alloc(rope_len)?,
             words: device.alloc(2)?,
             normed: act(shape.n_embd)?,
             ffn_normed: act(shape.n_embd)?,
             residual: act(shape.n_embd)?,
-            ones: device.upload(&vec![1.0_f32; shape.n_embd])?,
             qkv: device.alloc(shape.n_attn() + 2 * n_kv)?,
             heads: device.alloc(shape.n_attn())?,
             attn: act(shape.n_attn())?,
@@ -154,9 +151,9 @@ impl Buffers {
     /// Bytes of device memory.
     pub fn bytes(&self) -> usize {
         let floats = [
-            &self.x,
+            &self.x[0],
+            &self.x[1],
             &self.rotation,
-            &self.ones,
             &self.qkv,
             &self.heads,
             &self.act,

@@ -7,9 +7,10 @@ use std::time::{Duration, Instant};
 
 use pi_kernels::attention::KvType;
 use pi_kernels::cuda::{
-    Add, BeginToken, DeviceAct, DownScratch, Graph, HandOver, NeuronList, RopeAppend, Stream,
-    TakeOver, attend, begin_token, compact, down_active, gate_up, gemv, hand_over, prepare,
-    prepare_relu, rms_norm, rope_append, take_over,
+    Add, AroundNorm, AttendToken, BeginToken, DeviceAct, DeviceBuffer, DownScratch, Event, Graph,
+    HandOver, HandOverNormed, NeuronList, RopeAppend, Stream, TakeOver, attend, attend_token,
+    begin_token, can_attend_token, compact, down_active, gate_up, gemv, hand_over, prepare,
+    prepare_relu, rms_norm, rms_norm_with, rope_append, take_over,
 };
 use pi_kernels::{ActivationMode, KernelError};
 
@@ -80,13 +81,18 @@ impl GpuModel {
                 n_vocab: shape.n_vocab,
             },
         )?;
-        let stream = device.stream()?;
+        let (stream, side) = (device.stream()?, device.stream()?);
+        let events = [Event::new(&device)?, Event::new(&device)?];
         let mut capture = Capture {
             shape,
             weights: &weights,
             exchange: &exchange,
             buffers: &mut buffers,
+            side: &side,
+            events: &events,
             limit,
+            x: 0,
+            owed: None,
         };
         let token = Graph::capture(&stream, |stream| capture.token(stream))?;
         let head = Graph::capture(&stream, |stream| capture.head(stream))?;
@@ -304,7 +310,14 @@ struct Capture<'a> {
     weights: &'a GpuWeights,
     exchange: &'a Exchange,
     buffers: &'a mut Buffers,
+    /// Where predictors run beside the hot neurons of the layer before, and what marks beginnings and ends there.
+    side: &'a Stream,
+    events: &'a [Event; 2],
     limit: Duration,
+    /// Which of the two buffers has the residual stream.
+    x: usize,
+    /// A layer whose neurons on the host have still to be added.
+    owed: Option<usize>,
 }
 
 type Launched = Result<(), KernelError>;
@@ -313,7 +326,10 @@ impl Capture<'_> {
     fn token(&mut self, stream: &Stream) -> Launched {
         let (exchange, buffers) = (self.exchange, &mut *self.buffers);
         let token = BeginToken {
-            x: (exchange.x.view(0..exchange.x.len()), buffers.x.view_mut(..)),
+            x: (
+                exchange.x.view(0..exchange.x.len()),
+                buffers.x[self.x].view_mut(..),
+            ),
             rotation: (
                 exchange.rotation.view(0..exchange.rotation.len()),
                 buffers.rotation.view_mut(..),
@@ -325,11 +341,21 @@ impl Capture<'_> {
         for index in 0..self.weights.layers.len() {
             self.layer(stream, index)?;
         }
+        if let Some(layer) = self.owed.take() {
+            let take = take_from(
+                self.exchange,
+                &self.buffers.words,
+                &self.buffers.late,
+                layer,
+                self.limit,
+            );
+            take_over(stream, take, self.buffers.x[self.x].view_mut(..))?;
+        }
         // nothing but the flag
         let none = self.exchange.flag(Flag::Token);
         let [_, _, ticket] = &mut self.buffers.tickets;
         let what = HandOver {
-            from: self.buffers.x.view(..0).to_bits(),
+            from: self.buffers.words.view(..0),
             count: None,
             to: none.part(0..0),
             flag: none,
@@ -342,52 +368,56 @@ impl Capture<'_> {
     fn layer(&mut self, stream: &Stream, index: usize) -> Launched {
         let layer = &self.weights.layers[index];
         self.attention(stream, index, layer)?;
-        let (arena, shape) = (&self.weights.arena, self.shape);
-        let buffers = &mut *self.buffers;
-        rms_norm(
-            stream,
-            buffers.x.view(..),
-            values(arena, &layer.ffn_norm),
-            shape.rms_eps,
-            &mut buffers.ffn_normed,
-        )?;
-        if layer.has_cold {
-            let [ticket, _, _] = &mut buffers.tickets;
-            let what = HandOver {
-                from: buffers.ffn_normed.values().to_bits(),
-                count: None,
-                to: self.exchange.hidden_view(index).to_bits(),
-                flag: self.exchange.flag(Flag::Hidden(index)),
-                number: buffers.words.view(1..2),
-                stamp: self.exchange.stamps(Stamp::Hidden(index), 1),
-            };
-            hand_over(stream, what, ticket)?;
+        let next = self.weights.layers.get(index + 1);
+        let next = next.filter(|next| next.ahead.is_some());
+        self.ffn_norm(stream, index, layer, next.is_some())?;
+        if layer.ahead.is_some() {
+            // its list is needed from here on
+            stream.wait_for(&self.events[1])?;
         }
-        if let Some(next) = self.weights.layers.get(index + 1)
+        if let Some(next) = next
             && let Some(ahead) = &next.ahead
         {
             let n_hot = next.ffn.as_ref().map_or(0, GpuFfn::n_hot);
-            self.predict(stream, index + 1, ahead, n_hot, next.has_cold)?;
+            let [begin, end] = self.events;
+            begin.record(stream)?;
+            self.side.wait_for(begin)?;
+            self.predict(self.side, index + 1, ahead, n_hot, next.has_cold)?;
+            end.record(self.side)?;
         }
         if let Some(ffn) = &layer.ffn {
             let by_list = layer.ahead.as_ref().is_some_and(|ahead| ahead.alone);
             self.hot(stream, index, ffn, by_list)?;
         }
-        if layer.has_cold {
-            self.cold(stream, index)?;
-        }
+        self.owed = layer.has_cold.then_some(index);
         Ok(())
     }
 
+    /// Norm, queries, keys and values, attention, output projection; before them what the layer before owes.
     fn attention(&mut self, stream: &Stream, index: usize, layer: &GpuLayer) -> Launched {
         let (arena, shape) = (&self.weights.arena, self.shape);
+        let (exchange, limit) = (self.exchange, self.limit);
         let buffers = &mut *self.buffers;
-        rms_norm(
+        let [first, second] = &mut buffers.x;
+        let (x, other) = match self.x {
+            0 => (first, second),
+            _ => (second, first),
+        };
+        let before = self.owed.take().map(|owed| {
+            self.x = 1 - self.x;
+            let take = take_from(exchange, &buffers.words, &buffers.late, owed, limit);
+            (take, other.view_mut(..))
+        });
+        rms_norm_with(
             stream,
-            buffers.x.view(..),
+            x.view(..),
             values(arena, &layer.attn_norm),
             shape.rms_eps,
             &mut buffers.normed,
+            AroundNorm {
+                before,
+                ..AroundNorm::default()
+            },
         )?;
         let mut first = 0;
         for rows in &layer.qkv {
@@ -403,8 +433,41 @@ impl Capture<'_> {
             gemv(stream, rows.view(arena), &buffers.normed, add, to)?;
             first = out.end;
         }
+        self.attend(stream, index)?;
+        let buffers = &mut *self.buffers;
+        gemv(
+            stream,
+            layer.wo.view(arena),
+            &buffers.attn,
+            Add::Out,
+            buffers.x[self.x].view_mut(..),
+        )
+    }
+
+    fn attend(&mut self, stream: &Stream, index: usize) -> Launched {
+        let (shape, buffers) = (self.shape, &mut *self.buffers);
         let (n_q, n_kv) = (shape.n_attn(), shape.n_head_kv * shape.head_dim);
         let cache = &mut buffers.caches[index];
+        if can_attend_token(shape.head_dim) {
+            let qkv = buffers.qkv.view(..);
+            let token = AttendToken {
+                q: qkv.part(0..n_q),
+                k: qkv.part(n_q..n_q + n_kv),
+                v: qkv.part(n_q + n_kv..n_q + 2 * n_kv),
+                rotation: buffers.rotation.view(..),
+                pairs: shape.rope.pairs,
+                position: buffers.words.view(0..1),
+            };
+            return attend_token(
+                stream,
+                token,
+                cache,
+                shape.window,
+                shape.attn_scale,
+                &mut buffers.attend,
+                &mut buffers.attn,
+            );
+        }
         let (q, kv) = buffers.qkv.split_at_mut(n_q);
         rope_append(
             stream,
@@ -428,13 +491,38 @@ impl Capture<'_> {
             &mut buffers.attend,
             buffers.heads.view_mut(..),
         )?;
-        prepare(stream, buffers.heads.view(..), &mut buffers.attn)?;
-        gemv(
+        prepare(stream, buffers.heads.view(..), &mut buffers.attn)
+    }
+
+    /// Norms for the FFN, and for the next layer's predictor; hands the hidden state over where the host needs it.
+    fn ffn_norm(
+        &mut self,
+        stream: &Stream,
+        index: usize,
+        layer: &GpuLayer,
+        predicts: bool,
+    ) -> Launched {
+        let (arena, shape, exchange) = (&self.weights.arena, self.shape, self.exchange);
+        let buffers = &mut *self.buffers;
+        let [ticket, _, _] = &mut buffers.tickets;
+        let after = layer.has_cold.then(|| HandOverNormed {
+            to: exchange.hidden_view(index),
+            flag: exchange.flag(Flag::Hidden(index)),
+            number: buffers.words.view(1..2),
+            stamp: exchange.stamps(Stamp::Hidden(index), 1),
+            ticket: ticket.view_mut(..),
+        });
+        rms_norm_with(
             stream,
-            layer.wo.view(arena),
-            &buffers.attn,
-            Add::Out,
-            buffers.x.view_mut(..),
+            buffers.x[self.x].view(..),
+            values(arena, &layer.ffn_norm),
+            shape.rms_eps,
+            &mut buffers.ffn_normed,
+            AroundNorm {
+                before: None,
+                plain: predicts.then_some(&mut buffers.residual),
+                after,
+            },
         )
     }
 
@@ -449,15 +537,8 @@ impl Capture<'_> {
     ) -> Launched {
         let (arena, shape, exchange) = (&self.weights.arena, self.shape, self.exchange);
         let buffers = &mut *self.buffers;
-        rms_norm(
-            stream,
-            buffers.x.view(..),
-            buffers.ones.view(..),
-            shape.rms_eps,
-            &mut buffers.residual,
-        )?;
         let rank = ahead.a.rows.n_rows;
-        let bias = |at: &Option<_>| match at {
+        let bias = match &ahead.a_bias {
             Some(at) => Add::Values(values(arena, at)),
             None => Add::None,
         };
@@ -465,7 +546,7 @@ impl Capture<'_> {
             stream,
             ahead.a.view(arena),
             &buffers.residual,
-            bias(&ahead.a_bias),
+            bias,
             buffers.middle.view_mut(..rank),
         )?;
         let middle = (buffers.middles.iter_mut()).find(|act| act.n_cols() == rank);
@@ -524,6 +605,7 @@ impl Capture<'_> {
     fn hot(&mut self, stream: &Stream, index: usize, ffn: &GpuFfn, by_list: bool) -> Launched {
         let (arena, shape) = (&self.weights.arena, self.shape);
         let buffers = &mut *self.buffers;
+        let x = &mut buffers.x[self.x];
         let n_hot = ffn.n_hot();
         let predicted = &buffers.hot[index % 2];
         let list = match by_list {
@@ -544,10 +626,7 @@ impl Capture<'_> {
         )?;
         match &ffn.down {
             GpuDown::Neurons(down) => {
-                let scratch = buffers
-                    .downs
-                    .iter_mut()
-                    .find(|(rows, _)| *rows == down.rows);
+                let scratch = (buffers.downs.iter_mut()).find(|(rows, _)| *rows == down.rows);
                 let scratch: &mut DownScratch =
                     &mut scratch.expect("there is scratch for all shapes").1;
                 down_active(
@@ -557,31 +636,16 @@ impl Capture<'_> {
                     buffers.act.view(..n_hot),
                     Add::Out,
                     scratch,
-                    buffers.x.view_mut(..),
+                    x.view_mut(..),
                 )
             }
             GpuDown::Plain(down) => {
                 let rows = buffers.act_rows.as_mut();
                 let rows = rows.expect("there are some where a down projection is plain");
                 prepare(stream, buffers.act.view(..n_hot), rows)?;
-                let to = buffers.x.view_mut(..);
-                gemv(stream, down.view(arena), rows, Add::Out, to)
+                gemv(stream, down.view(arena), rows, Add::Out, x.view_mut(..))
             }
         }
-    }
-
-    /// Waits for the host's part, and adds it.
-    fn cold(&mut self, stream: &Stream, index: usize) -> Launched {
-        let (exchange, buffers) = (self.exchange, &mut *self.buffers);
-        let what = TakeOver {
-            from: exchange.partial_view(index),
-            flag: exchange.flag(Flag::Partial(index)),
-            number: buffers.words.view(1..2),
-            late: (buffers.late.view(..), exchange.flag(Flag::Late)),
-            stamps: exchange.stamps(Stamp::Wait(index), 2),
-            limit: self.limit,
-        };
-        take_over(stream, what, buffers.x.view_mut(..))
     }
 
     fn head(&mut self, stream: &Stream) -> Launched {
@@ -589,7 +653,7 @@ impl Capture<'_> {
         let buffers = &mut *self.buffers;
         rms_norm(
             stream,
-            buffers.x.view(..),
+            buffers.x[self.x].view(..),
             values(arena, &self.weights.output_norm),
             shape.rms_eps,
             &mut buffers.normed,
@@ -611,5 +675,23 @@ impl Capture<'_> {
         };
         let [_, _, ticket] = &mut buffers.tickets;
         hand_over(stream, what, ticket)
+    }
+}
+
+/// The host's part of a layer, to be taken over.
+fn take_from<'a>(
+    exchange: &'a Exchange,
+    words: &'a DeviceBuffer<u32>,
+    late: &'a DeviceBuffer<u32>,
+    layer: usize,
+    limit: Duration,
+) -> TakeOver<'a> {
+    TakeOver {
+        from: exchange.partial_view(layer),
+        flag: exchange.flag(Flag::Partial(layer)),
+        number: words.view(1..2),
+        late: (late.view(..), exchange.flag(Flag::Late)),
+        stamps: exchange.stamps(Stamp::Wait(layer), 2),
+        limit,
     }
 }

@@ -50,6 +50,18 @@ pub(super) struct RawAct {
 
 const _: () = assert!(size_of::<RawAct>() == 40);
 
+impl RawAct {
+    /// No activations.
+    pub(super) const NONE: Self = Self {
+        values: 0,
+        quads: 0,
+        halves: 0,
+        meta: 0,
+        n_blocks: 0,
+        n_cols: 0,
+    };
+}
+
 impl DeviceAct {
     /// Room for one token's `n_cols` values.
     ///

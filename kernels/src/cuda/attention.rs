@@ -1,11 +1,14 @@
 //! Attention of one token over a cache on the device.
 
+use super::activations::{DeviceAct, RawAct};
 use super::buffer::{DeviceBuffer, View, ViewMut};
 use super::device::Device;
 use super::functions::ATTEND_HEADS;
 use super::stream::{Grid, Stream};
 use crate::attention::{HEAD_DIM_MAX, KvType};
 use crate::error::KernelError;
+use crate::quant::BLOCK;
+use crate::rope::RopePairs;
 
 /// Threads of a block.
 const THREADS: usize = 128;
@@ -179,9 +182,100 @@ struct AttendArgs {
     n_ctx: u32,
     window: u32,
     scale: f32,
+    k: u64,
+    v: u64,
+    rotation: u64,
+    n_dims: u32,
+    halves: u32,
+    act: RawAct,
 }
 
-const _: () = assert!(size_of::<AttendArgs>() == 80);
+const _: () = assert!(size_of::<AttendArgs>() == 152);
+
+/// A token whose keys and values are not in the cache yet.
+#[derive(Debug)]
+pub struct AttendToken<'a> {
+    /// `[n_head, head_dim]` f32, not rotated.
+    pub q: View<'a, f32>,
+    /// `[n_head_kv, head_dim]` f32, not rotated.
+    pub k: View<'a, f32>,
+    /// `[n_head_kv, head_dim]` f32.
+    pub v: View<'a, f32>,
+    /// `[2, n_dims]` f32: a row of [`crate::rope::RopeTable::fill`] for the token's position.
+    pub rotation: View<'a, f32>,
+    /// Which values of a head form a pair.
+    pub pairs: RopePairs,
+    /// `[1]` u32: the token's position.
+    pub position: View<'a, u32>,
+}
+
+/// Whether [`attend_token`] can be used: activations are written 32 at a time.
+pub fn can_attend_token(head_dim: usize) -> bool {
+    head_dim.is_multiple_of(BLOCK)
+}
+
+/// As [`super::rope_append`], [`attend`] and [`super::prepare`] one after the other, with the same bits; queries are left as they
+/// are.
+///
+/// # Errors
+/// The driver's.
+///
+/// # Panics
+/// When shapes or devices do not fit, the window is 0, or not [`can_attend_token`].
+pub fn attend_token(
+    stream: &Stream,
+    token: AttendToken<'_>,
+    cache: &mut DeviceCache,
+    window: Option<usize>,
+    scale: f32,
+    scratch: &mut AttendScratch,
+    to: &mut DeviceAct,
+) -> Result<(), KernelError> {
+    let (head_dim, n_kv) = (cache.head_dim, cache.n_head_kv * cache.head_dim);
+    let n_dims = token.rotation.len() / 2;
+    assert!(can_attend_token(head_dim), "whole blocks of activations");
+    assert!(
+        token.k.len() == n_kv && token.v.len() == n_kv,
+        "keys and values of the cache's heads"
+    );
+    assert!(
+        token.rotation.len().is_multiple_of(4) && n_dims <= head_dim,
+        "rotations of pairs of a head"
+    );
+    assert_eq!(to.n_cols(), token.q.len(), "activations of all heads");
+    stream.check(&[token.k.device(), token.v.device(), token.rotation.device()]);
+    stream.check(&[to.device()]);
+    let rest = Rest {
+        k: token.k.address(),
+        v: token.v.address(),
+        rotation: token.rotation.address(),
+        n_dims: n_dims as u32,
+        halves: u32::from(token.pairs == RopePairs::Halves),
+        act: to.raw(),
+        out: 0,
+    };
+    launch(
+        stream,
+        token.q,
+        cache,
+        token.position,
+        window,
+        scale,
+        scratch,
+        rest,
+    )
+}
+
+/// What differs between [`attend`] and [`attend_token`].
+struct Rest {
+    k: u64,
+    v: u64,
+    rotation: u64,
+    n_dims: u32,
+    halves: u32,
+    act: RawAct,
+    out: u64,
+}
 
 /// Writes the attention of one token's queries `q` (`[n_head, head_dim]` f32, rotated) over `cache` to `out`
 /// (`[n_head, head_dim]` f32, overwritten). The token, at `position` (`[1]` u32), sees positions up to its own, of
@@ -204,27 +298,48 @@ pub fn attend(
     scratch: &mut AttendScratch,
     out: ViewMut<'_, f32>,
 ) -> Result<(), KernelError> {
+    assert_eq!(out.len(), q.len(), "heads of a token");
+    stream.check(&[out.device()]);
+    let rest = Rest {
+        k: 0,
+        v: 0,
+        rotation: 0,
+        n_dims: 0,
+        halves: 0,
+        act: RawAct::NONE,
+        out: out.address(),
+    };
+    launch(stream, q, cache, position, window, scale, scratch, rest)
+}
+
+fn launch(
+    stream: &Stream,
+    q: View<'_, f32>,
+    cache: &DeviceCache,
+    position: View<'_, u32>,
+    window: Option<usize>,
+    scale: f32,
+    scratch: &mut AttendScratch,
+    rest: Rest,
+) -> Result<(), KernelError> {
     let (n_head, head_dim) = (scratch.n_head, scratch.head_dim);
     assert_eq!(cache.head_dim, head_dim, "head_dim of the scratch");
     assert_eq!(n_head % cache.n_head_kv, 0, "heads of the scratch");
     let heads = ATTEND_HEADS[scratch.heads];
     let n_groups = cache.n_head_kv * (n_head / cache.n_head_kv).div_ceil(heads);
     assert_eq!(scratch.n_groups, n_groups, "groups of the scratch");
-    assert!(
-        q.len() == n_head * head_dim && out.len() == q.len(),
-        "heads of a token"
-    );
+    assert_eq!(q.len(), n_head * head_dim, "heads of a token");
     assert_eq!(position.len(), 1, "one position");
     assert!(window != Some(0), "a window sees at least the token itself");
     stream.check(&[q.device(), cache.device(), position.device()]);
-    stream.check(&[out.device(), scratch.tickets.device()]);
+    stream.check(&[scratch.tickets.device()]);
     let (k_cache, v_cache) = cache.addresses();
     let args = AttendArgs {
         q: q.address(),
         k_cache,
         v_cache,
         position: position.address(),
-        out: out.address(),
+        out: rest.out,
         states: scratch.states.view(..).address(),
         tickets: scratch.tickets.view(..).address(),
         n_head: n_head as u32,
@@ -233,6 +348,12 @@ pub fn attend(
         n_ctx: cache.n_ctx as u32,
         window: window.map_or(0, |window| window.min(cache.n_ctx) as u32),
         scale,
+        k: rest.k,
+        v: rest.v,
+        rotation: rest.rotation,
+        n_dims: rest.n_dims,
+        halves: rest.halves,
+        act: rest.act,
     };
     // sums of as many groups of threads as a row leaves room for
     let row_groups = THREADS / (head_dim / 8);

@@ -31,17 +31,21 @@ mod sample;
 mod stream;
 
 pub use activations::{DeviceAct, Q8Copy, prepare, prepare_relu};
-pub use attention::{AttendScratch, DeviceCache, attend};
+pub use attention::{
+    AttendScratch, AttendToken, DeviceCache, attend, attend_token, can_attend_token,
+};
 pub use buffer::{DeviceBuffer, Plain, View, ViewMut};
 pub use compact::compact;
 pub use device::{DRIVER_VERSION_MIN, Device, DeviceInfo, device_count};
 pub use down::{DownScratch, down_active};
 pub use embed::embed;
 pub use graph::Graph;
-pub use hand_off::{BeginToken, HandOver, TakeOver, begin_token, hand_over, take_over};
+pub use hand_off::{
+    BeginToken, HandOver, HandOverNormed, TakeOver, begin_token, hand_over, take_over,
+};
 pub use images::Capability;
 pub use layout::{DeviceRows, RowsView, SUPPORTED, is_supported};
-pub use norm::rms_norm;
+pub use norm::{AroundNorm, rms_norm, rms_norm_with};
 pub use pinned::PinnedBuffer;
 pub use rope::{RopeAppend, rope_append};
 pub use rows::{Add, NeuronList, gate_up, gemv, row_products};

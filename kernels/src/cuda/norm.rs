@@ -1,7 +1,8 @@
 //! RMS normalisation.
 
 use super::activations::{DeviceAct, RawAct};
-use super::buffer::View;
+use super::buffer::{View, ViewMut};
+use super::hand_off::{HandOverNormed, RawHandOver, RawTakeOver, TakeOver};
 use super::stream::{Grid, Stream};
 use crate::error::KernelError;
 
@@ -10,10 +11,26 @@ struct RmsNormArgs {
     x: u64,
     weight: u64,
     to: RawAct,
+    plain: RawAct,
+    take: RawTakeOver,
+    sum: u64,
+    host: u64,
+    hand: RawHandOver,
     eps: f32,
 }
 
-const _: () = assert!(size_of::<RmsNormArgs>() == 64);
+const _: () = assert!(size_of::<RmsNormArgs>() == 208);
+
+/// What a norm does besides.
+#[derive(Debug, Default)]
+pub struct AroundNorm<'a> {
+    /// Waits for the host and adds what it hands over to x before; the sum goes to the second, `[n_cols]` f32.
+    pub before: Option<(TakeOver<'a>, ViewMut<'a, f32>)>,
+    /// Gets the normed values without the weight.
+    pub plain: Option<&'a mut DeviceAct>,
+    /// Hands the normed values over to the host.
+    pub after: Option<HandOverNormed<'a>>,
+}
 
 /// `x[i] / √(mean(x²) + eps) · weight[i]`, as activations; `x` and `weight` are `[n_cols]` f32. Overwrites `to`.
 ///
@@ -31,23 +48,59 @@ pub fn rms_norm(
     eps: f32,
     to: &mut DeviceAct,
 ) -> Result<(), KernelError> {
-    assert!(
-        x.len() == to.n_cols() && weight.len() == to.n_cols(),
-        "lengths of a norm"
-    );
+    rms_norm_with(stream, x, weight, eps, to, AroundNorm::default())
+}
+
+/// The same, with what comes before and behind it in one launch.
+///
+/// # Errors
+/// As [`rms_norm`].
+///
+/// # Panics
+/// As [`rms_norm`], or when shapes of what is around do not fit.
+pub fn rms_norm_with(
+    stream: &Stream,
+    x: View<'_, f32>,
+    weight: View<'_, f32>,
+    eps: f32,
+    to: &mut DeviceAct,
+    around: AroundNorm<'_>,
+) -> Result<(), KernelError> {
+    let n = x.len();
+    assert!(n == to.n_cols() && weight.len() == n, "lengths of a norm");
     assert!(!x.is_empty(), "a norm of nothing");
     stream.check(&[x.device(), weight.device(), to.device()]);
+    let plain = around.plain.map_or(RawAct::NONE, |plain| {
+        assert_eq!(plain.n_cols(), n, "lengths of a norm");
+        stream.check(&[plain.device()]);
+        plain.raw()
+    });
+    let (take, sum) = around.before.map_or_else(Default::default, |(take, sum)| {
+        assert_eq!(sum.len(), n, "lengths of a norm");
+        assert_ne!(sum.address(), x.address(), "the sum goes elsewhere");
+        stream.check(&[sum.device()]);
+        (take.raw(stream, n), sum.address())
+    });
+    let (host, hand) = match &around.after {
+        Some(after) => after.raw(stream, n),
+        None => Default::default(),
+    };
     let args = RmsNormArgs {
         x: x.address(),
         weight: weight.address(),
         to: to.raw(),
+        plain,
+        take,
+        sum,
+        host,
+        hand,
         eps,
     };
     let grid = Grid {
-        blocks: [x.len().div_ceil(1024), 1],
+        blocks: [n.div_ceil(1024), 1],
         threads: 1024,
         shared_bytes: 0,
     };
-    // SAFETY: all three have the columns.
+    // SAFETY: all have the columns (asserted).
     unsafe { stream.launch("launch rms_norm", stream.functions().rms_norm, grid, args) }
 }

@@ -1,6 +1,7 @@
 //! Order of launches, and times.
 
 use std::ffi::c_void;
+use std::sync::atomic::{AtomicBool, Ordering};
 
 use cudarc::driver::result::stream::StreamKind;
 use cudarc::driver::{result, sys};
@@ -14,6 +15,8 @@ use crate::error::KernelError;
 pub struct Stream {
     device: Device,
     raw: sys::CUstream,
+    /// Whether the next launch waits for another stream's work: it cannot start early.
+    joined: AtomicBool,
 }
 
 // SAFETY: the driver's streams may be used from any thread; calls make the context current first.
@@ -36,12 +39,30 @@ impl Stream {
             "make a stream",
             result::stream::create(StreamKind::NonBlocking),
         )?;
-        Ok(Self { device, raw })
+        Ok(Self {
+            device,
+            raw,
+            joined: AtomicBool::new(false),
+        })
     }
 
     /// The stream's device.
     pub fn device(&self) -> &Device {
         &self.device
+    }
+
+    /// Lets everything launched from now on wait for what was before `event`, on whatever stream of the device.
+    ///
+    /// # Errors
+    /// The driver's.
+    pub fn wait_for(&self, event: &Event) -> Result<(), KernelError> {
+        assert!(self.device.is_same(&event.device), "one device");
+        self.device.bind()?;
+        self.joined.store(true, Ordering::Relaxed);
+        let flags = sys::CUevent_wait_flags::CU_EVENT_WAIT_DEFAULT;
+        // SAFETY: both are alive.
+        let answer = unsafe { result::stream::wait_event(self.raw, event.raw, flags) };
+        call("wait for an event", answer)
     }
 
     /// Waits until everything launched so far is done.
@@ -98,6 +119,7 @@ impl Stream {
         self.device.bind()?;
         let dim = |n: usize| u32::try_from(n).expect("a grid of 32-bit size");
         let [x, y] = grid.blocks.map(dim);
+        let joined = self.joined.swap(false, Ordering::Relaxed);
         // every kernel waits for the one before it, but may be set up while that one ends
         let mut early = sys::CUlaunchAttribute {
             id: sys::CUlaunchAttributeID::CU_LAUNCH_ATTRIBUTE_PROGRAMMATIC_STREAM_SERIALIZATION,
@@ -116,7 +138,7 @@ impl Stream {
             sharedMemBytes: dim(grid.shared_bytes),
             hStream: self.raw,
             attrs: &raw mut early,
-            numAttrs: u32::from(self.device.overlaps_launches()),
+            numAttrs: u32::from(self.device.overlaps_launches() && !joined),
         };
         let mut params = [(&raw mut args).cast::<c_void>()];
         // SAFETY: the caller's contract; the driver copies the argument before it returns.

@@ -72,7 +72,7 @@ pub(super) fn copy_tasks<'a, 'm>(
             }
         }
         match sketch {
-            None => {}
+            None | Some(SketchLayout::Nothing) => {}
             Some(SketchLayout::LowRank { a, b }) => {
                 cutting.matrix(a);
                 cutting.matrix(b);

@@ -105,6 +105,8 @@ pub(super) enum SketchLayout<'a> {
         a: Placed<MatrixPart<'a>>,
         b: Placed<MatrixPart<'a>>,
     },
+    /// None: what was predicted ahead decides alone.
+    Nothing,
     /// The top plane, and behind it the rest.
     Bits(Placed<PlanesPart<'a>>),
 }
@@ -210,6 +212,7 @@ impl<'a> ModelLayout<'a> {
         predictors: Option<&'a [LayerPredictors]>,
         division: Division<'_>,
         hot: Option<&'a [HotLayer]>,
+        named_by_gpu: bool,
     ) -> Self {
         let multiple = neuron_multiple(plan);
         let neuron_groups = neuron_groups(hyper.n_ff, multiple);
@@ -238,7 +241,16 @@ impl<'a> ModelLayout<'a> {
                         cold(node, layer).unwrap_or_else(all)
                     });
                     let groups = groups.collect();
-                    NodeLayout::new(hyper, tensors, plan, predictors, is_device, share, groups)
+                    NodeLayout::new(
+                        hyper,
+                        tensors,
+                        plan,
+                        predictors,
+                        is_device,
+                        named_by_gpu,
+                        share,
+                        groups,
+                    )
                 })
                 .collect(),
         }
@@ -261,11 +273,13 @@ impl<'a> NodeLayout<'a> {
         plan: &SparsityPlan,
         predictors: Option<&'a [LayerPredictors]>,
         is_device: bool,
+        named_by_gpu: bool,
         share: NodeShare,
         groups: Vec<(Range<usize>, Neurons<'a>)>,
     ) -> Self {
         let mut placing = Placing {
             is_device,
+            named_by_gpu,
             ..Placing::default()
         };
         let of_layer = |index: usize| predictors.map(|all| &all[index]);
@@ -316,6 +330,8 @@ struct Placing {
     filled: usize,
     /// Whether the arena is the device's, which predicts ahead.
     is_device: bool,
+    /// Whether a GPU names the neurons that are looked at, where it predicts them.
+    named_by_gpu: bool,
 }
 
 impl Placing {
@@ -370,6 +386,11 @@ impl Placing {
         }
     }
 
+    /// Whether a predictor ahead, on a GPU, names all that is looked at.
+    fn decides_alone(&self, predictors: Option<&LayerPredictors>) -> bool {
+        self.named_by_gpu && predictors.is_some_and(|layer| layer.ahead.is_some())
+    }
+
     /// The gate as its sketch wants it: in planes there is nothing left of it here.
     fn gate<'a>(
         &mut self,
@@ -379,6 +400,12 @@ impl Placing {
     ) -> Placed<MatrixPart<'a>> {
         let sketch = predictors.and_then(|layer| layer.sketch.as_ref());
         let whole = MatrixPart::neurons(&layer.gate, neurons);
+        if self.decides_alone(predictors) {
+            return self.matrix(MatrixPart {
+                layout: Layout::Rows,
+                ..whole
+            });
+        }
         self.matrix(match sketch.map(|sketch| &sketch.kind) {
             None => whole,
             Some(SketchKind::LowRank { .. }) => MatrixPart {
@@ -398,6 +425,9 @@ impl Placing {
         predictors: Option<&'a LayerPredictors>,
         neurons: &Neurons<'a>,
     ) -> Option<SketchLayout<'a>> {
+        if self.decides_alone(predictors) {
+            return Some(SketchLayout::Nothing);
+        }
         Some(match &predictors?.sketch.as_ref()?.kind {
             SketchKind::LowRank { a, b } => SketchLayout::LowRank {
                 a: self.matrix(MatrixPart::of_sidecar(a, 0..a.n_rows())),

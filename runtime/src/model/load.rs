@@ -132,7 +132,15 @@ impl<'a> Loader<'a> {
             file,
             tensors,
             shape: model_shape(hyper, tensors, n_ctx)?,
-            layout: ModelLayout::new(hyper, tensors, plan, predictors, division, hot),
+            layout: ModelLayout::new(
+                hyper,
+                tensors,
+                plan,
+                predictors,
+                division,
+                hot,
+                hot.is_some() && predicting.by == Some(PredictBy::Ahead),
+            ),
             on_gpu: hot.is_some(),
             transposed_bytes: plan.transposed_bytes(hyper.n_embd, hyper.n_ff),
             thresholds: plan.thresholds.clone(),
@@ -329,9 +337,17 @@ impl<'a> Loader<'a> {
 
 impl Loader<'_> {
     fn sketch(&self, layer: &LayerLayout<'_>, index: usize, arena: &Bytes) -> Option<SketchShare> {
+        if let Some(SketchLayout::Nothing) = layer.sketch {
+            return Some(SketchShare {
+                kind: SketchKind::Nothing,
+                bias: Vec::new(),
+                floor: None,
+            });
+        }
         let sketch = self.predictors?[index].sketch.as_ref()?;
         let mine = |values: &Vec<f32>| of_neurons(values, layer);
         let kind = match layer.sketch.as_ref()? {
+            SketchLayout::Nothing => SketchKind::Nothing,
             SketchLayout::LowRank { a, b } => SketchKind::LowRank {
                 a: matrix(a, arena),
                 b: matrix(b, arena),

@@ -1,0 +1,86 @@
+// Flags in memory of the host that both sides see. Values are written first, then a flag: the token's number. Who waits for it
+// reads it with acquire semantics at the system's scope.
+#pragma once
+#include "common.cuh"
+
+__device__ __forceinline__ u32 load_acquire(const u32* at) {
+    u32 value;
+#if __CUDA_ARCH__ >= 700
+    asm volatile("ld.acquire.sys.global.u32 %0, [%1];" : "=r"(value) : "l"(at) : "memory");
+#else
+    value = *(volatile const u32*)at;
+    __threadfence_system();
+#endif
+    return value;
+}
+
+__device__ __forceinline__ void store_release(u32* at, u32 value) {
+    asm volatile("st.release.sys.global.u32 [%0], %1;" ::"l"(at), "r"(value) : "memory");
+}
+
+// Nanoseconds, the same on all multiprocessors.
+__device__ __forceinline__ u64 time_ns() {
+    u64 ns;
+    asm volatile("mov.u64 %0, %globaltimer;" : "=l"(ns));
+    return ns;
+}
+
+// How something is handed over to the host.
+struct HandOver {
+    // in host memory
+    u32* flag;
+    const u32* number;
+    // zero
+    u32* ticket;
+    // [1] in host memory: when it was handed over
+    u64* stamp;
+};
+
+// Sets the flag when all blocks have come here, behind everything that they wrote. Called by whole blocks.
+__device__ __forceinline__ void set_flag(const HandOver& hand, u32* to_count, u32 count) {
+    __threadfence_system();
+    if (!is_last_block(hand.ticket, gridDim.x)) return;
+    if (threadIdx.x == 0) {
+        if (to_count != nullptr) *to_count = count;
+        *hand.stamp = time_ns();
+        __threadfence_system();
+        store_release(hand.flag, *hand.number);
+    }
+}
+
+// How something is taken over from the host.
+struct TakeOver {
+    // in host memory: f32, and the flag behind which they are there
+    const float* from;
+    const u32* flag;
+    const u32* number;
+    // set when the host is late, on the device and in host memory
+    u32* late;
+    u32* late_host;
+    // [2] in host memory: when the wait began and ended
+    u64* stamps;
+    u64 limit_ns;
+};
+
+// Waits for the host, but not for ever. Once the host was late nothing waits any more: the token is lost, and its results are
+// not used. Called by whole blocks, each of which waits for itself.
+__device__ __forceinline__ void wait_for_host(const TakeOver& take) {
+    if (threadIdx.x == 0) {
+        const u32 number = *take.number;
+        const u64 start = time_ns();
+        while (load_acquire(take.flag) != number) {
+            if (*(volatile const u32*)take.late != 0) break;
+            if (time_ns() - start > take.limit_ns) {
+                *(volatile u32*)take.late = 1;
+                *(volatile u32*)take.late_host = 1;
+                __threadfence_system();
+                break;
+            }
+        }
+        if (blockIdx.x == 0) {
+            take.stamps[0] = start;
+            take.stamps[1] = time_ns();
+        }
+    }
+    __syncthreads();
+}
