@@ -134,6 +134,15 @@ impl Model {
         ahead.is_some_and(|ahead| ahead.prefetch)
     }
 
+    /// The GPU, where the layer's only node writes its sum where the GPU reads it.
+    pub fn answers_in_place(&self, layer: usize) -> Option<&GpuModel> {
+        let share = &self.weights.layers[layer].shares[0];
+        let alone = self.n_nodes() == 1 && share.ffn.paired().is_some();
+        self.gpu
+            .as_ref()
+            .filter(|_| alone && !share.neurons.is_empty())
+    }
+
     /// Where node `node`'s partial sum `sum` starts in its slot.
     pub fn partial_offset(&self, sum: usize) -> usize {
         sum * self.n_ubatch * self.shape().n_embd

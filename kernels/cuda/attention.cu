@@ -300,20 +300,6 @@ __device__ __forceinline__ void attend(const AttendArgs& args) {
         for (u32 r = 0; r < ATTEND_PARTS_MAX / WARP; r++) shares[h][r * WARP + lane] = __fdiv_rn(of[r].x, sum);
     }
     __syncthreads();
-    if (args.out == nullptr) {
-        // a warp has a block of 32 values
-#pragma unroll 1
-        for (u32 block = warp; block < n_heads * dim / BLOCK; block += ATTEND_THREADS / WARP) {
-            const u32 i = block * BLOCK + lane;
-            const float* share = shares[i / dim];
-            float sum = 0.0f;
-#pragma unroll 8
-            for (u32 part = 0; part < parts; part++)
-                sum = fmaf(__ldcg(all_values + ((u64)part * args.n_head + first_head) * dim + i), share[part], sum);
-            store_block(args.act, first_head * dim / BLOCK + block, sum);
-        }
-        return;
-    }
 #pragma unroll 1
     for (u32 i = tid * 4; i < n_heads * dim; i += ATTEND_THREADS * 4) {
         const float* share = shares[i / dim];
@@ -327,8 +313,15 @@ __device__ __forceinline__ void attend(const AttendArgs& args) {
             sum.z = fmaf(v.z, by, sum.z);
             sum.w = fmaf(v.w, by, sum.w);
         }
-        *(float4*)(args.out + first_head * dim + i) = sum;
+        // other warps have left `buffer`
+        *(float4*)((args.out == nullptr ? buffer : args.out + first_head * dim) + i) = sum;
     }
+    if (args.out != nullptr) return;
+    __syncthreads();
+    // a warp has a block of 32 values
+#pragma unroll 2
+    for (u32 block = warp; block < n_heads * dim / BLOCK; block += ATTEND_THREADS / WARP)
+        store_block(args.act, first_head * dim / BLOCK + block, buffer[block * BLOCK + lane]);
 }
 
 #define ATTEND(C, NAME, HEADS)                                                                            \

@@ -63,7 +63,17 @@ static_assert(sizeof(TakeOverArgs) == 72, "as the launcher has it");
 extern "C" __global__ void __launch_bounds__(256) take_over(TakeOverArgs args) {
     wait_for_launch_before();
     wait_for_host(args.take);
-    const u32 i = blockIdx.x * blockDim.x + threadIdx.x;
-    if (i < args.n) args.x[i] += ((volatile const float*)args.take.from)[i];
+    const u32 i = (blockIdx.x * blockDim.x + threadIdx.x) * 4;
+    if (i + 3 < args.n) {
+        float4 y;
+        asm volatile("ld.volatile.global.v4.f32 {%0, %1, %2, %3}, [%4];"
+                     : "=f"(y.x), "=f"(y.y), "=f"(y.z), "=f"(y.w)
+                     : "l"(args.take.from + i)
+                     : "memory");
+        float4 x = *(const float4*)(args.x + i);
+        *(float4*)(args.x + i) = make_float4(x.x + y.x, x.y + y.y, x.z + y.z, x.w + y.w);
+    } else {
+        for (u32 k = i; k < args.n; k++) args.x[k] += ((volatile const float*)args.take.from)[k];
+    }
     start_next_launch();
 }

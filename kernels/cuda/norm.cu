@@ -10,35 +10,23 @@ struct RmsNormArgs {
     Act to;
     // the same without the weight; none where `values` is null
     Act plain;
-    // what is waited for and added to x before, and where the sum goes; nothing where `from` is null
-    TakeOver take;
-    float* sum;
     // where the normed values go in the host's memory, [n_cols] f32; nowhere where null
     float* host;
     HandOver hand;
     float eps;
 };
-static_assert(sizeof(RmsNormArgs) == 208, "as the launcher has it");
+static_assert(sizeof(RmsNormArgs) == 144, "as the launcher has it");
 
 // Blocks of 1024 threads: each sums all squares, in the same order, and writes every gridDim.x-th run of 32 activation blocks.
 // Thread t adds squares t, t + 1024, ... in ascending order; then lanes and warps are joined.
 extern "C" __global__ void __launch_bounds__(1024) rms_norm(RmsNormArgs args) {
     __shared__ float sums[WARP];
     const u32 n = args.to.n_cols, lane = threadIdx.x % WARP, warp = threadIdx.x / WARP;
-    const bool takes = args.take.from != nullptr;
     wait_for_launch_before();
-    if (takes) {
-        wait_for_host(args.take);
-        // other blocks read x: the sum goes elsewhere
-        const u32 step = gridDim.x * 1024;
-        for (u32 i = blockIdx.x * 1024 + threadIdx.x; i < n; i += step)
-            args.sum[i] = args.x[i] + ((volatile const float*)args.take.from)[i];
-    }
     float sum = 0.0f;
 #pragma unroll 8
     for (u32 i = threadIdx.x; i < n; i += 1024) {
         float x = args.x[i];
-        if (takes) x += ((volatile const float*)args.take.from)[i];
         sum = fmaf(x, x, sum);
     }
     sum = warp_sum(sum);
@@ -50,7 +38,6 @@ extern "C" __global__ void __launch_bounds__(1024) rms_norm(RmsNormArgs args) {
     for (u32 block = blockIdx.x * WARP + warp; block < args.to.n_blocks; block += gridDim.x * WARP) {
         u32 column = block * BLOCK + lane;
         float x = column < n ? args.x[column] : 0.0f;
-        if (takes && column < n) x += ((volatile const float*)args.take.from)[column];
         float normed = __fmul_rn(x, scale);
         float value = column < n ? __fmul_rn(normed, args.weight[column]) : 0.0f;
         if (args.host != nullptr && column < n) args.host[column] = value;

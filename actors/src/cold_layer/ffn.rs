@@ -9,7 +9,7 @@
 use std::ops::Range;
 use std::sync::atomic::Ordering;
 
-use pi_kernels::elementwise::{relu_mul, silu_mul};
+use pi_kernels::elementwise::{add_assign, relu_mul, silu_mul};
 use pi_kernels::ffn_sparse::{
     GroupSpan, SUBTREES_MAX, ask_for_down, down_active, down_tokens, up_active, up_tokens,
 };
@@ -23,7 +23,7 @@ use crate::counters::Counters;
 use crate::model::group_neurons;
 use crate::scratch::{ActiveList, NEURON_CHUNK, NodeScratch, ThreadScratch};
 use crate::team::{Member, Team};
-use crate::weights::{FfnShare, GateActivation, Matrix, NeuronStore, UpRows};
+use crate::weights::{FfnShare, GateActivation, Matrix, NeuronStore, SketchShare, UpRows};
 
 /// Runs the stage with the node's team.
 pub(super) fn run(job: Job<'_>, team: &mut Team) -> Counters {
@@ -43,7 +43,11 @@ pub(super) fn run(job: Job<'_>, team: &mut Team) -> Counters {
             },
             1,
         ) => {
-            team.run(&|member| sparse_token(&job, rows, member));
+            let alone = !job.candidates.own && share.sketch.is_some();
+            match share.sketch.as_ref().filter(|_| alone) {
+                Some(sketch) => team.run(&|member| named_token(&job, rows, sketch, member)),
+                None => team.run(&|member| sparse_token(&job, rows, member)),
+            }
         }
         (
             FfnShare::Neurons {
@@ -177,6 +181,38 @@ fn sparse_token(job: &Job<'_>, rows: &NeuronStore, member: Member<'_>) {
     sum_token(job, rows, &all.ids, act, spans, &member);
 }
 
+/// One token, of which a predictor named all candidates: each thread has as many, and takes them from gate to up.
+fn named_token(job: &Job<'_>, rows: &NeuronStore, sketch: &SketchShare, member: Member<'_>) {
+    let (model, scratch) = (job.model, job.scratch);
+    let up_rows = rows.up_rows().expect("records have up rows");
+    // SAFETY: `normed` was written before the message was sent; the list and the thread's scratch are its own until the
+    // barrier.
+    let (x, list, mine) = unsafe {
+        (
+            model.slots.normed.get().token(0),
+            scratch.lists[member.thread].get_mut(),
+            scratch.threads[member.thread].get_mut(),
+        )
+    };
+    predicted::named_gates(job, sketch, list, mine, &member);
+    let ThreadScratch { all, spans, .. } = mine;
+    all.gates.clear();
+    all.gates.resize(list.ids.len(), 0.0);
+    let down_rows = rows.down_rows();
+    let ids = &list.ids;
+    let beside = |j: usize| down_rows.prefetch(ids[j] as usize, 0..down_rows.n_embd);
+    let (gates, out) = (&list.gates, &mut all.gates);
+    up_active(model.cpu, up_rows, x, ids, gates, out, beside);
+    std::mem::swap(&mut list.gates, &mut all.gates);
+    let n_active = list.ids.len() as u64;
+    scratch.active.fetch_add(n_active, Ordering::Relaxed);
+    scratch.rows_read.fetch_add(n_active, Ordering::Relaxed);
+    member.barrier();
+    gather(scratch, all);
+    divide(job, &all.ids, spans);
+    sum_token(job, rows, &all.ids, &all.gates, spans, &member);
+}
+
 /// All threads' lists of active neurons, one after the other, in `all`.
 pub(super) fn gather(scratch: &NodeScratch, all: &mut ActiveList) {
     all.clear();
@@ -252,9 +288,21 @@ pub(super) fn sum_token(
         ids,
         act,
         spans,
-        columns,
+        columns.clone(),
         &mut sums[..n_sums],
     );
+    if let Some(gpu) = model.answers_in_place(job.layer) {
+        // SAFETY: the columns are this thread's until the node's `Partial` is sent.
+        let to = unsafe { gpu.partial_columns(job.layer, columns) };
+        let mut sums = sums[..n_sums].iter();
+        match sums.next() {
+            None => to.fill(0.0),
+            Some(sum) => to.copy_from_slice(&sum[..to.len()]),
+        }
+        for sum in sums {
+            add_assign(model.cpu, to, &sum[..to.len()]);
+        }
+    }
 }
 
 /// Many tokens, the union of their active neurons only. A chunk of neurons is whoever's is free.

@@ -17,7 +17,7 @@ use pi_kernels::gemm::gemv;
 use pi_kernels::{ActivationMode, ROW_GROUP};
 
 use super::Job;
-use crate::scratch::ThreadScratch;
+use crate::scratch::{ActiveList, ThreadScratch};
 use crate::team::{Member, Team};
 use crate::weights::{Matrix, PlanesStore, SketchKind, SketchShare};
 
@@ -75,15 +75,8 @@ pub(super) fn open_gates(job: &Job<'_>, sketch: &SketchShare, member: &Member<'_
             scratch.threads[member.thread].get_mut(),
         )
     };
-    if !job.candidates.own {
-        // where they are is uneven: each thread has as many
-        let all = predicted_ids(job);
-        list.ids.clear();
-        list.ids.extend_from_slice(&all[member.part(all.len(), 1)]);
-    } else {
-        score(job, sketch, part.clone(), mine, &mut list.ids);
-    }
-    if job.candidates.own && job.candidates.predicted {
+    score(job, sketch, part.clone(), mine, &mut list.ids);
+    if job.candidates.predicted {
         let all = predicted_ids(job);
         let inside = |bound: usize| all.partition_point(|&id| (id as usize) < bound);
         let predicted = &all[inside(part.start)..inside(part.end)];
@@ -97,6 +90,27 @@ pub(super) fn open_gates(job: &Job<'_>, sketch: &SketchShare, member: &Member<'_
     exact_gates(job, sketch, &list.ids, mine, &mut list.gates);
     let floors = sketch.floor.as_deref();
     keep_open(&mut list.ids, &mut list.gates, floors);
+}
+
+/// Lists the thread's active neurons of one token of which all candidates were named: each thread has as many of these.
+pub(super) fn named_gates(
+    job: &Job<'_>,
+    sketch: &SketchShare,
+    list: &mut ActiveList,
+    mine: &mut ThreadScratch,
+    member: &Member<'_>,
+) {
+    let all = predicted_ids(job);
+    list.ids.clear();
+    list.ids.extend_from_slice(&all[member.part(all.len(), 1)]);
+    let n_candidates = list.ids.len();
+    job.scratch
+        .candidates
+        .fetch_add(n_candidates as u64, Ordering::Relaxed);
+    list.gates.clear();
+    list.gates.resize(n_candidates, 0.0);
+    exact_gates(job, sketch, &list.ids, mine, &mut list.gates);
+    keep_open(&mut list.ids, &mut list.gates, sketch.floor.as_deref());
 }
 
 /// What was predicted ahead, ascending, counted from the node's first neuron.

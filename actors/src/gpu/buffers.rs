@@ -13,8 +13,8 @@ use crate::weights::ModelShape;
 /// See the module.
 #[derive(Debug)]
 pub(super) struct Buffers {
-    /// Residual stream, `[n_embd]`: in the one until a norm takes the host's part over, then in the other.
-    pub x: [DeviceBuffer<f32>; 2],
+    /// Residual stream, `[n_embd]`.
+    pub x: DeviceBuffer<f32>,
     pub rotation: DeviceBuffer<f32>,
     /// Position and number of the token.
     pub words: DeviceBuffer<u32>,
@@ -107,7 +107,7 @@ impl Buffers {
             )
         };
         Ok(Self {
-            x: [device.alloc(shape.n_embd)?, device.alloc(shape.n_embd)?],
+            x: device.alloc(shape.n_embd)?,
             rotation: device.alloc(rope_len)?,
             words: device.alloc(2)?,
             normed: act(shape.n_embd)?,
@@ -151,8 +151,7 @@ impl Buffers {
     /// Bytes of device memory.
     pub fn bytes(&self) -> usize {
         let floats = [
-            &self.x[0],
-            &self.x[1],
+            &self.x,
             &self.rotation,
             &self.qkv,
             &self.heads,

@@ -198,6 +198,9 @@ impl CudaLayer {
     fn answer(&self) {
         let model = &*self.model;
         let n_embd = model.shape().n_embd;
+        if model.answers_in_place(self.layer).is_some() {
+            return self.gpu().answer(self.layer, |_| ());
+        }
         self.gpu().answer(self.layer, |y| {
             let mut sums = self.sums.iter().map(|&(node, sum)| {
                 let at = model.partial_offset(sum);

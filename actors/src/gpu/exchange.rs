@@ -218,6 +218,21 @@ impl Exchange {
         unsafe { self.partial.write(self.slot(layer)) }
     }
 
+    /// # Safety
+    /// As [`Self::partial`], of these columns.
+    #[allow(clippy::mut_from_ref)]
+    pub unsafe fn partial_columns(
+        &self,
+        layer: usize,
+        columns: std::ops::Range<usize>,
+    ) -> &mut [f32] {
+        let slot = self.slot(layer);
+        assert!(columns.end <= slot.len(), "columns of a layer's part");
+        let at = slot.start + columns.start..slot.start + columns.end;
+        // SAFETY: this function's contract.
+        unsafe { self.partial.write(at) }
+    }
+
     fn slot(&self, layer: usize) -> std::ops::Range<usize> {
         let at = layer % 2 * self.stride;
         at..at + self.n_embd

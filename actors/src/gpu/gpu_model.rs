@@ -1,16 +1,17 @@
 //! A model on a GPU: the graphs of a token and of the head, and the host's side of running them.
 #![allow(unsafe_code)]
 
+use std::ops::Range;
 use std::sync::atomic::{AtomicU32, Ordering};
 use std::sync::{Mutex, MutexGuard};
 use std::time::{Duration, Instant};
 
 use pi_kernels::attention::KvType;
 use pi_kernels::cuda::{
-    Add, AroundNorm, AttendToken, BeginToken, DeviceAct, DeviceBuffer, DownScratch, Event, Graph,
-    HandOver, HandOverNormed, NeuronList, RopeAppend, Stream, TakeOver, attend, attend_token,
-    begin_token, can_attend_token, compact, down_active, gate_up, gemv, hand_over, prepare,
-    prepare_relu, rms_norm, rms_norm_with, rope_append, take_over,
+    Add, AroundNorm, AttendToken, BeginToken, DeviceAct, DownScratch, Event, Graph, HandOver,
+    HandOverNormed, NeuronList, RopeAppend, Stream, TakeOver, attend, attend_token, begin_token,
+    can_attend_token, compact, down_active, gate_up, gemv, hand_over, prepare, prepare_relu,
+    rms_norm, rms_norm_with, rope_append, take_over,
 };
 use pi_kernels::{ActivationMode, KernelError};
 
@@ -91,8 +92,6 @@ impl GpuModel {
             side: &side,
             events: &events,
             limit,
-            x: 0,
-            owed: None,
         };
         let token = Graph::capture(&stream, |stream| capture.token(stream))?;
         let head = Graph::capture(&stream, |stream| capture.head(stream))?;
@@ -219,6 +218,17 @@ impl GpuModel {
         self.exchange.store(Flag::Partial(layer), self.number());
     }
 
+    /// Columns of the host's part of a layer, for nodes that write it themselves.
+    ///
+    /// # Safety
+    /// The layer's hidden state was seen, [`Self::answer`] is not called before the slice is gone, and nobody else touches
+    /// the columns.
+    #[allow(clippy::mut_from_ref)]
+    pub unsafe fn partial_columns(&self, layer: usize, columns: Range<usize>) -> &mut [f32] {
+        // SAFETY: this function's contract.
+        unsafe { self.exchange.partial_columns(layer, columns) }
+    }
+
     /// Waits for the end of the token's layers.
     ///
     /// # Errors
@@ -314,10 +324,6 @@ struct Capture<'a> {
     side: &'a Stream,
     events: &'a [Event; 2],
     limit: Duration,
-    /// Which of the two buffers has the residual stream.
-    x: usize,
-    /// A layer whose neurons on the host have still to be added.
-    owed: Option<usize>,
 }
 
 type Launched = Result<(), KernelError>;
@@ -326,10 +332,7 @@ impl Capture<'_> {
     fn token(&mut self, stream: &Stream) -> Launched {
         let (exchange, buffers) = (self.exchange, &mut *self.buffers);
         let token = BeginToken {
-            x: (
-                exchange.x.view(0..exchange.x.len()),
-                buffers.x[self.x].view_mut(..),
-            ),
+            x: (exchange.x.view(0..exchange.x.len()), buffers.x.view_mut(..)),
             rotation: (
                 exchange.rotation.view(0..exchange.rotation.len()),
                 buffers.rotation.view_mut(..),
@@ -340,16 +343,6 @@ impl Capture<'_> {
         begin_token(stream, token)?;
         for index in 0..self.weights.layers.len() {
             self.layer(stream, index)?;
-        }
-        if let Some(layer) = self.owed.take() {
-            let take = take_from(
-                self.exchange,
-                &self.buffers.words,
-                &self.buffers.late,
-                layer,
-                self.limit,
-            );
-            take_over(stream, take, self.buffers.x[self.x].view_mut(..))?;
         }
         // nothing but the flag
         let none = self.exchange.flag(Flag::Token);
@@ -389,35 +382,22 @@ impl Capture<'_> {
             let by_list = layer.ahead.as_ref().is_some_and(|ahead| ahead.alone);
             self.hot(stream, index, ffn, by_list)?;
         }
-        self.owed = layer.has_cold.then_some(index);
+        if layer.has_cold {
+            self.cold(stream, index)?;
+        }
         Ok(())
     }
 
-    /// Norm, queries, keys and values, attention, output projection; before them what the layer before owes.
+    /// Norm, queries, keys and values, attention, output projection.
     fn attention(&mut self, stream: &Stream, index: usize, layer: &GpuLayer) -> Launched {
         let (arena, shape) = (&self.weights.arena, self.shape);
-        let (exchange, limit) = (self.exchange, self.limit);
         let buffers = &mut *self.buffers;
-        let [first, second] = &mut buffers.x;
-        let (x, other) = match self.x {
-            0 => (first, second),
-            _ => (second, first),
-        };
-        let before = self.owed.take().map(|owed| {
-            self.x = 1 - self.x;
-            let take = take_from(exchange, &buffers.words, &buffers.late, owed, limit);
-            (take, other.view_mut(..))
-        });
-        rms_norm_with(
+        rms_norm(
             stream,
-            x.view(..),
+            buffers.x.view(..),
             values(arena, &layer.attn_norm),
             shape.rms_eps,
             &mut buffers.normed,
-            AroundNorm {
-                before,
-                ..AroundNorm::default()
-            },
         )?;
         let mut first = 0;
         for rows in &layer.qkv {
@@ -440,7 +420,7 @@ impl Capture<'_> {
             layer.wo.view(arena),
             &buffers.attn,
             Add::Out,
-            buffers.x[self.x].view_mut(..),
+            buffers.x.view_mut(..),
         )
     }
 
@@ -514,12 +494,11 @@ impl Capture<'_> {
         });
         rms_norm_with(
             stream,
-            buffers.x[self.x].view(..),
+            buffers.x.view(..),
             values(arena, &layer.ffn_norm),
             shape.rms_eps,
             &mut buffers.ffn_normed,
             AroundNorm {
-                before: None,
                 plain: predicts.then_some(&mut buffers.residual),
                 after,
             },
@@ -605,7 +584,6 @@ impl Capture<'_> {
     fn hot(&mut self, stream: &Stream, index: usize, ffn: &GpuFfn, by_list: bool) -> Launched {
         let (arena, shape) = (&self.weights.arena, self.shape);
         let buffers = &mut *self.buffers;
-        let x = &mut buffers.x[self.x];
         let n_hot = ffn.n_hot();
         let predicted = &buffers.hot[index % 2];
         let list = match by_list {
@@ -636,16 +614,31 @@ impl Capture<'_> {
                     buffers.act.view(..n_hot),
                     Add::Out,
                     scratch,
-                    x.view_mut(..),
+                    buffers.x.view_mut(..),
                 )
             }
             GpuDown::Plain(down) => {
                 let rows = buffers.act_rows.as_mut();
                 let rows = rows.expect("there are some where a down projection is plain");
                 prepare(stream, buffers.act.view(..n_hot), rows)?;
-                gemv(stream, down.view(arena), rows, Add::Out, x.view_mut(..))
+                let to = buffers.x.view_mut(..);
+                gemv(stream, down.view(arena), rows, Add::Out, to)
             }
         }
+    }
+
+    /// Waits for the host's part, and adds it.
+    fn cold(&mut self, stream: &Stream, index: usize) -> Launched {
+        let (exchange, buffers) = (self.exchange, &mut *self.buffers);
+        let what = TakeOver {
+            from: exchange.partial_view(index),
+            flag: exchange.flag(Flag::Partial(index)),
+            number: buffers.words.view(1..2),
+            late: (buffers.late.view(..), exchange.flag(Flag::Late)),
+            stamps: exchange.stamps(Stamp::Wait(index), 2),
+            limit: self.limit,
+        };
+        take_over(stream, what, buffers.x.view_mut(..))
     }
 
     fn head(&mut self, stream: &Stream) -> Launched {
@@ -653,7 +646,7 @@ impl Capture<'_> {
         let buffers = &mut *self.buffers;
         rms_norm(
             stream,
-            buffers.x[self.x].view(..),
+            buffers.x.view(..),
             values(arena, &self.weights.output_norm),
             shape.rms_eps,
             &mut buffers.normed,
@@ -675,23 +668,5 @@ impl Capture<'_> {
         };
         let [_, _, ticket] = &mut buffers.tickets;
         hand_over(stream, what, ticket)
-    }
-}
-
-/// The host's part of a layer, to be taken over.
-fn take_from<'a>(
-    exchange: &'a Exchange,
-    words: &'a DeviceBuffer<u32>,
-    late: &'a DeviceBuffer<u32>,
-    layer: usize,
-    limit: Duration,
-) -> TakeOver<'a> {
-    TakeOver {
-        from: exchange.partial_view(layer),
-        flag: exchange.flag(Flag::Partial(layer)),
-        number: words.view(1..2),
-        late: (late.view(..), exchange.flag(Flag::Late)),
-        stamps: exchange.stamps(Stamp::Wait(layer), 2),
-        limit,
     }
 }

@@ -8,6 +8,8 @@ use crate::error::KernelError;
 
 /// Words that a block of `hand_over` takes, about.
 const WORDS_PER_BLOCK: usize = 4096;
+/// Threads of a block of `take_over`.
+const THREADS: usize = 256;
 /// Most blocks of it: a few keep the link busy.
 const BLOCKS_MAX: usize = 32;
 
@@ -282,14 +284,18 @@ pub fn take_over(
     x: ViewMut<'_, f32>,
 ) -> Result<(), KernelError> {
     stream.check(&[x.device()]);
+    assert!(
+        what.from.address().is_multiple_of(16) && x.address().is_multiple_of(16),
+        "aligned values"
+    );
     let args = TakeOverArgs {
         take: what.raw(stream, x.len()),
         x: x.address(),
         n: x.len() as u32,
     };
     let grid = Grid {
-        blocks: [x.len().div_ceil(256).max(1), 1],
-        threads: 256,
+        blocks: [x.len().div_ceil(4 * THREADS).max(1), 1],
+        threads: THREADS,
         shared_bytes: 0,
     };
     let function = stream.functions().take_over;

@@ -1,8 +1,8 @@
 //! RMS normalisation.
 
 use super::activations::{DeviceAct, RawAct};
-use super::buffer::{View, ViewMut};
-use super::hand_off::{HandOverNormed, RawHandOver, RawTakeOver, TakeOver};
+use super::buffer::View;
+use super::hand_off::{HandOverNormed, RawHandOver};
 use super::stream::{Grid, Stream};
 use crate::error::KernelError;
 
@@ -12,20 +12,16 @@ struct RmsNormArgs {
     weight: u64,
     to: RawAct,
     plain: RawAct,
-    take: RawTakeOver,
-    sum: u64,
     host: u64,
     hand: RawHandOver,
     eps: f32,
 }
 
-const _: () = assert!(size_of::<RmsNormArgs>() == 208);
+const _: () = assert!(size_of::<RmsNormArgs>() == 144);
 
-/// What a norm does besides.
+/// What a norm's launch does besides.
 #[derive(Debug, Default)]
 pub struct AroundNorm<'a> {
-    /// Waits for the host and adds what it hands over to x before; the sum goes to the second, `[n_cols]` f32.
-    pub before: Option<(TakeOver<'a>, ViewMut<'a, f32>)>,
     /// Gets the normed values without the weight.
     pub plain: Option<&'a mut DeviceAct>,
     /// Hands the normed values over to the host.
@@ -51,7 +47,7 @@ pub fn rms_norm(
     rms_norm_with(stream, x, weight, eps, to, AroundNorm::default())
 }
 
-/// The same, with what comes before and behind it in one launch.
+/// The same, with what comes behind it in one launch.
 ///
 /// # Errors
 /// As [`rms_norm`].
@@ -75,12 +71,6 @@ pub fn rms_norm_with(
         stream.check(&[plain.device()]);
         plain.raw()
     });
-    let (take, sum) = around.before.map_or_else(Default::default, |(take, sum)| {
-        assert_eq!(sum.len(), n, "lengths of a norm");
-        assert_ne!(sum.address(), x.address(), "the sum goes elsewhere");
-        stream.check(&[sum.device()]);
-        (take.raw(stream, n), sum.address())
-    });
     let (host, hand) = match &around.after {
         Some(after) => after.raw(stream, n),
         None => Default::default(),
@@ -90,8 +80,6 @@ pub fn rms_norm_with(
         weight: weight.address(),
         to: to.raw(),
         plain,
-        take,
-        sum,
         host,
         hand,
         eps,
