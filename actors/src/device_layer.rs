@@ -61,9 +61,11 @@ impl DeviceLayer {
                 layer.share_done(message, team, posts);
             }
             (Self::Host(layer), Message::Partial(message)) => layer.partial(message, team, posts),
-            (Self::Cuda(layer), Message::RunLayer(message)) => layer.run_layer(message, posts),
+            (Self::Cuda(layer), Message::RunLayer(message)) => {
+                layer.run_layer(message, team, posts);
+            }
             (Self::Cuda(layer), Message::AwaitHidden(message)) => {
-                layer.await_hidden(message, posts);
+                layer.await_hidden(message, team, posts);
             }
             (Self::Cuda(layer), Message::RunHead(message)) => layer.run_head(message, posts),
             (Self::Cuda(layer), Message::Partial(message)) => layer.partial(message, posts),

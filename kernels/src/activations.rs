@@ -259,21 +259,49 @@ impl ActWriter<'_> {
     /// # Panics
     /// When there is no such row.
     pub unsafe fn set_with(&self, cpu: Cpu, token: usize, fill: impl FnOnce(&mut [f32])) {
+        // SAFETY: this function's contract.
+        unsafe { self.set_columns(cpu, token, 0..self.n_cols, fill) }
+    }
+
+    /// Sets some columns of row `token`, from a whole block of 32 on to another or to the last column: `fill` writes the
+    /// values.
+    ///
+    /// # Safety
+    /// Nobody else touches these columns of the row while this runs.
+    ///
+    /// # Panics
+    /// When there is no such row, or no such columns.
+    pub unsafe fn set_columns(
+        &self,
+        cpu: Cpu,
+        token: usize,
+        columns: Range<usize>,
+        fill: impl FnOnce(&mut [f32]),
+    ) {
         assert!(token < self.capacity, "row {token} of {}", self.capacity);
-        let n_blocks = self.n_cols.div_ceil(BLOCK);
-        let (first, q8) = (token * n_blocks, self.mode == ActivationMode::Q8);
-        // SAFETY: the row lies within the batch and, by the contract, is nobody else's; each mode
-        // has only its own slices.
+        let Range { start, end } = columns;
+        assert!(
+            start <= end && end <= self.n_cols && start.is_multiple_of(BLOCK),
+            "columns {start}..{end} of {}",
+            self.n_cols
+        );
+        assert!(
+            end == self.n_cols || end.is_multiple_of(BLOCK),
+            "whole blocks"
+        );
+        let n = (end - start).div_ceil(BLOCK);
+        let first = token * self.n_cols.div_ceil(BLOCK) + start / BLOCK;
+        // SAFETY: the blocks lie within the batch and, by the contract, are nobody else's; each mode has only its own
+        // slices.
         unsafe {
-            let values = from_raw_parts_mut(self.values.add(first * BLOCK), n_blocks * BLOCK);
-            fill(&mut values[..self.n_cols]);
-            let sums = from_raw_parts_mut(self.sums.add(first), n_blocks);
-            if !q8 {
+            let values = from_raw_parts_mut(self.values.add(first * BLOCK), n * BLOCK);
+            fill(&mut values[..end - start]);
+            let sums = from_raw_parts_mut(self.sums.add(first), n);
+            if self.mode != ActivationMode::Q8 {
                 let half_totals = self.half_totals.add(first * 2);
-                let half_totals = from_raw_parts_mut(half_totals, n_blocks * 2);
+                let half_totals = from_raw_parts_mut(half_totals, n * 2);
                 return add_up(values, sums, half_totals);
             }
-            let n = n_blocks;
             let out = Q8Blocks {
                 q: from_raw_parts_mut(self.q.add(first * BLOCK), n * BLOCK),
                 scales: from_raw_parts_mut(self.scales.add(first), n),

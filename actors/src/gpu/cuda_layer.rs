@@ -4,6 +4,7 @@
 use std::sync::Arc;
 
 use pi_kernels::elementwise::add_assign;
+use pi_kernels::quant::BLOCK;
 
 use super::error::GpuError;
 use super::gpu_model::GpuModel;
@@ -15,6 +16,7 @@ use crate::messages::{
 use crate::model::{Model, sums_of};
 use crate::posts::Posts;
 use crate::slots::StepInfo;
+use crate::team::Team;
 
 /// The actor's state: nothing that another incarnation could not build again.
 #[derive(Debug)]
@@ -58,15 +60,20 @@ impl CudaLayer {
     }
 
     /// Starts the token before its first layer; lets the nodes' neurons be computed as soon as the hidden state is there.
-    pub fn run_layer(&mut self, message: RunLayer, posts: &mut Posts<'_>) {
+    pub fn run_layer(&mut self, message: RunLayer, team: &mut Team, posts: &mut Posts<'_>) {
         self.work = Counters::default();
         self.count_message();
-        if let Err(error) = self.try_layer(message.step, posts) {
+        if let Err(error) = self.try_layer(message.step, team, posts) {
             self.failed(message.step, error, posts);
         }
     }
 
-    fn try_layer(&mut self, step: Step, posts: &mut Posts<'_>) -> Result<(), GpuError> {
+    fn try_layer(
+        &mut self,
+        step: Step,
+        team: &mut Team,
+        posts: &mut Posts<'_>,
+    ) -> Result<(), GpuError> {
         let layer = self.layer;
         if layer == 0 {
             self.begin()?;
@@ -75,7 +82,7 @@ impl CudaLayer {
             return self.finish(step, posts);
         }
         if self.gpu().ahead_alone(layer).is_none() {
-            self.take_hidden()?;
+            self.take_hidden(team)?;
             self.ask_nodes(posts, &[self.compute(step, NeuronIds::All)]);
             return Ok(());
         }
@@ -95,9 +102,9 @@ impl CudaLayer {
     }
 
     /// Waits for the hidden state, and lets the nodes compute what was predicted.
-    pub fn await_hidden(&mut self, message: AwaitHidden, posts: &mut Posts<'_>) {
+    pub fn await_hidden(&mut self, message: AwaitHidden, team: &mut Team, posts: &mut Posts<'_>) {
         self.count_message();
-        if let Err(error) = self.take_hidden() {
+        if let Err(error) = self.take_hidden(team) {
             return self.failed(message.step, error, posts);
         }
         let ids = match self.gpu().ahead_alone(self.layer) {
@@ -169,14 +176,18 @@ impl CudaLayer {
         Ok(())
     }
 
-    /// Makes the nodes' activations of the hidden state.
-    fn take_hidden(&self) -> Result<(), GpuError> {
+    /// Makes the nodes' activations of the hidden state: all threads, as the first look at what the GPU wrote is slow.
+    fn take_hidden(&self, team: &mut Team) -> Result<(), GpuError> {
         let model = &*self.model;
         let hidden = self.gpu().wait_hidden(self.layer)?;
         // SAFETY: all nodes have answered what they read it for.
         let writer = unsafe { model.slots.normed.get_mut() }.writer();
-        // SAFETY: no other thread has it now.
-        unsafe { writer.set_with(model.cpu, 0, |out| out.copy_from_slice(hidden)) };
+        team.run(&|member| {
+            let part = member.part(hidden.len(), BLOCK);
+            let fill = |out: &mut [f32]| out.copy_from_slice(&hidden[part.clone()]);
+            // SAFETY: the columns are this thread's.
+            unsafe { writer.set_columns(model.cpu, 0, part.clone(), fill) };
+        });
         Ok(())
     }
 
