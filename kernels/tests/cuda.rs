@@ -8,6 +8,8 @@ mod common;
 mod device;
 #[path = "cuda/ffn.rs"]
 mod ffn;
+#[path = "cuda/hand_off.rs"]
+mod hand_off;
 #[path = "cuda/rows.rs"]
 mod rows;
 #[path = "cuda/sample.rs"]

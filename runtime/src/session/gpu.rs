@@ -1,15 +1,13 @@
 //! A model's part on a GPU: whether there is one, and what goes there.
 
 use pi_kernels::cuda::Device;
+use pi_kernels::ffn_sparse::FFN_GROUPS;
 use pi_topology::{GpuConfig, Plan, VramBudget};
 
 use super::opening::ModelOptions;
 use crate::head_sketch::Head;
 use crate::model::gpu::{GpuMemory, GpuModelError, GpuRequest, HotLayer, choose};
 use crate::model::{ModelError, Sparsity};
-
-/// Most groups of a layer that may be hot, for experiments.
-const GROUPS_MAX: &str = "PI_GPU_GROUPS";
 
 /// A GPU that is the device of a model, and which neurons are hot.
 #[derive(Debug)]
@@ -75,9 +73,7 @@ impl OnGpu {
             VramBudget::All => total,
             VramBudget::Bytes(bytes) => usize::try_from(bytes.0).unwrap_or(usize::MAX).min(total),
         };
-        let groups_max = std::env::var(GROUPS_MAX)
-            .ok()
-            .and_then(|text| text.parse().ok());
+        let groups_max = FFN_GROUPS * usize::from(config.hot_percent_max) / 100;
         let request = GpuRequest {
             groups_max,
             ..request
@@ -97,7 +93,7 @@ impl OnGpu {
             gpu = self.device.info().name,
             mib = bytes >> 20,
             hot_groups = hot,
-            of = self.hot.len() * pi_kernels::ffn_sparse::FFN_GROUPS,
+            of = self.hot.len() * FFN_GROUPS,
             "on the GPU:\n{}",
             self.memory
         );

@@ -9,6 +9,7 @@ use pi_actors::trace::TraceBounds;
 use pi_actors::{ActorError, Engine, EngineOptions, LayerTap, Teams};
 use pi_kernels::Cpu;
 use pi_kernels::attention::KvType;
+use pi_kernels::ffn_sparse::FFN_GROUPS;
 use pi_topology::{Plan, Residence};
 
 use super::gpu::OnGpu;
@@ -289,7 +290,7 @@ fn start_engine(
         profile: profile.as_ref(),
         predicting: options.predicting,
         kv_type: options.kv_type,
-        groups_max: None,
+        groups_max: FFN_GROUPS,
     };
     let on_gpu = OnGpu::choose(options, plan, request).map_err(in_file)?;
     let loader = Loader::predicted(

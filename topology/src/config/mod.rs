@@ -86,17 +86,32 @@ impl Serialize for ColdPolicy {
 }
 
 /// `[[gpu]]`.
-#[derive(Debug, Clone, PartialEq, Eq, Default, Deserialize)]
+#[derive(Debug, Clone, PartialEq, Eq, Deserialize)]
 #[serde(deny_unknown_fields, default)]
 pub struct GpuConfig {
     /// Its address on the PCI bus; none: the first that no other entry has.
     pub pci_address: Option<String>,
     /// Its memory that may be used.
     pub vram_budget: VramBudget,
+    /// Most of a layer's neurons that are hot, in per cent: 0 leaves attention on the GPU alone.
+    #[serde(deserialize_with = "reading::percent")]
+    pub hot_percent_max: u8,
     /// How host and GPU wait for each other.
     pub sync: GpuSync,
     /// Whether its absence is an error; else the host computes in its place.
     pub required: bool,
+}
+
+impl Default for GpuConfig {
+    fn default() -> Self {
+        Self {
+            pci_address: None,
+            vram_budget: VramBudget::default(),
+            hot_percent_max: 100,
+            sync: GpuSync::default(),
+            required: false,
+        }
+    }
 }
 
 /// `gpu.vram_budget`.

@@ -191,7 +191,7 @@ fn host_entries(host: &HostConfig) -> Vec<Entry> {
     }
 }
 
-fn gpu_entries(gpu: &GpuConfig) -> [Entry; 5] {
+fn gpu_entries(gpu: &GpuConfig) -> [Entry; 6] {
     let budget = match gpu.vram_budget {
         VramBudget::All => "all".to_owned(),
         VramBudget::Bytes(size) => size.to_string(),
@@ -214,6 +214,12 @@ fn gpu_entries(gpu: &GpuConfig) -> [Entry; 5] {
             Some(quoted(&budget)),
             "",
             "memory of it that may be used: a size, or all",
+        ),
+        key(
+            "hot_percent_max",
+            text(Some(gpu.hot_percent_max)),
+            "",
+            "most of a layer's neurons that are hot: 0 to 100",
         ),
         key(
             "sync",

@@ -155,6 +155,18 @@ pub(super) fn cpus<'de, D: Deserializer<'de>>(deserializer: D) -> Result<Vec<usi
     deserializer.deserialize_any(CpuList)
 }
 
+/// Reads a whole number from 0 to 100.
+pub(super) fn percent<'de, D: Deserializer<'de>>(deserializer: D) -> Result<u8, D::Error> {
+    let number = i64::deserialize(deserializer)?;
+    match u8::try_from(number) {
+        Ok(percent @ 0..=100) => Ok(percent),
+        _ => Err(de::Error::invalid_value(
+            de::Unexpected::Signed(number),
+            &"a number from 0 to 100",
+        )),
+    }
+}
+
 struct CpuList;
 
 impl<'de> Visitor<'de> for CpuList {

@@ -40,8 +40,8 @@ pub struct GpuRequest<'a> {
     pub predicting: Predicting,
     /// Format of the key-value cache.
     pub kv_type: KvType,
-    /// Most groups of a layer that may be hot, for experiments; none: as many as fit.
-    pub groups_max: Option<usize>,
+    /// Most groups of a layer that may be hot.
+    pub groups_max: usize,
 }
 
 /// What takes how much of a GPU's memory, in bytes.
@@ -120,7 +120,7 @@ pub fn choose(
         neurons: 0,
     };
     let ends = neuron_groups(shape.n_ff, multiple(request.sparsity));
-    let groups_max = request.groups_max.unwrap_or(FFN_GROUPS).min(FFN_GROUPS);
+    let groups_max = request.groups_max.min(FFN_GROUPS);
     let mut steps = Vec::new();
     for (index, layer) in layers.iter().enumerate() {
         let bundle = bundle_bytes[index];
