@@ -200,7 +200,7 @@ fn without_a_gpu_the_host_computes_or_an_error_says_what_is_missing() {
     let model = Model::new();
     let ran = model.run(&[], Some("required = true"), &["-p", "x", "-n", "1"]);
     assert_eq!(ran.code, 2, "{}", ran.err);
-    assert!(ran.err.contains("[[gpu]]"), "{}", ran.err);
+    assert!(ran.err.contains("no NVIDIA GPU"), "{}", ran.err);
     let host = model.hash(None, &[]);
     assert_eq!(model.hash(Some("required = false"), &[]), host);
 }

@@ -499,9 +499,14 @@ fn the_gpu_driver_is_asked_where_there_is_one() {
     );
     let config = "[[gpu]]\npci_address = \"FEDC:BA:00.0\"\nrequired = true\n";
     let config = folder.file("gpu.toml", config);
+    let ran = run(&["topology", "--topology", &config]);
+    assert_eq!(ran.code, 0, "it is there: {}", ran.err);
+    let config =
+        "[[gpu]]\npci_address = \"FEDC:BA:00.0\"\nvram_budget = \"16GiB\"\nrequired = true\n";
+    let config = folder.file("gpu.toml", config);
     assert_refused(
         &run(&["topology", "--topology", &config]),
-        &["gpu 0: Fake GPU B at fedc:ba:00.0 is there, but this program has no CUDA back end yet"],
+        &["gpu 0", "Fake GPU B", "8.0 GiB of memory"],
     );
 }
 

@@ -67,7 +67,7 @@ pub struct BenchRow {
     pub cpu_info: String,
     /// Empty: no GPU takes part.
     pub gpu_info: String,
-    /// `CPU`.
+    /// `CPU`, or `CUDA` where a GPU is the device.
     pub backends: String,
     /// Path of the model as given.
     pub model_filename: String,

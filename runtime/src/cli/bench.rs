@@ -162,7 +162,10 @@ impl PlanBench {
             build_number: 0,
             cpu_info: self.cpu_name.clone(),
             gpu_info: String::new(),
-            backends: "CPU".into(),
+            backends: match self.model.engine.gpu_bytes() {
+                Some(_) => "CUDA".into(),
+                None => "CPU".into(),
+            },
             model_filename: self.model.path.display().to_string(),
             model_type: self.model.description.name.clone(),
             model_size: self.model.description.size_bytes,

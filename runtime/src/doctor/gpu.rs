@@ -1,19 +1,16 @@
-//! Findings about GPUs, which this version does not use.
+//! Findings about GPUs.
 
 use pi_topology::SystemState;
 
 use super::findings::Finding;
 
-const NOT_USED: &str = "not used, as this version has no CUDA back end";
+const NOT_USED: &str = "cannot be used";
 
 pub(super) fn nvidia(system: &SystemState) -> Finding {
     const SUBJECT: &str = "GPU";
     let driver = &system.nvidia_driver;
     if system.nvidia_gpus.is_empty() && driver.version.is_none() {
-        return Finding::ok(
-            SUBJECT,
-            "no NVIDIA GPU; this version computes on CPUs alone",
-        );
+        return Finding::ok(SUBJECT, "no NVIDIA GPU: the host computes everything");
     }
     let gpus: Vec<String> = system
         .nvidia_gpus
@@ -30,9 +27,12 @@ pub(super) fn nvidia(system: &SystemState) -> Finding {
         false => format!("NVIDIA {}", gpus.join(", ")),
     };
     match (&driver.version, &driver.libcuda) {
-        (Some(version), Some(libcuda)) => Finding::note(
+        (Some(version), Some(libcuda)) => Finding::ok(
             SUBJECT,
-            format!("{found}, driver {version}, {}: {NOT_USED}", libcuda.display()),
+            format!(
+                "{found}, driver {version}, {}: used where a topology file has [[gpu]]",
+                libcuda.display()
+            ),
         ),
         (Some(version), None) => Finding::note(
             SUBJECT,

@@ -247,7 +247,7 @@ fn without_cpus_or_bindings_nothing_runs() {
 }
 
 #[test]
-fn a_gpu_is_named_and_said_not_to_be_used() {
+fn a_gpu_is_named_with_what_keeps_it_from_being_used() {
     let mut facts = one_node();
     assert_eq!(the(&facts, "GPU").state, State::Ok);
     facts.system.nvidia_gpus = vec![NvidiaGpu {
@@ -279,8 +279,8 @@ fn a_gpu_is_named_and_said_not_to_be_used() {
     );
     facts.system.nvidia_driver.libcuda = Some(PathBuf::from("/usr/lib/libcuda.so.1"));
     let finding = the(&facts, "GPU");
-    assert_eq!((finding.state, &finding.cure), (State::Note, &None));
-    assert!(finding.text.ends_with("no CUDA back end"), "{finding:?}");
+    assert_eq!((finding.state, &finding.cure), (State::Ok, &None));
+    assert!(finding.text.ends_with("has [[gpu]]"), "{finding:?}");
 }
 
 #[test]
