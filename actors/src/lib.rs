@@ -19,6 +19,7 @@ pub mod faults;
 pub mod feeder;
 mod host;
 mod kv;
+pub mod latency;
 mod mailbox;
 pub mod messages;
 mod model;
