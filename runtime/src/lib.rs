@@ -12,6 +12,7 @@ pub mod heap_limit;
 pub mod inspect;
 #[cfg(unix)]
 mod lost_pages;
+pub mod machine_profile;
 pub mod mapped_file;
 pub mod model;
 pub mod pack;

@@ -27,6 +27,7 @@ mod text_file;
 mod timings;
 mod tokenize;
 mod topology;
+mod topology_measure;
 mod trace;
 mod user_folder;
 
