@@ -70,7 +70,7 @@ impl Plan {
     pub(crate) fn homes(&self, node: usize) -> Vec<usize> {
         match self.cold {
             ColdPolicy::Interleave => self.numas(),
-            ColdPolicy::Shard | ColdPolicy::Single(_) => {
+            ColdPolicy::Shard | ColdPolicy::Replicate | ColdPolicy::Single(_) => {
                 self.nodes[node].numa.into_iter().collect()
             }
         }

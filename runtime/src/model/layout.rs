@@ -5,6 +5,7 @@ use std::ops::Range;
 use pi_kernels::ffn_sparse::FFN_GROUPS;
 use pi_kernels::ffn_sparse::sketch::planes::PlanesShape;
 use pi_kernels::{Layout, MatrixShape, QuantType, ROW_GROUP};
+use pi_topology::ColdPolicy;
 
 use super::hyperparameters::Hyperparameters;
 use super::shares::{Division, NodeShare, divide, neuron_groups};
@@ -136,6 +137,14 @@ pub(super) enum FfnLayout<'a> {
     },
 }
 
+/// Some neurons of a layer.
+#[derive(Debug, Clone)]
+pub(super) struct ColdLayout<'a> {
+    pub gate: Placed<MatrixPart<'a>>,
+    pub ffn: FfnLayout<'a>,
+    pub sketch: Option<SketchLayout<'a>>,
+}
+
 /// One node's part of a layer.
 #[derive(Debug, Clone)]
 pub(super) struct LayerLayout<'a> {
@@ -143,9 +152,10 @@ pub(super) struct LayerLayout<'a> {
     pub wk: Placed<MatrixPart<'a>>,
     pub wv: Placed<MatrixPart<'a>>,
     pub wo: Placed<MatrixPart<'a>>,
-    pub gate: Placed<MatrixPart<'a>>,
-    pub ffn: FfnLayout<'a>,
-    pub sketch: Option<SketchLayout<'a>>,
+    /// The node's own neurons.
+    pub cold: ColdLayout<'a>,
+    /// Those of other nodes, where each has all; nothing reads them while the division is what it is.
+    pub copies: Vec<ColdLayout<'a>>,
     /// The two matrices that predict the layer from the one before; on node 0.
     pub ahead: Option<[Placed<MatrixPart<'a>>; 2]>,
 }
@@ -181,12 +191,28 @@ impl<'a> ModelLayout<'a> {
         division: Division<'_>,
     ) -> Self {
         let multiple = neuron_multiple(plan);
-        let nodes = divide(hyper, division, multiple).into_iter().enumerate();
+        let shares = divide(hyper, division, multiple);
+        let copies = |node: usize| -> Vec<Range<usize>> {
+            let others = shares
+                .iter()
+                .enumerate()
+                .filter(|(other, _)| *other != node);
+            match division.cold {
+                ColdPolicy::Replicate => others.map(|(_, share)| share.neurons.clone()).collect(),
+                ColdPolicy::Shard | ColdPolicy::Interleave | ColdPolicy::Single(_) => vec![],
+            }
+        };
+        let nodes = shares.iter().enumerate();
         Self {
             neuron_groups: neuron_groups(hyper.n_ff, multiple),
             nodes: nodes
                 .map(|(node, share)| {
-                    NodeLayout::new(hyper, tensors, plan, predictors, node == 0, share)
+                    let owned = Owned {
+                        is_device: node == 0,
+                        share: share.clone(),
+                        copies: copies(node),
+                    };
+                    NodeLayout::new(hyper, tensors, plan, predictors, owned)
                 })
                 .collect(),
         }
@@ -202,33 +228,33 @@ fn neuron_multiple(plan: &SparsityPlan) -> usize {
     plan.down.iter().map(multiple).max().unwrap_or(ROW_GROUP)
 }
 
+/// What a node is to have.
+struct Owned {
+    /// Whether it is the device's, which predicts ahead.
+    is_device: bool,
+    share: NodeShare,
+    /// Neurons of other nodes that it has too.
+    copies: Vec<Range<usize>>,
+}
+
 impl<'a> NodeLayout<'a> {
     fn new(
         hyper: &Hyperparameters,
         tensors: &'a ModelTensors,
         plan: &SparsityPlan,
         predictors: Option<&'a [LayerPredictors]>,
-        is_device: bool,
-        share: NodeShare,
+        owned: Owned,
     ) -> Self {
-        let mut placing = Placing {
-            is_device,
-            ..Placing::default()
-        };
+        let mut placing = Placing::default();
         let of_layer = |index: usize| predictors.map(|all| &all[index]);
         let layers = tensors.layers.iter().zip(&plan.down).enumerate();
         let layers = layers
             .map(|(index, (layer, down))| {
-                placing.layer(
-                    hyper,
-                    layer,
-                    plan.skipping(index),
-                    *down,
-                    of_layer(index),
-                    &share,
-                )
+                let skipping = plan.skipping(index);
+                placing.layer(hyper, layer, skipping, *down, of_layer(index), &owned)
             })
             .collect();
+        let share = owned.share;
         let mut head = MatrixPart::rows(tensors.head(), share.head_rows.clone());
         if tensors.head_sketch.is_some() {
             head.layout = Layout::Rows;
@@ -255,8 +281,6 @@ impl<'a> NodeLayout<'a> {
 struct Placing {
     end: usize,
     filled: usize,
-    /// Whether the arena is the device's, which predicts ahead.
-    is_device: bool,
 }
 
 impl Placing {
@@ -287,8 +311,9 @@ impl Placing {
         skipping: Skipping,
         down: DownPlan,
         predictors: Option<&'a LayerPredictors>,
-        share: &NodeShare,
+        owned: &Owned,
     ) -> LayerLayout<'a> {
+        let share = &owned.share;
         let rows = |heads: &Range<usize>, heads_per_kv: usize| {
             let rows_per_head = heads_per_kv * hyper.head_dim;
             heads.start * rows_per_head..heads.end * rows_per_head
@@ -300,10 +325,22 @@ impl Placing {
             wk: self.matrix(MatrixPart::rows(&layer.wk, kv_rows.clone())),
             wv: self.matrix(MatrixPart::rows(&layer.wv, kv_rows)),
             wo: self.matrix(MatrixPart::rows(&layer.wo, share.output_rows.clone())),
-            gate: self.gate(layer, predictors, share.neurons.clone()),
-            ffn: self.ffn(hyper.n_embd, layer, skipping, down, share.neurons.clone()),
-            sketch: self.sketch(layer, predictors, share.neurons.clone()),
-            ahead: self.ahead(predictors),
+            cold: ColdLayout {
+                gate: self.gate(layer, predictors, share.neurons.clone()),
+                ffn: self.ffn(hyper.n_embd, layer, skipping, down, share.neurons.clone()),
+                sketch: self.sketch(layer, predictors, share.neurons.clone(), true),
+            },
+            copies: (owned.copies.iter())
+                .map(|neurons| ColdLayout {
+                    gate: self.gate(layer, predictors, neurons.clone()),
+                    ffn: self.ffn(hyper.n_embd, layer, skipping, down, neurons.clone()),
+                    sketch: self.sketch(layer, predictors, neurons.clone(), false),
+                })
+                .collect(),
+            ahead: match owned.is_device {
+                true => self.ahead(predictors),
+                false => None,
+            },
         }
     }
 
@@ -329,15 +366,20 @@ impl Placing {
         })
     }
 
+    /// `is_own`: whether what all neurons' scores have in common is needed, of which one is enough.
     fn sketch<'a>(
         &mut self,
         layer: &'a LayerTensors,
         predictors: Option<&'a LayerPredictors>,
         neurons: Range<usize>,
+        is_own: bool,
     ) -> Option<SketchLayout<'a>> {
         Some(match &predictors?.sketch.as_ref()?.kind {
             SketchKind::LowRank { a, b } => SketchLayout::LowRank {
-                a: self.matrix(MatrixPart::of_sidecar(a, 0..a.n_rows())),
+                a: self.matrix(MatrixPart::of_sidecar(
+                    a,
+                    0..if is_own { a.n_rows() } else { 0 },
+                )),
                 b: self.matrix(MatrixPart::of_sidecar(b, neurons)),
             },
             SketchKind::Bits { .. } => {
@@ -353,7 +395,7 @@ impl Placing {
         &mut self,
         predictors: Option<&'a LayerPredictors>,
     ) -> Option<[Placed<MatrixPart<'a>>; 2]> {
-        let ahead = predictors?.ahead.as_ref().filter(|_| self.is_device)?;
+        let ahead = predictors?.ahead.as_ref()?;
         Some([&ahead.a, &ahead.b].map(|matrix| {
             let rows = 0..matrix.n_rows();
             self.matrix(MatrixPart::of_sidecar(matrix, rows))

@@ -298,10 +298,10 @@ impl<'a> Loader<'a> {
             wo: matrix(&layer.wo, arena),
             groups: share.groups.clone(),
             neurons: share.neurons.clone(),
-            gate: matrix(&layer.gate, arena),
+            gate: matrix(&layer.cold.gate, arena),
             thresholds: None,
             sketch: self.sketch(share, layer, index, arena),
-            ffn: match &layer.ffn {
+            ffn: match &layer.cold.ffn {
                 FfnLayout::Paired(placed) => FfnShare::Neurons {
                     up: UpRows::Paired,
                     rows: records(placed, arena),
@@ -329,7 +329,7 @@ impl Loader<'_> {
     ) -> Option<SketchShare> {
         let sketch = self.predictors?[index].sketch.as_ref()?;
         let neurons = || share.neurons.clone();
-        let kind = match layer.sketch.as_ref()? {
+        let kind = match layer.cold.sketch.as_ref()? {
             SketchLayout::LowRank { a, b } => SketchKind::LowRank {
                 a: matrix(a, arena),
                 b: matrix(b, arena),

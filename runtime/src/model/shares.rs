@@ -62,7 +62,7 @@ pub fn divide(
     let output_rows = bounds(hyper.n_embd, ROW_GROUP);
     let head_rows = bounds(hyper.n_vocab, ROW_GROUP);
     let groups = match division.cold {
-        ColdPolicy::Shard | ColdPolicy::Interleave => bounds(FFN_GROUPS, 1),
+        ColdPolicy::Shard | ColdPolicy::Replicate | ColdPolicy::Interleave => bounds(FFN_GROUPS, 1),
         // all end at 0 before the one, and at the last group behind it
         ColdPolicy::Single(one) => (0..=threads.len())
             .map(|node| if node > one { FFN_GROUPS } else { 0 })
