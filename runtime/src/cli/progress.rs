@@ -98,8 +98,6 @@ impl Activity {
     /// Says what is done now.
     pub fn say(&self, part: &str) {
         self.bar.set_message(part.to_owned());
-        // nothing else draws it
-        self.bar.tick();
     }
 
     /// Takes the line away.

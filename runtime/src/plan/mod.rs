@@ -12,7 +12,7 @@ mod memory;
 mod rehearsal;
 mod report;
 mod rows;
-mod samples;
+pub(crate) mod samples;
 mod sketches;
 
 use pi_topology::placement::{
@@ -113,6 +113,7 @@ pub fn plan(request: &PlanRequest) -> Result<Report, RuntimeError> {
         threads: request.plan.team_sizes(),
         tier: planning.options.cpu.tier().name(),
         activations: planning.options.cpu.mode().to_string(),
+        n_layer: hyper.n_layer,
         n_ctx,
         depth: request.depth,
         bandwidth_bytes_per_s: bandwidth,

@@ -32,6 +32,8 @@ pub struct Report {
     pub tier: &'static str,
     /// `f32` or `q8`.
     pub activations: String,
+    /// The model's layers.
+    pub n_layer: usize,
     /// Tokens of the context.
     pub n_ctx: usize,
     /// Tokens in the context when the times hold.

@@ -17,6 +17,9 @@ const BUFFER_BYTES: usize = 1 << 30;
 /// Fewest bytes for a measurement that says something.
 const BUFFER_BYTES_MIN: usize = 256 << 20;
 
+/// The same of a NUMA node's memory, of which it is a quarter.
+const NODE_BYTES_MIN: usize = 64 << 20;
+
 /// Passes of which the best counts.
 const N_PASSES: usize = 5;
 
@@ -89,8 +92,8 @@ impl MemorySpeeds {
         machine.require_this_system()?;
         let bytes = buffer_bytes(available_memory_bytes())?;
         let measuring = Measuring {
+            bytes: bytes.min(bytes_of_one_node(machine)?),
             huge_pages: plan.huge_pages,
-            bytes,
             n_passes: N_PASSES,
         };
         measuring.all(plan, machine, said)
@@ -222,6 +225,31 @@ pub fn read_bandwidth(plan: &Plan) -> Result<f64, TopologyError> {
     Ok(found[0])
 }
 
+/// Bytes to read of one NUMA node's memory: a quarter of the smallest, as nobody knows how much of it is in use. Memory
+/// that is bound to a node without room ends the program.
+fn bytes_of_one_node(machine: &Machine) -> Result<usize, TopologyError> {
+    let with_cpus = machine.nodes.iter().map(|node| node.memory_bytes);
+    let without = machine.memory_nodes.iter().map(|node| node.memory_bytes);
+    // 0: nobody knows
+    let known = with_cpus.chain(without).filter(|&bytes| bytes > 0);
+    let Some(smallest) = known.min() else {
+        return Ok(BUFFER_BYTES);
+    };
+    // a machine with one node has no other to be short of
+    if machine.numas().len() < 2 {
+        return Ok(BUFFER_BYTES);
+    }
+    match usize::try_from(smallest / 4) {
+        Ok(bytes) if bytes < NODE_BYTES_MIN => Err(TopologyError::NotEnoughMemory {
+            purpose: "measuring the smallest NUMA node",
+            bytes: NODE_BYTES_MIN as u64 * 4,
+            available_bytes: smallest,
+        }),
+        Ok(bytes) => Ok(bytes),
+        Err(_) => Ok(BUFFER_BYTES),
+    }
+}
+
 /// Bytes to read, of the memory that is available.
 fn buffer_bytes(available_bytes: Option<u64>) -> Result<usize, TopologyError> {
     // A quarter is left to others.
@@ -280,6 +308,25 @@ mod tests {
         let plan = Plan::of_nodes(vec![], HugePages::Off);
         let error = MemorySpeeds::measure(&plan, &machine, &|_| {}).unwrap_err();
         assert!(error.to_string().contains("core:2"), "{error}");
+    }
+
+    #[test]
+    fn the_smallest_node_has_room() {
+        let machine = |memory_bytes: &[u64]| {
+            let nodes = memory_bytes.iter().enumerate();
+            let nodes = nodes.map(|(index, &memory_bytes)| crate::machine::MachineNode {
+                os_index: Some(index),
+                memory_bytes,
+                cores: vec![],
+            });
+            Machine::of_nodes(nodes.collect(), crate::machine::MachineSource::Hwloc)
+        };
+        let bytes = |sizes: &[u64]| bytes_of_one_node(&machine(sizes));
+        assert_eq!(bytes(&[64 << 30, 1 << 30]).unwrap(), 256 << 20);
+        assert_eq!(bytes(&[64 << 30, 0]).unwrap(), 16 << 30);
+        assert_eq!(bytes(&[64 << 20]).unwrap(), BUFFER_BYTES);
+        let error = bytes(&[64 << 30, 128 << 20]).unwrap_err().to_string();
+        assert!(error.contains("the smallest NUMA node"), "{error}");
     }
 
     #[test]
