@@ -352,10 +352,10 @@ mod tests {
             return;
         }
         let area = addresses(&arena);
-        let found = planned.verify_caches(&[area.clone()]).unwrap();
+        let found = planned.verify_caches(std::slice::from_ref(&area)).unwrap();
         assert_eq!(found.nodes.unwrap()[0].absent_bytes, 10 * PAGE_BYTES);
         arena.as_mut_slice()[..3 * PAGE_BYTES].fill(1);
-        let found = planned.verify_caches(&[area.clone()]).unwrap();
+        let found = planned.verify_caches(std::slice::from_ref(&area)).unwrap();
         assert_eq!(found.nodes.unwrap()[0].absent_bytes, 7 * PAGE_BYTES);
         // team 1's would have to be elsewhere
         let error = planned.verify_caches(&[0..0, area]).unwrap_err();
