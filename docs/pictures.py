@@ -1,5 +1,5 @@
 #!/usr/bin/env python3
-"""Draws overview.svg and token.svg beside this file: python3 docs/pictures.py"""
+"""Draws overview.svg, token.svg and policies.svg beside this file: python3 docs/pictures.py"""
 import random
 from pathlib import Path
 from xml.sax.saxutils import escape
@@ -162,5 +162,36 @@ def token():
     p.write("token.svg", "One token's journey: messages between Pipeline, DeviceLayer and the ColdLayers of two nodes")
 
 
+def policies():
+    """Whose neurons lie where: a small square is an eighth of the cold neurons, coloured by the team that computes it."""
+    half = [0] * 4 + [1] * 4
+    names = [
+        ("shard", "each node has the neurons that it computes", [half[:4], half[4:]], []),
+        ("replicate", "pale: copies, which nobody reads", [half[:4], half[4:]], [half[4:], half[:4]]),
+        ("interleave", "pages take turns: half of what a team reads is across", [half[::2], half[1::2]], []),
+        ("single:0", "node 1's team has attention and head alone", [[0] * 8, []], []),
+    ]
+    p = Picture(920, 372)
+    for n, (name, line, memory, copies) in enumerate(names):
+        x, y = 20 + n % 2 * 450, 20 + n // 2 * 178
+        p.text(x, y + 12, name, 15, bold=True, anchor="start")
+        p.text(x + 95, y + 12, line, 11.5, PALE, "start")
+        for node, colour in enumerate(NODES):
+            left = x + node * 222
+            p.box(left, y + 24, 208, 126, colour, "#f6f8fa")
+            p.text(left + 10, y + 43, f"NUMA node {node}", 12, colour, "start", True)
+            p.box(left + 10, y + 52, 188, 26, colour)
+            p.text(left + 104, y + 69, "its heads, cache, rows", 11.5)
+            squares = [(team, 1) for team in memory[node]]
+            squares += [(team, 0.3) for team in (copies[node] if copies else [])]
+            for i, (team, opacity) in enumerate(squares):
+                p.add(f'<rect x="{left + 12 + 23 * i}" y="{y + 88}" width="19" height="19" rx="3" '
+                      f'fill="{NODES[team]}" fill-opacity="{opacity}"/>')
+            count = len(squares)
+            p.text(left + 104, y + 130, f"{count} of 8 parts in memory", 11.5, PALE)
+    p.write("policies.svg", "Where cold neurons lie with each policy, and which team computes them")
+
+
 overview()
 token()
+policies()

@@ -2,6 +2,7 @@
 
 use std::any::Any;
 use std::collections::HashMap;
+use std::ops::Range;
 use std::sync::mpsc::sync_channel;
 use std::sync::{Arc, Mutex};
 use std::time::Duration;
@@ -81,6 +82,7 @@ pub struct Engine {
     supervisor: ActorRef<Supervisor>,
     /// Held while a run is under way.
     running: Mutex<()>,
+    caches: Vec<Arc<KvStore>>,
     trace: Option<Arc<Trace>>,
     /// Declared before the teams: the control plane ends before the executors that it talks to.
     control: Option<Runtime>,
@@ -194,6 +196,7 @@ impl Engine {
             stats,
             supervisor,
             running: Mutex::new(()),
+            caches,
             trace,
             control: Some(control),
             teams: Some(teams),
@@ -228,6 +231,12 @@ impl Engine {
     /// Where the time of recent tokens went, where a GPU is the device.
     pub fn gpu_times(&self) -> Option<GpuTimes> {
         self.model.gpu.as_ref().map(GpuModel::recent_times)
+    }
+
+    /// Addresses of each node's cache of keys and values.
+    pub fn cache_addresses(&self) -> Vec<Range<usize>> {
+        let caches = self.caches.iter();
+        caches.map(|cache| cache.addresses()).collect()
     }
 
     /// What the executors record, if they do.
@@ -322,12 +331,13 @@ fn lock<T>(mutex: &Mutex<T>) -> std::sync::MutexGuard<'_, T> {
 /// Each node's cache.
 fn caches(teams: &Teams, model: &Model) -> Result<Vec<Arc<KvStore>>, ActorError> {
     let shape = model.shape();
-    let nodes = teams.plan().nodes.iter().enumerate();
-    nodes
-        .map(|(node, plan)| {
+    let plan = teams.plan();
+    (0..plan.nodes.len())
+        .map(|node| {
             let heads = model.share(0, node).kv_heads.clone();
             let store = KvStore::new(
-                plan.numa,
+                plan,
+                node,
                 model.kv_type,
                 shape.head_dim,
                 shape.n_ctx,

@@ -5,15 +5,14 @@
 use std::ops::Range;
 
 use pi_kernels::attention::{KvHead, KvType};
-use pi_topology::{Arena, HugePages, TopologyError};
+use pi_topology::{Arena, Plan, TopologyError};
 
 /// Keys and values of one node's heads in all layers.
 ///
 /// Of each layer and head there are `[n_ctx, head_dim]` keys, then as many values.
 #[derive(Debug)]
 pub(crate) struct KvStore {
-    /// Keeps the memory.
-    _arena: Arena,
+    arena: Arena,
     start: *mut u8,
     kv_type: KvType,
     head_dim: usize,
@@ -28,13 +27,14 @@ unsafe impl Send for KvStore {}
 unsafe impl Sync for KvStore {}
 
 impl KvStore {
-    /// Room for `n_ctx` positions of `heads` in `n_layer` layers, on NUMA node `numa`. Pages are
+    /// Room for `n_ctx` positions of `heads` in `n_layer` layers, on the NUMA node of team `node` of `plan`. Pages are
     /// taken when positions are first written.
     ///
     /// # Errors
     /// The memory cannot be had.
     pub fn new(
-        numa: Option<usize>,
+        plan: &Plan,
+        node: usize,
         kv_type: KvType,
         head_dim: usize,
         n_ctx: usize,
@@ -42,11 +42,10 @@ impl KvStore {
         n_layer: usize,
     ) -> Result<Self, TopologyError> {
         let bytes = 2 * kv_type.row_bytes(head_dim) * n_ctx * heads.len() * n_layer;
-        // small pages: a large one would take memory for positions that are never reached
-        let mut arena = Arena::new(bytes.max(1), numa, HugePages::Off)?;
+        let mut arena = plan.cache_arena(node, bytes.max(1))?;
         let start = arena.as_mut_slice().as_mut_ptr();
         Ok(Self {
-            _arena: arena,
+            arena,
             start,
             kv_type,
             head_dim,
@@ -54,6 +53,12 @@ impl KvStore {
             heads,
             n_layer,
         })
+    }
+
+    /// Where it lies.
+    pub fn addresses(&self) -> Range<usize> {
+        let start = self.start.addr();
+        start..start + self.arena.len()
     }
 
     fn matrix_bytes(&self) -> usize {

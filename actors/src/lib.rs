@@ -20,6 +20,7 @@ pub mod feeder;
 pub mod gpu;
 mod host;
 mod kv;
+pub mod latency;
 mod mailbox;
 pub mod messages;
 mod model;

@@ -15,7 +15,7 @@ use crate::team::{Team, panic_text};
 use crate::wait::{Patience, SPIN, SPIN_SHARED};
 
 /// Longest wait at a barrier or for a team's threads.
-const TEAM_LIMIT: Duration = Duration::from_secs(60);
+pub(crate) const TEAM_LIMIT: Duration = Duration::from_secs(60);
 
 /// One thread of a team, while it works on a job.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -206,7 +206,11 @@ fn shares_cpus(plan: &Plan) -> bool {
     cpus.len() < n
 }
 
-fn start_team(node: usize, plan: &NodePlan, patience: Patience) -> Result<Team, ActorError> {
+pub(crate) fn start_team(
+    node: usize,
+    plan: &NodePlan,
+    patience: Patience,
+) -> Result<Team, ActorError> {
     pin_thread(plan.cpus[0])?;
     let cpus = plan.cpus.clone();
     let prepare = move |thread: usize| pin_thread(cpus[thread]).map_err(ActorError::from);

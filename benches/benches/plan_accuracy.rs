@@ -102,6 +102,7 @@ fn compare(model: &Path, threads: usize, mode: Sparsity) -> bool {
         model: options.clone(),
         plan: machine,
         depth: 0,
+        profile: None,
     };
     let (mut planned, mut measured) = (Vec::new(), Vec::new());
     let mut active = 0.0;

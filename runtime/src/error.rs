@@ -117,6 +117,17 @@ pub enum RuntimeError {
         /// Why.
         source: io::Error,
     },
+    /// Measurements of a machine that cannot be kept.
+    #[error(
+        "{}: cannot keep what was measured: {source}: make room there, or name another folder in XDG_CACHE_HOME",
+        path.display()
+    )]
+    WriteProfile {
+        /// The file.
+        path: PathBuf,
+        /// Why.
+        source: io::Error,
+    },
     /// A machine that cannot be used as asked.
     #[error(transparent)]
     Topology(#[from] TopologyError),
@@ -342,7 +353,8 @@ impl RuntimeError {
             RuntimeError::Inspect(InspectError::Output(_))
             | RuntimeError::OutputClosed
             | RuntimeError::OutputFailed { .. }
-            | RuntimeError::InputFailed { .. } => true,
+            | RuntimeError::InputFailed { .. }
+            | RuntimeError::WriteProfile { .. } => true,
             _ => false,
         }
     }

@@ -12,10 +12,13 @@ pub mod heap_limit;
 pub mod inspect;
 #[cfg(unix)]
 mod lost_pages;
+pub mod machine_profile;
 pub mod mapped_file;
 pub mod model;
+pub mod numa_bench;
 pub mod pack;
 pub mod perplexity;
+mod picture;
 pub mod plan;
 pub mod predictor;
 pub mod prepare;

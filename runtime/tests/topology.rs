@@ -123,10 +123,9 @@ Teams (letters beside CPUs above; a capital where the leader runs)
     ]);
     let (halves, whole_cache) = (bytes(&json, "cache_bytes"), bytes(&whole, "cache_bytes"));
     assert_eq!(halves.iter().sum::<u64>(), whole_cache[0]);
-    let (halves, whole) = (
-        bytes(&json, "weights_bytes"),
-        bytes(&whole, "weights_bytes"),
-    );
+    let halves_of_cache = halves;
+    let halves = bytes(&json, "weights_bytes");
+    let whole = bytes(&whole, "weights_bytes");
     assert!(
         halves.iter().all(|&half| half > whole[0] / 4),
         "{halves:?} of {whole:?}"
@@ -146,6 +145,20 @@ Teams (letters beside CPUs above; a capital where the leader runs)
         "{single:?} for {halves:?}"
     );
     assert_eq!(json["plan"]["cold"], "single:1");
+    // each has them all: what node 1 has alone with single:1, but for gaps between matrices
+    let all = folder.file("all.toml", "[memory]\ncold = \"replicate\"\n");
+    let json = json_of(&[&args[..], &["--json", "--topology", &all]].concat());
+    let all = bytes(&json, "weights_bytes");
+    assert!(
+        (single[1]..single[1] + 64 * 100).contains(&all[1]),
+        "{all:?} for {single:?}"
+    );
+    let cold = single[1] - halves[1] + (halves[0] - single[0]);
+    assert!(
+        (single[0] + cold..single[0] + cold + 2 * 64 * 100).contains(&all[0]),
+        "{all:?} with {cold} cold bytes"
+    );
+    assert_eq!(bytes(&json, "cache_bytes"), halves_of_cache);
 }
 
 #[test]
@@ -410,9 +423,15 @@ fn policies_give_the_same_bits() {
             let more = ["--sparsity", sparsity];
             let one = hash(&folder, model, "[host]\nnodes = 1\n", &more);
             for (nodes, policies) in [
-                (2, &["shard", "interleave", "single:0", "single:1"][..]),
-                (4, &["shard", "interleave", "single:0", "single:3"][..]),
-                (3, &["single:1"][..]),
+                (
+                    2,
+                    &["shard", "replicate", "interleave", "single:0", "single:1"][..],
+                ),
+                (
+                    4,
+                    &["shard", "replicate", "interleave", "single:0", "single:3"][..],
+                ),
+                (3, &["replicate", "single:1"][..]),
             ] {
                 for policy in policies {
                     let topology = format!(
@@ -423,6 +442,28 @@ fn policies_give_the_same_bits() {
                 }
             }
         }
+    }
+}
+
+/// Copies beside a node's own neurons, and beside its part of the sketch, are not in the way in `predicted` either, nor
+/// those of a plain `ffn_down`, whose columns are divided.
+#[test]
+fn copies_of_every_kind_change_no_bit() {
+    let folder = Folder::with(&TinyModel {
+        neuron_major: false,
+        ..TinyModel::default()
+    });
+    let demo = demo_model();
+    for (model, sparsity) in [
+        (demo.to_str().unwrap(), "predicted"),
+        (&folder.name("m.gguf"), "off"),
+    ] {
+        let bits = |policy: &str| {
+            let topology =
+                format!("[memory]\ncold = \"{policy}\"\n[host]\nnodes = 2\nthreads = 1\n");
+            hash(&folder, model, &topology, &["--sparsity", sparsity])
+        };
+        assert_eq!(bits("replicate"), bits("shard"), "{model} {sparsity}");
     }
 }
 

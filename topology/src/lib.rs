@@ -42,7 +42,7 @@ pub use machine::{
     Cache, Core, Gpu, Machine, MachineNode, MachineSource, MemoryNode, NodeDistances, Package,
     Withheld, ranges,
 };
-pub use measure::read_bandwidth;
+pub use measure::{AcrossSpeed, MemorySpeeds, RowsSpeed, TeamSpeeds, ThreadsSpeed, read_bandwidth};
 pub use memory::{available_memory_bytes, current_rss_bytes, peak_rss_bytes};
 pub use neighbours::BoundProcess;
 pub use pin::pin_thread;

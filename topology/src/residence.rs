@@ -2,12 +2,13 @@
 
 use std::collections::BTreeMap;
 use std::fmt;
+use std::ops::Range;
 
 use serde::Serialize;
 use tracing::warn;
 
 use crate::arena::Arena;
-use crate::config::ColdPolicy;
+use crate::config::{ColdPolicy, HugePages};
 use crate::error::TopologyError;
 use crate::plan::Plan;
 
@@ -70,7 +71,7 @@ impl Plan {
     pub(crate) fn homes(&self, node: usize) -> Vec<usize> {
         match self.cold {
             ColdPolicy::Interleave => self.numas(),
-            ColdPolicy::Shard | ColdPolicy::Single(_) => {
+            ColdPolicy::Shard | ColdPolicy::Replicate | ColdPolicy::Single(_) => {
                 self.nodes[node].numa.into_iter().collect()
             }
         }
@@ -84,17 +85,47 @@ impl Plan {
         Arena::on(bytes, &self.homes(node), self.huge_pages, self.strict)
     }
 
-    /// Asks the kernel for the NUMA node of each page of `areas`, the teams' memory, and warns (logged) of what is not
+    /// Reserves `bytes` for the cache of team `node`, on its node whatever the policy, in small pages: a large one would
+    /// take memory for positions that are never reached.
+    ///
+    /// # Errors
+    /// As [`Plan::arena`].
+    pub fn cache_arena(&self, node: usize, bytes: usize) -> Result<Arena, TopologyError> {
+        let numa = self.nodes[node].numa;
+        Arena::on(bytes, numa.as_slice(), HugePages::Off, self.strict)
+    }
+
+    /// Asks the kernel for the NUMA node of each page of `areas`, the teams' weights, and warns (logged) of what is not
     /// as planned.
     ///
     /// # Errors
     /// Something is not as planned, or the kernel does not tell, and the plan is strict.
     pub fn verify(&self, areas: &[&[u8]]) -> Result<Residence, TopologyError> {
-        let found: Result<Vec<NodeResidence>, String> =
-            areas.iter().map(|area| residence(area)).collect();
+        let areas = areas.iter().map(|area| {
+            let start = area.as_ptr().addr();
+            start..start + area.len()
+        });
+        self.verify_pages(areas, |node| self.homes(node))
+    }
+
+    /// The same for the teams' caches, whose addresses these are; nothing is read there.
+    ///
+    /// # Errors
+    /// As [`Plan::verify`].
+    pub fn verify_caches(&self, areas: &[Range<usize>]) -> Result<Residence, TopologyError> {
+        let home = |node: usize| self.nodes[node].numa.into_iter().collect();
+        self.verify_pages(areas.iter().cloned(), home)
+    }
+
+    fn verify_pages(
+        &self,
+        areas: impl Iterator<Item = Range<usize>>,
+        homes: impl Fn(usize) -> Vec<usize>,
+    ) -> Result<Residence, TopologyError> {
+        let found: Result<Vec<NodeResidence>, String> = areas.map(residence).collect();
         let (nodes, problem) = match found {
             Ok(nodes) => {
-                let problem = self.misplaced(&nodes);
+                let problem = misplaced(&nodes, homes);
                 (Some(nodes), problem)
             }
             Err(problem) => {
@@ -114,45 +145,45 @@ impl Plan {
             None => Ok(residence),
         }
     }
+}
 
-    /// What of `found` is not where its team's memory is planned.
-    fn misplaced(&self, found: &[NodeResidence]) -> Option<String> {
-        let mut problems = Vec::new();
-        for (node, found) in found.iter().enumerate() {
-            let homes = self.homes(node);
-            if homes.is_empty() {
-                continue;
-            }
-            let total: usize = found.numa_bytes.values().sum();
-            let at_home = |numa: &usize| found.numa_bytes.get(numa).copied().unwrap_or(0);
-            let strayed = total - homes.iter().map(at_home).sum::<usize>();
-            if strayed > 0 {
-                let elsewhere: Vec<String> = (found.numa_bytes.keys())
-                    .filter(|numa| !homes.contains(numa))
-                    .map(usize::to_string)
-                    .collect();
-                problems.push(format!(
-                    "{} of node {node}'s {} lie on NUMA node {} and not on {}",
-                    megabytes(strayed),
-                    megabytes(total),
-                    elsewhere.join(", "),
-                    crate::machine::ranges(homes.clone()),
-                ));
-            }
-            // every home has its turn: less than half of an even part is no turn
-            let fair = total / homes.len();
-            let short = homes.iter().find(|numa| at_home(numa) < fair / 2);
-            if let Some(numa) = short.filter(|_| total >= EVEN_BYTES && strayed == 0) {
-                problems.push(format!(
-                    "only {} of node {node}'s {}, which are spread over NUMA nodes {}, lie on {numa}",
-                    megabytes(at_home(numa)),
-                    megabytes(total),
-                    crate::machine::ranges(homes.clone()),
-                ));
-            }
+/// What of `found` is not at its team's homes.
+fn misplaced(found: &[NodeResidence], homes: impl Fn(usize) -> Vec<usize>) -> Option<String> {
+    let mut problems = Vec::new();
+    for (node, found) in found.iter().enumerate() {
+        let homes = homes(node);
+        if homes.is_empty() {
+            continue;
         }
-        (!problems.is_empty()).then(|| problems.join("; "))
+        let total: usize = found.numa_bytes.values().sum();
+        let at_home = |numa: &usize| found.numa_bytes.get(numa).copied().unwrap_or(0);
+        let strayed = total - homes.iter().map(at_home).sum::<usize>();
+        if strayed > 0 {
+            let elsewhere: Vec<String> = (found.numa_bytes.keys())
+                .filter(|numa| !homes.contains(numa))
+                .map(usize::to_string)
+                .collect();
+            problems.push(format!(
+                "{} of node {node}'s {} lie on NUMA node {} and not on {}",
+                megabytes(strayed),
+                megabytes(total),
+                elsewhere.join(", "),
+                crate::machine::ranges(homes.clone()),
+            ));
+        }
+        // every home has its turn: less than half of an even part is no turn
+        let fair = total / homes.len();
+        let short = homes.iter().find(|numa| at_home(numa) < fair / 2);
+        if let Some(numa) = short.filter(|_| total >= EVEN_BYTES && strayed == 0) {
+            problems.push(format!(
+                "only {} of node {node}'s {}, which are spread over NUMA nodes {}, lie on {numa}",
+                megabytes(at_home(numa)),
+                megabytes(total),
+                crate::machine::ranges(homes.clone()),
+            ));
+        }
     }
+    (!problems.is_empty()).then(|| problems.join("; "))
 }
 
 /// Where the pages of `area` lie.
@@ -160,11 +191,10 @@ impl Plan {
 /// # Errors
 /// Why the kernel does not tell.
 #[cfg(target_os = "linux")]
-fn residence(area: &[u8]) -> Result<NodeResidence, String> {
+fn residence(area: Range<usize>) -> Result<NodeResidence, String> {
     let mut found = NodeResidence::default();
-    let start = area.as_ptr().addr();
-    let first = start / PAGE_BYTES * PAGE_BYTES;
-    let pages: Vec<usize> = (first..start + area.len()).step_by(PAGE_BYTES).collect();
+    let first = area.start / PAGE_BYTES * PAGE_BYTES;
+    let pages: Vec<usize> = (first..area.end).step_by(PAGE_BYTES).collect();
     for pages in pages.chunks(PAGES_A_CALL) {
         for status in page_nodes(pages).map_err(|error| error.to_string())? {
             match usize::try_from(status) {
@@ -177,7 +207,7 @@ fn residence(area: &[u8]) -> Result<NodeResidence, String> {
 }
 
 #[cfg(not(target_os = "linux"))]
-fn residence(_area: &[u8]) -> Result<NodeResidence, String> {
+fn residence(_area: Range<usize>) -> Result<NodeResidence, String> {
     Err("this system does not tell".to_owned())
 }
 
@@ -207,7 +237,6 @@ fn page_nodes(pages: &[usize]) -> std::io::Result<Vec<i32>> {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::config::HugePages;
     use crate::machine::Machine;
     use crate::plan::NodePlan;
 
@@ -232,23 +261,31 @@ mod tests {
         }
     }
 
+    fn misplaced_on(plan: &Plan, found: &[NodeResidence]) -> Option<String> {
+        misplaced(found, |node| plan.homes(node))
+    }
+
+    fn addresses(arena: &Arena) -> Range<usize> {
+        let start = arena.as_slice().as_ptr().addr();
+        start..start + arena.len()
+    }
+
     const MB: usize = 1_000_000;
 
     #[test]
     fn each_nodes_memory_has_its_home() {
         let two = plan(&[Some(0), Some(1)], ColdPolicy::Shard, false);
         assert_eq!(
-            two.misplaced(&[on(&[(0, 5 * MB)]), on(&[(1, 5 * MB)])]),
+            misplaced_on(&two, &[on(&[(0, 5 * MB)]), on(&[(1, 5 * MB)])]),
             None
         );
-        assert_eq!(two.misplaced(&[on(&[]), on(&[])]), None);
+        assert_eq!(misplaced_on(&two, &[on(&[]), on(&[])]), None);
         assert_eq!(
-            two.misplaced(&[on(&[(0, 4 * MB), (1, MB)]), on(&[(0, 5 * MB)])])
-                .unwrap(),
+            misplaced_on(&two, &[on(&[(0, 4 * MB), (1, MB)]), on(&[(0, 5 * MB)])]).unwrap(),
             "1.0 MB of node 0's 5.0 MB lie on NUMA node 1 and not on 0; 5.0 MB of node 1's 5.0 MB lie on NUMA node 0 and not on 1"
         );
         let anywhere = plan(&[None], ColdPolicy::Shard, false);
-        assert_eq!(anywhere.misplaced(&[on(&[(0, MB), (7, MB)])]), None);
+        assert_eq!(misplaced_on(&anywhere, &[on(&[(0, MB), (7, MB)])]), None);
     }
 
     #[test]
@@ -257,14 +294,13 @@ mod tests {
         assert_eq!(plan.homes(0), [0, 2]);
         assert_eq!(plan.homes(1), [0, 2]);
         let even = on(&[(0, 60 * MB), (2, 50 * MB)]);
-        assert_eq!(plan.misplaced(&[even.clone(), even.clone()]), None);
+        assert_eq!(misplaced_on(&plan, &[even.clone(), even.clone()]), None);
         assert_eq!(
-            plan.misplaced(&[even, on(&[(0, 100 * MB), (2, 10 * MB)])])
-                .unwrap(),
+            misplaced_on(&plan, &[even, on(&[(0, 100 * MB), (2, 10 * MB)])]).unwrap(),
             "only 10.0 MB of node 1's 110.0 MB, which are spread over NUMA nodes 0,2, lie on 2"
         );
         assert_eq!(
-            plan.misplaced(&[on(&[(0, MB)]), on(&[(0, MB)])]),
+            misplaced_on(&plan, &[on(&[(0, MB)]), on(&[(0, MB)])]),
             None,
             "a few pages"
         );
@@ -278,7 +314,7 @@ mod tests {
         let numa = machine.nodes[0].os_index;
         let planned = plan(&[numa], ColdPolicy::Shard, true);
         let mut arena = planned.arena(0, 100 * PAGE_BYTES).unwrap();
-        let absent = match residence(arena.as_slice()) {
+        let absent = match residence(addresses(&arena)) {
             Ok(found) => found,
             Err(problem) => {
                 eprintln!("skipped: the kernel does not tell ({problem})");
@@ -290,7 +326,7 @@ mod tests {
             (100 * PAGE_BYTES, 0)
         );
         arena.as_mut_slice()[..60 * PAGE_BYTES].fill(1);
-        let found = residence(arena.as_slice()).unwrap();
+        let found = residence(addresses(&arena)).unwrap();
         let bytes: usize = found.numa_bytes.values().sum();
         assert_eq!(
             (bytes, found.absent_bytes),
@@ -305,6 +341,28 @@ mod tests {
         );
     }
 
+    /// A cache has its home where its team is, with interleaved weights too; pages that were never written have none.
+    #[cfg(target_os = "linux")]
+    #[test]
+    fn a_cache_is_on_its_teams_node() {
+        let numa = Machine::discover().unwrap().nodes[0].os_index;
+        let planned = plan(&[numa, Some(1000)], ColdPolicy::Interleave, true);
+        let mut arena = planned.cache_arena(0, 10 * PAGE_BYTES).unwrap();
+        if residence(addresses(&arena)).is_err() {
+            eprintln!("skipped: the kernel does not tell");
+            return;
+        }
+        let area = addresses(&arena);
+        let found = planned.verify_caches(std::slice::from_ref(&area)).unwrap();
+        assert_eq!(found.nodes.unwrap()[0].absent_bytes, 10 * PAGE_BYTES);
+        arena.as_mut_slice()[..3 * PAGE_BYTES].fill(1);
+        let found = planned.verify_caches(std::slice::from_ref(&area)).unwrap();
+        assert_eq!(found.nodes.unwrap()[0].absent_bytes, 7 * PAGE_BYTES);
+        // team 1's would have to be elsewhere
+        let error = planned.verify_caches(&[0..0, area]).unwrap_err();
+        assert!(error.to_string().contains("of node 1's"), "{error}");
+    }
+
     /// A plan for a node that is not the one where the pages are.
     #[cfg(target_os = "linux")]
     #[test]
@@ -312,7 +370,7 @@ mod tests {
         let numa = Machine::discover().unwrap().nodes[0].os_index.unwrap_or(0);
         let mut arena = Arena::new(10 * PAGE_BYTES, None, HugePages::Off).unwrap();
         arena.as_mut_slice().fill(1);
-        if residence(arena.as_slice()).is_err() {
+        if residence(addresses(&arena)).is_err() {
             eprintln!("skipped: the kernel does not tell");
             return;
         }

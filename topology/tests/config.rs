@@ -162,7 +162,7 @@ fn values_are_refused_where_they_stand() {
         8,
         "expected a list of logical CPUs, such as [0, 1, 2] or \"0-15,32-47\"",
     );
-    let policy = "expected \"shard\", \"interleave\" or \"single:N\" with N a node from 0 to 15";
+    let policy = "expected \"shard\", \"replicate\", \"interleave\" or \"single:N\" with N a node from 0 to 15";
     assert_error("[memory]\ncold = \"single\"\n", 2, 8, policy);
     assert_error("[memory]\ncold = \"single:16\"\n", 2, 8, policy);
     assert_error("[memory]\ncold = 1\n", 2, 8, policy);
@@ -294,7 +294,7 @@ fn every_default_is_printed_and_explained() {
     for line in [
         "# name = \"x\"                    # for logs",
         "# numa_nodes = 2                # NUMA nodes with cores",
-        "cold = \"shard\"                  # cold neurons: shard, interleave or single:N",
+        "cold = \"shard\"                  # cold neurons: shard, replicate, interleave or single:N",
         "huge_pages = \"try\"              # try, require or off",
         "strict = false                  # whether memory elsewhere than planned is an error",
         "nodes = \"all\"                   # teams: all (one per NUMA node), or 1 to 16",

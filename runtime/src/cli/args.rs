@@ -8,6 +8,7 @@ use pi_kernels::{ActivationMode, Tier};
 
 use super::answer_args::{AnswerArgs, ChatArgs};
 use super::doctor::DoctorArgs;
+use super::numa_bench::NumaBenchArgs;
 use super::plan::PlanArgs;
 use super::prepare::PrepareArgs;
 use super::synth::SynthArgs;
@@ -94,6 +95,8 @@ pub enum Command {
     Perplexity(PerplexityArgs),
     /// Measure prefill and decode speed
     Bench(BenchArgs),
+    /// Find the teams, threads, pages and places of cold neurons that are fastest for a model
+    NumaBench(NumaBenchArgs),
     /// Say where a model goes on this machine, and what a token will cost
     Plan(PlanArgs),
     /// Draw this machine, a saved or a made-up one, with the threads and bytes that are planned on it

@@ -75,7 +75,7 @@ fn run_tests(args: &BenchArgs, tracer: &Tracer) -> Result<(), RuntimeError> {
             let row = bench.row(test, &measured, time);
             writer.row(out.stream(), &row).map_err(output_error)?;
         }
-        bench.model.placed.verify_again()?;
+        bench.model.verify_again()?;
         if let Some(times) = bench.model.engine.gpu_times() {
             eprintln!("{times}");
         }

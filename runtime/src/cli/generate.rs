@@ -71,7 +71,7 @@ fn complete(
     let answer = session.answer(tokens, options)?;
     drop(answering);
     tracer.answered(&answer);
-    session.model().placed.verify_again()?;
+    session.model().verify_again()?;
     let lossy = session.model().lossy();
     let timings = Timings::of(&answer, start, load, lossy);
     if args.json {

@@ -15,6 +15,7 @@ mod doctor;
 mod escapes;
 mod generate;
 mod interrupt;
+mod numa_bench;
 mod opening;
 mod output;
 mod pack;
@@ -27,6 +28,7 @@ mod text_file;
 mod timings;
 mod tokenize;
 mod topology;
+mod topology_measure;
 mod trace;
 mod user_folder;
 
@@ -102,6 +104,7 @@ fn run(cli: &Cli, start: Instant, control: &ControlLog) -> Result<ExitCode, Runt
         Some(Command::Perplexity(args)) => perplexity::run(args)?,
         Some(Command::Prepare(args)) => prepare::run(args)?,
         Some(Command::Bench(args)) => bench::run(args, control)?,
+        Some(Command::NumaBench(args)) => numa_bench::run(args)?,
         Some(Command::Plan(args)) => plan::run(args)?,
         Some(Command::Topology(args)) => topology::run(args)?,
         Some(Command::Doctor(args)) => return doctor::run(args),

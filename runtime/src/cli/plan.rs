@@ -4,6 +4,7 @@ use clap::{Args, ValueEnum};
 
 use super::args::ModelArgs;
 use super::output::Output;
+use super::topology_measure::profile_of;
 use crate::error::RuntimeError;
 use crate::plan::{PlanRequest, plan};
 
@@ -41,9 +42,11 @@ pub enum PlanFormat {
 /// # Errors
 /// The flags, the model, its sidecar, the machine or the output.
 pub fn run(args: &PlanArgs) -> Result<(), RuntimeError> {
+    let plan_of_threads = args.model.plan(args.threads)?;
     let request = PlanRequest {
         model: args.model.options(args.n_ctx as usize)?,
-        plan: args.model.plan(args.threads)?,
+        profile: profile_of(&plan_of_threads)?,
+        plan: plan_of_threads,
         depth: args.n_depth as usize,
     };
     let report = plan(&request)?;

@@ -1,4 +1,4 @@
-//! The bar that shows a model being loaded.
+//! What is shown while something takes long: a model being loaded, a machine being measured.
 
 use std::io::{IsTerminal, stderr};
 use std::sync::atomic::{AtomicU64, Ordering};
@@ -68,6 +68,40 @@ impl LoadObserver for LoadBar {
     }
 
     fn end(&self) {
+        self.bar.finish_and_clear();
+    }
+}
+
+/// A line on stderr that says what is done; nothing where that is no terminal.
+#[derive(Debug)]
+pub struct Activity {
+    bar: ProgressBar,
+}
+
+impl Activity {
+    /// A line that begins with `verb`.
+    pub fn new(verb: &str) -> Self {
+        let target = match is_shown() {
+            true => ProgressDrawTarget::stderr(),
+            false => ProgressDrawTarget::hidden(),
+        };
+        let bar = ProgressBar::with_draw_target(None, target);
+        let style = ProgressStyle::with_template(&format!("{verb} {{msg}}"));
+        Self {
+            bar: match style {
+                Ok(style) => bar.with_style(style),
+                Err(_) => bar,
+            },
+        }
+    }
+
+    /// Says what is done now.
+    pub fn say(&self, part: &str) {
+        self.bar.set_message(part.to_owned());
+    }
+
+    /// Takes the line away.
+    pub fn end(&self) {
         self.bar.finish_and_clear();
     }
 }

@@ -2,17 +2,22 @@
 
 use std::path::{Path, PathBuf};
 
-use clap::Args;
+use clap::{Args, Subcommand};
 use pi_topology::Machine;
 
 use super::output::Output;
+use super::topology_measure::{self, MeasureArgs};
 use crate::error::RuntimeError;
 use crate::session::TopologyFile;
 use crate::topology_view::{ModelBytes, TopologyView};
 
 /// Flags of `topology`.
 #[derive(Debug, Clone, Args)]
+#[command(args_conflicts_with_subcommands = true)]
 pub struct TopologyArgs {
+    /// What else to do with it
+    #[command(subcommand)]
+    pub action: Option<TopologyAction>,
     /// Model file (GGUF) whose bytes are shown where they would lie
     #[arg(short = 'm', long = "model", value_name = "FILE")]
     pub model: Option<PathBuf>,
@@ -42,11 +47,21 @@ pub struct TopologyArgs {
     pub print_config: bool,
 }
 
+/// What `topology` does besides drawing.
+#[derive(Debug, Clone, Subcommand)]
+pub enum TopologyAction {
+    /// Measure this machine, and keep the figures for `plan` and `numa-bench`
+    Measure(MeasureArgs),
+}
+
 /// Draws the machine with what is planned on it.
 ///
 /// # Errors
 /// The files, the machine, a model that cannot be run, or the output.
 pub fn run(args: &TopologyArgs) -> Result<(), RuntimeError> {
+    if let Some(TopologyAction::Measure(args)) = &args.action {
+        return topology_measure::run(args);
+    }
     let file = TopologyFile::read(args.topology.as_deref())?.simulating(args.simulate);
     let mut output = Output::default();
     if args.print_config {

@@ -15,6 +15,11 @@ pub fn state() -> Option<PathBuf> {
     folder("XDG_STATE_HOME", ".local/state")
 }
 
+/// Where lies what can be made again, such as measurements of the machine; none without a home.
+pub fn cache() -> Option<PathBuf> {
+    folder("XDG_CACHE_HOME", ".cache")
+}
+
 fn folder(variable: &str, below_home: &str) -> Option<PathBuf> {
     // the specification: relative paths are to be ignored
     let absolute = |name: &str| {

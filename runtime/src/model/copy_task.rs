@@ -7,7 +7,8 @@ use std::sync::atomic::{AtomicUsize, Ordering};
 use pi_kernels::{Layout, MatrixShape, QuantType, ROW_GROUP};
 
 use super::layout::{
-    FfnLayout, LayerLayout, MatrixPart, NodeLayout, Placed, PlanesPart, RecordsPart, SketchLayout,
+    ColdLayout, FfnLayout, LayerLayout, MatrixPart, NodeLayout, Placed, PlanesPart, RecordsPart,
+    SketchLayout,
 };
 use super::tensors::FileMatrix;
 use super::transpose::Transposer;
@@ -51,34 +52,16 @@ pub(super) fn copy_tasks<'a, 'm>(
             wk,
             wv,
             wo,
-            gate,
-            ffn,
-            sketch,
+            cold,
+            copies,
             ahead,
             ..
         } = layer;
-        for matrix in [wq, wk, wv, wo, gate] {
+        for matrix in [wq, wk, wv, wo] {
             cutting.matrix(matrix);
         }
-        match ffn {
-            FfnLayout::Paired(records) => cutting.records(records),
-            FfnLayout::Apart { up, down } => {
-                cutting.matrix(up);
-                cutting.records(down);
-            }
-            FfnLayout::Dense { up, down } => {
-                cutting.matrix(up);
-                cutting.matrix(down);
-            }
-        }
-        match sketch {
-            None | Some(SketchLayout::Nothing) => {}
-            Some(SketchLayout::LowRank { a, b }) => {
-                cutting.matrix(a);
-                cutting.matrix(b);
-            }
-            Some(SketchLayout::Bits(planes)) => cutting.planes(planes),
-        }
+        cutting.cold(cold);
+        copies.iter().for_each(|copy| cutting.cold(copy));
         ahead
             .iter()
             .flatten()
@@ -125,6 +108,29 @@ impl<'a, 'm> Cutting<'a, 'm> {
             });
             let rest = &mut [];
             self.tasks.push(CopyTask { source, to, rest });
+        }
+    }
+
+    fn cold(&mut self, cold: &ColdLayout<'a>) {
+        self.matrix(&cold.gate);
+        match &cold.ffn {
+            FfnLayout::Paired(records) => self.records(records),
+            FfnLayout::Apart { up, down } => {
+                self.matrix(up);
+                self.records(down);
+            }
+            FfnLayout::Dense { up, down } => {
+                self.matrix(up);
+                self.matrix(down);
+            }
+        }
+        match &cold.sketch {
+            None | Some(SketchLayout::Nothing) => {}
+            Some(SketchLayout::LowRank { a, b }) => {
+                self.matrix(a);
+                self.matrix(b);
+            }
+            Some(SketchLayout::Bits(planes)) => self.planes(planes),
         }
     }
 

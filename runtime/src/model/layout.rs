@@ -5,6 +5,7 @@ use std::ops::Range;
 use pi_kernels::ffn_sparse::FFN_GROUPS;
 use pi_kernels::ffn_sparse::sketch::planes::PlanesShape;
 use pi_kernels::{Layout, MatrixShape, QuantType, ROW_GROUP};
+use pi_topology::ColdPolicy;
 
 use super::gpu::HotLayer;
 use super::hyperparameters::Hyperparameters;
@@ -163,6 +164,14 @@ pub(super) enum FfnLayout<'a> {
     },
 }
 
+/// Some neurons of a layer.
+#[derive(Debug, Clone)]
+pub(super) struct ColdLayout<'a> {
+    pub gate: Placed<MatrixPart<'a>>,
+    pub ffn: FfnLayout<'a>,
+    pub sketch: Option<SketchLayout<'a>>,
+}
+
 /// One node's part of a layer.
 #[derive(Debug, Clone)]
 pub(super) struct LayerLayout<'a> {
@@ -175,9 +184,10 @@ pub(super) struct LayerLayout<'a> {
     pub wk: Placed<MatrixPart<'a>>,
     pub wv: Placed<MatrixPart<'a>>,
     pub wo: Placed<MatrixPart<'a>>,
-    pub gate: Placed<MatrixPart<'a>>,
-    pub ffn: FfnLayout<'a>,
-    pub sketch: Option<SketchLayout<'a>>,
+    /// The node's own neurons.
+    pub cold: ColdLayout<'a>,
+    /// Those of other nodes, where each has all; nothing reads them while the division is what it is.
+    pub copies: Vec<ColdLayout<'a>>,
     /// The two matrices that predict the layer from the one before; on node 0.
     pub ahead: Option<[Placed<MatrixPart<'a>>; 2]>,
 }
@@ -216,41 +226,47 @@ impl<'a> ModelLayout<'a> {
     ) -> Self {
         let multiple = neuron_multiple(plan);
         let neuron_groups = neuron_groups(hyper.n_ff, multiple);
-        let nodes = divide(hyper, division, multiple).into_iter().enumerate();
-        let cold = |node: usize, layer: usize| {
-            let hot = &hot?[layer];
-            let groups = cold_groups(division, hot.groups, node);
-            let range = neuron_groups[groups.start]..neuron_groups[groups.end];
-            let order = hot.order.as_deref();
-            Some((groups, Neurons { range, order }))
+        let shares = divide(hyper, division, multiple);
+        // what a node computes of a layer, and what it has a copy of
+        let of_node = |node: usize, layer: usize| {
+            let hot = hot.map(|hot| &hot[layer]);
+            let groups = |node: usize| match hot {
+                Some(hot) => cold_groups(division, hot.groups, node),
+                None => shares[node].groups.clone(),
+            };
+            let neurons = |groups: Range<usize>| Neurons {
+                range: neuron_groups[groups.start]..neuron_groups[groups.end],
+                order: hot.and_then(|hot| hot.order.as_deref()),
+            };
+            let others = (0..shares.len()).filter(|other| *other != node);
+            LayerNeurons {
+                own: neurons(groups(node)),
+                copies: match division.cold {
+                    ColdPolicy::Replicate => others.map(|other| neurons(groups(other))).collect(),
+                    ColdPolicy::Shard | ColdPolicy::Interleave | ColdPolicy::Single(_) => vec![],
+                },
+                groups: groups(node),
+            }
         };
+        let nodes = shares.iter().enumerate();
         Self {
             neuron_groups,
             nodes: nodes
-                .map(|(node, mut share)| {
-                    // a GPU predicts, and has all but cold neurons
-                    let is_device = node == 0 && hot.is_none();
+                .map(|(node, share)| {
+                    let mut share = share.clone();
                     if hot.is_some() {
                         share.keep_nothing_but_neurons();
                     }
-                    let groups = (0..hyper.n_layer).map(|layer| {
-                        let all = || {
-                            let range = share.neurons.clone();
-                            (share.groups.clone(), Neurons { range, order: None })
-                        };
-                        cold(node, layer).unwrap_or_else(all)
-                    });
-                    let groups = groups.collect();
-                    NodeLayout::new(
-                        hyper,
-                        tensors,
-                        plan,
-                        predictors,
-                        is_device,
+                    let owned = Owned {
+                        // a GPU predicts, and has all but cold neurons
+                        is_device: node == 0 && hot.is_none(),
                         named_by_gpu,
                         share,
-                        groups,
-                    )
+                        layers: (0..hyper.n_layer)
+                            .map(|layer| of_node(node, layer))
+                            .collect(),
+                    };
+                    NodeLayout::new(hyper, tensors, plan, predictors, owned)
                 })
                 .collect(),
         }
@@ -266,20 +282,37 @@ pub(super) fn neuron_multiple(plan: &SparsityPlan) -> usize {
     plan.down.iter().map(multiple).max().unwrap_or(ROW_GROUP)
 }
 
+/// What a node is to have.
+struct Owned<'a> {
+    /// Whether it is the device's, which predicts ahead.
+    is_device: bool,
+    /// Whether a GPU names the neurons that are looked at, where it predicts them.
+    named_by_gpu: bool,
+    share: NodeShare,
+    /// Neurons of each layer.
+    layers: Vec<LayerNeurons<'a>>,
+}
+
+/// Neurons of a layer that a node is to have.
+struct LayerNeurons<'a> {
+    /// Groups of its own.
+    groups: Range<usize>,
+    /// The neurons of these.
+    own: Neurons<'a>,
+    /// Neurons of other nodes that it has too.
+    copies: Vec<Neurons<'a>>,
+}
+
 impl<'a> NodeLayout<'a> {
     fn new(
         hyper: &Hyperparameters,
         tensors: &'a ModelTensors,
         plan: &SparsityPlan,
         predictors: Option<&'a [LayerPredictors]>,
-        is_device: bool,
-        named_by_gpu: bool,
-        share: NodeShare,
-        groups: Vec<(Range<usize>, Neurons<'a>)>,
+        owned: Owned<'a>,
     ) -> Self {
         let mut placing = Placing {
-            is_device,
-            named_by_gpu,
+            named_by_gpu: owned.named_by_gpu,
             ..Placing::default()
         };
         let of_layer = |index: usize| predictors.map(|all| &all[index]);
@@ -287,21 +320,16 @@ impl<'a> NodeLayout<'a> {
             .layers
             .iter()
             .zip(&plan.down)
-            .zip(groups)
+            .zip(&owned.layers)
             .enumerate();
         let layers = layers
-            .map(|(index, ((layer, down), groups))| {
-                placing.layer(
-                    hyper,
-                    layer,
-                    plan.skipping(index),
-                    *down,
-                    of_layer(index),
-                    &share,
-                    groups,
-                )
+            .map(|(index, ((layer, down), neurons))| {
+                let skipping = plan.skipping(index);
+                let predictors = of_layer(index);
+                placing.layer(hyper, layer, skipping, *down, predictors, &owned, neurons)
             })
             .collect();
+        let share = owned.share;
         let mut head = MatrixPart::rows(tensors.head(), share.head_rows.clone());
         if tensors.head_sketch.is_some() {
             head.layout = Layout::Rows;
@@ -328,8 +356,6 @@ impl<'a> NodeLayout<'a> {
 struct Placing {
     end: usize,
     filled: usize,
-    /// Whether the arena is the device's, which predicts ahead.
-    is_device: bool,
     /// Whether a GPU names the neurons that are looked at, where it predicts them.
     named_by_gpu: bool,
 }
@@ -362,9 +388,10 @@ impl Placing {
         skipping: Skipping,
         down: DownPlan,
         predictors: Option<&'a LayerPredictors>,
-        share: &NodeShare,
-        (groups, neurons): (Range<usize>, Neurons<'a>),
+        owned: &Owned<'_>,
+        neurons: &LayerNeurons<'a>,
     ) -> LayerLayout<'a> {
+        let share = &owned.share;
         let rows = |heads: &Range<usize>, heads_per_kv: usize| {
             let rows_per_head = heads_per_kv * hyper.head_dim;
             heads.start * rows_per_head..heads.end * rows_per_head
@@ -372,17 +399,29 @@ impl Placing {
         let q_rows = rows(&share.kv_heads, hyper.n_head / hyper.n_head_kv);
         let kv_rows = rows(&share.kv_heads, 1);
         LayerLayout {
-            groups,
-            neurons: neurons.range.clone(),
-            order: neurons.order,
+            groups: neurons.groups.clone(),
+            neurons: neurons.own.range.clone(),
+            order: neurons.own.order,
             wq: self.matrix(MatrixPart::rows(&layer.wq, q_rows)),
             wk: self.matrix(MatrixPart::rows(&layer.wk, kv_rows.clone())),
             wv: self.matrix(MatrixPart::rows(&layer.wv, kv_rows)),
             wo: self.matrix(MatrixPart::rows(&layer.wo, share.output_rows.clone())),
-            gate: self.gate(layer, predictors, &neurons),
-            ffn: self.ffn(hyper.n_embd, layer, skipping, down, &neurons),
-            sketch: self.sketch(layer, predictors, &neurons),
-            ahead: self.ahead(predictors),
+            cold: ColdLayout {
+                gate: self.gate(layer, predictors, &neurons.own),
+                ffn: self.ffn(hyper.n_embd, layer, skipping, down, &neurons.own),
+                sketch: self.sketch(layer, predictors, &neurons.own, true),
+            },
+            copies: (neurons.copies.iter())
+                .map(|neurons| ColdLayout {
+                    gate: self.gate(layer, predictors, neurons),
+                    ffn: self.ffn(hyper.n_embd, layer, skipping, down, neurons),
+                    sketch: self.sketch(layer, predictors, neurons, false),
+                })
+                .collect(),
+            ahead: match owned.is_device {
+                true => self.ahead(predictors),
+                false => None,
+            },
         }
     }
 
@@ -419,18 +458,23 @@ impl Placing {
         })
     }
 
+    /// `is_own`: whether what all neurons' scores have in common is needed, of which one is enough.
     fn sketch<'a>(
         &mut self,
         layer: &'a LayerTensors,
         predictors: Option<&'a LayerPredictors>,
         neurons: &Neurons<'a>,
+        is_own: bool,
     ) -> Option<SketchLayout<'a>> {
         if self.decides_alone(predictors) {
             return Some(SketchLayout::Nothing);
         }
         Some(match &predictors?.sketch.as_ref()?.kind {
             SketchKind::LowRank { a, b } => SketchLayout::LowRank {
-                a: self.matrix(MatrixPart::of_sidecar(a, 0..a.n_rows())),
+                a: self.matrix(MatrixPart::of_sidecar(
+                    a,
+                    0..if is_own { a.n_rows() } else { 0 },
+                )),
                 b: self.matrix(MatrixPart {
                     of_model: false,
                     ..MatrixPart::neurons(b, neurons)
@@ -453,7 +497,7 @@ impl Placing {
         &mut self,
         predictors: Option<&'a LayerPredictors>,
     ) -> Option<[Placed<MatrixPart<'a>>; 2]> {
-        let ahead = predictors?.ahead.as_ref().filter(|_| self.is_device)?;
+        let ahead = predictors?.ahead.as_ref()?;
         Some([&ahead.a, &ahead.b].map(|matrix| {
             let rows = 0..matrix.n_rows();
             self.matrix(MatrixPart::of_sidecar(matrix, rows))

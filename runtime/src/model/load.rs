@@ -314,10 +314,10 @@ impl<'a> Loader<'a> {
             wo: matrix(&layer.wo, arena),
             groups: layer.groups.clone(),
             neurons: layer.neurons.clone(),
-            gate: matrix(&layer.gate, arena),
+            gate: matrix(&layer.cold.gate, arena),
             thresholds: None,
             sketch: self.sketch(layer, index, arena),
-            ffn: match &layer.ffn {
+            ffn: match &layer.cold.ffn {
                 FfnLayout::Paired(placed) => FfnShare::Neurons {
                     up: UpRows::Paired,
                     rows: records(placed, arena),
@@ -337,7 +337,7 @@ impl<'a> Loader<'a> {
 
 impl Loader<'_> {
     fn sketch(&self, layer: &LayerLayout<'_>, index: usize, arena: &Bytes) -> Option<SketchShare> {
-        if let Some(SketchLayout::Nothing) = layer.sketch {
+        if let Some(SketchLayout::Nothing) = layer.cold.sketch {
             return Some(SketchShare {
                 kind: SketchKind::Nothing,
                 bias: Vec::new(),
@@ -346,7 +346,7 @@ impl Loader<'_> {
         }
         let sketch = self.predictors?[index].sketch.as_ref()?;
         let mine = |values: &Vec<f32>| of_neurons(values, layer);
-        let kind = match layer.sketch.as_ref()? {
+        let kind = match layer.cold.sketch.as_ref()? {
             SketchLayout::Nothing => SketchKind::Nothing,
             SketchLayout::LowRank { a, b } => SketchKind::LowRank {
                 a: matrix(a, arena),

@@ -120,18 +120,6 @@ impl PlacedWeights {
         let areas: Vec<&[u8]> = self.arenas.iter().map(AsRef::as_ref).collect();
         self.plan.verify(&areas)
     }
-
-    /// The same after decoding, where pages could have moved meanwhile: on several NUMA nodes, or where it is an error.
-    ///
-    /// # Errors
-    /// As [`PlacedWeights::verify`].
-    pub fn verify_again(&self) -> Result<(), TopologyError> {
-        if self.plan.strict || self.plan.numas().len() > 1 {
-            let residence = self.verify()?;
-            tracing::info!("weights lie after decoding: {residence}");
-        }
-        Ok(())
-    }
 }
 
 impl Arena for pi_topology::Arena {

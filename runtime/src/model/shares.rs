@@ -71,7 +71,7 @@ pub fn divide(
     let output_rows = bounds(hyper.n_embd, ROW_GROUP);
     let head_rows = bounds(hyper.n_vocab, ROW_GROUP);
     let groups = match division.cold {
-        ColdPolicy::Shard | ColdPolicy::Interleave => bounds(FFN_GROUPS, 1),
+        ColdPolicy::Shard | ColdPolicy::Replicate | ColdPolicy::Interleave => bounds(FFN_GROUPS, 1),
         // all end at 0 before the one, and at the last group behind it
         ColdPolicy::Single(one) => (0..=threads.len())
             .map(|node| if node > one { FFN_GROUPS } else { 0 })
@@ -93,7 +93,7 @@ pub fn divide(
 pub(super) fn cold_groups(division: Division<'_>, n_hot: usize, node: usize) -> Range<usize> {
     let n_cold = FFN_GROUPS - n_hot;
     match division.cold {
-        ColdPolicy::Shard | ColdPolicy::Interleave => {
+        ColdPolicy::Shard | ColdPolicy::Replicate | ColdPolicy::Interleave => {
             let shares = cumulative(division.threads);
             let bound = |node: usize| n_hot + nearest(shares[node], n_cold, 1);
             bound(node)..bound(node + 1)

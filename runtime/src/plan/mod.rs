@@ -12,7 +12,7 @@ mod memory;
 mod rehearsal;
 mod report;
 mod rows;
-mod samples;
+pub(crate) mod samples;
 mod sketches;
 
 use pi_topology::placement::{
@@ -29,9 +29,10 @@ pub use report::{GroupRun, ModeReport, Report};
 use crate::error::RuntimeError;
 use crate::gguf::GgufFile;
 use crate::head_sketch::Head;
+use crate::machine_profile::MachineProfile;
 use crate::model::description::Description;
 use crate::model::predicting::{PredictBy, Predicting};
-use crate::model::shares::Division;
+use crate::model::shares::{Division, NodeShare};
 use crate::model::sparsity::SparsityPlan;
 use crate::model::{Hyperparameters, Loader, ModelError, ModelTensors, Sparsity};
 use crate::session::{ModelOptions, N_CTX_DEFAULT_MAX, open_sidecar};
@@ -55,6 +56,8 @@ pub struct PlanRequest {
     pub plan: Plan,
     /// Tokens in the context.
     pub depth: usize,
+    /// What was measured of the machine with these threads, if it was; else what is needed of it is measured now.
+    pub profile: Option<MachineProfile>,
 }
 
 /// Plans, and measures for it: a second or two for each mode.
@@ -96,7 +99,10 @@ pub fn plan(request: &PlanRequest) -> Result<Report, RuntimeError> {
     for mode in &modes {
         check(&planning.memory(mode, &budgets, None)?)?;
     }
-    let bandwidth = read_bandwidth(&request.plan)?;
+    let bandwidth = match &request.profile {
+        Some(profile) => profile.memory.together_bytes_per_s,
+        None => read_bandwidth(&request.plan)?,
+    };
     let reports = modes
         .iter()
         .map(|mode| planning.mode(mode, &budgets, bandwidth))
@@ -107,9 +113,11 @@ pub fn plan(request: &PlanRequest) -> Result<Report, RuntimeError> {
         threads: request.plan.team_sizes(),
         tier: planning.options.cpu.tier().name(),
         activations: planning.options.cpu.mode().to_string(),
+        n_layer: hyper.n_layer,
         n_ctx,
         depth: request.depth,
         bandwidth_bytes_per_s: bandwidth,
+        bandwidth_measured: (request.profile.as_ref()).map(|profile| profile.measured.clone()),
         frequency_source: frequencies.source.clone(),
         active_share: frequencies.mean(),
         hint,
@@ -408,22 +416,24 @@ impl Planning<'_> {
         });
         let mean = |bytes: u64| bytes as f64 / f64::from(n.max(1));
         let shares = loader.shares();
-        let nodes = shares.iter().zip(&costs.nodes).zip(memory);
-        let speed = nodes.map(|((share, &(ns, n_active)), memory)| {
+        let nodes = shares.iter().zip(memory);
+        let shown = |share: &NodeShare, (ns, n_active): (f64, f64)| {
             let scanned = (share.neurons.len() * costs.n_layer) as f64 * mean(scanned);
             let bytes = scanned + n_active * mean(active);
+            (bytes > 0.0 && ns > 0.0).then(|| bytes / ns * 1e9)
+        };
+        let rates: Vec<Option<f64>> = (shares.iter().zip(&costs.nodes))
+            .map(|(share, cost)| shown(share, *cost))
+            .collect();
+        let rates = with_unseen(&rates, self.request.profile.as_ref());
+        let speed = nodes.zip(rates).map(|((share, memory), bytes_per_s)| {
             let others = memory.weights_bytes + memory.cache_bytes + memory.working_bytes;
             let own: u64 = loads
                 .iter()
                 .map(|load| share.neurons.len() as u64 * load.bundle_bytes)
                 .sum();
             NodeSpeed {
-                // a node without neurons has not shown what it can do: as much as its threads' share
-                bytes_per_s: if bytes > 0.0 && ns > 0.0 {
-                    bytes / ns * 1e9
-                } else {
-                    1.0
-                },
+                bytes_per_s,
                 budget_bytes: memory
                     .budget_bytes
                     .map_or(u64::MAX, |budget| (budget + own).saturating_sub(others)),
@@ -438,6 +448,24 @@ impl Planning<'_> {
             hand_off_s: hand_offs / costs.classes.len().max(1) as f64 / 1e9,
         }
     }
+}
+
+/// Bytes per second of all nodes. One without neurons has not shown what it can do in the rehearsal: it gets what its
+/// team reads by the profile, less by as much as the others fell short of theirs; next to nothing without a profile.
+fn with_unseen(rates: &[Option<f64>], profile: Option<&MachineProfile>) -> Vec<f64> {
+    let reads = |team: usize| profile.and_then(|profile| profile.memory.team_bytes_per_s(team));
+    let seen = rates.iter().enumerate();
+    let seen = seen.filter_map(|(team, rate)| (*rate).zip(reads(team)));
+    let (done, could) = seen.fold((0.0, 0.0), |(done, could), (rate, reads)| {
+        (done + rate, could + reads)
+    });
+    let all = rates.iter().enumerate();
+    all.map(|(team, rate)| match (*rate, reads(team)) {
+        (Some(rate), _) => rate,
+        (None, Some(reads)) if could > 0.0 => reads * done / could,
+        (None, _) => 1.0,
+    })
+    .collect()
 }
 
 /// Of two ways to predict the faster one, which says what the other costs.
@@ -495,4 +523,26 @@ pub(crate) struct Placed {
     pub loaded: Vec<std::ops::Range<usize>>,
     /// What the loader's division costs more, ms a token.
     pub lost_ms: f64,
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::machine_profile::tests::profile;
+
+    #[test]
+    fn a_node_without_neurons_is_as_fast_as_its_team_reads() {
+        let mut measured = profile(2e10);
+        measured.memory.teams.push(measured.memory.teams[0].clone());
+        measured.memory.teams[1].by_threads[1].bytes_per_s = 1e10;
+        // node 0 used half of what it reads
+        let rates = with_unseen(&[Some(1e10), None], Some(&measured));
+        assert_eq!(rates, [1e10, 5e9]);
+        assert_eq!(with_unseen(&[Some(1e10), None], None), [1e10, 1.0]);
+        assert_eq!(
+            with_unseen(&[Some(3.0), Some(4.0)], Some(&measured)),
+            [3.0, 4.0]
+        );
+        assert_eq!(with_unseen(&[None], Some(&measured)), [1.0]);
+    }
 }

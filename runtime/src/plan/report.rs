@@ -32,12 +32,16 @@ pub struct Report {
     pub tier: &'static str,
     /// `f32` or `q8`.
     pub activations: String,
+    /// The model's layers.
+    pub n_layer: usize,
     /// Tokens of the context.
     pub n_ctx: usize,
     /// Tokens in the context when the times hold.
     pub depth: usize,
     /// What the threads read at best.
     pub bandwidth_bytes_per_s: f64,
+    /// When `topology measure` found that out; none where it was measured now.
+    pub bandwidth_measured: Option<String>,
     /// Where frequencies are from.
     pub frequency_source: FrequencySource,
     /// Mean share of neurons that a token activates.
@@ -200,6 +204,9 @@ impl Report {
             self.activations,
             self.bandwidth_bytes_per_s / 1e9
         )?;
+        if let Some(measured) = &self.bandwidth_measured {
+            writeln!(text, "         of {measured}, by `topology measure`")?;
+        }
         writeln!(text, "neurons  {}", self.frequencies_text())?;
         if let Some(hint) = &self.hint {
             writeln!(text, "hint     {hint}")?;
@@ -332,6 +339,7 @@ impl Report {
             "n_ctx": self.n_ctx,
             "n_depth": self.depth,
             "bandwidth_gb_per_s": self.bandwidth_bytes_per_s / 1e9,
+            "bandwidth_measured": self.bandwidth_measured,
             "frequencies": source,
             "active_share": self.active_share,
             "hint": self.hint,

@@ -6,13 +6,15 @@ use pi_actors::trace::{ActorKind, Event, MessageKind, NodeEvents};
 
 /// A layer's part of a token.
 #[derive(Debug, Clone, Copy, Default, PartialEq)]
-pub(super) struct LayerSample {
+pub(crate) struct LayerSample {
     /// Stages `attention` and `output`, of the node that took longest.
     pub attention_ns: u64,
     /// The FFN, of the node that took longest.
     pub ffn_ns: u64,
     /// The device's handlers: norms, activations, sums.
     pub device_ns: u64,
+    /// All that node 0's executor handled.
+    pub leader_ns: u64,
     /// From the layer's first message to the next layer's (or the head's).
     pub total_ns: u64,
     /// Active neurons of all nodes.
@@ -21,7 +23,7 @@ pub(super) struct LayerSample {
 
 /// A token.
 #[derive(Debug, Clone, PartialEq)]
-pub(super) struct TokenSample {
+pub(crate) struct TokenSample {
     pub position: usize,
     /// From the logits before to these.
     pub total_ns: u64,
@@ -30,6 +32,13 @@ pub(super) struct TokenSample {
     pub head_ns: u64,
     /// FFNs of each node, all layers: ns, and active neurons.
     pub nodes: Vec<(u64, u64)>,
+}
+
+impl LayerSample {
+    /// What node 0's executor did not compute: messages on their way, and waiting for other nodes.
+    pub fn waiting_ns(&self) -> u64 {
+        self.total_ns.saturating_sub(self.leader_ns)
+    }
 }
 
 impl TokenSample {
@@ -52,7 +61,7 @@ struct Gathering {
 }
 
 /// The tokens decoded one by one from position `from` on, without those that failed or are incomplete.
-pub(super) fn token_samples(nodes: &[NodeEvents], n_layer: usize, from: usize) -> Vec<TokenSample> {
+pub(crate) fn token_samples(nodes: &[NodeEvents], n_layer: usize, from: usize) -> Vec<TokenSample> {
     let mut tokens: HashMap<u32, Gathering> = HashMap::new();
     for event in nodes.first().into_iter().flat_map(|node| &node.events) {
         if let Event::Step {
@@ -118,15 +127,33 @@ pub(super) fn token_samples(nodes: &[NodeEvents], n_layer: usize, from: usize) -
     samples
 }
 
+/// Whether a message is none of a layer's work.
+fn is_of_head(kind: MessageKind) -> bool {
+    matches!(
+        kind,
+        MessageKind::RunHead
+            | MessageKind::ShareHead
+            | MessageKind::ShareHeadSketch
+            | MessageKind::ShareHeadRows
+            | MessageKind::ShareDoneHead
+            | MessageKind::ShareDoneHeadSketch
+            | MessageKind::ShareDoneHeadRows
+            | MessageKind::HeadDone
+    )
+}
+
 impl Gathering {
     fn handled(&mut self, kind: MessageKind, layer: usize, node: usize, start: u64, end: u64) {
         let ns = end.saturating_sub(start);
         let n_layer = self.output_ns.len();
         let sample = &mut self.sample;
+        if node == 0 && !is_of_head(kind) {
+            sample.layers[layer].leader_ns += ns;
+        }
         match (kind, kind.handler()) {
             (MessageKind::RunHead, _) => self.starts_ns[n_layer] = Some(start),
             (MessageKind::ShareHead, _) => sample.head_ns = sample.head_ns.max(ns),
-            (MessageKind::HeadDone | MessageKind::ShareDoneHead, _) => {}
+            (kind, _) if is_of_head(kind) => {}
             (MessageKind::ShareAttention, _) => {
                 let attention_ns = &mut sample.layers[layer].attention_ns;
                 *attention_ns = (*attention_ns).max(ns);

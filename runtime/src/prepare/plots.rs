@@ -6,19 +6,12 @@ use plotters::prelude::*;
 use plotters::style::text_anchor::{HPos, Pos, VPos};
 
 use super::PrepareError;
+use crate::picture::{BAR, DrawError, Drawing, GRID, INK, draw, text};
 use crate::sidecar::Profile;
 
 const SIZE: (u32, u32) = (760, 460);
-const FONT: &str = "DejaVu Sans, Verdana, Helvetica, sans-serif";
-/// Text and axes, grid, and bars: readable on the white ground, which is drawn.
-const INK: RGBColor = RGBColor(0x24, 0x29, 0x2f);
-const GRID: RGBColor = RGBColor(0xd0, 0xd7, 0xde);
-const BAR: RGBColor = RGBColor(0x09, 0x69, 0xda);
 /// Points of a curve.
 const N_POINTS: usize = 128;
-
-type Drawing<'a> = DrawingArea<SVGBackend<'a>, plotters::coord::Shift>;
-type DrawError = Box<dyn std::error::Error + Send + Sync>;
 
 /// Writes `power-law.svg` and `density.svg` into `folder`, and returns their names.
 ///
@@ -34,7 +27,7 @@ pub fn write_profile(folder: &Path, profile: &Profile) -> Result<[&'static str; 
     let pictures: [Picture; 2] = [power_law, density];
     for (name, picture) in names.into_iter().zip(pictures) {
         let path = folder.join(name);
-        let svg = draw(|area| picture(area, profile))
+        let svg = draw(SIZE, |area| picture(area, profile))
             .map_err(|error| failed(&path, error.to_string()))?;
         std::fs::write(&path, svg).map_err(|error| failed(&path, error.to_string()))?;
     }
@@ -43,22 +36,6 @@ pub fn write_profile(folder: &Path, profile: &Profile) -> Result<[&'static str; 
 
 /// Draws a profile.
 type Picture = fn(&Drawing<'_>, &Profile) -> Result<(), DrawError>;
-
-/// The text of a picture.
-fn draw(picture: impl FnOnce(&Drawing<'_>) -> Result<(), DrawError>) -> Result<String, DrawError> {
-    let mut svg = String::new();
-    {
-        let area = SVGBackend::with_string(&mut svg, SIZE).into_drawing_area();
-        area.fill(&WHITE)?;
-        picture(&area)?;
-        area.present()?;
-    }
-    Ok(svg)
-}
-
-fn text(size: u32) -> TextStyle<'static> {
-    (FONT, size).into_font().color(&INK)
-}
 
 /// Early layers are blue, late ones orange.
 fn layer_colour(layer: usize, n_layer: usize) -> RGBColor {

@@ -10,7 +10,7 @@ use pi_actors::{ActorError, Engine, EngineOptions, LayerTap, Teams};
 use pi_kernels::Cpu;
 use pi_kernels::attention::KvType;
 use pi_kernels::ffn_sparse::FFN_GROUPS;
-use pi_topology::{Plan, Residence};
+use pi_topology::{Plan, Residence, TopologyError};
 
 use super::gpu::OnGpu;
 use super::sparsity::{self, ThresholdSource};
@@ -175,6 +175,22 @@ impl LoadedModel {
             placed,
             residence,
         })
+    }
+
+    /// Finds out again, after decoding, page by page where weights lie, and now also the cache: on several NUMA nodes, or
+    /// where the plan is strict.
+    ///
+    /// # Errors
+    /// They lie elsewhere than planned, or nobody knows where, and the plan is strict.
+    pub fn verify_again(&self) -> Result<(), TopologyError> {
+        let plan = self.engine.teams().plan();
+        if !plan.strict && plan.numas().len() < 2 {
+            return Ok(());
+        }
+        let weights = self.placed.verify()?;
+        let cache = plan.verify_caches(&self.engine.cache_addresses())?;
+        tracing::info!("after decoding weights lie: {weights}; the cache: {cache}");
+        Ok(())
     }
 
     /// Every part of the model that changes its output, in words.

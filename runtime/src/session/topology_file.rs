@@ -3,7 +3,8 @@
 use std::path::{Path, PathBuf};
 
 use pi_topology::{
-    Backends, Difference, Fit, Machine, Plan, SystemState, TopologyConfig, conflicts,
+    Backends, ColdPolicy, Difference, Fit, HostConfig, HugePages, Machine, NodeCount, Plan,
+    SystemState, TopologyConfig, conflicts,
 };
 
 use crate::error::RuntimeError;
@@ -46,6 +47,27 @@ impl TopologyFile {
     /// The same, to be run on what there is where `simulate` is set.
     pub fn simulating(self, simulate: bool) -> Self {
         Self { simulate, ..self }
+    }
+
+    /// Whether there is a file at all.
+    pub fn is_file(&self) -> bool {
+        self.path.is_some()
+    }
+
+    /// Whether it lists its teams CPU by CPU.
+    pub fn lists_teams(&self) -> bool {
+        matches!(self.config.host, HostConfig::Listed(_))
+    }
+
+    /// The same with other memory, and with so many teams where a number is given and they are not listed.
+    pub fn varied(&self, cold: ColdPolicy, pages: HugePages, teams: Option<usize>) -> Self {
+        let mut varied = self.clone();
+        varied.config.memory.cold = cold;
+        varied.config.memory.huge_pages = pages;
+        if let (Some(teams), HostConfig::Divided { nodes, .. }) = (teams, &mut varied.config.host) {
+            *nodes = NodeCount::Number(teams);
+        }
+        varied
     }
 
     /// What is asked.

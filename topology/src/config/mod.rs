@@ -63,6 +63,8 @@ pub enum ColdPolicy {
     /// Each node has whole groups of neurons, in number by its threads, in its own memory.
     #[default]
     Shard,
+    /// Each node has all of them in its own memory, and computes the same as with `Shard`.
+    Replicate,
     /// Each node computes the same neurons as with `Shard`; the pages of all nodes' weights go round the NUMA nodes.
     Interleave,
     /// One node has all of them, and computes all of them.
@@ -73,6 +75,7 @@ impl fmt::Display for ColdPolicy {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match self {
             Self::Shard => f.write_str("shard"),
+            Self::Replicate => f.write_str("replicate"),
             Self::Interleave => f.write_str("interleave"),
             Self::Single(node) => write!(f, "single:{node}"),
         }

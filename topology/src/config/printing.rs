@@ -97,7 +97,7 @@ impl TopologyConfig {
                 "cold",
                 Some(quoted(&self.memory.cold.to_string())),
                 "",
-                "cold neurons: shard, interleave or single:N",
+                "cold neurons: shard, replicate, interleave or single:N",
             ),
             key(
                 "huge_pages",

@@ -90,7 +90,7 @@ impl Visitor<'_> for PolicyText {
     fn expecting(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         write!(
             f,
-            "\"shard\", \"interleave\" or \"single:N\" with N a node from 0 to {}",
+            "\"shard\", \"replicate\", \"interleave\" or \"single:N\" with N a node from 0 to {}",
             N_NODES_MAX - 1
         )
     }
@@ -102,6 +102,7 @@ impl Visitor<'_> for PolicyText {
         };
         match text {
             "shard" => Ok(ColdPolicy::Shard),
+            "replicate" => Ok(ColdPolicy::Replicate),
             "interleave" => Ok(ColdPolicy::Interleave),
             _ => single().ok_or_else(|| E::invalid_value(de::Unexpected::Str(text), &self)),
         }

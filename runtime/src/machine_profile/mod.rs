@@ -1,0 +1,334 @@
+//! What was measured of a machine once, kept for planning: `pi-runtime topology measure`.
+//!
+//! A profile belongs to one machine and the threads of one plan: its fingerprint is a hash of both, and names its file.
+
+mod report;
+mod store;
+
+use std::time::Duration;
+
+use pi_actors::Teams;
+use pi_actors::latency::{Latency, fork_join, hop};
+use pi_topology::{Machine, MemorySpeeds, Plan};
+use rustix::time::{ClockId, clock_gettime};
+use serde::{Deserialize, Serialize};
+use xxhash_rust::xxh3::xxh3_64;
+
+use crate::bench::environment::cpu_name;
+use crate::calendar::DateTime;
+use crate::error::RuntimeError;
+
+pub use store::ProfileStore;
+
+/// Of the file's form, and of what is measured how: another version is another fingerprint.
+const VERSION: u32 = 1;
+
+/// Forks and joins, and messages, that are timed.
+const N_ROUNDS: usize = 20_000;
+
+/// Time after the last job at which threads have to be at rest.
+const AT_REST: Duration = Duration::from_millis(50);
+
+/// For how long it is watched that they are.
+const WATCHED: Duration = Duration::from_secs(1);
+
+/// What a machine gives the threads of a plan.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+pub struct MachineProfile {
+    /// Of the machine and the plan, see [`fingerprint`].
+    pub fingerprint: String,
+    /// When it was measured, UTC.
+    pub measured: String,
+    /// The processor's name.
+    pub cpu: String,
+    /// The machine in a line.
+    pub machine: String,
+    /// Threads of each team.
+    pub threads: Vec<usize>,
+    /// Bandwidths.
+    pub memory: MemorySpeeds,
+    /// A team's job without work, by team.
+    pub fork_join: Vec<Nanoseconds>,
+    /// Messages between threads: inside a team, and between the teams' leaders.
+    pub hops: Vec<Hop>,
+    /// What idle teams use of a CPU, percent, from 50 ms after their last job on.
+    pub idle_cpu_percent: f64,
+}
+
+/// A time that varies, ns.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Nanoseconds {
+    /// Half of the times are no longer.
+    pub median_ns: u64,
+    /// 99 of 100 are no longer.
+    pub p99_ns: u64,
+}
+
+impl From<Latency> for Nanoseconds {
+    fn from(latency: Latency) -> Self {
+        Self {
+            median_ns: latency.median_ns,
+            p99_ns: latency.p99_ns,
+        }
+    }
+}
+
+/// A message from one thread to another that spins for it, one way.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Hop {
+    /// Teams of both.
+    pub teams: [usize; 2],
+    /// Their logical CPUs.
+    pub cpus: [usize; 2],
+    /// How long it takes.
+    pub time: Nanoseconds,
+}
+
+impl MachineProfile {
+    /// Measures `machine`, which must be this system, with the threads of `plan`; `said` is told of each part before it
+    /// is measured.
+    ///
+    /// # Errors
+    /// Threads or memory that cannot be had.
+    pub fn measure(
+        machine: &Machine,
+        plan: &Plan,
+        said: &dyn Fn(&str),
+    ) -> Result<Self, RuntimeError> {
+        let memory = MemorySpeeds::measure(plan, machine, said)?;
+        let mut fork_joins = Vec::with_capacity(plan.nodes.len());
+        for (team, node) in plan.nodes.iter().enumerate() {
+            said(&format!("team {team}: fork and join"));
+            fork_joins.push(fork_join(node, N_ROUNDS)?.into());
+        }
+        let mut hops = Vec::new();
+        for (teams, cpus) in pairs(plan) {
+            said(&format!("messages from CPU {} to {}", cpus[0], cpus[1]));
+            let time = hop(cpus[0], cpus[1], N_ROUNDS)?.into();
+            hops.push(Hop { teams, cpus, time });
+        }
+        said("teams at rest");
+        let idle_cpu_percent = idle_cpu_percent(plan)?;
+        Ok(Self {
+            fingerprint: fingerprint(machine, plan),
+            measured: DateTime::now().iso(),
+            cpu: cpu_name(),
+            machine: machine.to_string(),
+            threads: plan.team_sizes(),
+            memory,
+            fork_join: fork_joins,
+            hops,
+            idle_cpu_percent,
+        })
+    }
+
+    /// Whether all numbers are such as a measurement gives: what is kept in a file may have been changed.
+    fn is_sane(&self) -> bool {
+        let teams = &self.memory.teams;
+        let by_threads = teams.iter().flat_map(|team| &team.by_threads);
+        let by_row_bytes = teams.iter().flat_map(|team| &team.by_row_bytes);
+        let speeds = (by_threads.map(|speed| speed.bytes_per_s))
+            .chain(by_row_bytes.map(|speed| speed.bytes_per_s))
+            .chain(self.memory.across.iter().map(|speed| speed.bytes_per_s))
+            .chain([self.memory.together_bytes_per_s]);
+        let n_teams = self.threads.len();
+        n_teams > 0
+            && [teams.len(), self.fork_join.len()] == [n_teams; 2]
+            && teams.iter().all(|team| !team.by_threads.is_empty())
+            && speeds
+                .into_iter()
+                .all(|speed| speed.is_finite() && speed > 0.0)
+            && self.idle_cpu_percent.is_finite()
+    }
+
+    /// The median time of a message between the leaders of two teams; inside a team where there is one only.
+    pub fn hop_ns(&self) -> Option<u64> {
+        let between = self.hops.iter().find(|hop| hop.teams[0] != hop.teams[1]);
+        let hop = between.or(self.hops.first())?;
+        Some(hop.time.median_ns)
+    }
+}
+
+/// The pairs of threads between which messages are timed.
+fn pairs(plan: &Plan) -> Vec<([usize; 2], [usize; 2])> {
+    let inside = plan.nodes.iter().enumerate().filter_map(|(team, node)| {
+        let [first, second] = node.cpus.first_chunk()?;
+        Some(([team, team], [*first, *second]))
+    });
+    let leaders = plan.nodes.iter().map(|node| node.cpus[0]).enumerate();
+    let between = leaders.skip(1);
+    let between = between.map(|(team, cpu)| ([0, team], [plan.nodes[0].cpus[0], cpu]));
+    // threads that share a CPU cannot spin for one another
+    inside
+        .chain(between)
+        .filter(|(_, [from, to])| from != to)
+        .collect()
+}
+
+/// What the threads of `plan` use of a CPU, percent, when they have nothing to do any more.
+fn idle_cpu_percent(plan: &Plan) -> Result<f64, RuntimeError> {
+    let teams = Teams::start(plan)?;
+    teams.run(&|_| {})?;
+    std::thread::sleep(AT_REST);
+    let before = process_cpu_time();
+    std::thread::sleep(WATCHED);
+    let used = process_cpu_time().saturating_sub(before);
+    Ok(used.as_secs_f64() / WATCHED.as_secs_f64() * 100.0)
+}
+
+/// CPU time of all threads of this process so far.
+fn process_cpu_time() -> Duration {
+    let time = clock_gettime(ClockId::ProcessCPUTime);
+    // neither is ever below 0
+    Duration::new(
+        u64::try_from(time.tv_sec).unwrap_or(0),
+        u32::try_from(time.tv_nsec).unwrap_or(0),
+    )
+}
+
+/// Of the machine's packages, nodes, memory and caches, the processor, and the plan's threads and kind of pages: what is
+/// the same gives the same figures. 16 hexadecimal digits.
+pub fn fingerprint(machine: &Machine, plan: &Plan) -> String {
+    let text = serde_json::json!([
+        VERSION,
+        cpu_name(),
+        machine.packages,
+        machine.nodes,
+        machine.memory_nodes,
+        machine.distances,
+        machine.caches,
+        plan.nodes,
+        plan.huge_pages,
+    ])
+    .to_string();
+    format!("{:016x}", xxh3_64(text.as_bytes()))
+}
+
+#[cfg(test)]
+pub(crate) mod tests {
+    use super::*;
+    use pi_topology::{
+        AcrossSpeed, HugePages, MachineNode, MachineSource, NodePlan, RowsSpeed, TeamSpeeds,
+        ThreadsSpeed,
+    };
+
+    /// A profile of one team on a machine with one node that reads `bytes_per_s`.
+    pub(crate) fn profile(bytes_per_s: f64) -> MachineProfile {
+        let time = Nanoseconds {
+            median_ns: 1000,
+            p99_ns: 2000,
+        };
+        MachineProfile {
+            fingerprint: "0123456789abcdef".to_owned(),
+            measured: "2026-01-02T03:04:05Z".to_owned(),
+            cpu: "Some Processor".to_owned(),
+            machine: "1 NUMA node".to_owned(),
+            threads: vec![2],
+            memory: MemorySpeeds {
+                teams: vec![TeamSpeeds {
+                    numa: Some(0),
+                    by_threads: vec![
+                        ThreadsSpeed {
+                            n_threads: 1,
+                            bytes_per_s: bytes_per_s / 2.0,
+                        },
+                        ThreadsSpeed {
+                            n_threads: 2,
+                            bytes_per_s,
+                        },
+                    ],
+                    by_row_bytes: vec![RowsSpeed {
+                        row_bytes: 648,
+                        bytes_per_s,
+                    }],
+                }],
+                across: vec![AcrossSpeed {
+                    team: 0,
+                    numa: 0,
+                    bytes_per_s,
+                }],
+                together_bytes_per_s: bytes_per_s,
+            },
+            fork_join: vec![time],
+            hops: vec![Hop {
+                teams: [0, 0],
+                cpus: [0, 1],
+                time,
+            }],
+            idle_cpu_percent: 0.0,
+        }
+    }
+
+    fn machine(n_cores: usize) -> Machine {
+        let core = |cpu| pi_topology::Core {
+            cpus: vec![cpu],
+            kind: 0,
+        };
+        let node = MachineNode {
+            os_index: Some(0),
+            memory_bytes: 1 << 30,
+            cores: (0..n_cores).map(core).collect(),
+        };
+        Machine::of_nodes(vec![node], MachineSource::Hwloc)
+    }
+
+    fn plan(nodes: &[&[usize]]) -> Plan {
+        let node = |cpus: &&[usize]| NodePlan {
+            numa: Some(0),
+            cpus: cpus.to_vec(),
+        };
+        Plan::of_nodes(nodes.iter().map(node).collect(), HugePages::Try)
+    }
+
+    #[test]
+    fn a_fingerprint_is_of_machine_and_threads() {
+        let same = fingerprint(&machine(2), &plan(&[&[0, 1]]));
+        assert_eq!(same, fingerprint(&machine(2), &plan(&[&[0, 1]])));
+        assert_eq!(same.len(), 16);
+        let policy = Plan {
+            cold: pi_topology::ColdPolicy::Interleave,
+            strict: true,
+            ..plan(&[&[0, 1]])
+        };
+        assert_eq!(same, fingerprint(&machine(2), &policy), "nothing measured");
+        let small_pages = Plan {
+            huge_pages: HugePages::Off,
+            ..plan(&[&[0, 1]])
+        };
+        for (machine, plan) in [
+            (machine(3), plan(&[&[0, 1]])),
+            (machine(2), plan(&[&[0]])),
+            (machine(2), plan(&[&[0], &[1]])),
+            (machine(2), small_pages),
+        ] {
+            assert_ne!(same, fingerprint(&machine, &plan));
+        }
+    }
+
+    #[test]
+    fn messages_go_inside_teams_and_between_leaders() {
+        assert_eq!(
+            pairs(&plan(&[&[0, 1, 2], &[3, 4], &[5]])),
+            [
+                ([0, 0], [0, 1]),
+                ([1, 1], [3, 4]),
+                ([0, 1], [0, 3]),
+                ([0, 2], [0, 5]),
+            ]
+        );
+        assert_eq!(pairs(&plan(&[&[0]])), []);
+        // teams on the same CPU
+        assert_eq!(pairs(&plan(&[&[0], &[0]])), []);
+    }
+
+    #[test]
+    fn numbers_that_no_machine_has_are_noticed() {
+        assert!(profile(1e10).is_sane());
+        for bad in [0.0, -1.0, f64::NAN, f64::INFINITY] {
+            assert!(!profile(bad).is_sane(), "{bad}");
+        }
+        let mut teamless = profile(1e10);
+        teamless.threads = vec![2, 2];
+        assert!(!teamless.is_sane());
+    }
+}

@@ -1,0 +1,198 @@
+//! A profile as text.
+
+use std::fmt::{self, Write};
+
+use super::{MachineProfile, Nanoseconds};
+
+/// Width of the first column.
+const NAME: usize = 34;
+
+impl MachineProfile {
+    /// Tables for the terminal.
+    pub fn text(&self) -> String {
+        let mut text = String::new();
+        // a string takes everything
+        let _ = self.write(&mut text);
+        text
+    }
+
+    fn write(&self, text: &mut String) -> fmt::Result {
+        writeln!(text, "{}\n{}", self.machine, self.cpu)?;
+        self.write_threads(text)?;
+        self.write_rows(text)?;
+        self.write_across(text)?;
+        self.write_latencies(text)?;
+        writeln!(
+            text,
+            "\nteams at rest use {:.2} % of a CPU, from 50 ms after their last job on",
+            self.idle_cpu_percent
+        )?;
+        writeln!(
+            text,
+            "not measured: anything between host and GPU, which nothing here uses yet"
+        )
+    }
+
+    fn team(&self, team: usize) -> String {
+        match self.memory.teams[team].numa {
+            Some(numa) => format!("team {team}, NUMA node {numa}"),
+            None => format!("team {team}"),
+        }
+    }
+
+    fn write_threads(&self, text: &mut String) -> fmt::Result {
+        let teams = &self.memory.teams;
+        for (team, speeds) in teams.iter().enumerate() {
+            if team == 0 || speeds.by_threads.len() != teams[0].by_threads.len() {
+                write!(text, "\n{:<NAME$}", "GB/s read, by threads")?;
+                for speed in &speeds.by_threads {
+                    write!(text, "{:>9}", speed.n_threads)?;
+                }
+                writeln!(text)?;
+            }
+            write!(text, "  {:<width$}", self.team(team), width = NAME - 2)?;
+            for speed in &speeds.by_threads {
+                write!(text, "{:>9.1}", speed.bytes_per_s / 1e9)?;
+            }
+            writeln!(text)?;
+        }
+        if teams.len() > 1 {
+            let together = self.memory.together_bytes_per_s / 1e9;
+            writeln!(
+                text,
+                "  {:<width$}{together:>9.1}",
+                "all teams together",
+                width = NAME - 2
+            )?;
+        }
+        Ok(())
+    }
+
+    fn write_rows(&self, text: &mut String) -> fmt::Result {
+        write!(text, "\n{:<NAME$}", "GB/s of rows in random order, bytes")?;
+        let first = self.memory.teams.first();
+        for speed in first.into_iter().flat_map(|team| &team.by_row_bytes) {
+            write!(text, "{:>9}", speed.row_bytes)?;
+        }
+        writeln!(text)?;
+        for (team, speeds) in self.memory.teams.iter().enumerate() {
+            write!(text, "  {:<width$}", self.team(team), width = NAME - 2)?;
+            for speed in &speeds.by_row_bytes {
+                write!(text, "{:>9.1}", speed.bytes_per_s / 1e9)?;
+            }
+            writeln!(text)?;
+        }
+        Ok(())
+    }
+
+    fn write_across(&self, text: &mut String) -> fmt::Result {
+        let mut numas: Vec<usize> = self.memory.across.iter().map(|speed| speed.numa).collect();
+        numas.sort_unstable();
+        numas.dedup();
+        if numas.len() < 2 {
+            return writeln!(
+                text,
+                "\none NUMA node: there is no memory across an interconnect to measure"
+            );
+        }
+        write!(text, "\n{:<NAME$}", "GB/s read of NUMA node")?;
+        for numa in &numas {
+            write!(text, "{numa:>9}")?;
+        }
+        writeln!(text)?;
+        for team in 0..self.threads.len() {
+            write!(text, "  {:<width$}", self.team(team), width = NAME - 2)?;
+            for &numa in &numas {
+                match self.memory.across_bytes_per_s(team, numa) {
+                    Some(bytes_per_s) => write!(text, "{:>9.1}", bytes_per_s / 1e9)?,
+                    None => write!(text, "{:>9}", "-")?,
+                }
+            }
+            writeln!(text)?;
+        }
+        Ok(())
+    }
+
+    fn write_latencies(&self, text: &mut String) -> fmt::Result {
+        writeln!(text, "\n{:<NAME$}{:>9}{:>9}", "µs", "median", "p99")?;
+        let mut row = |name: String, time: Nanoseconds| {
+            let [median, p99] = [time.median_ns, time.p99_ns].map(|ns| ns as f64 / 1e3);
+            writeln!(
+                text,
+                "  {name:<width$}{median:>9.2}{p99:>9.2}",
+                width = NAME - 2
+            )
+        };
+        for (team, (time, threads)) in self.fork_join.iter().zip(&self.threads).enumerate() {
+            row(format!("fork and join, team {team} of {threads}"), *time)?;
+        }
+        for hop in &self.hops {
+            let [from, to] = hop.cpus;
+            let name = match hop.teams {
+                [a, b] if a == b => format!("message in team {a}, CPU {from} to {to}"),
+                [a, b] => format!("message from team {a} to {b}"),
+            };
+            row(name, hop.time)?;
+        }
+        Ok(())
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use crate::machine_profile::tests::profile;
+
+    /// Its words, without the columns' widths.
+    fn words(text: &str) -> Vec<String> {
+        let words = |line: &str| line.split_whitespace().collect::<Vec<&str>>().join(" ");
+        text.lines().map(words).collect()
+    }
+
+    #[test]
+    fn one_team_and_two_are_shown() {
+        let text = profile(2e10).text();
+        let one = words(&text);
+        for line in [
+            "GB/s read, by threads 1 2",
+            "team 0, NUMA node 0 10.0 20.0",
+            "one NUMA node: there is no memory across an interconnect to measure",
+            "fork and join, team 0 of 2 1.00 2.00",
+            "teams at rest use 0.00 % of a CPU, from 50 ms after their last job on",
+        ] {
+            assert!(one.iter().any(|found| found == line), "{line}\n{text}");
+        }
+
+        let mut two = profile(2e10);
+        let memory = &mut two.memory;
+        memory.teams.push(memory.teams[0].clone());
+        memory.teams[1].numa = Some(3);
+        let local = memory.across[0];
+        let across = |team, numa, bytes_per_s| pi_topology::AcrossSpeed {
+            team,
+            numa,
+            bytes_per_s,
+        };
+        memory.across = vec![
+            local,
+            across(0, 3, 1e10),
+            across(1, 0, 9e9),
+            across(1, 3, 2e10),
+        ];
+        two.fork_join.push(two.fork_join[0]);
+        two.threads.push(2);
+        let mut hop = two.hops[0];
+        hop.teams = [0, 1];
+        two.hops.push(hop);
+        let text = two.text();
+        let two = words(&text);
+        for line in [
+            "GB/s read of NUMA node 0 3",
+            "team 0, NUMA node 0 20.0 10.0",
+            "team 1, NUMA node 3 9.0 20.0",
+            "message from team 0 to 1 1.00 2.00",
+            "all teams together 20.0",
+        ] {
+            assert!(two.iter().any(|found| found == line), "{line}\n{text}");
+        }
+    }
+}

@@ -1,0 +1,148 @@
+//! `pi-runtime topology measure`: figures of this machine, kept for `plan`.
+
+mod common;
+
+use std::path::{Path, PathBuf};
+
+use common::running::{Folder, Ran, run, tiny};
+use serde_json::Value;
+
+/// Runs the program with `cache` as the user's folder for what can be made again.
+fn run_caching(cache: &Path, args: &[&str]) -> Ran {
+    let output = common::program()
+        .env("XDG_CACHE_HOME", cache)
+        .args(args)
+        .output()
+        .unwrap();
+    Ran {
+        code: output.status.code().unwrap_or(-1),
+        out: String::from_utf8(output.stdout).unwrap(),
+        err: String::from_utf8(output.stderr).unwrap(),
+    }
+}
+
+fn json(ran: &Ran) -> Value {
+    assert_eq!(ran.code, 0, "{}", ran.err);
+    serde_json::from_str(&ran.out).unwrap()
+}
+
+fn kept(cache: &Path) -> Vec<PathBuf> {
+    let Ok(entries) = std::fs::read_dir(cache.join("pi-runtime")) else {
+        return vec![];
+    };
+    entries.map(|entry| entry.unwrap().path()).collect()
+}
+
+fn plan(cache: &Path, folder: &Folder, more: &[&str]) -> Ran {
+    let model = folder.name("m.gguf");
+    let args = ["plan", "-m", &model, "-o", "json", "--sparsity", "exact"];
+    run_caching(cache, &[&args[..], more].concat())
+}
+
+/// Every figure is one that a machine can have, what is kept is what was printed, and `plan` takes it where the threads
+/// are the same.
+#[test]
+fn what_was_measured_is_kept_and_planned_with() {
+    let folder = tiny();
+    let cache = folder.path("cache");
+    assert_eq!(
+        json(&plan(&cache, &folder, &[]))["bandwidth_measured"],
+        Value::Null
+    );
+    let measured = json(&run_caching(&cache, &["topology", "measure", "--json"]));
+    let speed = |value: &Value| {
+        let bytes_per_s = value["bytes_per_s"].as_f64().unwrap();
+        assert!((1e6..1e14).contains(&bytes_per_s), "{value}");
+        bytes_per_s
+    };
+    let threads: Vec<u64> = (measured["threads"].as_array().unwrap().iter())
+        .map(|n| n.as_u64().unwrap())
+        .collect();
+    let memory = &measured["memory"];
+    let teams = memory["teams"].as_array().unwrap();
+    assert_eq!(teams.len(), threads.len());
+    for (team, n_threads) in teams.iter().zip(&threads) {
+        let by_threads = team["by_threads"].as_array().unwrap();
+        assert_eq!(by_threads[0]["n_threads"], 1);
+        assert_eq!(by_threads.last().unwrap()["n_threads"], *n_threads);
+        by_threads
+            .iter()
+            .for_each(|value| assert!(speed(value) > 0.0));
+        let rows = team["by_row_bytes"].as_array().unwrap();
+        assert!(rows.len() >= 4);
+        rows.iter().for_each(|value| assert!(speed(value) > 0.0));
+    }
+    let across = memory["across"].as_array().unwrap();
+    across.iter().for_each(|value| assert!(speed(value) > 0.0));
+    for latency in [&measured["fork_join"][0], &measured["hops"][0]["time"]] {
+        if threads[0] > 1 {
+            let median = latency
+                .get("median_ns")
+                .or(latency["time"].get("median_ns"));
+            assert!(median.unwrap().as_u64().unwrap() > 0, "{latency}");
+        }
+    }
+    assert!(measured["idle_cpu_percent"].as_f64().unwrap() >= 0.0);
+
+    let files = kept(&cache);
+    assert_eq!(files.len(), 1);
+    let name = format!("machine-{}.json", measured["fingerprint"].as_str().unwrap());
+    assert!(files[0].ends_with(&name), "{files:?}");
+    let text = std::fs::read_to_string(&files[0]).unwrap();
+    assert_eq!(serde_json::from_str::<Value>(&text).unwrap(), measured);
+
+    let planned = json(&plan(&cache, &folder, &[]));
+    assert_eq!(planned["bandwidth_measured"], measured["measured"]);
+    assert_eq!(
+        planned["bandwidth_gb_per_s"].as_f64().unwrap(),
+        memory["together_bytes_per_s"].as_f64().unwrap() / 1e9
+    );
+    // of other threads nothing was measured
+    let two = folder.file("two.toml", "[host]\nnodes = 2\nthreads = 1\n");
+    let planned = json(&plan(&cache, &folder, &["--topology", &two]));
+    assert_eq!(planned["bandwidth_measured"], Value::Null);
+
+    // a file that was changed is named and not used
+    std::fs::write(&files[0], &text[..text.len() / 2]).unwrap();
+    let ran = plan(&cache, &folder, &[]);
+    assert!(
+        ran.err.contains(&name) && ran.err.contains("topology measure"),
+        "{}",
+        ran.err
+    );
+    assert_eq!(json(&ran)["bandwidth_measured"], Value::Null);
+}
+
+#[test]
+fn what_cannot_be_measured_is_refused() {
+    for (args, words) in [
+        (&["--simulate"][..], "--topology"),
+        (&["--topology", "/no/such.toml"], "/no/such.toml"),
+        (&["-t", "99999"], "99999"),
+        (&["-t", "9999"], "give -t"),
+        (&["--synthetic", "core:2"], "--synthetic"),
+    ] {
+        let ran = run(&[&["topology", "measure"], args].concat());
+        assert_eq!((ran.code, ran.out.as_str()), (2, ""), "{args:?}");
+        assert!(ran.err.contains(words), "{args:?}: {}", ran.err);
+        assert!(!ran.err.contains("panicked"), "{}", ran.err);
+    }
+    // the drawing's flags are the drawing's
+    let ran = run(&["topology", "--json", "measure"]);
+    assert_eq!(ran.code, 2, "{}", ran.err);
+}
+
+/// A folder that cannot be written to ends it, after what was measured has been said.
+#[test]
+fn figures_that_cannot_be_kept_are_still_said() {
+    let folder = tiny();
+    let file = folder.file("file", "");
+    let ran = run_caching(Path::new(&file), &["topology", "measure", "-t", "1"]);
+    assert_eq!(ran.code, 1, "{}", ran.err);
+    assert!(ran.out.contains("GB/s read, by threads"), "{}", ran.out);
+    assert!(
+        ran.err.contains("cannot keep what was measured") && ran.err.contains("XDG_CACHE_HOME"),
+        "{}",
+        ran.err
+    );
+}
