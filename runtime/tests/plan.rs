@@ -40,6 +40,35 @@ fn modes(plan: &Value) -> Vec<&str> {
         .collect()
 }
 
+/// With `replicate` each node's memory is that of all cold neurons, and a token reads no more.
+#[test]
+fn copies_are_counted_as_memory_and_not_as_reading() {
+    let folder = tiny();
+    let model = folder.name("m.gguf");
+    let planned = |cold: &str| {
+        let text = format!(
+            "[memory]\ncold = \"{cold}\"\nhuge_pages = \"off\"\n[host]\nnodes = 2\nthreads = 1\n"
+        );
+        let topology = folder.file(&format!("{cold}.toml"), &text);
+        let args = ["plan", "-m", &model, "--topology", &topology];
+        let plan = json_of(&[&args[..], &["--sparsity", "exact", "-o", "json"]].concat());
+        let mode = plan["modes"][0].clone();
+        let weights = |node: usize| mode["nodes"][node]["weights_bytes"].as_u64().unwrap();
+        let read = mode["bytes_per_token"].as_u64().unwrap();
+        ([weights(0), weights(1)], read)
+    };
+    let (shard, read) = planned("shard");
+    let (replicate, read_beside_copies) = planned("replicate");
+    let (single, _) = planned("single:1");
+    assert_eq!(read, read_beside_copies);
+    assert!(replicate[0] > shard[0], "{replicate:?} {shard:?}");
+    // node 1 has what it has where it is the only one, up to gaps and a page
+    assert!(
+        replicate[1].abs_diff(single[1]) <= 64 * 100 + 4096,
+        "{replicate:?} {single:?}"
+    );
+}
+
 #[test]
 fn parts_add_up_to_the_token_and_memory_to_the_node() {
     let folder = tiny();

@@ -454,8 +454,14 @@ fn copies_of_every_kind_change_no_bit() {
         ..TinyModel::default()
     });
     let demo = demo_model();
+    // sketches of signs are part of the gate; those of low rank, which F16 has, are matrices of their own
+    let low_rank = folder.name("synth.gguf");
+    let shape = "--layers 2 --embd 128 --ff 512 --heads 4 --kv-heads 4 --vocab 324 --type F16";
+    let shape: Vec<&str> = shape.split(' ').collect();
+    text_of(&[&["synth", "-o", &low_rank][..], &shape].concat());
     for (model, sparsity) in [
         (demo.to_str().unwrap(), "predicted"),
+        (&low_rank, "predicted"),
         (&folder.name("m.gguf"), "off"),
     ] {
         let bits = |policy: &str| {

@@ -11,6 +11,7 @@ use serde::de::value::{Error, StrDeserializer};
 use serde::de::{DeserializeOwned, IntoDeserializer};
 
 use super::args::ModelArgs;
+use super::interrupt::Interrupt;
 use super::output::Output;
 use super::progress::Activity;
 use super::topology_measure::profile_of;
@@ -85,6 +86,8 @@ pub fn run(args: &NumaBenchArgs) -> Result<(), RuntimeError> {
     let points = sweep.points(&file, &machine)?;
     let n_gen = args.n_gen as usize;
     let options = args.model.options(n_gen + 1)?;
+    // Ctrl-C takes the unfinished file along
+    let _interrupt = Interrupt::listen();
     // what cannot be written is refused before anything is measured
     let mut files = OutputFiles::create(&args.output)?;
     let single = points.iter().find(|point| point.plan.nodes.len() == 1);
