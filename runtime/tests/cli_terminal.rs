@@ -130,7 +130,9 @@ fn ctrl_c_ends_the_answer_and_the_chat_goes_on() {
     let mut session = start(&folder, &demo_model(), &["--ignore-eos"]);
     session.exp_string("> ").unwrap();
     press(&mut session, "Count from one to a thousand.\r");
-    // something of the answer is there
+    // the line's own echo has ended, and something of the answer is there
+    session.exp_string("thousand.").unwrap();
+    session.exp_string("\n").unwrap();
     session.exp_regex("[a-z0-9]+ [a-z0-9]+ [a-z0-9]+ ").unwrap();
     session.exp_regex("[a-z0-9]").unwrap();
     session.send_control('c').unwrap();
