@@ -16,10 +16,6 @@ const THREADS: usize = 128;
 const BLOCKS_PER_MULTIPROCESSOR: usize = 2;
 /// Parts that one block can join.
 const PARTS_MAX: usize = 64;
-/// Positions up to which a block has one query head: the cache is read again for each, but from the device's own cache.
-const ONE_HEAD_POSITIONS: usize = 1024;
-/// Positions up to which it has at most four.
-const FOUR_HEADS_POSITIONS: usize = 8192;
 /// Positions below which dividing a context further gains nothing.
 const POSITIONS_MIN: usize = 32;
 
@@ -144,39 +140,13 @@ impl AttendScratch {
         head_dim: usize,
         n_ctx: usize,
     ) -> Result<Self, KernelError> {
-        let heads_max = match n_ctx {
-            0..=ONE_HEAD_POSITIONS => 1,
-            0..=FOUR_HEADS_POSITIONS => 4,
-            _ => usize::MAX,
-        };
-        Self::with_heads(device, n_head, n_head_kv, head_dim, n_ctx, heads_max)
-    }
-
-    /// The same with at most `heads_max` query heads a block, of 1, 4 or 8: more read the cache less often, fewer are done
-    /// earlier where it is short.
-    ///
-    /// # Errors
-    /// As [`Device::alloc`].
-    ///
-    /// # Panics
-    /// When `n_head_kv` does not divide `n_head`, or `heads_max` is 0.
-    pub fn with_heads(
-        device: &Device,
-        n_head: usize,
-        n_head_kv: usize,
-        head_dim: usize,
-        n_ctx: usize,
-        heads_max: usize,
-    ) -> Result<Self, KernelError> {
         assert!(
             n_head > 0 && n_head.is_multiple_of(n_head_kv),
             "{n_head} heads share {n_head_kv}"
         );
         let shared_by = n_head / n_head_kv;
-        let enough = |&heads: &usize| heads >= shared_by;
-        let allowed = ATTEND_HEADS.partition_point(|&heads| heads <= heads_max);
-        let heads = ATTEND_HEADS.iter().position(enough);
-        let heads = heads.unwrap_or(ATTEND_HEADS.len() - 1).min(allowed - 1);
+        let heads = ATTEND_HEADS.iter().position(|&heads| heads >= shared_by);
+        let heads = heads.unwrap_or(ATTEND_HEADS.len() - 1);
         let n_groups = n_head_kv * shared_by.div_ceil(ATTEND_HEADS[heads]);
         let room = device.info().n_multiprocessors * BLOCKS_PER_MULTIPROCESSOR;
         let n_parts = (room / n_groups).clamp(1, n_ctx.div_ceil(POSITIONS_MIN).clamp(1, PARTS_MAX));

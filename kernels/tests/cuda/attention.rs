@@ -87,12 +87,6 @@ struct Case {
 }
 
 fn check_attention(case: &Case, positions: &[usize]) {
-    for heads_max in [1, 4, 8] {
-        check_heads(case, positions, heads_max);
-    }
-}
-
-fn check_heads(case: &Case, positions: &[usize], heads_max: usize) {
     let Some(device) = device() else { return };
     let stream = device.stream().unwrap();
     let cpu = scalar(ActivationMode::F32);
@@ -118,8 +112,7 @@ fn check_heads(case: &Case, positions: &[usize], heads_max: usize) {
         k.write(&keys).unwrap();
         v.write(&values).unwrap();
     }
-    let scratch = AttendScratch::with_heads(&device, n_head, n_head_kv, head_dim, n_ctx, heads_max);
-    let mut scratch = scratch.unwrap();
+    let mut scratch = AttendScratch::new(&device, n_head, n_head_kv, head_dim, n_ctx).unwrap();
     let scale = 1.0 / (head_dim as f32).sqrt();
     let shared_by = n_head / n_head_kv;
     for &position in positions {
