@@ -1,7 +1,7 @@
 //! The GPU as the device: attention, hot neurons, predictors and head of all layers in its memory.
 //!
 //! A token is one CUDA graph. What passes between GPU and host within it goes through pinned memory with flags
-//! ([`exchange`]); [`CudaLayer`] turns these into the messages that a layer's other actors know. See `docs/gpu.md`.
+//! (`exchange`); `CudaLayer` turns these into the messages that a layer's other actors know. See `docs/gpu.md`.
 
 mod buffers;
 mod cuda_layer;
