@@ -2,7 +2,7 @@
 
 use pi_kernels::cuda::Device;
 use pi_kernels::ffn_sparse::FFN_GROUPS;
-use pi_topology::{GpuConfig, Plan, VramBudget};
+use pi_topology::{GpuConfig, GpuSync, Plan, VramBudget};
 
 use super::opening::ModelOptions;
 use crate::head_sketch::Head;
@@ -55,6 +55,8 @@ impl OnGpu {
             Some(("--sparsity threshold", "take --sparsity off"))
         } else if options.head == Head::Sparse {
             Some(("--head sparse", "take --head full"))
+        } else if config.sync == GpuSync::Events {
+            Some(("sync = \"events\"", "take sync = \"flags\""))
         } else if options.tap.is_some() {
             Some(("looking at hidden states", "prepare the model on the host"))
         } else {
