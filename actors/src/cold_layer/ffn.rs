@@ -9,7 +9,7 @@
 use std::ops::Range;
 use std::sync::atomic::Ordering;
 
-use pi_kernels::elementwise::{add_assign, relu_mul, silu_mul};
+use pi_kernels::elementwise::{relu_mul, silu_mul};
 use pi_kernels::ffn_sparse::{
     GroupSpan, SUBTREES_MAX, ask_for_down, down_active, down_tokens, up_active, up_tokens,
 };
@@ -20,6 +20,7 @@ use pi_kernels::{ActWriter, Cpu, ROW_GROUP, StridedOut};
 use super::rows::multiply;
 use super::{Job, predicted, threshold, weights_read};
 use crate::counters::Counters;
+use crate::gpu::sum_into;
 use crate::model::group_neurons;
 use crate::scratch::{ActiveList, NEURON_CHUNK, NodeScratch, ThreadScratch};
 use crate::team::{Member, Team};
@@ -294,14 +295,9 @@ pub(super) fn sum_token(
     if let Some(gpu) = model.answers_in_place(job.layer) {
         // SAFETY: the columns are this thread's until the node's `Partial` is sent.
         let to = unsafe { gpu.partial_columns(job.layer, columns) };
-        let mut sums = sums[..n_sums].iter();
-        match sums.next() {
-            None => to.fill(0.0),
-            Some(sum) => to.copy_from_slice(&sum[..to.len()]),
-        }
-        for sum in sums {
-            add_assign(model.cpu, to, &sum[..to.len()]);
-        }
+        let n_columns = to.len();
+        let sums = sums[..n_sums].iter().map(|sum| &sum[..n_columns]);
+        sum_into(model.cpu, to, sums);
     }
 }
 

@@ -3,11 +3,11 @@
 
 use std::sync::Arc;
 
-use pi_kernels::elementwise::add_assign;
 use pi_kernels::quant::BLOCK;
 
 use super::error::GpuError;
 use super::gpu_model::GpuModel;
+use super::sum_into;
 use crate::counters::{Cell, Counters};
 use crate::messages::{
     ActorId, AwaitHidden, Compute, Correct, HeadDone, LayerDone, Message, NeuronIds, Partial,
@@ -213,18 +213,12 @@ impl CudaLayer {
             return self.gpu().answer(self.layer, |_| ());
         }
         self.gpu().answer(self.layer, |y| {
-            let mut sums = self.sums.iter().map(|&(node, sum)| {
+            let sums = self.sums.iter().map(|&(node, sum)| {
                 let at = model.partial_offset(sum);
                 // SAFETY: the nodes have written their sums.
                 unsafe { model.slots.partials[node].read(at..at + n_embd) }
             });
-            match sums.next() {
-                None => y.fill(0.0),
-                Some(first) => y.copy_from_slice(first),
-            }
-            for sum in sums {
-                add_assign(model.cpu, y, sum);
-            }
+            sum_into(model.cpu, y, sums);
         });
     }
 

@@ -2,7 +2,7 @@
 #![allow(unsafe_code)]
 
 use std::ops::Range;
-use std::sync::atomic::{AtomicU32, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU32, Ordering};
 use std::sync::{Mutex, MutexGuard};
 use std::time::{Duration, Instant};
 
@@ -35,7 +35,7 @@ pub(crate) struct GpuModel {
     /// Number of the token under way.
     number: AtomicU32,
     /// Whether the GPU still works on it.
-    under_way: AtomicU32,
+    under_way: AtomicBool,
     times: Mutex<TokenTimes>,
     limit: Duration,
 }
@@ -103,7 +103,7 @@ impl GpuModel {
             buffers,
             weights,
             number: AtomicU32::new(0),
-            under_way: AtomicU32::new(0),
+            under_way: AtomicBool::new(false),
             times: Mutex::new(TokenTimes::new(shape.n_layer)),
             limit,
         })
@@ -161,13 +161,13 @@ impl GpuModel {
         }
         std::sync::atomic::fence(Ordering::SeqCst);
         self.launch(&self.token)?;
-        self.under_way.store(1, Ordering::Relaxed);
+        self.under_way.store(true, Ordering::Relaxed);
         Ok(())
     }
 
     /// Lets a token that was given up run to its end, with whatever lies in the slots: nobody uses its results.
     fn give_up(&self) -> Result<(), GpuError> {
-        if self.under_way.load(Ordering::Relaxed) == 0 {
+        if !self.under_way.load(Ordering::Relaxed) {
             return Ok(());
         }
         let number = self.number();
@@ -235,7 +235,7 @@ impl GpuModel {
     /// [`GpuError`].
     pub fn wait_token(&self) -> Result<(), GpuError> {
         self.wait(Flag::Token)?;
-        self.under_way.store(0, Ordering::Relaxed);
+        self.under_way.store(false, Ordering::Relaxed);
         if self.exchange.load(Flag::Late) != 0 {
             let seconds = self.limit.as_secs_f64();
             return Err(GpuError::HostLate { seconds });

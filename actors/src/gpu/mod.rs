@@ -11,8 +11,22 @@ mod gpu_model;
 mod times;
 pub mod weights;
 
+use pi_kernels::Cpu;
+use pi_kernels::elementwise::add_assign;
+
 pub(crate) use cuda_layer::CudaLayer;
 pub use error::GpuError;
 pub(crate) use gpu_model::GpuModel;
 pub use gpu_model::working_bytes;
 pub use times::{GpuTimes, LayerTimes};
+
+/// Writes the sum of `sums`, added in their order, to `to`; zeros without any.
+pub(crate) fn sum_into<'a>(cpu: Cpu, to: &mut [f32], mut sums: impl Iterator<Item = &'a [f32]>) {
+    match sums.next() {
+        None => to.fill(0.0),
+        Some(first) => to.copy_from_slice(first),
+    }
+    for sum in sums {
+        add_assign(cpu, to, sum);
+    }
+}

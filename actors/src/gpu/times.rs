@@ -121,7 +121,7 @@ impl fmt::Display for GpuTimes {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         let layers = self.layers();
         let with_cold: Vec<_> = layers.iter().flatten().collect();
-        writeln!(
+        write!(
             f,
             "GPU: {:.3} ms a token without the head, median of {}; {} of {} layers with cold neurons",
             self.token_ms(),
@@ -129,8 +129,11 @@ impl fmt::Display for GpuTimes {
             with_cold.len(),
             layers.len()
         )?;
+        if with_cold.is_empty() {
+            return Ok(());
+        }
         let names = ["attention", "hot, predictor", "host", "hand-off", "bubble"];
-        writeln!(f, "| µs | all layers | median of a layer | largest |")?;
+        writeln!(f, "\n| µs | all layers | median of a layer | largest |")?;
         write!(f, "| - | -: | -: | -: |")?;
         for (n, name) in names.iter().enumerate() {
             let values: Vec<f32> = with_cold.iter().map(|times| times.parts()[n]).collect();

@@ -116,10 +116,6 @@ impl<'a> GpuLayout<'a> {
         let layers: Vec<GpuLayer> = layers
             .map(|(index, (layer, hot))| {
                 let down = request.sparsity.down[index];
-                let down_quant = match down {
-                    DownPlan::NeuronRows(quant) | DownPlan::Transposed { to: quant, .. } => quant,
-                    DownPlan::Dense(quant) => quant,
-                };
                 let row = |quant, n_cols| DeviceRows {
                     quant,
                     n_rows: 1,
@@ -135,7 +131,10 @@ impl<'a> GpuLayout<'a> {
                                 let rows = row(quant, shape.n_ff).row_bytes() * n_embd;
                                 rows.div_ceil(shape.n_ff)
                             }
-                            _ => row(down_quant, n_embd).row_bytes(),
+                            DownPlan::NeuronRows(quant)
+                            | DownPlan::Transposed { to: quant, .. } => {
+                                row(quant, n_embd).row_bytes()
+                            }
                         },
                 );
                 let order = hot.order.as_deref();
