@@ -1,9 +1,12 @@
 // Everything in one module, so that all functions can be had at once.
 #include "activations.cu"
 #include "attention.cu"
+#include "attention_batch.cu"
+#include "batch.cu"
 #include "compact.cu"
 #include "embed.cu"
 #include "ffn_sparse.cu"
+#include "gemm.cu"
 #include "norm.cu"
 #include "rope.cu"
 #include "rows.cu"

@@ -12,12 +12,15 @@
 
 mod activations;
 mod attention;
+mod attention_batch;
+mod batch;
 mod buffer;
 mod compact;
 mod device;
 mod down;
 mod embed;
 mod functions;
+mod gemm;
 mod graph;
 mod images;
 mod layout;
@@ -30,16 +33,19 @@ mod stream;
 
 pub use activations::{DeviceAct, Q8Copy, prepare};
 pub use attention::{AttendScratch, DeviceCache, attend};
+pub use attention_batch::attend_batch;
+pub use batch::{DeviceBatch, gate_up_batch, prepare_batch, rms_norm_batch};
 pub use buffer::{DeviceBuffer, Plain, View, ViewMut};
 pub use compact::compact;
 pub use device::{DRIVER_VERSION_MIN, Device, DeviceInfo, device_count};
 pub use down::{DownScratch, down_active};
 pub use embed::embed;
+pub use gemm::{GemmScratch, gemm};
 pub use graph::Graph;
 pub use images::Capability;
 pub use layout::{DeviceRows, RowsView, SUPPORTED, is_supported};
 pub use norm::rms_norm;
-pub use rope::{RopeAppend, rope_append};
+pub use rope::{RopeAppend, rope_append, rope_append_batch};
 pub use rows::{Add, NeuronList, gate_up, gemv, row_products};
 pub use sample::{SampleScratch, TOP_K_MAX, argmax, top_k};
 pub use stream::{Event, Stream};
