@@ -141,15 +141,12 @@ impl Engine {
             trace,
             tap,
         } = options;
-        let n_ubatch = match gpu {
-            None => n_ubatch.clamp(1, weights.shape.n_ctx),
-            // a GPU takes one token at a time
-            Some(_) => 1,
-        };
+        let n_ubatch = n_ubatch.clamp(1, weights.shape.n_ctx);
         let model = Model::new(weights, cpu, kv_type, n_ubatch).with_tap(tap);
         let gpu = gpu.map(|gpu| {
-            let (shape, rope_len) = (model.shape(), model.rope.row_len());
-            GpuModel::new(gpu, shape, rope_len, cpu.mode(), kv_type, wait_limit)
+            let (host, rope_len) = (&model.weights, model.rope.row_len());
+            let mode = cpu.mode();
+            GpuModel::new(gpu, host, rope_len, mode, kv_type, n_ubatch, wait_limit)
         });
         let gpu = gpu
             .transpose()

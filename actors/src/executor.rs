@@ -512,6 +512,11 @@ impl Bench {
             Some(FaultPlace::Handler) => panic!("injected panic"),
             Some(FaultPlace::Worker { thread }) => team.inject_panic(thread),
             Some(FaultPlace::Delay(delay)) => std::thread::sleep(delay),
+            Some(FaultPlace::Gpu) => {
+                if let Some(gpu) = &self.attachment.model.gpu {
+                    gpu.trap();
+                }
+            }
         }
     }
 }

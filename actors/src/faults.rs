@@ -1,4 +1,4 @@
-//! Panics and delays on request, so that tests can see that actors heal and waits end.
+//! Panics, delays and the loss of a GPU on request, so that tests can see that actors heal and waits end.
 
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
@@ -35,6 +35,8 @@ pub enum FaultPlace {
     },
     /// No panic: the actor's handler takes this much longer.
     Delay(Duration),
+    /// No panic: the GPU executes a trap. Nothing where there is none.
+    Gpu,
 }
 
 #[derive(Debug)]

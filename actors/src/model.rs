@@ -134,6 +134,31 @@ impl Model {
         ahead.is_some_and(|ahead| ahead.prefetch)
     }
 
+    /// Tokens of the next step, where `n_left` are to be computed: a GPU computes a prompt's together, but for those whose logits
+    /// shall be those of tokens that are predicted one by one.
+    pub fn step_tokens(&self, n_left: usize, logits_of_all: bool) -> usize {
+        let Some(gpu) = &self.gpu else {
+            return n_left.min(self.n_ubatch);
+        };
+        let n = n_left.min(self.n_ubatch);
+        let together = gpu.prefill_from().is_some_and(|from| n >= from);
+        if together && !(logits_of_all && self.leaves_out()) {
+            n
+        } else {
+            1
+        }
+    }
+
+    /// Whether some neurons are not computed although their gates might be open.
+    fn leaves_out(&self) -> bool {
+        let mut shares = self.weights.layers.iter().flat_map(|layer| &layer.shares);
+        let gpu = self.gpu.as_ref();
+        let ahead = gpu.is_some_and(|gpu| {
+            (0..self.shape().n_layer).any(|layer| gpu.ahead_alone(layer).is_some())
+        });
+        ahead || shares.any(|share| share.sketch.is_some())
+    }
+
     /// The GPU, where the layer's only node writes its sum where the GPU reads it.
     pub fn answers_in_place(&self, layer: usize) -> Option<&GpuModel> {
         let share = &self.weights.layers[layer].shares[0];

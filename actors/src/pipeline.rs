@@ -192,7 +192,8 @@ impl Pipeline {
         team: &mut Team,
         posts: &mut Posts<'_>,
     ) -> Result<(), ActorError> {
-        let n_tokens = (run.tokens.len() - run.done).min(self.model.n_ubatch);
+        let n_left = run.tokens.len() - run.done;
+        let n_tokens = self.model.step_tokens(n_left, run.wanted.len() > 1);
         self.in_step = run.done..run.done + n_tokens;
         self.step = step;
         self.work = Counters::default();

@@ -26,6 +26,19 @@ __device__ __forceinline__ uint4 load16_once(const void* at) {
     return v;
 }
 
+// 16 bytes; the second cache fetches those around them too.
+__device__ __forceinline__ uint4 load16_and_behind(const void* at) {
+    uint4 v;
+#if __CUDA_ARCH__ >= 800
+    asm("ld.global.nc.L2::256B.v4.u32 {%0, %1, %2, %3}, [%4];"
+#else
+    asm("ld.global.nc.L2::128B.v4.u32 {%0, %1, %2, %3}, [%4];"
+#endif
+        : "=r"(v.x), "=r"(v.y), "=r"(v.z), "=r"(v.w)
+        : "l"(at));
+    return v;
+}
+
 // Weights that neighbouring lanes read too. Only weights are read like this, as memory that nobody writes: the compiler may move
 // such loads to before `wait_for_launch_before`.
 __device__ __forceinline__ uint4 load16(const void* at) { return __ldg((const uint4*)at); }

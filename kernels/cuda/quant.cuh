@@ -4,6 +4,13 @@
 #pragma once
 #include "common.cuh"
 
+// An item's 16 bytes; not ONCE where little of a row is read at a time, and what lies behind it soon after: then the second
+// cache fetches more at once.
+template <bool ONCE>
+__device__ __forceinline__ uint4 load_item(const u8* at) {
+    return ONCE ? load16_once(at) : load16_and_behind(at);
+}
+
 // Low and high nibbles of 16 bytes, as bytes.
 __device__ __forceinline__ void low_nibbles(uint4 q, u32* bytes) {
     bytes[0] = q.x & 0x0F0F0F0F;
@@ -26,9 +33,10 @@ struct Q4_0 {
     u16 d;
 
     static __device__ __forceinline__ u32 items(u32 n_cols) { return n_cols / 32; }
+    template <bool ONCE = true>
     __device__ __forceinline__ void load(const u8* row, u32 n_cols, u32 item) {
         u32 n = n_cols / 32;
-        q = load16_once(row + item * 16);
+        q = load_item<ONCE>(row + item * 16);
         d = load2(row + n * 16 + item * 2);
     }
     static __device__ __forceinline__ u32 column(u32 item, int) { return item * 32; }
@@ -47,9 +55,10 @@ struct Q4_1 {
     u16 d, m;
 
     static __device__ __forceinline__ u32 items(u32 n_cols) { return n_cols / 32; }
+    template <bool ONCE = true>
     __device__ __forceinline__ void load(const u8* row, u32 n_cols, u32 item) {
         u32 n = n_cols / 32;
-        q = load16_once(row + item * 16);
+        q = load_item<ONCE>(row + item * 16);
         const u8* scales = row + n * 16;
         d = load2(scales + item * 2);
         m = load2(scales + padded16(n * 2) + item * 2);
@@ -76,9 +85,10 @@ struct Q5_0 {
     u16 d;
 
     static __device__ __forceinline__ u32 items(u32 n_cols) { return n_cols / 32; }
+    template <bool ONCE = true>
     __device__ __forceinline__ void load(const u8* row, u32 n_cols, u32 item) {
         u32 n = n_cols / 32;
-        q = load16_once(row + item * 16);
+        q = load_item<ONCE>(row + item * 16);
         high = load4(row + n * 16 + item * 4);
         d = load2(row + n * 16 + padded16(n * 4) + item * 2);
     }
@@ -100,8 +110,9 @@ struct Q8_0 {
     u16 d;
 
     static __device__ __forceinline__ u32 items(u32 n_cols) { return n_cols / 16; }
+    template <bool ONCE = true>
     __device__ __forceinline__ void load(const u8* row, u32 n_cols, u32 item) {
-        q = load16_once(row + item * 16);
+        q = load_item<ONCE>(row + item * 16);
         d = load2(row + n_cols + item / 2 * 2);
     }
     static __device__ __forceinline__ u32 column(u32 item, int) { return item * 16; }
@@ -128,9 +139,10 @@ struct Q4_K {
     u32 floats;
 
     static __device__ __forceinline__ u32 items(u32 n_cols) { return n_cols / 32; }
+    template <bool ONCE = true>
     __device__ __forceinline__ void load(const u8* row, u32 n_cols, u32 item) {
         u32 n = n_cols / 256;
-        q = load16_once(row + item * 16);
+        q = load_item<ONCE>(row + item * 16);
         const u8* subs = row + n * 128;
         sub = load2(subs + item * 2);
         floats = load4(subs + n * 16 + item / 8 * 4);
@@ -155,9 +167,10 @@ struct Q5_K {
     u32 floats;
 
     static __device__ __forceinline__ u32 items(u32 n_cols) { return n_cols / 32; }
+    template <bool ONCE = true>
     __device__ __forceinline__ void load(const u8* row, u32 n_cols, u32 item) {
         u32 n = n_cols / 256;
-        q = load16_once(row + item * 16);
+        q = load_item<ONCE>(row + item * 16);
         high = load4(row + n * 128 + item * 4);
         const u8* subs = row + n * 160;
         sub = load2(subs + item * 2);
@@ -188,9 +201,10 @@ struct Q6_K {
     u16 d;
 
     static __device__ __forceinline__ u32 items(u32 n_cols) { return n_cols / 32; }
+    template <bool ONCE = true>
     __device__ __forceinline__ void load(const u8* row, u32 n_cols, u32 item) {
         u32 n = n_cols / 256;
-        q = load16_once(row + item * 16);
+        q = load_item<ONCE>(row + item * 16);
         high = __ldg((const uint2*)(row + n * 128 + item * 8));
         sub = load2(row + n * 192 + item * 2);
         d = load2(row + n * 208 + item / 8 * 2);
@@ -220,7 +234,10 @@ struct F32 {
     uint4 q;
 
     static __device__ __forceinline__ u32 items(u32 n_cols) { return (n_cols + 3) / 4; }
-    __device__ __forceinline__ void load(const u8* row, u32, u32 item) { q = load16_once(row + item * 16); }
+    template <bool ONCE = true>
+    __device__ __forceinline__ void load(const u8* row, u32, u32 item) {
+        q = load_item<ONCE>(row + item * 16);
+    }
     static __device__ __forceinline__ u32 column(u32 item, int) { return item * 4; }
     __device__ __forceinline__ void floats(float* w) const {
         w[0] = __uint_as_float(q.x);
@@ -236,7 +253,10 @@ struct F16 {
     uint4 q;
 
     static __device__ __forceinline__ u32 items(u32 n_cols) { return (n_cols + 7) / 8; }
-    __device__ __forceinline__ void load(const u8* row, u32, u32 item) { q = load16_once(row + item * 16); }
+    template <bool ONCE = true>
+    __device__ __forceinline__ void load(const u8* row, u32, u32 item) {
+        q = load_item<ONCE>(row + item * 16);
+    }
     static __device__ __forceinline__ u32 column(u32 item, int) { return item * 8; }
     __device__ __forceinline__ void floats(float* w) const {
         u32 words[4] = {q.x, q.y, q.z, q.w};
@@ -254,7 +274,10 @@ struct BF16 {
     uint4 q;
 
     static __device__ __forceinline__ u32 items(u32 n_cols) { return (n_cols + 7) / 8; }
-    __device__ __forceinline__ void load(const u8* row, u32, u32 item) { q = load16_once(row + item * 16); }
+    template <bool ONCE = true>
+    __device__ __forceinline__ void load(const u8* row, u32, u32 item) {
+        q = load_item<ONCE>(row + item * 16);
+    }
     static __device__ __forceinline__ u32 column(u32 item, int) { return item * 8; }
     __device__ __forceinline__ void floats(float* w) const {
         u32 words[4] = {q.x, q.y, q.z, q.w};

@@ -2,15 +2,23 @@
 
 #[path = "cuda/attention.rs"]
 mod attention;
+#[path = "cuda/attention_batch.rs"]
+mod attention_batch;
+#[path = "cuda/batch.rs"]
+mod batch;
 #[path = "cuda/common.rs"]
 mod common;
 #[path = "cuda/device.rs"]
 mod device;
 #[path = "cuda/ffn.rs"]
 mod ffn;
+#[path = "cuda/gemm.rs"]
+mod gemm;
 #[path = "cuda/hand_off.rs"]
 mod hand_off;
 #[path = "cuda/rows.rs"]
 mod rows;
 #[path = "cuda/sample.rs"]
 mod sample;
+#[path = "cuda/streamed.rs"]
+mod streamed;

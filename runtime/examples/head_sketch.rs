@@ -24,6 +24,7 @@ fn main() -> Result<()> {
     let n_held_out = rest.first().map_or(Ok(2048), |n| n.parse())?;
     let tap = Arc::new(HeadTap::default());
     let mut options = ModelOptions {
+        faults: pi_actors::faults::Faults::default(),
         path: model_path.into(),
         n_ctx: 512,
         sparsity: None,

@@ -9,6 +9,7 @@
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
+use pi_actors::faults::Faults;
 use pi_kernels::attention::KvType;
 use pi_kernels::{ActivationMode, Cpu};
 use pi_runtime::model::Sparsity;
@@ -75,6 +76,7 @@ fn main() -> Result<(), Box<dyn std::error::Error>> {
         trace: None,
         n_batch: N_UBATCH,
         tap: None,
+        faults: Faults::default(),
         sidecar: None,
         head: Default::default(),
         thresholds: ThresholdSource::default(),

@@ -2,12 +2,21 @@
 
 mod common;
 
+use std::collections::VecDeque;
+
 use common::running::{Ran, run};
 use common::tiny_synth;
-use pi_kernels::KernelError;
+use pi_actors::faults::{Fault, FaultPlace, Faults};
+use pi_actors::messages::ActorId;
+use pi_actors::{ActorError, Feed, Feeder, LogitsWanted, Next};
+use pi_kernels::attention::KvType;
 use pi_kernels::cuda::Device;
-use pi_runtime::session::Silent;
+use pi_kernels::{ActivationMode, Cpu, KernelError};
+use pi_runtime::head_sketch::Head;
+use pi_runtime::model::predicting::Predicting;
+use pi_runtime::session::{LoadedModel, ModelOptions, N_UBATCH, Silent, ThresholdSource};
 use pi_runtime::synth::Synthesis;
+use pi_topology::{GpuConfig, Machine, Plan, TopologyConfig};
 use serde_json::Value;
 
 /// Whether there is a GPU; a line that says so where there is none.
@@ -111,14 +120,18 @@ fn every_split_gives_the_host_s_perplexity() {
     let exact = model.perplexity(None, &["--sparsity", "exact"]);
     for percent in [100, 50, 10, 0] {
         let keys = format!("required = true\nhot_percent_max = {percent}");
-        for mode in MODES {
-            let got = model.perplexity(Some(&keys), mode);
+        for (mode, batch) in MODES
+            .into_iter()
+            .flat_map(|mode| [(mode, "1"), (mode, "100")])
+        {
+            let flags = [mode, &["-b", batch]].concat();
+            let got = model.perplexity(Some(&keys), &flags);
             // predictors leave neurons out on the host alone
             let limit = if mode[1] == "predicted" { 0.02 } else { 1e-4 };
             let change = (got / exact - 1.0).abs();
             assert!(
                 change < limit,
-                "{percent} % hot, {mode:?}: {got}, not {exact}"
+                "{percent} % hot, {flags:?}: {got}, not {exact}"
             );
         }
         let ahead = ["--sparsity", "predicted", "--predictor", "ahead"];
@@ -155,6 +168,98 @@ fn one_split_gives_the_same_bits_every_time() {
             }
         }
     }
+}
+
+/// A prompt and tokens behind it.
+struct Tokens {
+    feeds: VecDeque<(usize, Vec<u32>)>,
+    now: Vec<u32>,
+}
+
+impl Feeder for Tokens {
+    fn next(&mut self) -> Next<'_> {
+        let Some((position, tokens)) = self.feeds.pop_front() else {
+            return Next::Done;
+        };
+        self.now = tokens;
+        Next::Feed(Feed {
+            tokens: &self.now,
+            position,
+            logits: LogitsWanted::Last,
+        })
+    }
+
+    fn logits(&mut self, _: usize, _: &[f32]) {}
+}
+
+/// A GPU that fails: in the middle of a prompt, of a token, and for whoever comes after.
+#[test]
+fn a_lost_gpu_is_a_clear_error_and_no_hang() {
+    if !has_gpu() {
+        return;
+    }
+    // the device's context is lost with it, so that each has a process of its own
+    const ALONE: &str = "PI_RUNTIME_TRAP";
+    let Some(after) = std::env::var_os(ALONE) else {
+        for after in ["0", "2", "30"] {
+            let mut test = std::process::Command::new(std::env::current_exe().unwrap());
+            let name = "a_lost_gpu_is_a_clear_error_and_no_hang";
+            let status = test
+                .args([name, "--exact", "--nocapture"])
+                .env(ALONE, after)
+                .status();
+            assert!(status.unwrap().success(), "after {after} messages");
+        }
+        return;
+    };
+    let after_messages: u64 = after.to_str().unwrap().parse().unwrap();
+    let model = Model::new();
+    let faults = Faults::new([Fault {
+        actor: ActorId::DeviceLayer { layer: 1 },
+        after_messages,
+        place: FaultPlace::Gpu,
+        once: true,
+    }]);
+    let config = TopologyConfig {
+        gpus: vec![GpuConfig {
+            hot_percent_max: 50,
+            required: true,
+            ..GpuConfig::default()
+        }],
+        ..TopologyConfig::default()
+    };
+    let plan = Plan::new(&config, &Machine::discover().unwrap(), None).unwrap();
+    let options = ModelOptions {
+        path: model.path("m.gguf").into(),
+        n_ctx: 0,
+        sparsity: None,
+        cpu: Cpu::detect(ActivationMode::Q8),
+        kv_type: KvType::F16,
+        trace: None,
+        n_batch: N_UBATCH,
+        tap: None,
+        faults: faults.clone(),
+        sidecar: None,
+        head: Head::Full,
+        predicting: Predicting::default(),
+        thresholds: ThresholdSource::default(),
+    };
+    let loaded = LoadedModel::open(&options, &plan, &Silent).unwrap();
+    for run in 0..2 {
+        let feeds = (0..20).map(|n| match n {
+            0 => (0, (1..41).collect()),
+            n => (39 + n, vec![7]),
+        });
+        let feeder = Tokens {
+            feeds: feeds.collect(),
+            now: vec![],
+        };
+        let error = loaded.engine.run(feeder).unwrap().outcome.unwrap_err();
+        assert!(matches!(error, ActorError::Gpu { .. }), "{run}: {error:?}");
+        let text = loaded.step_error(error).to_string();
+        assert!(text.contains("GPU") || text.contains("CUDA"), "{text}");
+    }
+    assert!(faults.all_happened());
 }
 
 #[test]

@@ -7,6 +7,7 @@ use std::sync::Arc;
 
 use common::running::json_of;
 use common::{demo_model, workspace};
+use pi_actors::faults::Faults;
 use pi_kernels::attention::KvType;
 use pi_kernels::{ActivationMode, Cpu};
 use pi_runtime::gguf::GgufFile;
@@ -29,6 +30,7 @@ fn options(n_ctx: usize) -> ModelOptions {
         trace: None,
         n_batch: 512,
         tap: None,
+        faults: Faults::default(),
         sidecar: None,
         predicting: Default::default(),
         thresholds: Default::default(),

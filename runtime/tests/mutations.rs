@@ -18,6 +18,7 @@ use common::demo_model;
 use common::gguf_parts::{Parts, Random, mutate_bytes};
 use common::tiny_kinds::kinds;
 use pi_actors::ActorError;
+use pi_actors::faults::Faults;
 use pi_kernels::attention::KvType;
 use pi_kernels::{ActivationMode, Cpu};
 use pi_runtime::chat::{ChatError, ChatTemplate, Message, Role};
@@ -248,6 +249,7 @@ fn generate(path: &Path) -> Result<(), RuntimeError> {
         n_batch: N_UBATCH,
         trace: None,
         tap: None,
+        faults: Faults::default(),
         sidecar: None,
         thresholds: ThresholdSource::default(),
         predicting: Predicting::default(),

@@ -8,6 +8,7 @@ use std::sync::Arc;
 use common::running::{Folder, TEXT, json_of, run};
 use common::tiny_model::TinyModel;
 use common::workspace;
+use pi_actors::faults::Faults;
 use pi_kernels::attention::KvType;
 use pi_kernels::{ActivationMode, Cpu, QuantType};
 use pi_runtime::gguf::{GgufFile, GgufWriter};
@@ -41,6 +42,7 @@ fn options(path: &Path) -> ModelOptions {
         trace: None,
         n_batch: N_UBATCH,
         tap: None,
+        faults: Faults::default(),
         sidecar: None,
         thresholds: ThresholdSource::default(),
         predicting: Predicting::default(),

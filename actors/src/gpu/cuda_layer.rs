@@ -1,6 +1,7 @@
 //! `DeviceLayer` on a GPU: turns the flags of a token's graph into messages, and the nodes' answers into flags.
 #![allow(unsafe_code)]
 
+use std::ops::Range;
 use std::sync::Arc;
 
 use pi_kernels::quant::BLOCK;
@@ -78,6 +79,10 @@ impl CudaLayer {
         if layer == 0 {
             self.begin()?;
         }
+        if self.step().n_tokens > 1 {
+            self.gpu().batch_layer(layer, self.model.shape())?;
+            return self.finish(step, posts);
+        }
         if !self.gpu().has_cold(layer) {
             return self.finish(step, posts);
         }
@@ -140,17 +145,24 @@ impl CudaLayer {
         }
     }
 
-    /// Launches the token.
+    fn step(&self) -> StepInfo {
+        // SAFETY: the pipeline wrote it before the message of the first layer.
+        unsafe { *self.model.slots.step.get() }
+    }
+
+    /// Launches the token, or takes the prompt's.
     fn begin(&self) -> Result<(), GpuError> {
         let model = &*self.model;
         let (n_embd, rope_len) = (model.shape().n_embd, model.rope.row_len());
+        let StepInfo { position, n_tokens } = self.step();
         // SAFETY: the pipeline wrote them before the message.
-        unsafe {
-            let StepInfo { position, n_tokens } = *model.slots.step.get();
-            assert_eq!(n_tokens, 1, "a GPU takes one token at a time");
-            let x = model.slots.x.read(0..n_embd);
-            let rotation = model.slots.rope.read(0..rope_len);
-            self.gpu().begin(x, rotation, position)
+        let (x, rotation) = unsafe {
+            let x = model.slots.x.read(0..n_tokens * n_embd);
+            (x, model.slots.rope.read(0..n_tokens * rope_len))
+        };
+        match n_tokens {
+            1 => self.gpu().begin(x, rotation, position),
+            _ => self.gpu().begin_batch(x, rotation, position),
         }
     }
 
@@ -225,7 +237,10 @@ impl CudaLayer {
     /// Ends the layer; after the last one the GPU has ended the token.
     fn finish(&mut self, step: Step, posts: &mut Posts<'_>) -> Result<(), GpuError> {
         if self.layer + 1 == self.model.shape().n_layer {
-            self.gpu().wait_token()?;
+            match self.step().n_tokens {
+                1 => self.gpu().wait_token()?,
+                _ => self.gpu().wait_batch()?,
+            }
         }
         self.done(step, true, posts);
         Ok(())
@@ -245,19 +260,26 @@ impl CudaLayer {
     pub fn run_head(&mut self, message: RunHead, posts: &mut Posts<'_>) {
         self.work = Counters::default();
         self.count_message();
-        let model = &*self.model;
-        match self.gpu().logits() {
-            Ok(logits) => {
-                // SAFETY: nobody reads the slot before the message below.
-                unsafe { model.slots.logits.write(0..logits.len()) }.copy_from_slice(logits);
-            }
-            Err(error) => model.note_gpu_failure(error),
+        if let Err(error) = self.take_logits(message.tokens()) {
+            self.model.note_gpu_failure(error);
         }
         let done = HeadDone {
             step: message.step,
             work: self.work,
         };
         posts.post(ActorId::Pipeline, Message::HeadDone(done));
+    }
+
+    fn take_logits(&self, tokens: Range<usize>) -> Result<(), GpuError> {
+        let model = &*self.model;
+        let is_batch = self.step().n_tokens > 1;
+        for (row, token) in tokens.enumerate() {
+            let logits = self.gpu().logits(is_batch.then_some(token))?;
+            let at = row * logits.len();
+            // SAFETY: nobody reads the slot before the message that follows.
+            unsafe { model.slots.logits.write(at..at + logits.len()) }.copy_from_slice(logits);
+        }
+        Ok(())
     }
 
     /// Notes why the token has no result, and ends the layer: the pipeline looks before it goes on.

@@ -10,17 +10,18 @@ use pi_kernels::attention::KvType;
 use pi_kernels::cuda::{
     Add, AroundNorm, AttendToken, BeginToken, DeviceAct, DownScratch, Event, Graph, HandOver,
     HandOverNormed, NeuronList, RopeAppend, Stream, TakeOver, attend, attend_token, begin_token,
-    can_attend_token, compact, down_active, gate_up, gemv, hand_over, prepare, prepare_relu,
-    rms_norm, rms_norm_with, rope_append, take_over,
+    can_attend_token, compact, copy, down_active, gate_up, gemv, hand_over, prepare, prepare_relu,
+    rms_norm, rms_norm_with, rope_append, take_over, trap,
 };
 use pi_kernels::{ActivationMode, KernelError};
 
 use super::buffers::Buffers;
 use super::error::GpuError;
 use super::exchange::{Exchange, ExchangeSizes, Flag, Stamp};
+use super::prefill::{Prefill, PrefillSizes};
 use super::times::{GpuTimes, LayerTimes};
 use super::weights::{GpuAhead, GpuDown, GpuFfn, GpuLayer, GpuWeights, values};
-use crate::weights::{GateActivation, ModelShape};
+use crate::weights::{GateActivation, ModelShape, ModelWeights};
 
 /// See the module. Only the thread of node 0's executor calls its functions while a run is under way.
 #[derive(Debug)]
@@ -29,8 +30,9 @@ pub(crate) struct GpuModel {
     token: Mutex<Graph>,
     head: Mutex<Graph>,
     stream: Stream,
+    prefill: Option<Mutex<Prefill>>,
     exchange: Exchange,
-    buffers: Buffers,
+    buffers: Mutex<Buffers>,
     weights: GpuWeights,
     /// Number of the token under way.
     number: AtomicU32,
@@ -40,8 +42,8 @@ pub(crate) struct GpuModel {
     limit: Duration,
 }
 
-/// Bytes of device memory that a token is computed in, key-value cache included, rounded up as the driver gives memory.
-pub fn working_bytes(shape: &ModelShape, kv_type: KvType) -> usize {
+/// Bytes of device memory that tokens are computed in, key-value cache included, rounded up as the driver gives memory.
+pub fn working_bytes(shape: &ModelShape, kv_type: KvType, prefill: PrefillSizes) -> usize {
     /// What the driver gives large pieces in.
     const GRANULE: usize = 2 << 20;
     /// Attention's and down's scratch, and what else does not depend on the model's width.
@@ -53,23 +55,25 @@ pub fn working_bytes(shape: &ModelShape, kv_type: KvType) -> usize {
         _ => 2 * half.next_multiple_of(GRANULE) * shape.n_layer,
     };
     let wide = 16 * (shape.n_embd + shape.n_attn()) + 8 * shape.n_ff + 2 * shape.n_vocab;
-    cache + SCRATCH + (wide * size_of::<f32>()).next_multiple_of(GRANULE)
+    cache + SCRATCH + (wide * size_of::<f32>()).next_multiple_of(GRANULE) + prefill.bytes(shape)
 }
 
 impl GpuModel {
-    /// Prepares a model to run. A token that waits longer than `limit` is given up.
+    /// Prepares a model to run, whose other neurons `host` has; up to `n_tokens` of a prompt at a time. A token that waits longer
+    /// than `limit` is given up.
     ///
     /// # Errors
     /// The driver's.
     pub fn new(
         weights: GpuWeights,
-        shape: &ModelShape,
+        host: &ModelWeights,
         rope_len: usize,
         mode: ActivationMode,
         kv_type: KvType,
+        n_tokens: usize,
         limit: Duration,
     ) -> Result<Self, GpuError> {
-        let device = weights.device.clone();
+        let (device, shape) = (weights.device.clone(), &host.shape);
         let mut buffers = Buffers::new(&device, shape, rope_len, &weights.layers, mode, kv_type)?;
         let predicts = weights.layers.iter().any(|layer| layer.ahead.is_some());
         let exchange = Exchange::new(
@@ -82,6 +86,12 @@ impl GpuModel {
                 n_vocab: shape.n_vocab,
             },
         )?;
+        let prefill = Prefill::new(&weights, host, rope_len, mode, n_tokens)?;
+        if let Some(prefill) = &prefill {
+            let (locked, all) = prefill.streamed_bytes();
+            let (locked_mib, of_mib) = (locked >> 20, all >> 20);
+            tracing::info!(locked_mib, of_mib, "prompts stream cold neurons to the GPU");
+        }
         let (stream, side) = (device.stream()?, device.stream()?);
         let events = [Event::new(&device)?, Event::new(&device)?];
         let mut capture = Capture {
@@ -99,8 +109,9 @@ impl GpuModel {
             token: Mutex::new(token),
             head: Mutex::new(head),
             stream,
+            prefill: prefill.map(Mutex::new),
             exchange,
-            buffers,
+            buffers: Mutex::new(buffers),
             weights,
             number: AtomicU32::new(0),
             under_way: AtomicBool::new(false),
@@ -111,7 +122,15 @@ impl GpuModel {
 
     /// Bytes of device memory.
     pub fn bytes(&self) -> usize {
-        self.weights.arena.bytes() + self.buffers.bytes()
+        let prefill = self.prefill.as_ref();
+        let prefill = prefill.map_or(0, |prefill| locked(prefill).bytes());
+        self.weights.arena.bytes() + locked(&self.buffers).bytes() + prefill
+    }
+
+    /// Tokens from which a prompt is computed several at a time; none where it never is.
+    pub fn prefill_from(&self) -> Option<usize> {
+        let prefill = self.prefill.as_ref()?;
+        Some(locked(prefill).n_tokens_min)
     }
 
     /// Whether the layer has neurons on the host.
@@ -147,9 +166,7 @@ impl GpuModel {
     /// The driver's, or the token before hangs.
     pub fn begin(&self, x: &[f32], rotation: &[f32], position: usize) -> Result<(), GpuError> {
         self.give_up()?;
-        // 0 is what flags are at first
-        let number = self.number().wrapping_add(1).max(1);
-        self.number.store(number, Ordering::Relaxed);
+        let number = self.next_number();
         let exchange = &self.exchange;
         // SAFETY: no token is under way, and no other thread of the host touches these.
         unsafe {
@@ -178,8 +195,79 @@ impl GpuModel {
     }
 
     fn launch(&self, graph: &Mutex<Graph>) -> Result<(), GpuError> {
-        let graph = graph.lock().unwrap_or_else(|broken| broken.into_inner());
-        Ok(graph.launch(&self.stream)?)
+        Ok(locked(graph).launch(&self.stream)?)
+    }
+
+    /// Starts several tokens of a prompt: their embeddings `[n, n_embd]`, rotations `[n, rope_len]`, and the position of the
+    /// first one.
+    ///
+    /// # Errors
+    /// The driver's, or what was before hangs.
+    ///
+    /// # Panics
+    /// When [`Self::prefill_from`] is none.
+    pub fn begin_batch(
+        &self,
+        x: &[f32],
+        rotation: &[f32],
+        position: usize,
+    ) -> Result<(), GpuError> {
+        self.give_up()?;
+        self.wait_batch()?;
+        let number = self.next_number();
+        let buffers = &mut *locked(&self.buffers);
+        buffers.words.write(0, &[position as u32, number])?;
+        let n_embd = buffers.x.len();
+        Ok(self.prefill().begin(x, rotation, n_embd)?)
+    }
+
+    /// Launches a layer of these tokens.
+    ///
+    /// # Errors
+    /// The driver's.
+    pub fn batch_layer(&self, layer: usize, shape: &ModelShape) -> Result<(), GpuError> {
+        let buffers = &mut *locked(&self.buffers);
+        let weights = &self.weights;
+        let cache = (&mut buffers.caches[layer], buffers.words.view(0..1));
+        let layer = (layer, &weights.layers[layer]);
+        Ok(self
+            .prefill()
+            .layer(&self.stream, layer, &weights.arena, shape, cache)?)
+    }
+
+    /// Waits for the end of what was launched.
+    ///
+    /// # Errors
+    /// The driver's; or it does not come.
+    pub fn wait_batch(&self) -> Result<(), GpuError> {
+        let start = Instant::now();
+        while !self.stream.is_done()? {
+            if start.elapsed() > self.limit {
+                let seconds = self.limit.as_secs_f64();
+                return Err(GpuError::GpuLate { seconds });
+            }
+            std::thread::sleep(ASK_BATCH_EVERY);
+        }
+        Ok(())
+    }
+
+    /// Lets the GPU fail, for tests: it is lost.
+    pub fn trap(&self) {
+        if let Err(error) = trap(&self.stream) {
+            tracing::error!("no trap: {error}");
+        }
+    }
+
+    fn prefill(&self) -> MutexGuard<'_, Prefill> {
+        let prefill = self.prefill.as_ref();
+        locked(prefill.expect("prompts are computed several tokens at a time"))
+    }
+
+    fn next_number(&self) -> u32 {
+        // 0 is what flags are at first
+        let number = self.number().wrapping_add(1).max(1);
+        self.number.store(number, Ordering::Relaxed);
+        number
     }
 
     fn wait(&self, flag: Flag) -> Result<(), GpuError> {
@@ -245,9 +333,7 @@ impl GpuModel {
     }
 
     fn times(&self) -> MutexGuard<'_, TokenTimes> {
-        self.times
-            .lock()
-            .unwrap_or_else(|broken| broken.into_inner())
+        locked(&self.times)
     }
 
     /// Notes the times of the token that has just ended.
@@ -283,11 +369,18 @@ impl GpuModel {
         self.times().all.clone()
     }
 
-    /// Logits of the last token, `[n_vocab]`.
+    /// Logits of the last token, or of this one of those that were computed together, `[n_vocab]`.
     ///
     /// # Errors
     /// [`GpuError`].
-    pub fn logits(&self) -> Result<&[f32], GpuError> {
+    pub fn logits(&self, of_batch: Option<usize>) -> Result<&[f32], GpuError> {
+        if let Some(token) = of_batch {
+            let buffers = &mut *locked(&self.buffers);
+            let n_embd = buffers.x.len();
+            let prefill = self.prefill();
+            let from = prefill.x.view(token * n_embd..(token + 1) * n_embd);
+            copy(&self.stream, from, buffers.x.view_mut(..))?;
+        }
         // another number than the last launch's
         self.exchange.store(Flag::Logits, 0);
         self.launch(&self.head)?;
@@ -296,6 +389,13 @@ impl GpuModel {
         // SAFETY: the flag was seen; the next launch is after the slice's use, by this thread.
         Ok(unsafe { self.exchange.logits.read(0..n_vocab) })
     }
+}
+
+/// Between questions whether a prompt's tokens are done.
+const ASK_BATCH_EVERY: Duration = Duration::from_micros(50);
+
+fn locked<T>(what: &Mutex<T>) -> MutexGuard<'_, T> {
+    what.lock().unwrap_or_else(|broken| broken.into_inner())
 }
 
 /// When the host saw and answered each layer of the token under way; and all that is known of tokens before.

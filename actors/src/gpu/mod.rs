@@ -1,6 +1,6 @@
 //! The GPU as the device: attention, hot neurons, predictors and head of all layers in its memory.
 //!
-//! A token is one CUDA graph. What passes between GPU and host within it goes through pinned memory with flags
+//! A token is one CUDA graph; a prompt's tokens are launched together (`prefill`). What passes between GPU and host within it goes through pinned memory with flags
 //! (`exchange`); `CudaLayer` turns these into the messages that a layer's other actors know. See `docs/gpu.md`.
 
 mod buffers;
@@ -8,6 +8,7 @@ mod cuda_layer;
 mod error;
 mod exchange;
 mod gpu_model;
+mod prefill;
 mod times;
 pub mod weights;
 
@@ -18,6 +19,7 @@ pub(crate) use cuda_layer::CudaLayer;
 pub use error::GpuError;
 pub(crate) use gpu_model::GpuModel;
 pub use gpu_model::working_bytes;
+pub use prefill::PrefillSizes;
 pub use times::{GpuTimes, LayerTimes};
 
 /// Writes the sum of `sums`, added in their order, to `to`; zeros without any.

@@ -5,7 +5,9 @@ use std::ffi::CString;
 
 use cudarc::driver::{result, sys};
 
+use super::attention_batch;
 use super::device::call;
+use super::gemm;
 use super::layout::SUPPORTED;
 use crate::activations::ActivationMode;
 use crate::attention::KvType;
@@ -30,6 +32,21 @@ pub(super) struct ResidentFunction {
     pub(super) blocks_per_multiprocessor: usize,
 }
 
+/// Kernels that take several tokens.
+#[derive(Debug)]
+pub(super) struct PrefillFunctions {
+    /// By place in [`SUPPORTED`] and in [`gemm::TILES`].
+    gemm: Vec<Vec<Function>>,
+    /// f16 and f32 caches: f32 and 8-bit arithmetic.
+    attend: [[Function; 2]; 2],
+    pub(super) prepare_batch: Function,
+    pub(super) rms_norm_batch: Function,
+    pub(super) gate_up_batch: Function,
+    pub(super) unpack: Function,
+    /// To f32 and to f16, by place in [`SUPPORTED`].
+    transpose: [Vec<Function>; 2],
+}
+
 /// Every kernel.
 #[derive(Debug)]
 pub(super) struct Functions {
@@ -39,6 +56,7 @@ pub(super) struct Functions {
     embed: Vec<Function>,
     /// f16 and f32 caches, by place in [`ATTEND_HEADS`].
     attend: [Vec<Function>; 2],
+    pub(super) prefill: PrefillFunctions,
     pub(super) compact: Function,
     pub(super) prepare: Function,
     pub(super) begin_token: Function,
@@ -48,6 +66,8 @@ pub(super) struct Functions {
     pub(super) rope_append: Function,
     pub(super) argmax: Function,
     pub(super) top_k: Function,
+    /// For tests.
+    pub(super) trap: Function,
 }
 
 impl Functions {
@@ -92,6 +112,7 @@ impl Functions {
             ATTEND_HEADS.iter().map(name).collect()
         };
         Ok(Self {
+            prefill: PrefillFunctions::fetch(&get)?,
             rows: SUPPORTED.iter().map(rows).collect::<Result<_, _>>()?,
             down: each("down")?,
             embed: each("embed")?,
@@ -105,6 +126,7 @@ impl Functions {
             rope_append: get("rope_append".to_owned())?,
             argmax: get("argmax".to_owned())?,
             top_k: get("top_k".to_owned())?,
+            trap: get("trap".to_owned())?,
         })
     }
 
@@ -128,5 +150,62 @@ impl Functions {
     /// `place` is one in [`ATTEND_HEADS`].
     pub(super) fn attend(&self, cache: KvType, place: usize) -> Function {
         self.attend[usize::from(cache == KvType::F32)][place]
+    }
+}
+
+impl PrefillFunctions {
+    /// `get` fetches the kernel of a name.
+    fn fetch(get: &dyn Fn(String) -> Result<Function, KernelError>) -> Result<Self, KernelError> {
+        let with_shared = |name: String, bytes: usize| {
+            let function = get(name)?;
+            use sys::CUfunction_attribute::CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES as SHARED;
+            // SAFETY: a function of the module.
+            let answer = unsafe {
+                result::function::set_function_attribute(function.0, SHARED, bytes as i32)
+            };
+            call("set a kernel's shared memory", answer)?;
+            Ok::<_, KernelError>(function)
+        };
+        let gemm = |quant: &QuantType| -> Result<Vec<_>, _> {
+            let name = |tile: &gemm::Tile| {
+                let name = format!("gemm_{}_{}", quant.name(), tile.name);
+                with_shared(name, tile.shared_bytes)
+            };
+            gemm::TILES.iter().map(name).collect()
+        };
+        let attend = |name: &str| {
+            let name = format!("attend_batch_{name}");
+            with_shared(name, attention_batch::SHARED_BYTES_MAX)
+        };
+        let transpose = |to: &str| -> Result<Vec<_>, _> {
+            let name = |quant: &QuantType| get(format!("transpose_{to}_{}", quant.name()));
+            SUPPORTED.iter().map(name).collect()
+        };
+        Ok(Self {
+            gemm: SUPPORTED.iter().map(gemm).collect::<Result<_, _>>()?,
+            attend: [
+                [attend("f16_split")?, attend("f16")?],
+                [attend("f32_split")?, attend("f32")?],
+            ],
+            prepare_batch: get("prepare_batch".to_owned())?,
+            rms_norm_batch: get("rms_norm_batch".to_owned())?,
+            gate_up_batch: get("gate_up_batch".to_owned())?,
+            unpack: get("unpack".to_owned())?,
+            transpose: [transpose("f32")?, transpose("f16")?],
+        })
+    }
+
+    /// `place` is one in [`gemm::TILES`].
+    pub(super) fn gemm(&self, quant: QuantType, place: usize) -> Function {
+        self.gemm[Functions::place(quant)][place]
+    }
+
+    /// Rows of `quant` to what `mode` multiplies.
+    pub(super) fn transpose(&self, quant: QuantType, mode: ActivationMode) -> Function {
+        self.transpose[usize::from(mode == ActivationMode::Q8)][Functions::place(quant)]
+    }
+
+    pub(super) fn attend(&self, cache: KvType, mode: ActivationMode) -> Function {
+        self.attend[usize::from(cache == KvType::F32)][usize::from(mode == ActivationMode::Q8)]
     }
 }

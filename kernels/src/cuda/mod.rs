@@ -12,12 +12,15 @@
 
 mod activations;
 mod attention;
+mod attention_batch;
+mod batch;
 mod buffer;
 mod compact;
 mod device;
 mod down;
 mod embed;
 mod functions;
+mod gemm;
 mod graph;
 mod hand_off;
 mod images;
@@ -29,16 +32,20 @@ mod rope;
 mod rows;
 mod sample;
 mod stream;
+mod streamed;
 
 pub use activations::{DeviceAct, Q8Copy, prepare, prepare_relu};
 pub use attention::{
     AttendScratch, AttendToken, DeviceCache, attend, attend_token, can_attend_token,
 };
+pub use attention_batch::attend_batch;
+pub use batch::{DeviceBatch, gate_up_batch, prepare_batch, rms_norm_batch};
 pub use buffer::{DeviceBuffer, Plain, View, ViewMut};
 pub use compact::compact;
 pub use device::{DRIVER_VERSION_MIN, Device, DeviceInfo, device_count};
 pub use down::{DownScratch, down_active};
 pub use embed::embed;
+pub use gemm::{GemmScratch, gemm};
 pub use graph::Graph;
 pub use hand_off::{
     BeginToken, HandOver, HandOverNormed, TakeOver, begin_token, hand_over, take_over,
@@ -47,7 +54,8 @@ pub use images::Capability;
 pub use layout::{DeviceRows, RowsView, SUPPORTED, is_supported};
 pub use norm::{AroundNorm, rms_norm, rms_norm_with};
 pub use pinned::PinnedBuffer;
-pub use rope::{RopeAppend, rope_append};
+pub use rope::{RopeAppend, rope_append, rope_append_batch};
 pub use rows::{Add, NeuronList, gate_up, gemv, row_products};
 pub use sample::{SampleScratch, TOP_K_MAX, argmax, top_k};
 pub use stream::{Event, Stream};
+pub use streamed::{HostRows, Registered, copy, copy_in, transpose, transposed_rows, trap, unpack};

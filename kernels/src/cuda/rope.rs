@@ -7,7 +7,8 @@ use crate::attention::KvType;
 use crate::error::KernelError;
 use crate::rope::RopePairs;
 
-/// What [`rope_append`] rotates and stores.
+/// What [`rope_append`] rotates and stores; of [`rope_append_batch`] every array but `position` has the tokens as its
+/// first dimension.
 #[derive(Debug)]
 pub struct RopeAppend<'a> {
     /// `[n_head, head_dim]` f32, rotated in place.
@@ -20,7 +21,7 @@ pub struct RopeAppend<'a> {
     pub rotation: View<'a, f32>,
     /// Which values of a head form a pair.
     pub pairs: RopePairs,
-    /// `[1]` u32: the token's position.
+    /// `[1]` u32: the position of the token, or of the first of several, which are at consecutive positions.
     pub position: View<'a, u32>,
 }
 
@@ -58,15 +59,42 @@ pub fn rope_append(
     token: RopeAppend<'_>,
     cache: &mut DeviceCache,
 ) -> Result<(), KernelError> {
+    rope_append_batch(stream, token, 1, cache)
+}
+
+/// [`rope_append`] for `n_tokens` tokens at consecutive positions: the same bits.
+///
+/// # Errors
+/// The driver's.
+///
+/// # Panics
+/// When shapes or devices do not fit.
+pub fn rope_append_batch(
+    stream: &Stream,
+    token: RopeAppend<'_>,
+    n_tokens: usize,
+    cache: &mut DeviceCache,
+) -> Result<(), KernelError> {
     let (head_dim, n_head_kv) = (cache.head_dim(), cache.n_head_kv());
-    let n_dims = token.rotation.len() / 2;
-    assert_eq!(token.q.len() % head_dim, 0, "whole heads");
+    if n_tokens == 0 {
+        return Ok(());
+    }
+    let n_dims = token.rotation.len() / (2 * n_tokens);
+    let n_head = token.q.len() / (n_tokens * head_dim);
+    assert_eq!(
+        token.q.len(),
+        n_tokens * n_head * head_dim,
+        "whole heads of every token"
+    );
+    let kv_len = n_tokens * n_head_kv * head_dim;
     assert!(
-        token.k.len() == n_head_kv * head_dim && token.v.len() == n_head_kv * head_dim,
+        token.k.len() == kv_len && token.v.len() == kv_len,
         "keys and values of the cache's heads"
     );
     assert!(
-        token.rotation.len().is_multiple_of(4) && n_dims <= head_dim,
+        token.rotation.len() == 2 * n_tokens * n_dims
+            && n_dims.is_multiple_of(2)
+            && n_dims <= head_dim,
         "rotations of pairs of a head"
     );
     assert_eq!(token.position.len(), 1, "one position");
@@ -76,7 +104,6 @@ pub fn rope_append(
         token.position.device(),
         cache.device(),
     ]);
-    let n_head = token.q.len() / head_dim;
     let (k_cache, v_cache) = cache.addresses();
     let args = RopeAppendArgs {
         q: token.q.address(),
@@ -95,7 +122,7 @@ pub fn rope_append(
         cache_f32: u32::from(cache.kv_type() == KvType::F32),
     };
     let grid = Grid {
-        blocks: [n_head + 2 * n_head_kv, 1],
+        blocks: [n_head + 2 * n_head_kv, n_tokens],
         threads: 128,
         shared_bytes: 0,
     };

@@ -15,7 +15,7 @@ use crate::error::KernelError;
 pub struct Stream {
     device: Device,
     raw: sys::CUstream,
-    /// Whether the next launch waits for another stream's work: it cannot start early.
+    /// Whether the next launch cannot start early: it waits for another stream's work, or reads weights that were just written.
     joined: AtomicBool,
 }
 
@@ -63,6 +63,12 @@ impl Stream {
         // SAFETY: both are alive.
         let answer = unsafe { result::stream::wait_event(self.raw, event.raw, flags) };
         call("wait for an event", answer)
+    }
+
+    /// Lets the next launch start when everything before it has ended: for weights that a launch has written, which kernels
+    /// read before they wait.
+    pub fn start_next_late(&self) {
+        self.joined.store(true, Ordering::Relaxed);
     }
 
     /// Waits until everything launched so far is done.
@@ -165,6 +171,11 @@ pub struct Event {
     device: Device,
     raw: sys::CUevent,
 }
+
+// SAFETY: the driver's events may be used from any thread; calls make the context current first.
+unsafe impl Send for Event {}
+// SAFETY: as above; the driver locks its own state.
+unsafe impl Sync for Event {}
 
 impl Event {
     /// A new event of the stream's device.

@@ -1,5 +1,6 @@
 //! From the flags that name a model to the model.
 
+use pi_actors::faults::Faults;
 use pi_actors::trace::TraceBounds;
 use pi_kernels::attention::KvType;
 use pi_kernels::{Cpu, Tier};
@@ -36,6 +37,7 @@ impl ModelArgs {
             },
             trace: None,
             tap: None,
+            faults: Faults::default(),
             sidecar: self.sidecar.clone(),
             head: self.head,
             thresholds: if self.force_threshold {

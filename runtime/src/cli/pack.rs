@@ -2,6 +2,7 @@
 
 use std::path::Path;
 
+use pi_actors::faults::Faults;
 use pi_kernels::attention::KvType;
 use pi_kernels::{ActivationMode, Cpu, QuantType};
 use pi_topology::Plan;
@@ -200,6 +201,7 @@ impl Packing<'_> {
             kv_type: KvType::F16,
             trace: None,
             tap: None,
+            faults: Faults::default(),
             sidecar: None,
             thresholds: ThresholdSource::default(),
             predicting: Predicting::default(),

@@ -58,6 +58,8 @@ pub struct ModelOptions {
     pub n_batch: usize,
     /// Who looks at the hidden states, if somebody does.
     pub tap: Option<Arc<dyn LayerTap>>,
+    /// What shall fail. Empty but in tests.
+    pub faults: Faults,
     /// The model's sidecar; none: the file beside the model, where a mode needs it.
     pub sidecar: Option<PathBuf>,
     /// Which head computes logits; the sparse one needs the sidecar.
@@ -306,6 +308,8 @@ fn start_engine(
         profile: profile.as_ref(),
         predicting: options.predicting,
         kv_type: options.kv_type,
+        n_ubatch: options.n_batch.min(N_UBATCH),
+        mode: options.cpu.mode(),
         groups_max: FFN_GROUPS,
     };
     let on_gpu = OnGpu::choose(options, plan, request).map_err(in_file)?;
@@ -352,7 +356,7 @@ fn start_engine(
             kv_type: options.kv_type,
             n_ubatch: options.n_batch.min(N_UBATCH),
             wait_limit: WAIT_LIMIT,
-            faults: Faults::default(),
+            faults: options.faults.clone(),
             trace: options.trace.map(|bounds| fit(bounds, n_ctx)),
             tap: options.tap.clone(),
         },

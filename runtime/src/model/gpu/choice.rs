@@ -2,7 +2,9 @@
 
 use std::fmt;
 
+use pi_actors::gpu::PrefillSizes;
 use pi_actors::weights::ModelShape;
+use pi_kernels::ActivationMode;
 use pi_kernels::attention::KvType;
 use pi_kernels::ffn_sparse::FFN_GROUPS;
 
@@ -40,6 +42,10 @@ pub struct GpuRequest<'a> {
     pub predicting: Predicting,
     /// Format of the key-value cache.
     pub kv_type: KvType,
+    /// Most tokens of a prompt that are computed together.
+    pub n_ubatch: usize,
+    /// The arithmetic.
+    pub mode: ActivationMode,
     /// Most groups of a layer that may be hot.
     pub groups_max: usize,
 }
@@ -110,12 +116,18 @@ pub fn choose(
     let mut layers = orders(&request);
     let nothing_hot = GpuLayout::new(&request, &layers);
     let bundle_bytes = nothing_hot.bundle_bytes;
+    let prefill = PrefillSizes {
+        n_tokens: request.n_ubatch.min(shape.n_ctx),
+        mode: request.mode,
+        bundle_bytes: bundle_bytes.iter().copied().max().unwrap_or(0),
+        plain: request.sparsity.down.iter().any(|down| whole(*down)),
+    };
     let mut memory = GpuMemory {
         budget,
         overhead,
         dense: nothing_hot.dense_bytes,
         predictors: nothing_hot.predictor_bytes,
-        working: pi_actors::gpu::working_bytes(shape, request.kv_type),
+        working: pi_actors::gpu::working_bytes(shape, request.kv_type, prefill),
         hot: 0,
         neurons: 0,
     };

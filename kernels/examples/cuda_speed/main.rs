@@ -1,120 +1,25 @@
-//! How fast the CUDA kernels read memory: cargo run --release -p pi-kernels --example cuda_speed [GB/s of the card]
+//! How fast the CUDA kernels are: cargo run --release -p pi-kernels --example cuda_speed -- [decode | prefill] [GB/s] [TFLOP/s]
+//!
+//! Decoding: how fast they read memory, and percent of GB/s (3100 where none is given). Prefill: how fast they multiply, and
+//! percent of what the card's tensor cores do in dense f16 (989 where none is given).
 //!
 //! Weights rotate over copies that no cache holds; launches are captured in one graph, so that the time is the device's.
 //! Medians of nine.
 
+mod bench;
+mod prefill;
+
+use bench::Bench;
 use pi_kernels::attention::KvType;
 use pi_kernels::cuda::{
-    Add, AttendScratch, Device, DeviceAct, DeviceBuffer, DeviceCache, DeviceRows, DownScratch,
-    Event, Graph, NeuronList, RowsView, SampleScratch, Stream, argmax, attend, compact,
-    down_active, gate_up, gemv, prepare, rms_norm, top_k,
+    Add, AttendScratch, Device, DeviceAct, DeviceCache, DownScratch, NeuronList, SampleScratch,
+    argmax, attend, compact, down_active, gate_up, gemv, prepare, rms_norm, top_k,
 };
 use pi_kernels::{ActivationMode, KernelError, QuantType};
 
-/// Bytes over which weights rotate: several times the largest cache.
-const ROTATED_BYTES: usize = 400 << 20;
-
-struct Bench {
-    device: Device,
-    stream: Stream,
-    peak_gb_s: f64,
-}
-
-/// Copies of rows whose values are any bits and whose scales are small.
-struct Weights {
-    rows: DeviceRows,
-    copies: Vec<DeviceBuffer<u8>>,
-}
-
-impl Weights {
-    fn view(&self, launch: usize) -> RowsView<'_> {
-        RowsView::dense(self.rows, self.copies[launch % self.copies.len()].view(..))
-    }
-}
-
-fn random_bytes(n: usize, seed: u64) -> Vec<u8> {
-    let mut state = seed;
-    let mut next = || {
-        state = state
-            .wrapping_mul(6_364_136_223_846_793_005)
-            .wrapping_add(1);
-        (state >> 33) as u8
-    };
-    (0..n).map(|_| next()).collect()
-}
+use crate::bench::random_bytes;
 
 impl Bench {
-    fn weights(
-        &self,
-        quant: QuantType,
-        n_rows: usize,
-        n_cols: usize,
-    ) -> Result<Weights, KernelError> {
-        let rows = DeviceRows {
-            quant,
-            n_rows,
-            n_cols,
-        };
-        // every 97th row is its own; floats and scales get a small exponent
-        let n_own = n_rows.min(97);
-        let mut file = random_bytes(n_own * quant.row_bytes(n_cols), 5);
-        for block in file.chunks_exact_mut(quant.block_bytes()) {
-            for plane in quant.planes().iter().filter(|plane| plane.unit_bytes == 2) {
-                block[plane.offset_bytes + 1] = 0x21;
-            }
-        }
-        let mut own = vec![0; n_own * rows.row_bytes()];
-        rows.pack(&file, rows.row_bytes(), &mut own);
-        let packed: Vec<u8> = own.iter().copied().cycle().take(rows.bytes()).collect();
-        let n_copies = ROTATED_BYTES.div_ceil(rows.bytes());
-        let copies = (0..n_copies).map(|_| self.device.upload(&packed));
-        Ok(Weights {
-            rows,
-            copies: copies.collect::<Result<_, _>>()?,
-        })
-    }
-
-    fn activations(&self, n: usize, mode: ActivationMode) -> Result<DeviceAct, KernelError> {
-        let values: Vec<f32> = random_bytes(n, 9)
-            .iter()
-            .map(|&b| f32::from(b) / 128.0 - 1.0)
-            .collect();
-        let mut act = DeviceAct::new(&self.device, mode, n)?;
-        let values = self.device.upload(&values)?;
-        prepare(&self.stream, values.view(..), &mut act)?;
-        self.stream.synchronize()?;
-        Ok(act)
-    }
-
-    /// Median microseconds of one of `n` launches in a graph.
-    fn time(
-        &self,
-        n: usize,
-        mut launch: impl FnMut(&Stream, usize) -> Result<(), KernelError>,
-    ) -> Result<f64, KernelError> {
-        let graph = Graph::capture(&self.stream, |stream| {
-            (0..n).try_for_each(|i| launch(stream, i))
-        })?;
-        let (start, end) = (Event::new(&self.device)?, Event::new(&self.device)?);
-        let mut times = Vec::new();
-        for _ in 0..11 {
-            start.record(&self.stream)?;
-            graph.launch(&self.stream)?;
-            end.record(&self.stream)?;
-            self.stream.synchronize()?;
-            times.push(1e3 * f64::from(start.elapsed_ms(&end)?) / n as f64);
-        }
-        times.drain(..2);
-        times.sort_by(f64::total_cmp);
-        Ok(times[times.len() / 2])
-    }
-
-    fn report(&self, what: &str, us: f64, bytes: usize) {
-        let gb_s = bytes as f64 / us / 1e3;
-        let percent = 100.0 * gb_s / self.peak_gb_s;
-        println!("{what:52} {us:9.2} µs {gb_s:8.0} GB/s {percent:5.1} %");
-    }
-
     fn gemv(
         &self,
         quant: QuantType,
@@ -274,24 +179,7 @@ impl Bench {
     }
 }
 
-fn main() -> Result<(), Box<dyn std::error::Error>> {
-    let peak_gb_s = std::env::args()
-        .nth(1)
-        .map_or(Ok(3100.0), |peak| peak.parse())?;
-    let device = match Device::open(0) {
-        Ok(device) => device,
-        Err(error) => {
-            println!("skipped: {error}");
-            return Ok(());
-        }
-    };
-    println!("{:?}; percent are of {peak_gb_s} GB/s", device.info());
-    let stream = device.stream()?;
-    let bench = Bench {
-        device,
-        stream,
-        peak_gb_s,
-    };
+fn decode(bench: &Bench) -> Result<(), KernelError> {
     let (q8, f32) = (ActivationMode::Q8, ActivationMode::F32);
     for (n_rows, n_cols) in [
         (4096, 4096),
@@ -329,6 +217,39 @@ fn main() -> Result<(), Box<dyn std::error::Error>> {
         bench.attention(64, 8, 128, n_ctx)?;
     }
     bench.attention(32, 32, 128, 4096)?;
-    bench.small()?;
+    bench.small()
+}
+
+fn main() -> Result<(), Box<dyn std::error::Error>> {
+    let arguments: Vec<String> = std::env::args().skip(1).collect();
+    let is_named = |name: &&String| ["decode", "prefill"].contains(&name.as_str());
+    let only = arguments.first().filter(is_named);
+    let mut peaks = arguments[usize::from(only.is_some())..].iter();
+    let mut peak = |or: f64| peaks.next().map_or(Ok(or), |peak| peak.parse());
+    let (peak_gb_s, peak_tflop_s) = (peak(3100.0)?, peak(989.0)?);
+    let device = match Device::open(0) {
+        Ok(device) => device,
+        Err(error) => {
+            println!("skipped: {error}");
+            return Ok(());
+        }
+    };
+    println!(
+        "{:?}; percent are of {peak_gb_s} GB/s and {peak_tflop_s} TFLOP/s",
+        device.info()
+    );
+    let stream = device.stream()?;
+    let bench = Bench {
+        device,
+        stream,
+        peak_gb_s,
+        peak_tflop_s,
+    };
+    if only.is_none_or(|only| only == "decode") {
+        decode(&bench)?;
+    }
+    if only.is_none_or(|only| only == "prefill") {
+        prefill::run(&bench)?;
+    }
     Ok(())
 }

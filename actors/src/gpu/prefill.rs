@@ -1,0 +1,752 @@
+//! Several tokens of a prompt at a time: all on the GPU. Neurons that it does not hold are streamed from the host's memory, a part
+//! of a layer after the other, while the part before is multiplied.
+#![allow(unsafe_code)]
+
+use std::ops::Range;
+
+use bytes::Bytes;
+use pi_kernels::cuda::{
+    Add, Device, DeviceBatch, DeviceBuffer, DeviceCache, DeviceRows, Event, GemmScratch, HostRows,
+    Registered, RopeAppend, RowsView, Stream, View, attend_batch, copy_in, gate_up_batch, gemm,
+    prepare_batch, rms_norm_batch, rope_append_batch, transpose, transposed_rows, unpack,
+};
+use pi_kernels::{ActivationMode, KernelError, Layout, MatrixShape, ROW_GROUP};
+
+use super::weights::{GpuDown, GpuFfn, GpuLayer, GpuRows, GpuWeights, values};
+use crate::weights::{
+    FfnShare, GateActivation, LayerShare, Matrix, ModelShape, ModelWeights, UpRows,
+};
+
+/// Neurons that are multiplied together.
+const NEURONS: usize = 2048;
+/// Parts of layers that are on the device or on their way to it at a time.
+const STAGES: usize = 4;
+/// Tokens from which a product of several takes less time than one product a token.
+const TOKENS_MIN: usize = 4;
+/// Tokens from which streaming a layer's cold neurons takes less time than having the host compute them token by token.
+const STREAMED_TOKENS_MIN: usize = 32;
+/// What starts in a buffer at multiples of this suits every load.
+const ALIGNMENT: usize = 256;
+/// Memory is locked by pages: what is not farther apart is locked together.
+const PAGE: usize = 4096;
+
+/// Sizes that the memory for a prompt's tokens follows from.
+#[derive(Debug, Clone, Copy)]
+pub struct PrefillSizes {
+    /// Tokens at a time.
+    pub n_tokens: usize,
+    /// The arithmetic.
+    pub mode: ActivationMode,
+    /// Bytes of the largest neuron: its gate, up and down weights.
+    pub bundle_bytes: usize,
+    /// Whether a down projection is plain, so that all of a layer's neurons are multiplied together.
+    pub plain: bool,
+}
+
+impl PrefillSizes {
+    /// Bytes of device memory that they take, with what rounding may add.
+    pub fn bytes(&self, shape: &ModelShape) -> usize {
+        /// The driver gives pieces of this many bytes, and there are about so many of them.
+        const ROUNDING: usize = 24 * (2 << 20);
+        /// For products in parts, of the largest devices.
+        const SCRATCH: usize = 24 << 20;
+        if self.n_tokens < TOKENS_MIN {
+            return 0;
+        }
+        let together = if self.plain {
+            shape.n_ff
+        } else {
+            NEURONS.min(shape.n_ff)
+        };
+        let weight = match self.mode {
+            ActivationMode::Q8 => 2,
+            ActivationMode::F32 => 4,
+        };
+        let n_kv = shape.n_head_kv * shape.head_dim;
+        let floats =
+            shape.n_embd + 2 * shape.n_attn() + 2 * n_kv + 2 * shape.head_dim + 2 * together;
+        let batches = shape.n_embd + shape.n_attn() + together;
+        self.n_tokens * (4 * floats + weight * batches)
+            + together * self.bundle_bytes * (STAGES + 1)
+            + together * shape.n_embd * weight
+            + SCRATCH
+            + ROUNDING
+    }
+}
+
+/// Neurons on the host that are copied and multiplied together.
+#[derive(Debug)]
+struct ColdPart {
+    gate: Piece,
+    up: Piece,
+    down: Piece,
+    /// What is copied, and where it goes in a stage: all pieces lie in these.
+    copies: Vec<(Bytes, usize)>,
+}
+
+/// Rows within a stage.
+#[derive(Debug, Clone, Copy)]
+struct Piece {
+    shape: MatrixShape,
+    stride_bytes: usize,
+    at: usize,
+    bytes: usize,
+}
+
+impl Piece {
+    fn rows<'a>(&self, stage: View<'a, u8>) -> HostRows<'a> {
+        HostRows {
+            shape: self.shape,
+            stride_bytes: self.stride_bytes,
+            bytes: stage.part(self.at..self.at + self.bytes),
+        }
+    }
+}
+
+/// A part that is being put together.
+#[derive(Default)]
+struct Staged {
+    copies: Vec<(Bytes, usize)>,
+    end: usize,
+}
+
+impl Staged {
+    fn copy(&mut self, bytes: Bytes) -> usize {
+        let at = self.end.next_multiple_of(ALIGNMENT);
+        self.end = at + bytes.len();
+        self.copies.push((bytes, at));
+        at
+    }
+
+    /// Rows `rows` of a matrix of their own; interleaved ones start at a group.
+    fn matrix(&mut self, matrix: &Matrix, rows: Range<usize>) -> Piece {
+        let row_bytes = matrix.shape.row_bytes();
+        let together = matrix.shape.layout.rows_together();
+        let end = rows.end.next_multiple_of(together);
+        let bytes = matrix.bytes.slice(rows.start * row_bytes..end * row_bytes);
+        let len = bytes.len();
+        Piece {
+            shape: MatrixShape {
+                n_rows: rows.len(),
+                ..matrix.shape
+            },
+            stride_bytes: row_bytes,
+            at: self.copy(bytes),
+            bytes: len,
+        }
+    }
+}
+
+/// The share's neurons in parts, with the bytes of each; none where the device cannot take them as they lie.
+fn parts(share: &LayerShare) -> Option<Vec<(ColdPart, usize)>> {
+    let n = share.neurons.len();
+    if n == 0 {
+        return Some(vec![]);
+    }
+    let FfnShare::Neurons { up, rows } = &share.ffn else {
+        return None;
+    };
+    let own_up = match up {
+        UpRows::Interleaved(up) => Some(up),
+        UpRows::Paired => None,
+    };
+    let up_quant = own_up.map(|up| up.shape.quant).or(rows.up)?;
+    let quants = [share.gate.shape.quant, up_quant, rows.down];
+    // gates in planes lie elsewhere
+    if share.gate.shape.n_rows != n || !quants.into_iter().all(HostRows::is_supported) {
+        return None;
+    }
+    let parts = (0..n).step_by(NEURONS).map(|first| {
+        let neurons = first..(first + NEURONS).min(n);
+        let mut staged = Staged::default();
+        let gate = staged.matrix(&share.gate, neurons.clone());
+        let record = rows.record_bytes();
+        let bytes = rows
+            .bytes
+            .slice(neurons.start * record..neurons.end * record);
+        let records = bytes.len();
+        let at = staged.copy(bytes);
+        let of_record = |quant, offset: usize| Piece {
+            shape: MatrixShape {
+                quant,
+                n_rows: neurons.len(),
+                n_cols: rows.n_embd,
+                layout: Layout::Rows,
+            },
+            stride_bytes: record,
+            at: at + offset,
+            bytes: records - offset,
+        };
+        let down = of_record(rows.down, rows.up_row_bytes());
+        let paired = of_record(up_quant, 0);
+        let up = match own_up {
+            Some(up) => staged.matrix(up, neurons),
+            None => paired,
+        };
+        let part = ColdPart {
+            gate,
+            up,
+            down,
+            copies: staged.copies,
+        };
+        (part, staged.end)
+    });
+    Some(parts.collect())
+}
+
+const _: () = assert!(NEURONS.is_multiple_of(ROW_GROUP));
+
+/// Where streamed weights go.
+#[derive(Debug)]
+struct Stage {
+    bytes: DeviceBuffer<u8>,
+    /// The weights are there.
+    copied: Event,
+    /// They have been used.
+    used: Event,
+}
+
+/// See the module.
+#[derive(Debug)]
+pub(super) struct Prefill {
+    // first, so that it is given back before the memory that it names
+    registered: Vec<Registered>,
+    /// By layer.
+    cold: Vec<Vec<ColdPart>>,
+    copies: Stream,
+    stages: Vec<Stage>,
+    /// Stage of the next part.
+    next: usize,
+    /// Rows as products take them: gates, ups, downs; and downs by column.
+    unpacked: [DeviceBuffer<u8>; 3],
+    turned: DeviceBuffer<u8>,
+    mode: ActivationMode,
+    /// Tokens that fit.
+    n_tokens_max: usize,
+    /// Tokens from which it is used.
+    pub n_tokens_min: usize,
+    /// Residual stream `[n_tokens, n_embd]`.
+    pub x: DeviceBuffer<f32>,
+    pub rotation: DeviceBuffer<f32>,
+    normed: DeviceBatch,
+    q: DeviceBuffer<f32>,
+    k: DeviceBuffer<f32>,
+    v: DeviceBuffer<f32>,
+    heads: DeviceBuffer<f32>,
+    attn: DeviceBatch,
+    gate: DeviceBuffer<f32>,
+    up: DeviceBuffer<f32>,
+    act: DeviceBatch,
+    scratch: GemmScratch,
+    /// Tokens under way.
+    n_tokens: usize,
+}
+
+impl Prefill {
+    /// Room for up to `n_tokens` tokens at a time; none where that gains nothing, or the host's neurons lie in an order that the
+    /// device does not take.
+    ///
+    /// # Errors
+    /// The driver's.
+    pub fn new(
+        weights: &GpuWeights,
+        host: &ModelWeights,
+        rope_len: usize,
+        mode: ActivationMode,
+        n_tokens: usize,
+    ) -> Result<Option<Self>, KernelError> {
+        let (device, shape) = (&weights.device, &host.shape);
+        let mut cold = Vec::new();
+        let mut stage_bytes = 0;
+        for layer in &host.layers {
+            let mut of_layer = Vec::new();
+            for share in &layer.shares {
+                let Some(parts) = parts(share) else {
+                    return Ok(None);
+                };
+                for (part, bytes) in parts {
+                    stage_bytes = stage_bytes.max(bytes);
+                    of_layer.push(part);
+                }
+            }
+            cold.push(of_layer);
+        }
+        let streams = cold.iter().any(|parts| !parts.is_empty());
+        let n_tokens_min = if streams {
+            STREAMED_TOKENS_MIN
+        } else {
+            TOKENS_MIN
+        };
+        if n_tokens < n_tokens_min {
+            return Ok(None);
+        }
+        let plain = |ffn: &GpuFfn| matches!(ffn.down, GpuDown::Plain(_));
+        let ffns = || weights.layers.iter().filter_map(|layer| layer.ffn.as_ref());
+        let together = match ffns().any(plain) {
+            true => shape.n_ff,
+            false => NEURONS.min(shape.n_ff),
+        };
+        let unpacked_bytes = |of: fn(&ColdPart) -> &Piece| {
+            let parts = cold.iter().flatten().map(of);
+            let bytes = parts.map(|piece| piece.rows_on_device().bytes());
+            bytes.max().unwrap_or(0)
+        };
+        let turned_bytes = {
+            let hot = ffns().filter_map(|ffn| match ffn.down {
+                GpuDown::Neurons(down) => Some(part_of(down.rows, down.rows.n_rows.min(NEURONS))),
+                GpuDown::Plain(_) => None,
+            });
+            let cold = cold.iter().flatten();
+            let rows = hot.chain(cold.map(|part| part.down.rows_on_device()));
+            rows.map(|rows| transposed_rows(rows, mode).bytes()).max()
+        };
+        let n_kv = shape.n_head_kv * shape.head_dim;
+        let floats = |n: usize| device.alloc::<f32>(n_tokens * n);
+        let batch = |n: usize| DeviceBatch::new(device, mode, n_tokens, n);
+        let stage = |_| {
+            Ok(Stage {
+                bytes: device.alloc(stage_bytes)?,
+                copied: Event::new(device)?,
+                used: Event::new(device)?,
+            })
+        };
+        let n_stages = if streams { STAGES } else { 0 };
+        Ok(Some(Self {
+            registered: register(device, &cold),
+            copies: device.stream()?,
+            stages: (0..n_stages)
+                .map(stage)
+                .collect::<Result<_, KernelError>>()?,
+            next: 0,
+            unpacked: [
+                device.alloc(unpacked_bytes(|part| &part.gate))?,
+                device.alloc(unpacked_bytes(|part| &part.up))?,
+                device.alloc(unpacked_bytes(|part| &part.down))?,
+            ],
+            turned: device.alloc(turned_bytes.unwrap_or(0))?,
+            cold,
+            mode,
+            n_tokens_max: n_tokens,
+            n_tokens_min,
+            x: floats(shape.n_embd)?,
+            rotation: floats(rope_len)?,
+            normed: batch(shape.n_embd)?,
+            q: floats(shape.n_attn())?,
+            k: floats(n_kv)?,
+            v: floats(n_kv)?,
+            heads: floats(shape.n_attn())?,
+            attn: batch(shape.n_attn())?,
+            gate: floats(together)?,
+            up: floats(together)?,
+            act: batch(together)?,
+            scratch: GemmScratch::new(device)?,
+            n_tokens: 0,
+        }))
+    }
+
+    /// Bytes of device memory.
+    pub fn bytes(&self) -> usize {
+        let floats = [
+            &self.x,
+            &self.rotation,
+            &self.q,
+            &self.k,
+            &self.v,
+            &self.heads,
+            &self.gate,
+            &self.up,
+        ];
+        let batches = [&self.normed, &self.attn, &self.act];
+        let streamed = (self.unpacked.iter().chain([&self.turned]))
+            .chain(self.stages.iter().map(|stage| &stage.bytes));
+        floats.iter().map(|buffer| buffer.bytes()).sum::<usize>()
+            + batches.iter().map(|batch| batch.bytes()).sum::<usize>()
+            + streamed.map(DeviceBuffer::bytes).sum::<usize>()
+            + self.scratch.bytes()
+    }
+
+    /// Bytes of the host's memory that copies read where it is locked, and in all.
+    pub fn streamed_bytes(&self) -> (usize, usize) {
+        let copies = self.cold.iter().flatten().flat_map(|part| &part.copies);
+        let all = copies.map(|(bytes, _)| bytes.len()).sum();
+        let locked = self.registered.iter().map(Registered::bytes).sum();
+        (locked, all)
+    }
+
+    /// Takes the tokens' embeddings `[n_tokens, n_embd]` and rotations.
+    ///
+    /// # Errors
+    /// The driver's.
+    pub fn begin(&mut self, x: &[f32], rotation: &[f32], n_embd: usize) -> Result<(), KernelError> {
+        self.n_tokens = x.len() / n_embd;
+        assert!(self.n_tokens <= self.n_tokens_max, "tokens that fit");
+        self.x.write(0, x)?;
+        self.rotation.write(0, rotation)
+    }
+
+    /// Launches a layer.
+    ///
+    /// # Errors
+    /// The driver's.
+    pub fn layer(
+        &mut self,
+        stream: &Stream,
+        (index, layer): (usize, &GpuLayer),
+        arena: &DeviceBuffer<u8>,
+        shape: &ModelShape,
+        (cache, position): (&mut DeviceCache, View<'_, u32>),
+    ) -> Result<(), KernelError> {
+        self.attention(stream, layer, arena, shape, (cache, position))?;
+        let n_x = self.n_tokens * shape.n_embd;
+        rms_norm_batch(
+            stream,
+            self.x.view(..n_x),
+            values(arena, &layer.ffn_norm),
+            shape.rms_eps,
+            None,
+            &mut self.normed,
+        )?;
+        let relu = shape.gate_activation == GateActivation::Relu;
+        // hot and cold parts in turns, so that copies have products to hide behind
+        let mut hot = match &layer.ffn {
+            Some(ffn) => hot_parts(ffn),
+            None => vec![],
+        }
+        .into_iter();
+        let mut cold = 0..self.cold[index].len();
+        loop {
+            let (hot, cold) = (hot.next(), cold.next());
+            if hot.is_none() && cold.is_none() {
+                return Ok(());
+            }
+            if let Some(part) = cold {
+                self.start_copy((index, part))?;
+            }
+            if let (Some(neurons), Some(ffn)) = (hot, &layer.ffn) {
+                self.hot(stream, ffn, neurons, arena, relu)?;
+            }
+            if let Some(part) = cold {
+                self.cold(stream, (index, part), relu)?;
+            }
+        }
+    }
+
+    /// Norm, queries, keys and values, attention, output projection.
+    fn attention(
+        &mut self,
+        stream: &Stream,
+        layer: &GpuLayer,
+        arena: &DeviceBuffer<u8>,
+        shape: &ModelShape,
+        (cache, position): (&mut DeviceCache, View<'_, u32>),
+    ) -> Result<(), KernelError> {
+        let n = self.n_tokens;
+        let (n_x, n_q) = (n * shape.n_embd, n * shape.n_attn());
+        let (q_rows, kv_rows) = (shape.n_attn(), shape.n_head_kv * shape.head_dim);
+        let weight = values(arena, &layer.attn_norm);
+        let (x, normed) = (self.x.view(..n_x), &mut self.normed);
+        rms_norm_batch(stream, x, weight, shape.rms_eps, None, normed)?;
+        let mut first = 0;
+        for (to, n_rows) in [
+            (&mut self.q, q_rows),
+            (&mut self.k, kv_rows),
+            (&mut self.v, kv_rows),
+        ] {
+            let rows = rows_of(&layer.qkv, first..first + n_rows);
+            let add = match &layer.qkv_bias {
+                Some(bias) => {
+                    let at = bias.start + 4 * first;
+                    Add::Values(values(arena, &(at..at + 4 * n_rows)))
+                }
+                None => Add::None,
+            };
+            let out = to.view_mut(..n * n_rows);
+            gemm(
+                stream,
+                rows.view(arena),
+                &self.normed,
+                add,
+                &mut self.scratch,
+                out,
+            )?;
+            first += n_rows;
+        }
+        let n_kv = n * kv_rows;
+        let rope_len = self.rotation.len() / self.n_tokens_max;
+        rope_append_batch(
+            stream,
+            RopeAppend {
+                q: self.q.view_mut(..n_q),
+                k: self.k.view(..n_kv),
+                v: self.v.view(..n_kv),
+                rotation: self.rotation.view(..n * rope_len),
+                pairs: shape.rope.pairs,
+                position,
+            },
+            n,
+            cache,
+        )?;
+        attend_batch(
+            stream,
+            self.mode,
+            self.q.view(..n_q),
+            n,
+            cache,
+            position,
+            shape.window,
+            shape.attn_scale,
+            self.heads.view_mut(..n_q),
+        )?;
+        prepare_batch(stream, self.heads.view(..n_q), &mut self.attn)?;
+        gemm(
+            stream,
+            layer.wo.view(arena),
+            &self.attn,
+            Add::Out,
+            &mut self.scratch,
+            self.x.view_mut(..n_x),
+        )
+    }
+
+    /// Adds what some hot neurons give.
+    fn hot(
+        &mut self,
+        stream: &Stream,
+        ffn: &GpuFfn,
+        neurons: Range<usize>,
+        arena: &DeviceBuffer<u8>,
+        relu: bool,
+    ) -> Result<(), KernelError> {
+        let part = |rows: &GpuRows| rows_of(std::slice::from_ref(rows), neurons.clone());
+        let (gate, up) = (part(&ffn.gate), part(&ffn.up));
+        self.gate_up(stream, gate.view(arena), up.view(arena), relu)?;
+        match &ffn.down {
+            GpuDown::Neurons(down) => {
+                let turned = turn(stream, part(down).view(arena), self.mode, &mut self.turned)?;
+                self.add_down(stream, Some(turned), None)
+            }
+            GpuDown::Plain(down) => self.add_down(stream, None, Some(down.view(arena))),
+        }
+    }
+
+    /// Lets a part's weights be copied to the next stage, as soon as that is free.
+    fn start_copy(&mut self, (layer, part): (usize, usize)) -> Result<(), KernelError> {
+        let stage = &mut self.stages[self.next];
+        self.copies.wait_for(&stage.used)?;
+        for (bytes, at) in &self.cold[layer][part].copies {
+            let to = stage.bytes.view_mut(*at..at + bytes.len());
+            // SAFETY: the bytes are never written, and this holds them; streams end before it does.
+            unsafe { copy_in(&self.copies, bytes, to)? };
+        }
+        stage.copied.record(&self.copies)
+    }
+
+    /// Adds what the neurons of a copied part give.
+    fn cold(
+        &mut self,
+        stream: &Stream,
+        (layer, part): (usize, usize),
+        relu: bool,
+    ) -> Result<(), KernelError> {
+        let part = &self.cold[layer][part];
+        let stage = &self.stages[self.next];
+        self.next = (self.next + 1) % self.stages.len();
+        stream.wait_for(&stage.copied)?;
+        let bytes = stage.bytes.view(..);
+        let [gates, ups, downs] = &mut self.unpacked;
+        // what lies as products take it is copied too: the stage is free for the next part before they begin
+        let gate = take(stream, part.gate.rows(bytes), gates)?;
+        let up = take(stream, part.up.rows(bytes), ups)?;
+        let down = part.down.rows(bytes);
+        let turned = match down.as_rows() {
+            Some(rows) => turn(stream, rows, self.mode, &mut self.turned)?,
+            None => {
+                let rows = take(stream, down, downs)?;
+                stream.start_next_late();
+                turn(stream, dense(rows, downs), self.mode, &mut self.turned)?
+            }
+        };
+        stage.used.record(stream)?;
+        stream.start_next_late();
+        let [gates, ups, _] = &self.unpacked;
+        gate_up_products(
+            stream,
+            [dense(gate, gates), dense(up, ups)],
+            &self.normed,
+            &mut self.scratch,
+            [&mut self.gate, &mut self.up],
+            relu,
+            &mut self.act,
+        )?;
+        self.add_down(stream, Some(turned), None)
+    }
+
+    fn gate_up(
+        &mut self,
+        stream: &Stream,
+        gate: RowsView<'_>,
+        up: RowsView<'_>,
+        relu: bool,
+    ) -> Result<(), KernelError> {
+        gate_up_products(
+            stream,
+            [gate, up],
+            &self.normed,
+            &mut self.scratch,
+            [&mut self.gate, &mut self.up],
+            relu,
+            &mut self.act,
+        )
+    }
+
+    /// Adds the products of down weights and activations to the residual stream: of `turned` rows in their buffer, or of a plain
+    /// projection.
+    fn add_down(
+        &mut self,
+        stream: &Stream,
+        turned: Option<DeviceRows>,
+        plain: Option<RowsView<'_>>,
+    ) -> Result<(), KernelError> {
+        let rows = match (turned, plain) {
+            (Some(rows), _) => {
+                stream.start_next_late();
+                dense(rows, &self.turned)
+            }
+            (None, Some(rows)) => rows,
+            (None, None) => return Ok(()),
+        };
+        let n_x = self.n_tokens * rows.rows().n_rows;
+        let (scratch, x) = (&mut self.scratch, &mut self.x);
+        gemm(
+            stream,
+            rows,
+            &self.act,
+            Add::Out,
+            scratch,
+            x.view_mut(..n_x),
+        )
+    }
+}
+
+/// Activations of some neurons.
+fn gate_up_products(
+    stream: &Stream,
+    [gate, up]: [RowsView<'_>; 2],
+    x: &DeviceBatch,
+    scratch: &mut GemmScratch,
+    [gates, ups]: [&mut DeviceBuffer<f32>; 2],
+    relu: bool,
+    act: &mut DeviceBatch,
+) -> Result<(), KernelError> {
+    let n_rows = gate.rows().n_rows;
+    let n = x.n_tokens() * n_rows;
+    gemm(stream, gate, x, Add::None, scratch, gates.view_mut(..n))?;
+    gemm(stream, up, x, Add::None, scratch, ups.view_mut(..n))?;
+    act.set_columns(n_rows);
+    gate_up_batch(stream, gates.view(..n), ups.view(..n), relu, act)
+}
+
+/// Rows at the start of a buffer.
+fn dense(rows: DeviceRows, buffer: &DeviceBuffer<u8>) -> RowsView<'_> {
+    RowsView::dense(rows, buffer.view(..rows.bytes()))
+}
+
+/// Puts rows in order, at the start of `to`.
+fn take(
+    stream: &Stream,
+    rows: HostRows<'_>,
+    to: &mut DeviceBuffer<u8>,
+) -> Result<DeviceRows, KernelError> {
+    let on_device = rows.device_rows();
+    unpack(stream, rows, to.view_mut(..on_device.bytes()))?;
+    Ok(on_device)
+}
+
+/// Writes the columns of `rows` to the start of `to`.
+fn turn(
+    stream: &Stream,
+    rows: RowsView<'_>,
+    mode: ActivationMode,
+    to: &mut DeviceBuffer<u8>,
+) -> Result<DeviceRows, KernelError> {
+    let turned = transposed_rows(rows.rows(), mode);
+    transpose(stream, rows, mode, to.view_mut(..turned.bytes()))?;
+    Ok(turned)
+}
+
+/// Hot neurons that are multiplied together.
+fn hot_parts(ffn: &GpuFfn) -> Vec<Range<usize>> {
+    let n_hot = ffn.n_hot();
+    let together = match ffn.down {
+        GpuDown::Neurons(_) => NEURONS,
+        GpuDown::Plain(_) => n_hot,
+    };
+    let firsts = (0..n_hot).step_by(together.max(1));
+    firsts
+        .map(|first| first..(first + together).min(n_hot))
+        .collect()
+}
+
+fn part_of(rows: DeviceRows, n_rows: usize) -> DeviceRows {
+    DeviceRows { n_rows, ..rows }
+}
+
+/// Some rows of consecutive pieces, all in one of them.
+fn rows_of(pieces: &[GpuRows], rows: Range<usize>) -> GpuRows {
+    let mut first = 0;
+    for piece in pieces {
+        let end = first + piece.rows.n_rows;
+        if rows.end <= end {
+            return GpuRows {
+                rows: part_of(piece.rows, rows.len()),
+                at: piece.at + (rows.start - first) * piece.rows.row_bytes(),
+            };
+        }
+        first = end;
+    }
+    unreachable!("pieces end where queries, keys or values do")
+}
+
+impl Piece {
+    fn rows_on_device(&self) -> DeviceRows {
+        DeviceRows {
+            quant: self.shape.quant,
+            n_rows: self.shape.n_rows,
+            n_cols: self.shape.n_cols,
+        }
+    }
+}
+
+/// Locks the memory that parts are copied from; what cannot be locked is copied as it is.
+fn register(device: &Device, cold: &[Vec<ColdPart>]) -> Vec<Registered> {
+    let copies = cold.iter().flatten().flat_map(|part| &part.copies);
+    let ranges = copies.map(|(bytes, _)| {
+        let start = bytes.as_ptr().expose_provenance();
+        start..start + bytes.len()
+    });
+    let mut registered = Vec::new();
+    for range in joined(ranges.collect()) {
+        let bytes = range.len();
+        // SAFETY: `cold` holds the memory, and what is given back after it is no longer locked; pages are mapped whole.
+        match unsafe { Registered::new(device, range) } {
+            Ok(locked) => registered.push(locked),
+            Err(error) => {
+                tracing::warn!("{bytes} bytes are copied more slowly: {error}");
+            }
+        }
+    }
+    registered
+}
+
+/// Ranges that may share a page, joined.
+fn joined(mut ranges: Vec<Range<usize>>) -> Vec<Range<usize>> {
+    ranges.sort_by_key(|range| range.start);
+    let mut joined: Vec<Range<usize>> = Vec::new();
+    for range in ranges {
+        match joined.last_mut() {
+            Some(last) if range.start <= last.end + PAGE => last.end = last.end.max(range.end),
+            _ => joined.push(range),
+        }
+    }
+    joined
+}

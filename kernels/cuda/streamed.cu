@@ -1,0 +1,136 @@
+// Weights that come from the host as they lie there: put in the order of rows on the device, and turned by 90 degrees where a
+// product wants columns.
+#include "mma.cuh"
+#include "quant.cuh"
+
+// Units of one plane: `units` of `unit_bytes` in each row.
+struct UnpackPlane {
+    u32 units, unit_bytes;
+};
+
+struct UnpackArgs {
+    // groups of `together` rows, `from_stride` bytes apart
+    const u8* from;
+    u64 from_stride;
+    // rows, `to_stride` bytes apart
+    u8* to;
+    u64 to_stride;
+    u32 n_rows, together, n_planes, unused;
+    UnpackPlane planes[3];
+};
+static_assert(sizeof(UnpackArgs) == 72, "as the launcher has it");
+
+constexpr u32 UNPACK_THREADS = 256, UNPACK_UNITS = 128, UNPACK_ROWS = 16;
+
+// A block has a group of rows and goes over their units, UNPACK_UNITS at a time: read in the order of the group, written in that
+// of rows, padding included.
+extern "C" __global__ void __launch_bounds__(UNPACK_THREADS) unpack(UnpackArgs args) {
+    __shared__ u32 tile[UNPACK_ROWS][UNPACK_UNITS + 1];
+    const u32 together = args.together, first_row = blockIdx.x * together;
+    const u32 n_rows = min(together, args.n_rows - first_row);
+    const u8* from = args.from + blockIdx.x * args.from_stride;
+    wait_for_launch_before();
+    u64 at = 0;
+#pragma unroll 1
+    for (u32 plane = 0; plane < args.n_planes; plane++) {
+        const u32 units = args.planes[plane].units, bytes = args.planes[plane].unit_bytes;
+        const u32 padded = (u32)padded16((u64)units * bytes) / bytes;
+#pragma unroll 1
+        for (u32 first = blockIdx.y * UNPACK_UNITS; first < padded; first += gridDim.y * UNPACK_UNITS) {
+            const u32 here = min(padded - first, UNPACK_UNITS);
+            __syncthreads();
+            for (u32 i = threadIdx.x; i < here * together; i += UNPACK_THREADS) {
+                const u32 unit = first + i / together, row = i % together;
+                u32 value = 0;
+                // not __ldg: a copy has just written it; rows alone may start at any even byte
+                const u16* half = (const u16*)(from + ((u64)unit * together + row) * bytes);
+                if (unit < units) value = bytes == 4 ? half[0] | (u32)half[1] << 16 : half[0];
+                tile[row][i / together] = value;
+            }
+            __syncthreads();
+            for (u32 i = threadIdx.x; i < here * n_rows; i += UNPACK_THREADS) {
+                const u32 row = i / here, unit = i % here;
+                u8* to = args.to + (u64)(first_row + row) * args.to_stride + at + (u64)(first + unit) * bytes;
+                if (bytes == 4)
+                    *(u32*)to = tile[row][unit];
+                else
+                    *(u16*)to = (u16)tile[row][unit];
+            }
+        }
+        from += (u64)units * bytes * together;
+        at += padded16((u64)units * bytes);
+    }
+    start_next_launch();
+}
+
+struct TransposeArgs {
+    // [n_rows] rows of the format, `stride` bytes apart
+    const u8* rows;
+    u64 stride;
+    // [n_cols] rows of n_rows f16 or f32, `to_stride` bytes apart
+    u8* to;
+    u64 to_stride;
+    u32 n_rows, n_cols;
+};
+static_assert(sizeof(TransposeArgs) == 40, "as the launcher has it");
+
+constexpr u32 TRANSPOSE_THREADS = 256, TRANSPOSE_ROWS = 64, TRANSPOSE_COLUMNS = 128;
+
+// A block has a tile of rows and columns. What pads a row of the output is zeros.
+template <class Q>
+__device__ __forceinline__ void transpose(const TransposeArgs& args, bool halves) {
+    __shared__ float tile[TRANSPOSE_COLUMNS][TRANSPOSE_ROWS + 1];
+    constexpr u32 VALUES = Q::PARTS * Q::PART, ITEMS = TRANSPOSE_COLUMNS / VALUES;
+    const u32 first_row = blockIdx.x * TRANSPOSE_ROWS, first_column = blockIdx.y * TRANSPOSE_COLUMNS;
+    wait_for_launch_before();
+    for (u32 i = threadIdx.x; i < TRANSPOSE_ROWS * ITEMS; i += TRANSPOSE_THREADS) {
+        const u32 row = i / ITEMS, of_row = i % ITEMS, at = first_column / VALUES + of_row;
+        const bool is_there = first_row + row < args.n_rows && at < Q::items(args.n_cols);
+        Q item = Q();
+        if (is_there) item.load(args.rows + (u64)(first_row + row) * args.stride, args.n_cols, at);
+#pragma unroll
+        for (int part = 0; part < Q::PARTS; part++) {
+            float values[Q::PART];
+            part_values(item, at, part, values);
+#pragma unroll
+            for (int k = 0; k < Q::PART; k++)
+                tile[of_row * VALUES + part * Q::PART + k][row] = is_there ? values[k] : 0.0f;
+        }
+    }
+    __syncthreads();
+    const u32 pairs = TRANSPOSE_ROWS / 2;
+    const u32 padded = halves ? (u32)padded16(args.n_rows * 2) / 2 : (u32)padded16(args.n_rows * 4) / 4;
+    for (u32 i = threadIdx.x; i < TRANSPOSE_COLUMNS * pairs; i += TRANSPOSE_THREADS) {
+        const u32 column = i / pairs, row = i % pairs * 2;
+        if (first_column + column >= args.n_cols || first_row + row >= padded) continue;
+        u8* to = args.to + (u64)(first_column + column) * args.to_stride;
+        const float first = tile[column][row], second = tile[column][row + 1];
+        if (halves)
+            *(u32*)(to + (u64)(first_row + row) * 2) = to_halves(first, second);
+        else
+            *(float2*)(to + (u64)(first_row + row) * 4) = make_float2(first, second);
+    }
+    start_next_launch();
+}
+
+#define TRANSPOSE(Q)                                                                                         \
+    extern "C" __global__ void __launch_bounds__(TRANSPOSE_THREADS) transpose_f16_##Q(TransposeArgs args) { \
+        transpose<Q>(args, true);                                                                            \
+    }                                                                                                        \
+    extern "C" __global__ void __launch_bounds__(TRANSPOSE_THREADS) transpose_f32_##Q(TransposeArgs args) { \
+        transpose<Q>(args, false);                                                                           \
+    }
+
+TRANSPOSE(F32)
+TRANSPOSE(F16)
+TRANSPOSE(BF16)
+TRANSPOSE(Q4_0)
+TRANSPOSE(Q4_1)
+TRANSPOSE(Q5_0)
+TRANSPOSE(Q8_0)
+TRANSPOSE(Q4_K)
+TRANSPOSE(Q5_K)
+TRANSPOSE(Q6_K)
+
+// For tests: what a defect of the device looks like to a run.
+extern "C" __global__ void trap() { asm volatile("trap;"); }
