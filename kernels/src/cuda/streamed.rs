@@ -25,7 +25,8 @@ pub struct Registered {
 const PAGE: usize = 4096;
 
 impl Registered {
-    /// Registers the pages that `range` of addresses lies in.
+    /// Registers the pages that `range` of addresses lies in. What else lies on them cannot be copied together with what lies
+    /// on others.
     ///
     /// # Errors
     /// The driver's: memory that may not be locked, or that is registered already. Copies work without it, at the speed of
