@@ -36,7 +36,7 @@ pub(crate) enum DeviceLayer {
 impl DeviceLayer {
     /// The device's part of a layer.
     pub fn new(layer: usize, model: Arc<Model>, cell: Arc<Cell>) -> Self {
-        match &model.gpu {
+        match model.gpu(layer) {
             None => Self::Host(HostLayer::new(layer, model, cell)),
             Some(_) => Self::Cuda(CudaLayer::new(layer, model, cell)),
         }
@@ -68,7 +68,7 @@ impl DeviceLayer {
                 layer.await_hidden(message, team, posts);
             }
             (Self::Cuda(layer), Message::RunHead(message)) => layer.run_head(message, posts),
-            (Self::Cuda(layer), Message::Partial(message)) => layer.partial(message, posts),
+            (Self::Cuda(layer), Message::Partial(message)) => layer.partial(message, team, posts),
             (_, other) => unreachable!("DeviceLayer got {other:?}"),
         }
     }

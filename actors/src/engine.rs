@@ -23,7 +23,7 @@ use crate::executor::{Attachment, Cells, Control, DeathNotice, Incarnation};
 use crate::faults::Faults;
 use crate::feeder::Feeder;
 use crate::gpu::weights::GpuWeights;
-use crate::gpu::{GpuModel, GpuTimes};
+use crate::gpu::{GpuModel, GpuOptions, GpuTimes};
 use crate::kv::KvStore;
 use crate::messages::ActorId;
 use crate::model::Model;
@@ -110,20 +110,21 @@ impl Engine {
         weights: ModelWeights,
         options: EngineOptions,
     ) -> Result<Self, ActorError> {
-        Self::start_on(teams, weights, None, options)
+        Self::start_on(teams, weights, vec![], options)
     }
 
-    /// The same with what a GPU has of the model, which is the device then: the nodes have its cold neurons alone.
+    /// The same with what GPUs have of the model, its layers one after the other, which are the device then: the nodes have
+    /// cold neurons alone.
     ///
     /// # Errors
     /// As [`Engine::start`], or the GPU's driver refuses.
     ///
     /// # Panics
-    /// As [`Engine::start`].
+    /// As [`Engine::start`], or when the GPUs' layers are not all of them, or none.
     pub fn start_on(
         teams: Teams,
         weights: ModelWeights,
-        gpu: Option<GpuWeights>,
+        gpus: Vec<GpuWeights>,
         options: EngineOptions,
     ) -> Result<Self, ActorError> {
         let n_nodes = teams.plan().nodes.len();
@@ -143,15 +144,25 @@ impl Engine {
         } = options;
         let n_ubatch = n_ubatch.clamp(1, weights.shape.n_ctx);
         let model = Model::new(weights, cpu, kv_type, n_ubatch).with_tap(tap);
-        let gpu = gpu.map(|gpu| {
-            let (host, rope_len) = (&model.weights, model.rope.row_len());
-            let mode = cpu.mode();
-            GpuModel::new(gpu, host, rope_len, mode, kv_type, n_ubatch, wait_limit)
-        });
-        let gpu = gpu
-            .transpose()
+        let gpu_options = GpuOptions {
+            rope_len: model.rope.row_len(),
+            mode: cpu.mode(),
+            kv_type,
+            n_tokens: n_ubatch,
+            limit: wait_limit,
+        };
+        let mut next = 0;
+        for gpu in &gpus {
+            assert_eq!(gpu.first_layer, next, "GPUs have all layers, in order");
+            next = gpu.range().end;
+        }
+        let is_whole = gpus.is_empty() || next == model.shape().n_layer;
+        assert!(is_whole, "GPUs have all layers, or none");
+        let gpus = (gpus.into_iter()).map(|gpu| GpuModel::new(gpu, &model.weights, gpu_options));
+        let gpus = gpus
+            .collect::<Result<_, _>>()
             .map_err(|source| ActorError::GpuStart { source })?;
-        let model = Arc::new(model.with_gpu(gpu));
+        let model = Arc::new(model.with_gpus(gpus));
         let caches = caches(&teams, &model)?;
         let n_layer = model.shape().n_layer;
         let ahead = model.slots.sizes.ahead;
@@ -220,14 +231,14 @@ impl Engine {
         nodes
     }
 
-    /// Bytes of device memory, where a GPU is the device.
-    pub fn gpu_bytes(&self) -> Option<usize> {
-        self.model.gpu.as_ref().map(GpuModel::bytes)
+    /// Bytes of device memory of each GPU; none where the host is the device.
+    pub fn gpu_bytes(&self) -> Vec<usize> {
+        self.model.gpus.iter().map(GpuModel::bytes).collect()
     }
 
-    /// Where the time of recent tokens went, where a GPU is the device.
-    pub fn gpu_times(&self) -> Option<GpuTimes> {
-        self.model.gpu.as_ref().map(GpuModel::recent_times)
+    /// Where the time of recent tokens went, by GPU.
+    pub fn gpu_times(&self) -> Vec<GpuTimes> {
+        self.model.gpus.iter().map(GpuModel::recent_times).collect()
     }
 
     /// Addresses of each node's cache of keys and values.

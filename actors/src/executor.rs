@@ -513,7 +513,7 @@ impl Bench {
             Some(FaultPlace::Worker { thread }) => team.inject_panic(thread),
             Some(FaultPlace::Delay(delay)) => std::thread::sleep(delay),
             Some(FaultPlace::Gpu) => {
-                if let Some(gpu) = &self.attachment.model.gpu {
+                if let Some(gpu) = self.attachment.model.gpus.first() {
                     gpu.trap();
                 }
             }

@@ -28,8 +28,8 @@ pub(crate) struct Model {
     pub n_ubatch: usize,
     pub slots: Slots,
     pub tap: Option<Arc<dyn LayerTap>>,
-    /// Where a GPU is the device.
-    pub gpu: Option<GpuModel>,
+    /// Where GPUs are the device: their layers one after the other.
+    pub gpus: Vec<GpuModel>,
     /// Why the last token on it has no result.
     gpu_failure: Mutex<Option<GpuError>>,
 }
@@ -70,14 +70,19 @@ impl Model {
             n_ubatch,
             slots,
             tap: None,
-            gpu: None,
+            gpus: vec![],
             gpu_failure: Mutex::default(),
         }
     }
 
-    /// Lets a GPU be the device.
-    pub fn with_gpu(self, gpu: Option<GpuModel>) -> Self {
-        Self { gpu, ..self }
+    /// Lets GPUs be the device, where there are some.
+    pub fn with_gpus(self, gpus: Vec<GpuModel>) -> Self {
+        Self { gpus, ..self }
+    }
+
+    /// The GPU of a layer, where GPUs are the device.
+    pub fn gpu(&self, layer: usize) -> Option<&GpuModel> {
+        self.gpus.iter().find(|gpu| gpu.layers().contains(&layer))
     }
 
     /// Notes why a token on the GPU has no result.
@@ -127,7 +132,7 @@ impl Model {
 
     /// Whether the layer's predicted bundles are pulled towards the cache.
     pub fn prefetches(&self, layer: usize) -> bool {
-        if let Some(gpu) = &self.gpu {
+        if let Some(gpu) = self.gpu(layer) {
             return gpu.prefetches(layer);
         }
         let ahead = self.weights.layers[layer].ahead.as_ref();
@@ -137,34 +142,28 @@ impl Model {
     /// Tokens of the next step, where `n_left` are to be computed: a GPU computes a prompt's together, but for those whose logits
     /// shall be those of tokens that are predicted one by one.
     pub fn step_tokens(&self, n_left: usize, logits_of_all: bool) -> usize {
-        let Some(gpu) = &self.gpu else {
-            return n_left.min(self.n_ubatch);
-        };
         let n = n_left.min(self.n_ubatch);
-        let together = gpu.prefill_from().is_some_and(|from| n >= from);
-        if together && !(logits_of_all && self.leaves_out()) {
-            n
-        } else {
-            1
-        }
+        let together = |gpu: &GpuModel| gpu.prefill_from().is_some_and(|from| n >= from);
+        let is_one = !self.gpus.iter().all(together)
+            || !self.gpus.is_empty() && logits_of_all && self.leaves_out();
+        if is_one { 1 } else { n }
     }
 
     /// Whether some neurons are not computed although their gates might be open.
     fn leaves_out(&self) -> bool {
         let mut shares = self.weights.layers.iter().flat_map(|layer| &layer.shares);
-        let gpu = self.gpu.as_ref();
-        let ahead = gpu.is_some_and(|gpu| {
-            (0..self.shape().n_layer).any(|layer| gpu.ahead_alone(layer).is_some())
-        });
-        ahead || shares.any(|share| share.sketch.is_some())
+        let ahead = |layer| {
+            self.gpu(layer)
+                .is_some_and(|gpu| gpu.ahead_alone(layer).is_some())
+        };
+        (0..self.shape().n_layer).any(ahead) || shares.any(|share| share.sketch.is_some())
     }
 
     /// The GPU, where the layer's only node writes its sum where the GPU reads it.
     pub fn answers_in_place(&self, layer: usize) -> Option<&GpuModel> {
         let share = &self.weights.layers[layer].shares[0];
         let alone = self.n_nodes() == 1 && share.ffn.paired().is_some();
-        self.gpu
-            .as_ref()
+        self.gpu(layer)
             .filter(|_| alone && !share.neurons.is_empty())
     }
 

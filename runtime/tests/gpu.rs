@@ -3,6 +3,7 @@
 mod common;
 
 use std::collections::VecDeque;
+use std::path::PathBuf;
 
 use common::running::{Ran, run};
 use common::tiny_synth;
@@ -34,18 +35,31 @@ fn has_gpu() -> bool {
 /// A synthetic model with its sidecar, a text and topologies in a folder.
 struct Model {
     folder: tempfile::TempDir,
+    file: PathBuf,
 }
 
 impl Model {
     fn new() -> Self {
         let folder = tempfile::tempdir().unwrap();
-        let model = Self { folder };
+        let file = folder.path().join("m.gguf");
+        let model = Self { folder, file };
         let synthesis = Synthesis::new(&tiny_synth::options()).unwrap();
-        let path = model.path("m.gguf");
-        let done = synthesis.write(path.as_ref(), 2, &Silent, &|| false);
+        let done = synthesis.write(&model.file, 2, &Silent, &|| false);
         assert!(done.unwrap());
         let words: Vec<String> = (0..600).map(|n: u32| format!("w{}", n * n % 701)).collect();
         std::fs::write(model.path("t.txt"), words.join(" ")).unwrap();
+        model
+    }
+
+    /// The demo model and its sidecar, with held-out text.
+    fn of_demo() -> Self {
+        let model = Self {
+            folder: tempfile::tempdir().unwrap(),
+            file: common::demo_model(),
+        };
+        let text = std::fs::read_to_string(common::workspace().join("texts/heldout.txt")).unwrap();
+        let start: String = text.chars().take(3000).collect();
+        std::fs::write(model.path("t.txt"), start).unwrap();
         model
     }
 
@@ -61,10 +75,10 @@ impl Model {
     }
 
     fn run(&self, command: &[&str], keys: Option<&str>, flags: &[&str]) -> Ran {
-        let model = self.path("m.gguf");
+        let model = self.file.to_str().unwrap();
         let topology = keys.map(|keys| self.topology(keys));
         let mut args = command.to_vec();
-        args.extend(["-m", &model]);
+        args.extend(["-m", model]);
         if let Some(topology) = &topology {
             args.extend(["--topology", topology]);
         }
@@ -170,6 +184,103 @@ fn one_split_gives_the_same_bits_every_time() {
     }
 }
 
+/// The demo model, in every mode and split, token by token and together.
+#[test]
+fn the_demo_model_gives_the_host_s_perplexity() {
+    if !has_gpu() {
+        return;
+    }
+    if !common::demo_model().exists() {
+        println!("skipped: the demo model is not here");
+        return;
+    }
+    let model = Model::of_demo();
+    let exact = model.perplexity(None, &["--sparsity", "exact"]);
+    let predicted = ["--sparsity", "predicted", "--predictor", "in-layer"];
+    let in_layer = model.perplexity(None, &predicted);
+    for percent in [100, 50, 10, 0] {
+        let keys = format!("required = true\nhot_percent_max = {percent}");
+        for batch in ["1", "100"] {
+            let off = ["--sparsity", "off", "-b", batch];
+            let got = model.perplexity(Some(&keys), &off);
+            assert!((got / exact - 1.0).abs() < 1e-4, "off: {got}, not {exact}");
+            let sparse = ["--sparsity", "exact", "-b", batch];
+            let got = model.perplexity(Some(&keys), &sparse);
+            assert!(
+                (got / exact - 1.0).abs() < 1e-4,
+                "exact: {got}, not {exact}"
+            );
+        }
+        // what is hot is not predicted: between exact and all predicted
+        let got = model.perplexity(Some(&keys), &predicted);
+        let (low, high) = (exact.min(in_layer), exact.max(in_layer));
+        assert!(
+            got > low * 0.998 && got < high * 1.002,
+            "predicted: {got}, not {low} to {high}"
+        );
+    }
+}
+
+#[test]
+fn events_give_the_bits_of_flags() {
+    if !has_gpu() {
+        return;
+    }
+    let model = Model::new();
+    let modes: [&[&str]; 4] = [
+        &["--sparsity", "off"],
+        &["--sparsity", "predicted", "--predictor", "in-layer"],
+        &["--sparsity", "predicted", "--predictor", "both"],
+        &["--sparsity", "predicted", "--predictor", "ahead"],
+    ];
+    for percent in [100, 50, 0] {
+        let keys = format!("required = true\nhot_percent_max = {percent}");
+        for mode in modes {
+            let flags = model.hash(Some(&keys), mode);
+            assert!(flags.is_string());
+            let events = model.hash(Some(&format!("{keys}\nsync = \"events\"")), mode);
+            assert_eq!(events, flags, "{percent} % hot, {mode:?}");
+        }
+    }
+}
+
+/// Two GPUs with a part of the layers each, by budgets that one alone would not do with.
+#[test]
+fn two_gpus_give_the_host_s_perplexity() {
+    if !has_gpu() || Device::open(1).is_err() {
+        println!("skipped: no second GPU");
+        return;
+    }
+    let model = Model::new();
+    let exact = model.perplexity(None, &["--sparsity", "exact"]);
+    for percent in [90, 50, 0] {
+        let gpu = format!("required = true\nhot_percent_max = {percent}");
+        for sync in ["flags", "events"] {
+            let keys = format!("{gpu}\nsync = \"{sync}\"\n[[gpu]]\n{gpu}");
+            for (mode, batch) in MODES
+                .into_iter()
+                .flat_map(|mode| [(mode, "1"), (mode, "100")])
+            {
+                let flags = [mode, &["-b", batch]].concat();
+                let got = model.perplexity(Some(&keys), &flags);
+                let limit = if mode[1] == "predicted" { 0.02 } else { 1e-4 };
+                let change = (got / exact - 1.0).abs();
+                assert!(
+                    change < limit,
+                    "{percent} %, {sync}, {flags:?}: {got}, not {exact}"
+                );
+            }
+            let flags = ["--sparsity", "predicted", "--predictor", "ahead"];
+            let first = model.hash(Some(&keys), &flags);
+            assert_eq!(
+                model.hash(Some(&keys), &flags),
+                first,
+                "{percent} %, {sync}"
+            );
+        }
+    }
+}
+
 /// A prompt and tokens behind it.
 struct Tokens {
     feeds: VecDeque<(usize, Vec<u32>)>,
@@ -230,7 +341,7 @@ fn a_lost_gpu_is_a_clear_error_and_no_hang() {
     };
     let plan = Plan::new(&config, &Machine::discover().unwrap(), None).unwrap();
     let options = ModelOptions {
-        path: model.path("m.gguf").into(),
+        path: model.file.clone(),
         n_ctx: 0,
         sparsity: None,
         cpu: Cpu::detect(ActivationMode::Q8),

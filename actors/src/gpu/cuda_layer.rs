@@ -56,11 +56,11 @@ impl CudaLayer {
     }
 
     fn gpu(&self) -> &GpuModel {
-        let gpu = self.model.gpu.as_ref();
-        gpu.expect("the model is on a GPU")
+        let gpu = self.model.gpu(self.layer);
+        gpu.expect("the layer is on a GPU")
     }
 
-    /// Starts the token before its first layer; lets the nodes' neurons be computed as soon as the hidden state is there.
+    /// Starts the token before the GPU's first layer; lets the nodes' neurons be computed as soon as the hidden state is there.
     pub fn run_layer(&mut self, message: RunLayer, team: &mut Team, posts: &mut Posts<'_>) {
         self.work = Counters::default();
         self.count_message();
@@ -76,15 +76,15 @@ impl CudaLayer {
         posts: &mut Posts<'_>,
     ) -> Result<(), GpuError> {
         let layer = self.layer;
-        if layer == 0 {
+        if layer == self.gpu().layers().start {
             self.begin()?;
         }
         if self.step().n_tokens > 1 {
             self.gpu().batch_layer(layer, self.model.shape())?;
-            return self.finish(step, posts);
+            return self.finish(step, team, posts);
         }
         if !self.gpu().has_cold(layer) {
-            return self.finish(step, posts);
+            return self.finish(step, team, posts);
         }
         if self.gpu().ahead_alone(layer).is_none() {
             self.take_hidden(team)?;
@@ -204,21 +204,21 @@ impl CudaLayer {
     }
 
     /// Takes a node's partial sums.
-    pub fn partial(&mut self, message: Partial, posts: &mut Posts<'_>) {
+    pub fn partial(&mut self, message: Partial, team: &mut Team, posts: &mut Posts<'_>) {
         self.count_message();
         self.work += message.work;
         self.pending &= !(1 << message.node);
         if self.pending != 0 {
             return;
         }
-        self.answer();
-        if let Err(error) = self.finish(message.step, posts) {
+        let finished = (self.answer()).and_then(|()| self.finish(message.step, team, posts));
+        if let Err(error) = finished {
             self.failed(message.step, error, posts);
         }
     }
 
     /// Adds all nodes' sums, in their order, into the GPU's slot.
-    fn answer(&self) {
+    fn answer(&self) -> Result<(), GpuError> {
         let model = &*self.model;
         let n_embd = model.shape().n_embd;
         if model.answers_in_place(self.layer).is_some() {
@@ -231,15 +231,41 @@ impl CudaLayer {
                 unsafe { model.slots.partials[node].read(at..at + n_embd) }
             });
             sum_into(model.cpu, y, sums);
-        });
+        })
     }
 
-    /// Ends the layer; after the last one the GPU has ended the token.
-    fn finish(&mut self, step: Step, posts: &mut Posts<'_>) -> Result<(), GpuError> {
-        if self.layer + 1 == self.model.shape().n_layer {
-            match self.step().n_tokens {
-                1 => self.gpu().wait_token()?,
-                _ => self.gpu().wait_batch()?,
+    /// Ends the layer; after a GPU's last one it has ended the token, and the next GPU's first one finds it where the host
+    /// would put it.
+    fn finish(
+        &mut self,
+        step: Step,
+        team: &mut Team,
+        posts: &mut Posts<'_>,
+    ) -> Result<(), GpuError> {
+        let (model, gpu) = (&*self.model, self.gpu());
+        if self.layer + 1 == gpu.layers().end {
+            let n_tokens = self.step().n_tokens;
+            let goes_on = self.layer + 1 < model.shape().n_layer;
+            let n_x = n_tokens * model.shape().n_embd;
+            if n_tokens > 1 {
+                gpu.wait_batch()?;
+                if goes_on {
+                    let x = gpu.batch_residual(n_x)?;
+                    // SAFETY: nobody else touches the residual stream between two layers.
+                    unsafe { model.slots.x.write(0..n_x) }.copy_from_slice(&x);
+                }
+            } else {
+                gpu.wait_token()?;
+                if goes_on {
+                    // SAFETY: the token has ended.
+                    let x = unsafe { gpu.residual() };
+                    // all threads, as the first look at what the GPU wrote is slow
+                    team.run(&|member| {
+                        let part = member.part(n_x, BLOCK);
+                        // SAFETY: the part is this thread's, and as above.
+                        unsafe { model.slots.x.write(part.clone()) }.copy_from_slice(&x[part]);
+                    });
+                }
             }
         }
         self.done(step, true, posts);

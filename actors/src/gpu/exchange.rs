@@ -8,6 +8,7 @@
 //! | `hidden`, that of even or odd layers | GPU | `hidden[layer]` | host | it sets `partial[layer]` |
 //! | `ids`, `n_ids`, likewise | GPU | `ids[layer]` | host | it sets `partial[layer]` |
 //! | `partial`, likewise | host | `partial[layer]` | GPU | `hidden[layer + 1]`, or the end |
+//! | `x_out` | GPU, where another one goes on | `token` | host | the next launch |
 //! | `logits` | GPU | `logits` | host | the next launch |
 //!
 //! The slots of layer l + 2 are those of layer l. The GPU writes `hidden` of l + 2 after it took `partial[l]`, which the host
@@ -57,6 +58,8 @@ pub(super) struct Exchange {
     ids_stride: usize,
     flags: PinnedBuffer<u32>,
     pub x: PinnedBuffer<f32>,
+    /// The residual stream behind the last layer.
+    pub x_out: PinnedBuffer<f32>,
     pub rotation: PinnedBuffer<f32>,
     /// Position and number of the token.
     pub words: PinnedBuffer<u32>,
@@ -121,6 +124,7 @@ impl Exchange {
             ids_stride,
             flags: PinnedBuffer::new(device, n_flags * FLAG_WORDS)?,
             x: PinnedBuffer::new(device, sizes.n_embd)?,
+            x_out: PinnedBuffer::new(device, sizes.n_embd)?,
             rotation: PinnedBuffer::new(device, sizes.rope_len)?,
             words: PinnedBuffer::new(device, 2)?,
             hidden: PinnedBuffer::new(device, 2 * stride)?,

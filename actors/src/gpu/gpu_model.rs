@@ -20,15 +20,15 @@ use super::error::GpuError;
 use super::exchange::{Exchange, ExchangeSizes, Flag, Stamp};
 use super::prefill::{Prefill, PrefillSizes};
 use super::times::{GpuTimes, LayerTimes};
-use super::weights::{GpuAhead, GpuDown, GpuFfn, GpuLayer, GpuWeights, values};
+use super::weights::{GpuAhead, GpuDown, GpuFfn, GpuHead, GpuLayer, GpuSync, GpuWeights, values};
 use crate::weights::{GateActivation, ModelShape, ModelWeights};
 
 /// See the module. Only the thread of node 0's executor calls its functions while a run is under way.
 #[derive(Debug)]
 pub(crate) struct GpuModel {
     // graphs first: they are dropped before the memory that they use
-    token: Mutex<Graph>,
-    head: Mutex<Graph>,
+    token: Mutex<TokenGraphs>,
+    head: Option<Mutex<Graph>>,
     stream: Stream,
     prefill: Option<Mutex<Prefill>>,
     exchange: Exchange,
@@ -42,8 +42,36 @@ pub(crate) struct GpuModel {
     limit: Duration,
 }
 
-/// Bytes of device memory that tokens are computed in, key-value cache included, rounded up as the driver gives memory.
-pub fn working_bytes(shape: &ModelShape, kv_type: KvType, prefill: PrefillSizes) -> usize {
+/// A token's launches.
+#[derive(Debug)]
+enum TokenGraphs {
+    /// All in one.
+    Whole(Graph),
+    /// Up to each point at which the host is waited for; and what is behind the last one.
+    Parts(Vec<Part>, Graph),
+}
+
+/// Launches between two waits for the host.
+#[derive(Debug)]
+struct Part {
+    /// From the host's part of a layer to the next hidden state that it needs.
+    graph: Graph,
+    /// That is there.
+    hidden: Event,
+    /// Whose it is.
+    layer: usize,
+    /// Predictor and hot neurons, beside the host.
+    hot: Graph,
+    hot_done: Event,
+}
+
+/// Bytes of device memory that tokens are computed in, key-value cache of `n_layer` layers included, rounded up as the driver gives memory.
+pub fn working_bytes(
+    shape: &ModelShape,
+    n_layer: usize,
+    kv_type: KvType,
+    prefill: PrefillSizes,
+) -> usize {
     /// What the driver gives large pieces in.
     const GRANULE: usize = 2 << 20;
     /// Attention's and down's scratch, and what else does not depend on the model's width.
@@ -51,39 +79,61 @@ pub fn working_bytes(shape: &ModelShape, kv_type: KvType, prefill: PrefillSizes)
     let half = shape.n_head_kv * shape.n_ctx * kv_type.row_bytes(shape.head_dim);
     // small pieces share a granule
     let cache = match half {
-        0..0x10_0000 => (2 * half * shape.n_layer).next_multiple_of(GRANULE),
-        _ => 2 * half.next_multiple_of(GRANULE) * shape.n_layer,
+        0..0x10_0000 => (2 * half * n_layer).next_multiple_of(GRANULE),
+        _ => 2 * half.next_multiple_of(GRANULE) * n_layer,
     };
     let wide = 16 * (shape.n_embd + shape.n_attn()) + 8 * shape.n_ff + 2 * shape.n_vocab;
     cache + SCRATCH + (wide * size_of::<f32>()).next_multiple_of(GRANULE) + prefill.bytes(shape)
 }
 
+/// How a model is run on a GPU.
+#[derive(Debug, Clone, Copy)]
+pub(crate) struct GpuOptions {
+    /// Values of a position's rotation.
+    pub rope_len: usize,
+    /// The arithmetic.
+    pub mode: ActivationMode,
+    /// Format of the key-value cache.
+    pub kv_type: KvType,
+    /// Most tokens of a prompt at a time.
+    pub n_tokens: usize,
+    /// A token that waits longer is given up.
+    pub limit: Duration,
+}
+
 impl GpuModel {
-    /// Prepares a model to run, whose other neurons `host` has; up to `n_tokens` of a prompt at a time. A token that waits longer
-    /// than `limit` is given up.
+    /// Prepares some layers to run, whose other neurons `host` has.
     ///
     /// # Errors
     /// The driver's.
     pub fn new(
         weights: GpuWeights,
         host: &ModelWeights,
-        rope_len: usize,
-        mode: ActivationMode,
-        kv_type: KvType,
-        n_tokens: usize,
-        limit: Duration,
+        options: GpuOptions,
     ) -> Result<Self, GpuError> {
         let (device, shape) = (weights.device.clone(), &host.shape);
+        let GpuOptions {
+            rope_len,
+            mode,
+            kv_type,
+            n_tokens,
+            limit,
+        } = options;
         let mut buffers = Buffers::new(&device, shape, rope_len, &weights.layers, mode, kv_type)?;
         let predicts = weights.layers.iter().any(|layer| layer.ahead.is_some());
+        let n_layer = weights.layers.len();
         let exchange = Exchange::new(
             &device,
             ExchangeSizes {
-                n_layer: shape.n_layer,
+                n_layer,
                 n_embd: shape.n_embd,
                 rope_len,
                 n_ids: if predicts { shape.n_ff } else { 0 },
-                n_vocab: shape.n_vocab,
+                n_vocab: if weights.head.is_some() {
+                    shape.n_vocab
+                } else {
+                    0
+                },
             },
         )?;
         let prefill = Prefill::new(&weights, host, rope_len, mode, n_tokens)?;
@@ -103,11 +153,21 @@ impl GpuModel {
             events: &events,
             limit,
         };
-        let token = Graph::capture(&stream, |stream| capture.token(stream))?;
-        let head = Graph::capture(&stream, |stream| capture.head(stream))?;
+        let token = match weights.sync {
+            GpuSync::Flags => {
+                TokenGraphs::Whole(Graph::capture(&stream, |stream| capture.token(stream))?)
+            }
+            GpuSync::Events => capture.parts(&stream)?,
+        };
+        let head = match &weights.head {
+            Some(head) => Some(Graph::capture(&stream, |stream| {
+                capture.head(stream, head)
+            })?),
+            None => None,
+        };
         Ok(Self {
             token: Mutex::new(token),
-            head: Mutex::new(head),
+            head: head.map(Mutex::new),
             stream,
             prefill: prefill.map(Mutex::new),
             exchange,
@@ -115,9 +175,23 @@ impl GpuModel {
             weights,
             number: AtomicU32::new(0),
             under_way: AtomicBool::new(false),
-            times: Mutex::new(TokenTimes::new(shape.n_layer)),
+            times: Mutex::new(TokenTimes::new(n_layer)),
             limit,
         })
+    }
+
+    /// The layers, counted from the model's first, as everywhere in these functions.
+    pub fn layers(&self) -> Range<usize> {
+        self.weights.range()
+    }
+
+    fn layer(&self, layer: usize) -> &GpuLayer {
+        &self.weights.layers[layer - self.weights.first_layer]
+    }
+
+    /// Place of a layer among the GPU's own.
+    fn own(&self, layer: usize) -> usize {
+        layer - self.weights.first_layer
     }
 
     /// Bytes of device memory.
@@ -135,24 +209,24 @@ impl GpuModel {
 
     /// Whether the layer has neurons on the host.
     pub fn has_cold(&self, layer: usize) -> bool {
-        self.weights.layers[layer].has_cold
+        self.layer(layer).has_cold
     }
 
     /// How the layer is predicted: none; or whether what is not named is left out.
     pub fn ahead_alone(&self, layer: usize) -> Option<bool> {
-        let ahead = self.weights.layers[layer].ahead.as_ref();
+        let ahead = self.layer(layer).ahead.as_ref();
         ahead.map(|ahead| ahead.alone)
     }
 
     /// Whether bundles that are predicted are pulled towards the caches of the host.
     pub fn prefetches(&self, layer: usize) -> bool {
-        let ahead = self.weights.layers[layer].ahead.as_ref();
+        let ahead = self.layer(layer).ahead.as_ref();
         ahead.is_some_and(|ahead| ahead.prefetch)
     }
 
     /// Hot neurons of the layer.
     pub fn n_hot(&self, layer: usize) -> usize {
-        let ffn = self.weights.layers[layer].ffn.as_ref();
+        let ffn = self.layer(layer).ffn.as_ref();
         ffn.map_or(0, GpuFfn::n_hot)
     }
 
@@ -177,8 +251,25 @@ impl GpuModel {
             words.copy_from_slice(&[position as u32, number]);
         }
         std::sync::atomic::fence(Ordering::SeqCst);
-        self.launch(&self.token)?;
+        self.launch_part(0)?;
         self.under_way.store(true, Ordering::Relaxed);
+        Ok(())
+    }
+
+    /// Launches part `n` of the token, or all of it where it has no parts.
+    fn launch_part(&self, n: usize) -> Result<(), GpuError> {
+        match &*locked(&self.token) {
+            TokenGraphs::Whole(graph) => graph.launch(&self.stream)?,
+            TokenGraphs::Parts(parts, last) => match parts.get(n) {
+                Some(part) => {
+                    part.graph.launch(&self.stream)?;
+                    part.hidden.record(&self.stream)?;
+                    part.hot.launch(&self.stream)?;
+                    part.hot_done.record(&self.stream)?;
+                }
+                None => last.launch(&self.stream)?,
+            },
+        }
         Ok(())
     }
 
@@ -187,15 +278,16 @@ impl GpuModel {
         if !self.under_way.load(Ordering::Relaxed) {
             return Ok(());
         }
+        self.under_way.store(false, Ordering::Relaxed);
+        if self.weights.sync == GpuSync::Events {
+            // what was launched waits for nothing
+            return self.wait_batch();
+        }
         let number = self.number();
         for layer in 0..self.weights.layers.len() {
             self.exchange.store(Flag::Partial(layer), number);
         }
         self.wait_token()
-    }
-
-    fn launch(&self, graph: &Mutex<Graph>) -> Result<(), GpuError> {
-        Ok(locked(graph).launch(&self.stream)?)
     }
 
     /// Starts several tokens of a prompt: their embeddings `[n, n_embd]`, rotations `[n, rope_len]`, and the position of the
@@ -227,9 +319,9 @@ impl GpuModel {
     /// The driver's.
     pub fn batch_layer(&self, layer: usize, shape: &ModelShape) -> Result<(), GpuError> {
         let buffers = &mut *locked(&self.buffers);
-        let weights = &self.weights;
-        let cache = (&mut buffers.caches[layer], buffers.words.view(0..1));
-        let layer = (layer, &weights.layers[layer]);
+        let (weights, own) = (&self.weights, self.own(layer));
+        let cache = (&mut buffers.caches[own], buffers.words.view(0..1));
+        let layer = (own, &weights.layers[own]);
         Ok(self
             .prefill()
             .layer(&self.stream, layer, &weights.arena, shape, cache)?)
@@ -271,8 +363,52 @@ impl GpuModel {
     }
 
     fn wait(&self, flag: Flag) -> Result<(), GpuError> {
-        self.exchange
-            .wait(flag, self.number(), &self.stream, self.limit)
+        let parts = match self.weights.sync {
+            GpuSync::Flags => {
+                return self
+                    .exchange
+                    .wait(flag, self.number(), &self.stream, self.limit);
+            }
+            GpuSync::Events => locked(&self.token),
+        };
+        let TokenGraphs::Parts(parts, _) = &*parts else {
+            unreachable!("events need parts");
+        };
+        let event = match flag {
+            Flag::Hidden(layer) => {
+                let part = parts.iter().find(|part| part.layer == layer);
+                part.map(|part| &part.hidden)
+            }
+            // predicted beside the hot neurons of the layer before
+            Flag::Ids(layer) => {
+                let part = parts.iter().find(|part| part.layer + 1 >= layer);
+                part.map(|part| {
+                    if part.layer < layer {
+                        &part.hot_done
+                    } else {
+                        &part.hidden
+                    }
+                })
+            }
+            _ => None,
+        };
+        self.spin_until(|| match event {
+            Some(event) => event.is_done(),
+            None => self.stream.is_done(),
+        })
+    }
+
+    /// Asks the driver again and again.
+    fn spin_until(&self, is_done: impl Fn() -> Result<bool, KernelError>) -> Result<(), GpuError> {
+        let start = Instant::now();
+        while !is_done()? {
+            if start.elapsed() > self.limit {
+                let seconds = self.limit.as_secs_f64();
+                return Err(GpuError::GpuLate { seconds });
+            }
+            std::hint::spin_loop();
+        }
+        Ok(())
     }
 
     /// The ids of cold neurons that were predicted for a layer, counted from its first cold one, ascending.
@@ -280,9 +416,10 @@ impl GpuModel {
     /// # Errors
     /// [`GpuError`].
     pub fn wait_ids(&self, layer: usize) -> Result<&[u32], GpuError> {
-        self.wait(Flag::Ids(layer))?;
+        let own = self.own(layer);
+        self.wait(Flag::Ids(own))?;
         // SAFETY: the flag was seen; the slice is used before `answer`, by this thread.
-        Ok(unsafe { self.exchange.ids(layer) })
+        Ok(unsafe { self.exchange.ids(own) })
     }
 
     /// The normed hidden state of a layer, `[n_embd]`.
@@ -290,20 +427,32 @@ impl GpuModel {
     /// # Errors
     /// [`GpuError`].
     pub fn wait_hidden(&self, layer: usize) -> Result<&[f32], GpuError> {
-        self.wait(Flag::Hidden(layer))?;
-        self.times().host[layer].0 = Some(Instant::now());
+        let own = self.own(layer);
+        self.wait(Flag::Hidden(own))?;
+        self.times().host[own].0 = Some(Instant::now());
         // SAFETY: as above.
-        Ok(unsafe { self.exchange.hidden(layer) })
+        Ok(unsafe { self.exchange.hidden(own) })
     }
 
     /// Gives the host's part of a layer to the GPU: `join` writes the sum, `[n_embd]`.
-    pub fn answer(&self, layer: usize, join: impl FnOnce(&mut [f32])) {
+    ///
+    /// # Errors
+    /// The driver's.
+    pub fn answer(&self, layer: usize, join: impl FnOnce(&mut [f32])) -> Result<(), GpuError> {
+        let own = self.own(layer);
         // SAFETY: the layer's hidden state was seen, and this is the thread that answers.
-        join(unsafe { self.exchange.partial(layer) });
+        join(unsafe { self.exchange.partial(own) });
         let mut times = self.times();
-        times.host[layer].1 = Some(Instant::now());
+        times.host[own].1 = Some(Instant::now());
         drop(times);
-        self.exchange.store(Flag::Partial(layer), self.number());
+        self.exchange.store(Flag::Partial(own), self.number());
+        let next = match &*locked(&self.token) {
+            TokenGraphs::Whole(_) => return Ok(()),
+            TokenGraphs::Parts(parts, _) => {
+                parts.iter().take_while(|part| part.layer <= own).count()
+            }
+        };
+        self.launch_part(next)
     }
 
     /// Columns of the host's part of a layer, for nodes that write it themselves.
@@ -314,7 +463,25 @@ impl GpuModel {
     #[allow(clippy::mut_from_ref)]
     pub unsafe fn partial_columns(&self, layer: usize, columns: Range<usize>) -> &mut [f32] {
         // SAFETY: this function's contract.
-        unsafe { self.exchange.partial_columns(layer, columns) }
+        unsafe { self.exchange.partial_columns(self.own(layer), columns) }
+    }
+
+    /// The residual stream behind the GPU's last layer, `[n_embd]`, where another GPU goes on.
+    ///
+    /// # Safety
+    /// The token has ended, and the next one is not started while the slice lives.
+    pub unsafe fn residual(&self) -> &[f32] {
+        let n_embd = self.exchange.x_out.len();
+        // SAFETY: this function's contract.
+        unsafe { self.exchange.x_out.read(0..n_embd) }
+    }
+
+    /// The same of several tokens that have ended, `[n, n_embd]`.
+    ///
+    /// # Errors
+    /// The driver's.
+    pub fn batch_residual(&self, n_values: usize) -> Result<Vec<f32>, GpuError> {
+        Ok(self.prefill().x.view(..n_values).read()?)
     }
 
     /// Waits for the end of the token's layers.
@@ -345,7 +512,7 @@ impl GpuModel {
         let token = ns(before, end);
         let TokenTimes { host, all } = &mut *times;
         let layers = host.iter_mut().enumerate().map(|(layer, host)| {
-            if !self.has_cold(layer) {
+            if !self.weights.layers[layer].has_cold {
                 return None;
             }
             // SAFETY: as above.
@@ -383,7 +550,8 @@ impl GpuModel {
         }
         // another number than the last launch's
         self.exchange.store(Flag::Logits, 0);
-        self.launch(&self.head)?;
+        let head = self.head.as_ref().expect("the last GPU has the head");
+        locked(head).launch(&self.stream)?;
         self.wait(Flag::Logits)?;
         let n_vocab = self.exchange.logits.len();
         // SAFETY: the flag was seen; the next launch is after the slice's use, by this thread.
@@ -429,7 +597,63 @@ struct Capture<'a> {
 type Launched = Result<(), KernelError>;
 
 impl Capture<'_> {
+    /// The whole token.
     fn token(&mut self, stream: &Stream) -> Launched {
+        self.begin(stream)?;
+        for index in 0..self.weights.layers.len() {
+            self.until_hidden(stream, index, true)?;
+            self.beside_host(stream, index)?;
+            if self.weights.layers[index].has_cold {
+                self.cold(stream, index)?;
+            }
+        }
+        self.end(stream)
+    }
+
+    /// The token in parts, each of which waits for nothing.
+    fn parts(&mut self, stream: &Stream) -> Result<TokenGraphs, KernelError> {
+        let n_layer = self.weights.layers.len();
+        let mut parts: Vec<Part> = Vec::new();
+        loop {
+            let before = parts.last().map(|part| part.layer);
+            let first = before.map_or(0, |layer| layer + 1);
+            let layer = (first..n_layer).find(|layer| self.weights.layers[*layer].has_cold);
+            let graph = Graph::capture(stream, |stream| {
+                match before {
+                    None => self.begin(stream)?,
+                    Some(before) => self.cold(stream, before)?,
+                }
+                for index in first..layer.unwrap_or(n_layer) {
+                    self.until_hidden(stream, index, index > first)?;
+                    self.beside_host(stream, index)?;
+                }
+                match layer {
+                    Some(layer) => self.until_hidden(stream, layer, layer > first),
+                    None => self.end(stream),
+                }
+            })?;
+            let Some(layer) = layer else {
+                return Ok(TokenGraphs::Parts(parts, graph));
+            };
+            let hot = Graph::capture(stream, |stream| {
+                self.beside_host(stream, layer)?;
+                match self.predicted(layer + 1) {
+                    Some(_) => stream.wait_for(&self.events[1]),
+                    None => Ok(()),
+                }
+            })?;
+            let device = stream.device();
+            parts.push(Part {
+                graph,
+                hidden: Event::new(device)?,
+                layer,
+                hot,
+                hot_done: Event::new(device)?,
+            });
+        }
+    }
+
+    fn begin(&mut self, stream: &Stream) -> Launched {
         let (exchange, buffers) = (self.exchange, &mut *self.buffers);
         let token = BeginToken {
             x: (exchange.x.view(0..exchange.x.len()), buffers.x.view_mut(..)),
@@ -440,35 +664,50 @@ impl Capture<'_> {
             words: (exchange.words.view(0..2), buffers.words.view_mut(..)),
             stamp: exchange.stamps(Stamp::Begin, 1),
         };
-        begin_token(stream, token)?;
-        for index in 0..self.weights.layers.len() {
-            self.layer(stream, index)?;
-        }
-        // nothing but the flag
-        let none = self.exchange.flag(Flag::Token);
+        begin_token(stream, token)
+    }
+
+    /// Tells the host, who gets the residual stream where another GPU goes on.
+    fn end(&mut self, stream: &Stream) -> Launched {
+        let n = match self.weights.head {
+            Some(_) => 0,
+            None => self.shape.n_embd,
+        };
         let [_, _, ticket] = &mut self.buffers.tickets;
         let what = HandOver {
-            from: self.buffers.words.view(..0),
+            from: self.buffers.x.view(..n).to_bits(),
             count: None,
-            to: none.part(0..0),
-            flag: none,
+            to: self.exchange.x_out.view(0..n).to_bits(),
+            flag: self.exchange.flag(Flag::Token),
             number: self.buffers.words.view(1..2),
             stamp: self.exchange.stamps(Stamp::Token, 1),
         };
         hand_over(stream, what, ticket)
     }
 
-    fn layer(&mut self, stream: &Stream, index: usize) -> Launched {
+    /// The layer up to its normed hidden state. `join`: the predictor may still run beside it.
+    fn until_hidden(&mut self, stream: &Stream, index: usize, join: bool) -> Launched {
         let layer = &self.weights.layers[index];
         self.attention(stream, index, layer)?;
-        let next = self.weights.layers.get(index + 1);
-        let next = next.filter(|next| next.ahead.is_some());
-        self.ffn_norm(stream, index, layer, next.is_some())?;
-        if layer.ahead.is_some() {
+        let predicts = self.predicted(index + 1).is_some();
+        self.ffn_norm(stream, index, layer, predicts)?;
+        if layer.ahead.is_some() && join {
             // its list is needed from here on
             stream.wait_for(&self.events[1])?;
         }
-        if let Some(next) = next
+        Ok(())
+    }
+
+    /// The layer, where it is predicted.
+    fn predicted(&self, index: usize) -> Option<(&GpuLayer, &GpuAhead)> {
+        let layer = self.weights.layers.get(index)?;
+        layer.ahead.as_ref().map(|ahead| (layer, ahead))
+    }
+
+    /// What runs while the host computes the layer's cold neurons: the next layer's predictor, and hot neurons.
+    fn beside_host(&mut self, stream: &Stream, index: usize) -> Launched {
+        let weights = self.weights;
+        if let Some(next) = weights.layers.get(index + 1)
             && let Some(ahead) = &next.ahead
         {
             let n_hot = next.ffn.as_ref().map_or(0, GpuFfn::n_hot);
@@ -478,12 +717,10 @@ impl Capture<'_> {
             self.predict(self.side, index + 1, ahead, n_hot, next.has_cold)?;
             end.record(self.side)?;
         }
+        let layer = &weights.layers[index];
         if let Some(ffn) = &layer.ffn {
             let by_list = layer.ahead.as_ref().is_some_and(|ahead| ahead.alone);
             self.hot(stream, index, ffn, by_list)?;
-        }
-        if layer.has_cold {
-            self.cold(stream, index)?;
         }
         Ok(())
     }
@@ -741,19 +978,19 @@ impl Capture<'_> {
         take_over(stream, what, buffers.x.view_mut(..))
     }
 
-    fn head(&mut self, stream: &Stream) -> Launched {
+    fn head(&mut self, stream: &Stream, head: &GpuHead) -> Launched {
         let (arena, shape, exchange) = (&self.weights.arena, self.shape, self.exchange);
         let buffers = &mut *self.buffers;
         rms_norm(
             stream,
             buffers.x.view(..),
-            values(arena, &self.weights.output_norm),
+            values(arena, &head.norm),
             shape.rms_eps,
             &mut buffers.normed,
         )?;
         gemv(
             stream,
-            self.weights.head.view(arena),
+            head.rows.view(arena),
             &buffers.normed,
             Add::None,
             buffers.logits.view_mut(..),

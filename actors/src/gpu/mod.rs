@@ -17,8 +17,8 @@ use pi_kernels::elementwise::add_assign;
 
 pub(crate) use cuda_layer::CudaLayer;
 pub use error::GpuError;
-pub(crate) use gpu_model::GpuModel;
 pub use gpu_model::working_bytes;
+pub(crate) use gpu_model::{GpuModel, GpuOptions};
 pub use prefill::PrefillSizes;
 pub use times::{GpuTimes, LayerTimes};
 

@@ -258,7 +258,7 @@ impl Prefill {
         let (device, shape) = (&weights.device, &host.shape);
         let mut cold = Vec::new();
         let mut stage_bytes = 0;
-        for layer in &host.layers {
+        for layer in &host.layers[weights.range()] {
             let mut of_layer = Vec::new();
             for share in &layer.shares {
                 let Some(parts) = parts(share) else {

@@ -28,7 +28,17 @@ pub(crate) fn values<'a>(arena: &'a DeviceBuffer<u8>, at: &GpuValues) -> View<'a
     arena.view(at.clone()).as_f32()
 }
 
-/// What a GPU has of a model. Hot neurons are the first ones in the order in which the layer's neurons lie, on the GPU and
+/// How host and GPU tell each other within a token what is there.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+pub enum GpuSync {
+    /// By flags in the host's memory, at which both look all the time: a token is one graph.
+    #[default]
+    Flags,
+    /// By events, where a GPU cannot see what the host writes while a kernel runs: a token is launched part by part.
+    Events,
+}
+
+/// What a GPU has of a model: some consecutive layers. Hot neurons are the first ones in the order in which the layer's neurons lie, on the GPU and
 /// in the nodes' shares: those of its first groups.
 #[derive(Debug)]
 pub struct GpuWeights {
@@ -38,10 +48,28 @@ pub struct GpuWeights {
     pub arena: DeviceBuffer<u8>,
     /// The layers.
     pub layers: Vec<GpuLayer>,
-    /// Weight of the norm before the head, `[n_embd]` f32.
-    pub output_norm: GpuValues,
+    /// Which layer the first of them is.
+    pub first_layer: usize,
+    /// The head, behind the last layer.
+    pub head: Option<GpuHead>,
+    /// How it is run.
+    pub sync: GpuSync,
+}
+
+impl GpuWeights {
+    /// The layers, counted from the model's first.
+    pub fn range(&self) -> Range<usize> {
+        self.first_layer..self.first_layer + self.layers.len()
+    }
+}
+
+/// The head.
+#[derive(Debug, Clone)]
+pub struct GpuHead {
+    /// Weight of the norm before it, `[n_embd]` f32.
+    pub norm: GpuValues,
     /// `[n_vocab, n_embd]`
-    pub head: GpuRows,
+    pub rows: GpuRows,
 }
 
 /// One layer.

@@ -204,6 +204,19 @@ impl Event {
         })
     }
 
+    /// Whether everything before it is done, without waiting.
+    ///
+    /// # Errors
+    /// As [`Stream::synchronize`].
+    pub fn is_done(&self) -> Result<bool, KernelError> {
+        self.device.bind()?;
+        // SAFETY: the event is alive.
+        match unsafe { sys::cuEventQuery(self.raw) } {
+            sys::CUresult::CUDA_ERROR_NOT_READY => Ok(false),
+            answer => call("ask an event", answer.result()).map(|()| true),
+        }
+    }
+
     /// Milliseconds from this event to `end`, when both have been waited for.
     ///
     /// # Errors

@@ -76,7 +76,7 @@ fn run_tests(args: &BenchArgs, tracer: &Tracer) -> Result<(), RuntimeError> {
             writer.row(out.stream(), &row).map_err(output_error)?;
         }
         bench.model.verify_again()?;
-        if let Some(times) = bench.model.engine.gpu_times() {
+        for times in bench.model.engine.gpu_times() {
             eprintln!("{times}");
         }
     }
@@ -162,9 +162,9 @@ impl PlanBench {
             build_number: 0,
             cpu_info: self.cpu_name.clone(),
             gpu_info: String::new(),
-            backends: match self.model.engine.gpu_bytes() {
-                Some(_) => "CUDA".into(),
-                None => "CPU".into(),
+            backends: match &self.model.engine.gpu_bytes()[..] {
+                [] => "CPU".into(),
+                _ => "CUDA".into(),
             },
             model_filename: self.model.path.display().to_string(),
             model_type: self.model.description.name.clone(),

@@ -12,7 +12,7 @@ use pi_kernels::attention::KvType;
 use pi_kernels::ffn_sparse::FFN_GROUPS;
 use pi_topology::{Plan, Residence, TopologyError};
 
-use super::gpu::OnGpu;
+use super::gpu::OnGpus;
 use super::sparsity::{self, ThresholdSource};
 use crate::chat::SpecialTexts;
 use crate::error::RuntimeError;
@@ -20,7 +20,7 @@ use crate::gguf::GgufFile;
 use crate::head_sketch::{Head, SketchTensors};
 use crate::model::description::Description;
 use crate::model::footprint::{Footprint, HeadBytes};
-use crate::model::gpu::{GpuLayout, GpuRequest};
+use crate::model::gpu::GpuRequest;
 use crate::model::load::model_shape;
 use crate::model::node_memory::{PlacedWeights, VerifiedMemory};
 use crate::model::predicting::Predicting;
@@ -311,8 +311,10 @@ fn start_engine(
         n_ubatch: options.n_batch.min(N_UBATCH),
         mode: options.cpu.mode(),
         groups_max: FFN_GROUPS,
+        layers: 0..hyper.n_layer,
     };
-    let on_gpu = OnGpu::choose(options, plan, request).map_err(in_file)?;
+    let on_gpus = OnGpus::choose(options, plan, &request).map_err(in_file)?;
+    let hot = on_gpus.as_ref().map(OnGpus::hot);
     let loader = Loader::predicted(
         file,
         hyper,
@@ -324,33 +326,33 @@ fn start_engine(
             threads: &threads,
             cold: plan.cold,
         },
-        on_gpu.as_ref().map(|gpu| &gpu.hot[..]),
+        hot.as_deref(),
         n_ctx,
     )
     .map_err(in_file)?;
     let teams = Teams::start(plan)?;
     let memory = VerifiedMemory::new(plan);
-    let gpu_layout = on_gpu
-        .as_ref()
-        .map(|gpu| GpuLayout::new(&request, &gpu.hot));
-    let gpu_bytes = gpu_layout.as_ref().map_or(0, |layout| layout.bytes as u64);
+    let layouts = on_gpus.as_ref().map(|gpus| gpus.layouts(&request));
+    let layouts = layouts.unwrap_or_default();
+    let gpu_bytes: u64 = layouts.iter().map(|layout| layout.bytes as u64).sum();
     observer.begin(gpu_bytes + loader.copied_bytes());
-    let gpu = on_gpu.as_ref().zip(gpu_layout.as_ref());
-    let gpu =
-        gpu.map(|(gpu, layout)| layout.load(&gpu.device, &teams, &|bytes| observer.copied(bytes)));
-    let loaded = gpu.transpose().and_then(|gpu| {
+    let gpus = match &on_gpus {
+        Some(gpus) => gpus.load(&layouts, &teams, &|bytes| observer.copied(bytes)),
+        None => Ok(vec![]),
+    };
+    let loaded = gpus.and_then(|gpus| {
         let copied = |bytes| observer.copied(gpu_bytes + bytes);
-        Ok((gpu, loader.load(&teams, &memory, &copied)?))
+        Ok((gpus, loader.load(&teams, &memory, &copied)?))
     });
     observer.end();
-    let (gpu, weights) = loaded.map_err(in_file)?;
+    let (gpus, weights) = loaded.map_err(in_file)?;
     let placed = memory.into_weights();
     let residence = placed.verify()?;
     tracing::info!(cold = %plan.cold, "weights lie: {residence}");
     let engine = Engine::start_on(
         teams,
         weights,
-        gpu,
+        gpus,
         EngineOptions {
             cpu: options.cpu,
             kv_type: options.kv_type,
@@ -361,8 +363,8 @@ fn start_engine(
             tap: options.tap.clone(),
         },
     )?;
-    if let (Some(on_gpu), Some(bytes)) = (&on_gpu, engine.gpu_bytes()) {
-        on_gpu.log(bytes);
+    if let Some(on_gpus) = &on_gpus {
+        on_gpus.log(&engine.gpu_bytes());
     }
     let footprint = Footprint::of(hyper, &tensors, &sparsity);
     Ok(Started {

@@ -1,6 +1,7 @@
 //! Which neurons are hot: pure functions over sizes and frequencies.
 
 use std::fmt;
+use std::ops::Range;
 
 use pi_actors::gpu::PrefillSizes;
 use pi_actors::weights::ModelShape;
@@ -14,7 +15,7 @@ use crate::model::ModelTensors;
 use crate::model::predicting::Predicting;
 use crate::model::shares::neuron_groups;
 use crate::model::sparsity::{DownPlan, SparsityPlan};
-use crate::sidecar::{LayerPredictors, Profile};
+use crate::sidecar::{Ahead, LayerPredictors, Profile};
 
 /// One layer's division between a GPU and the host.
 #[derive(Debug, Clone, PartialEq, Eq, Default)]
@@ -26,7 +27,7 @@ pub struct HotLayer {
 }
 
 /// What is asked of a GPU.
-#[derive(Debug, Clone, Copy)]
+#[derive(Debug, Clone)]
 pub struct GpuRequest<'a> {
     /// Sizes of the model, its context included.
     pub shape: &'a ModelShape,
@@ -48,6 +49,16 @@ pub struct GpuRequest<'a> {
     pub mode: ActivationMode,
     /// Most groups of a layer that may be hot.
     pub groups_max: usize,
+    /// The GPU's layers; the last one's has the head.
+    pub layers: Range<usize>,
+}
+
+impl<'a> GpuRequest<'a> {
+    /// What predicts a layer ahead: nothing where the layer before is on another GPU.
+    pub(super) fn ahead(&self, index: usize) -> Option<&'a Ahead> {
+        let predictors = self.predictors.filter(|_| index > self.layers.start)?;
+        predictors[index].ahead.as_ref()
+    }
 }
 
 /// What takes how much of a GPU's memory, in bytes.
@@ -107,14 +118,14 @@ impl fmt::Display for GpuMemory {
 /// # Errors
 /// The rest alone does not fit.
 pub fn choose(
-    request: GpuRequest<'_>,
+    request: &GpuRequest<'_>,
     budget: usize,
     overhead: usize,
 ) -> Result<(Vec<HotLayer>, GpuMemory), GpuModelError> {
     let shape = request.shape;
     check_formats(request.tensors, &request.sparsity.down)?;
-    let mut layers = orders(&request);
-    let nothing_hot = GpuLayout::new(&request, &layers);
+    let mut layers = orders(request);
+    let nothing_hot = GpuLayout::new(request, &layers);
     let bundle_bytes = nothing_hot.bundle_bytes;
     let prefill = PrefillSizes {
         n_tokens: request.n_ubatch.min(shape.n_ctx),
@@ -127,20 +138,23 @@ pub fn choose(
         overhead,
         dense: nothing_hot.dense_bytes,
         predictors: nothing_hot.predictor_bytes,
-        working: pi_actors::gpu::working_bytes(shape, request.kv_type, prefill),
+        working: pi_actors::gpu::working_bytes(
+            shape,
+            request.layers.len(),
+            request.kv_type,
+            prefill,
+        ),
         hot: 0,
         neurons: 0,
     };
     let ends = neuron_groups(shape.n_ff, multiple(request.sparsity));
     let groups_max = request.groups_max.min(FFN_GROUPS);
     let mut steps = Vec::new();
-    for (index, layer) in layers.iter().enumerate() {
-        let bundle = bundle_bytes[index];
+    for (own, layer) in layers.iter().enumerate() {
+        let (index, bundle) = (request.layers.start + own, bundle_bytes[own]);
         memory.neurons += bundle * shape.n_ff;
         // a layer without a predictor has all its gates computed: wherever that is, it is worth most on the GPU
-        let unpredicted = request
-            .predictors
-            .is_some_and(|predictors| predictors[index].ahead.is_none());
+        let unpredicted = request.predictors.is_some() && request.ahead(index).is_none();
         let counts = request.profile.map(|profile| &profile.layers[index].counts);
         let mut add = |groups: std::ops::Range<usize>| {
             let neurons = ends[groups.start]..ends[groups.end];
@@ -160,7 +174,7 @@ pub fn choose(
             } else {
                 fired / bytes.max(1) as f64
             };
-            steps.push((worth, index, groups, bytes));
+            steps.push((worth, own, groups, bytes));
         };
         if whole(request.sparsity.down[index]) {
             if groups_max == FFN_GROUPS {
@@ -176,14 +190,36 @@ pub fn choose(
     }
     // stable: of equals the first layer's first group
     steps.sort_by(|a, b| b.0.total_cmp(&a.0));
-    for (_, index, groups, bytes) in steps {
-        let layer = &mut layers[index];
+    for (_, own, groups, bytes) in steps {
+        let layer = &mut layers[own];
         if layer.groups == groups.start && memory.hot + bytes <= room {
             layer.groups = groups.end;
             memory.hot += bytes;
         }
     }
     Ok((layers, memory))
+}
+
+/// Consecutive layers for each of some GPUs, in proportion to their `rooms` (bytes); at least one each where there are as many.
+pub fn split(n_layer: usize, rooms: &[usize]) -> Vec<Range<usize>> {
+    let all: f64 = rooms.iter().map(|room| *room as f64).sum();
+    let (mut ranges, mut start, mut sum) = (Vec::new(), 0, 0.0);
+    for (n, room) in rooms.iter().enumerate() {
+        sum += *room as f64;
+        let behind = rooms.len() - 1 - n;
+        let share = if all > 0.0 {
+            sum / all
+        } else {
+            (n + 1) as f64 / rooms.len() as f64
+        };
+        let end = ((n_layer as f64 * share).round() as usize).clamp(
+            (start + 1).min(n_layer),
+            n_layer.saturating_sub(behind).max(start),
+        );
+        ranges.push(start..end);
+        start = end;
+    }
+    ranges
 }
 
 /// Whether a layer's neurons cannot be parted.
@@ -196,7 +232,7 @@ fn multiple(sparsity: &SparsityPlan) -> usize {
     crate::model::layout::neuron_multiple(sparsity)
 }
 
-/// Each layer's neurons, those first that fired most.
+/// The neurons of each of the GPU's layers, those first that fired most.
 fn orders(request: &GpuRequest<'_>) -> Vec<HotLayer> {
     let order = |index: usize| {
         let counts = &request.profile?.layers[index].counts;
@@ -207,10 +243,37 @@ fn orders(request: &GpuRequest<'_>) -> Vec<HotLayer> {
         order.sort_by_key(|&id| std::cmp::Reverse(counts[id as usize]));
         Some(order)
     };
-    (0..request.shape.n_layer)
+    (request.layers.clone())
         .map(|index| HotLayer {
             order: order(index),
             groups: 0,
         })
         .collect()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn layers_are_split_by_room_and_nobody_is_left_without() {
+        assert_eq!(split(80, &[24]), vec![0..80; 1]);
+        assert_eq!(split(80, &[24, 24]), [0..40, 40..80]);
+        assert_eq!(split(80, &[24, 8]), [0..60, 60..80]);
+        assert_eq!(split(3, &[100, 1, 1]), [0..1, 1..2, 2..3]);
+        assert_eq!(split(3, &[0, 0]), [0..2, 2..3]);
+        for n_layer in 1..40 {
+            for rooms in [&[1, 2, 3][..], &[0, 5], &[7, 7, 7, 7, 7]] {
+                let ranges = split(n_layer, rooms);
+                assert_eq!(ranges.len(), rooms.len());
+                let mut next = 0;
+                for range in &ranges {
+                    assert_eq!(range.start, next);
+                    next = range.end;
+                    assert!(n_layer < rooms.len() || !range.is_empty(), "{ranges:?}");
+                }
+                assert_eq!(next, n_layer, "{ranges:?}");
+            }
+        }
+    }
 }

@@ -1,6 +1,6 @@
 //! What lies where in a GPU's arena.
 
-use pi_actors::gpu::weights::{GpuAhead, GpuDown, GpuFfn, GpuLayer, GpuRows, GpuValues};
+use pi_actors::gpu::weights::{GpuAhead, GpuDown, GpuFfn, GpuHead, GpuLayer, GpuRows, GpuValues};
 use pi_kernels::QuantType;
 use pi_kernels::cuda::{DeviceRows, SUPPORTED, is_supported};
 
@@ -47,8 +47,8 @@ pub(super) enum PieceSource<'a> {
 pub struct GpuLayout<'a> {
     pub(super) pieces: Vec<Piece<'a>>,
     pub(super) layers: Vec<GpuLayer>,
-    pub(super) output_norm: GpuValues,
-    pub(super) head: GpuRows,
+    pub(super) first_layer: usize,
+    pub(super) head: Option<GpuHead>,
     /// Bytes of norms, projections and head.
     pub dense_bytes: usize,
     /// Bytes of predictors.
@@ -101,7 +101,7 @@ pub(super) fn check_formats(
 }
 
 impl<'a> GpuLayout<'a> {
-    /// Places a model with these hot neurons.
+    /// Places the GPU's layers with these hot neurons, by layer.
     pub fn new(request: &GpuRequest<'a>, hot: &'a [HotLayer]) -> Self {
         let (shape, tensors) = (request.shape, request.tensors);
         let mut placing = Placing::default();
@@ -112,9 +112,10 @@ impl<'a> GpuLayout<'a> {
         let mut bundle_bytes = Vec::new();
         let mut predictor_bytes = 0;
         let mut neuron_bytes = 0;
-        let layers = tensors.layers.iter().zip(hot).enumerate();
+        let layers = request.layers.clone().zip(hot);
         let layers: Vec<GpuLayer> = layers
-            .map(|(index, (layer, hot))| {
+            .map(|(index, hot)| {
+                let layer = &tensors.layers[index];
                 let down = request.sparsity.down[index];
                 let row = |quant, n_cols| DeviceRows {
                     quant,
@@ -164,8 +165,7 @@ impl<'a> GpuLayout<'a> {
                 });
                 neuron_bytes += placing.end - before;
                 let before = placing.end;
-                let ahead = request.predictors.and_then(|all| all[index].ahead.as_ref());
-                let ahead = ahead.map(|ahead| GpuAhead {
+                let ahead = request.ahead(index).map(|ahead| GpuAhead {
                     a: placing.rows(&ahead.a, None, ahead.a.n_rows()),
                     a_bias: (ahead.a_bias.as_ref()).map(|bias| placing.values(bias.clone())),
                     b: placing.rows(&ahead.b, order, ahead.b.n_rows()),
@@ -189,13 +189,17 @@ impl<'a> GpuLayout<'a> {
                 }
             })
             .collect();
-        let output_norm = placing.values(tensors.output_norm.clone());
-        let head = tensors.head();
-        let head = placing.rows(head, None, head.n_rows());
+        let head = (request.layers.end == shape.n_layer).then(|| {
+            let head = tensors.head();
+            GpuHead {
+                norm: placing.values(tensors.output_norm.clone()),
+                rows: placing.rows(head, None, head.n_rows()),
+            }
+        });
         Self {
             pieces: placing.pieces,
             layers,
-            output_norm,
+            first_layer: request.layers.start,
             head,
             dense_bytes: placing.end - predictor_bytes - neuron_bytes,
             predictor_bytes,

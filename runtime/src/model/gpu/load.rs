@@ -4,7 +4,7 @@
 use std::sync::Mutex;
 use std::sync::atomic::{AtomicU64, AtomicUsize, Ordering};
 
-use pi_actors::gpu::weights::GpuWeights;
+use pi_actors::gpu::weights::{GpuSync, GpuWeights};
 use pi_kernels::KernelError;
 use pi_kernels::cuda::{Device, DeviceRows, PinnedBuffer};
 
@@ -36,6 +36,7 @@ impl GpuLayout<'_> {
     pub fn load(
         &self,
         device: &Device,
+        sync: GpuSync,
         threads: &dyn NodeThreads,
         progress: &(dyn Fn(u64) + Sync),
     ) -> Result<GpuWeights, ModelError> {
@@ -72,8 +73,9 @@ impl GpuLayout<'_> {
             device: device.clone(),
             arena: arena.into_inner().expect("no copy panicked in there"),
             layers: self.layers.clone(),
-            output_norm: self.output_norm.clone(),
-            head: self.head,
+            first_layer: self.first_layer,
+            head: self.head.clone(),
+            sync,
         })
     }
 
