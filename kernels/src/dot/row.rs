@@ -555,16 +555,50 @@ avx2_fn! {
     }
 }
 
-avx2_fn! {
-    /// Float row · x: 8 lanes over the whole row. `x` is zero-padded to 32 values.
-    pub(crate) fn dot_floats(quant: QuantType, row: *const u8, n_cols: usize, x: ActRef<'_>) -> f32 {
-        let mut lanes = _mm256_setzero_ps();
-        let mut k = 0;
-        while k < n_cols {
-            let w = floats(quant, row, k, (n_cols - k).min(8));
-            lanes = _mm256_fmadd_ps(w, _mm256_loadu_ps(x.values.as_ptr().add(k)), lanes);
-            k += 8;
+/// Float rows · x: 8 lanes over the whole row, each. `x` is zero-padded to 32 values.
+///
+/// # Safety
+/// AVX2, FMA and F16C are there; rows and `x` have `n_cols` values.
+#[target_feature(enable = "avx2,fma,f16c")]
+pub(crate) unsafe fn dot_floats<const N: usize>(
+    quant: QuantType,
+    rows: [*const u8; N],
+    n_cols: usize,
+    x: ActRef<'_>,
+) -> [f32; N] {
+    // SAFETY: this function's contract.
+    unsafe {
+        match quant {
+            QuantType::F32 => dot_floats_of(QuantType::F32, rows, n_cols, x),
+            QuantType::F16 => dot_floats_of(QuantType::F16, rows, n_cols, x),
+            _ => dot_floats_of(QuantType::BF16, rows, n_cols, x),
         }
-        join(lanes)
     }
+}
+
+/// The same, for a format that is known where this is inlined.
+///
+/// # Safety
+/// As [`dot_floats`].
+#[inline]
+#[target_feature(enable = "avx2,fma,f16c")]
+unsafe fn dot_floats_of<const N: usize>(
+    quant: QuantType,
+    rows: [*const u8; N],
+    n_cols: usize,
+    x: ActRef<'_>,
+) -> [f32; N] {
+    let mut lanes = [_mm256_setzero_ps(); N];
+    for k in (0..n_cols).step_by(8) {
+        // SAFETY: this function's contract.
+        unsafe {
+            let x = _mm256_loadu_ps(x.values.as_ptr().add(k));
+            for (lanes, row) in lanes.iter_mut().zip(rows) {
+                let w = floats(quant, row, k, (n_cols - k).min(8));
+                *lanes = _mm256_fmadd_ps(w, x, *lanes);
+            }
+        }
+    }
+    // SAFETY: this function's contract.
+    lanes.map(|lanes| unsafe { join(lanes) })
 }

@@ -249,6 +249,33 @@ pub(crate) unsafe fn f32_blocks<S: Isa, U: Unpack, const T: usize>(
     }
 }
 
+/// Adds the products of column `k` to lane `lane` of each token.
+///
+/// # Safety
+/// As [`floats`].
+#[inline(always)]
+unsafe fn float_column<S: Isa, const T: usize>(
+    quant: QuantType,
+    group: *const u8,
+    k: usize,
+    lane: usize,
+    x: [ActRef<'_>; T],
+    lanes: &mut [[S::F; 8]; T],
+) {
+    // SAFETY: this function's contract.
+    unsafe {
+        let w = match quant {
+            QuantType::F32 => S::load_f32(group.add(k * 64)),
+            QuantType::F16 => S::load_f16(group.add(k * 32)),
+            _ => S::load_bf16(group.add(k * 32)),
+        };
+        for t in 0..T {
+            let value = S::splat(*x[t].values.as_ptr().add(k));
+            lanes[t][lane] = S::fma(w, value, lanes[t][lane]);
+        }
+    }
+}
+
 /// Float weights: 8 lanes over the whole row; overwrites 16 values at each of `out`.
 ///
 /// # Safety
@@ -262,26 +289,24 @@ pub(crate) unsafe fn floats<S: Isa, const T: usize>(
 ) {
     // SAFETY: this function's contract.
     unsafe {
-        let column = |k: usize| match quant {
-            QuantType::F32 => S::load_f32(group.start.add(k * 64)),
-            QuantType::F16 => S::load_f16(group.start.add(k * 32)),
-            _ => S::load_bf16(group.start.add(k * 32)),
-        };
         let mut lanes = [[S::splat(0.0); 8]; T];
-        let mut step = |first: usize, count: usize| {
-            for lane in 0..count {
-                let w = column(first + lane);
-                for t in 0..T {
-                    let value = S::splat(*x[t].values.as_ptr().add(first + lane));
-                    lanes[t][lane] = S::fma(w, value, lanes[t][lane]);
+        let mut first = 0;
+        // no closures: they would be compiled without the tier's instructions
+        while first < group.n_cols {
+            let count = (group.n_cols - first).min(8);
+            if count == 8 {
+                let mut lane = 0;
+                while lane < 8 {
+                    float_column::<S, T>(quant, group.start, first + lane, lane, x, &mut lanes);
+                    lane += 1;
+                }
+            } else {
+                for lane in 0..count {
+                    float_column::<S, T>(quant, group.start, first + lane, lane, x, &mut lanes);
                 }
             }
-        };
-        let whole = group.n_cols / 8 * 8;
-        for first in (0..whole).step_by(8) {
-            step(first, 8);
+            first += 8;
         }
-        step(whole, group.n_cols - whole);
         for t in 0..T {
             S::store(out[t], join::<S>(lanes[t]));
         }

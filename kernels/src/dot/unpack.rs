@@ -72,14 +72,28 @@ pub(crate) trait Unpack {
     }
 }
 
+/// An array of vectors, by index. No closure: one that is not inlined would be compiled without the tier's instructions, and call
+/// each of them.
+macro_rules! lanes {
+    ($n:literal, |$j:ident| $vector:expr) => {{
+        let mut all = [S::splat_i(0); $n];
+        let mut $j = 0;
+        while $j < $n {
+            all[$j] = $vector;
+            $j += 1;
+        }
+        all
+    }};
+}
+
 /// Low nibbles of 4 vectors, then high ones: 32 columns of the small formats.
 #[inline(always)]
 unsafe fn nibbles<S: Isa>(planes: &Planes, sub: usize) -> [S::I; 8] {
     // SAFETY: the caller's contract.
     unsafe {
         let mask = S::splat_i(0x0F0F_0F0F);
-        let p: [S::I; 4] = std::array::from_fn(|j| planes.dwords::<S>(0, 4 * sub + j));
-        std::array::from_fn(|j| {
+        let p = lanes!(4, |j| planes.dwords::<S>(0, 4 * sub + j));
+        lanes!(8, |j| {
             if j < 4 {
                 S::and(p[j], mask)
             } else {
@@ -95,7 +109,7 @@ unsafe fn five_bits<S: Isa>(planes: &Planes, sub: usize) -> [S::I; 8] {
     // SAFETY: the caller's contract.
     unsafe {
         let (w, high) = (nibbles::<S>(planes, sub), planes.dwords::<S>(1, sub));
-        std::array::from_fn(|j| S::or_fifth_bit(w[j], high, j))
+        lanes!(8, |j| S::or_fifth_bit(w[j], high, j))
     }
 }
 
@@ -106,7 +120,10 @@ unsafe fn k_nibbles<S: Isa>(planes: &Planes, sub: usize) -> [S::I; 8] {
     unsafe {
         let mask = S::splat_i(0x0F0F_0F0F);
         let shift = 4 * (sub % 2) as u32;
-        std::array::from_fn(|j| S::and(S::shr(planes.dwords::<S>(0, sub / 2 * 8 + j), shift), mask))
+        lanes!(8, |j| S::and(
+            S::shr(planes.dwords::<S>(0, sub / 2 * 8 + j), shift),
+            mask
+        ))
     }
 }
 
@@ -146,7 +163,10 @@ unsafe fn two_bits<S: Isa>(planes: &Planes, sub: usize) -> [S::I; 8] {
     unsafe {
         let mask = S::splat_i(0x0303_0303);
         let shift = 2 * (sub % 4) as u32;
-        std::array::from_fn(|j| S::and(S::shr(planes.dwords::<S>(0, sub / 4 * 8 + j), shift), mask))
+        lanes!(8, |j| S::and(
+            S::shr(planes.dwords::<S>(0, sub / 4 * 8 + j), shift),
+            mask
+        ))
     }
 }
 
@@ -227,7 +247,7 @@ mod formats {
     });
     unpack!(Q8_0, offset None, dots 1, {
         const SIGNED: bool = true;
-        part!(values -> [S::I; 8], |p, s| std::array::from_fn(|j| p.dwords::<S>(0, 8 * s + j)));
+        part!(values -> [S::I; 8], |p, s| lanes!(8, |j| p.dwords::<S>(0, 8 * s + j)));
         part!(scale -> S::F, |p, s| p.halves::<S>(1, s));
     });
     unpack!(Q2_K, offset None, dots 8, {
@@ -243,7 +263,7 @@ mod formats {
         const HALVES: bool = true;
         part!(values -> [S::I; 8], |p, s| {
             let w = two_bits::<S>(p, s);
-            std::array::from_fn(|j| {
+            lanes!(8, |j| {
                 let high = S::shr(p.dwords::<S>(1, s / 8 * 8 + j), (s % 8) as u32);
                 S::or(w[j], S::shl(S::and(high, S::splat_i(0x0101_0101)), 2))
             })
@@ -265,7 +285,7 @@ mod formats {
         const HAS_MIN: bool = true;
         part!(values -> [S::I; 8], |p, s| {
             let w = k_nibbles::<S>(p, s);
-            std::array::from_fn(|j| {
+            lanes!(8, |j| {
                 let high = S::shr(p.dwords::<S>(1, s / 8 * 8 + j), (s % 8) as u32);
                 S::or(w[j], S::shl(S::and(high, S::splat_i(0x0101_0101)), 4))
             })
@@ -279,7 +299,7 @@ mod formats {
         const HALVES: bool = true;
         part!(values -> [S::I; 8], |p, s| {
             let (block, big, quarter) = (s / 8, s % 8 / 4, s % 4);
-            std::array::from_fn(|j| {
+            lanes!(8, |j| {
                 let low = p.dwords::<S>(0, 32 * block + 16 * big + quarter % 2 * 8 + j);
                 let high = p.dwords::<S>(1, 16 * block + 8 * big + j);
                 let low = S::and(S::shr(low, 4 * (quarter / 2) as u32), S::splat_i(0x0F0F_0F0F));

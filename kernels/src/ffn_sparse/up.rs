@@ -14,6 +14,8 @@ use crate::quant::{BLOCK, QuantType};
 
 /// Rows are asked for so many rows before they are read.
 const AHEAD: usize = 16;
+/// Float rows that are multiplied together: the sum of one waits for itself at every step.
+const FLOAT_ROWS: usize = 4;
 
 /// Writes `gate[j] · (up[ids[j]] · x)` to `out[j]` (overwritten); `x` is `[n_embd]`. `beside` is called
 /// with each `j` when its row is asked for, and may ask for others.
@@ -104,9 +106,15 @@ fn products_beside(
         }
     };
     ask_for(0..AHEAD);
-    for (j, (id, out)) in ids.iter().zip(out).enumerate() {
-        ask_for(j + AHEAD..j + AHEAD + 1);
-        let (ids, out) = (std::slice::from_ref(id), std::slice::from_mut(out));
+    let together = if rows.quant.is_quantised() {
+        1
+    } else {
+        FLOAT_ROWS
+    };
+    let mut next = AHEAD;
+    for (ids, out) in ids.chunks(together).zip(out.chunks_mut(together)) {
+        ask_for(next..next + ids.len());
+        next += ids.len();
         products(cpu, rows, x, q8, ids, out);
     }
 }
@@ -144,9 +152,14 @@ mod x86 {
         unsafe {
             match rows.quant {
                 QuantType::F32 | QuantType::F16 | QuantType::BF16 => {
-                    for (&id, out) in ids.iter().zip(out) {
-                        let row = rows.row(id as usize).as_ptr();
-                        *out = row::dot_floats(rows.quant, row, rows.n_embd, x);
+                    let at = |id: u32| rows.row(id as usize).as_ptr();
+                    let (fours, rest) = ids.as_chunks::<FLOAT_ROWS>();
+                    let (to_fours, to_rest) = out.as_chunks_mut::<FLOAT_ROWS>();
+                    for (ids, out) in fours.iter().zip(to_fours) {
+                        *out = row::dot_floats(rows.quant, ids.map(at), rows.n_embd, x);
+                    }
+                    for (&id, out) in rest.iter().zip(to_rest) {
+                        [*out] = row::dot_floats(rows.quant, [at(id)], rows.n_embd, x);
                     }
                 }
                 QuantType::Q4_0 => blocks::<row::Q4_0>(rows, x, q8, ids, out),
