@@ -67,7 +67,7 @@ impl DeviceLayer {
             (Self::Cuda(layer), Message::AwaitHidden(message)) => {
                 layer.await_hidden(message, team, posts);
             }
-            (Self::Cuda(layer), Message::RunHead(message)) => layer.run_head(message, posts),
+            (Self::Cuda(layer), Message::RunHead(message)) => layer.run_head(message, team, posts),
             (Self::Cuda(layer), Message::Partial(message)) => layer.partial(message, team, posts),
             (_, other) => unreachable!("DeviceLayer got {other:?}"),
         }

@@ -63,6 +63,114 @@ extern "C" __global__ void __launch_bounds__(UNPACK_THREADS) unpack(UnpackArgs a
     start_next_launch();
 }
 
+// Blocks of 256 values: a thread has a sub-block of 32, whose fields lie in the host's planes as in the file, and writes it as
+// `quant.cuh` reads it.
+struct UnpackKArgs {
+    const u8* from;
+    u64 from_stride;
+    u8* to;
+    u64 to_stride;
+    // rows, those that lie together, and sub-blocks of a row
+    u32 n_rows, together, n_subs;
+    // 4, 5 or 6
+    u32 bits;
+};
+static_assert(sizeof(UnpackKArgs) == 48, "as the launcher has it");
+
+// One plane of the host: `unit` bytes of `units` in a block, for all rows of a group.
+struct HostPlane {
+    const u8* at;
+    u32 unit, together, row;
+
+    // Unit `n` of the row.
+    __device__ __forceinline__ u32 load(u32 n) const {
+        const u16* half = (const u16*)(at + ((u64)n * together + row) * unit);
+        return unit == 4 ? half[0] | (u32)half[1] << 16 : half[0];
+    }
+    // Byte `n` of the row.
+    __device__ __forceinline__ u32 byte(u32 n) const { return load(n / 4) >> (n % 4 * 8) & 0xFF; }
+};
+
+// Scale and minimum of a sub-block, 6 bits each, of the block's 12 bytes.
+__device__ __forceinline__ void scale_and_min(const HostPlane& scales, u32 block, u32 sub, u8* to) {
+    const u32 at = block * 12;
+    if (sub < 4) {
+        to[0] = scales.byte(at + sub) & 63;
+        to[1] = scales.byte(at + sub + 4) & 63;
+    } else {
+        to[0] = (scales.byte(at + sub + 4) & 0xF) | (scales.byte(at + sub - 4) >> 6) << 4;
+        to[1] = scales.byte(at + sub + 4) >> 4 | (scales.byte(at + sub) >> 6) << 4;
+    }
+}
+
+extern "C" __global__ void __launch_bounds__(UNPACK_THREADS) unpack_k(UnpackKArgs args) {
+    const u32 i = blockIdx.x * UNPACK_THREADS + threadIdx.x, row = i / args.n_subs, at = i % args.n_subs;
+    wait_for_launch_before();
+    if (row < args.n_rows) {
+        const u32 block = at / 8, sub = at % 8, n_blocks = args.n_subs / 8, together = args.together;
+        const u8* from = args.from + row / together * args.from_stride;
+        auto plane = [&](u32 unit, u32 units) {
+            HostPlane plane = {from, unit, together, row % together};
+            from += (u64)n_blocks * units * unit * together;
+            return plane;
+        };
+        const HostPlane low = plane(4, 32);
+        const HostPlane high = args.bits == 5 ? plane(4, 8) : args.bits == 6 ? plane(4, 16) : HostPlane();
+        const HostPlane scales = plane(4, args.bits == 6 ? 4 : 3);
+        const HostPlane d = plane(2, 1), dmin = args.bits == 6 ? HostPlane() : plane(2, 1);
+        u8* to = args.to + row * args.to_stride;
+        // low bits: value k and value k + 16 in a byte
+        u32 nibbles[4] = {};
+        if (args.bits == 6) {
+            const u32 first = block * 32 + sub / 4 * 16 + sub % 2 * 8, shift = sub / 2 % 2 * 4;
+            for (u32 w = 0; w < 4; w++)
+                nibbles[w] = (low.load(first + w) >> shift & 0x0F0F0F0F) | (low.load(first + 4 + w) >> shift & 0x0F0F0F0F) << 4;
+        } else {
+            const u32 first = block * 32 + sub / 2 * 8, shift = sub % 2 * 4;
+            for (u32 w = 0; w < 4; w++)
+                nibbles[w] = (low.load(first + w) >> shift & 0x0F0F0F0F) | (low.load(first + 4 + w) >> shift & 0x0F0F0F0F) << 4;
+        }
+        for (u32 w = 0; w < 4; w++) ((u32*)(to + at * 16))[w] = nibbles[w];
+        to += args.n_subs * 16;
+        if (args.bits == 5) {
+            u32 fifth = 0;
+            for (u32 k = 0; k < 32; k++) fifth |= (high.byte(block * 32 + k) >> sub & 1) << k;
+            *(u32*)(to + at * 4) = fifth;
+            to += args.n_subs * 4;
+        }
+        if (args.bits == 6) {
+            const u32 shift = sub % 4 * 2;
+            for (u32 half = 0; half < 2; half++) {
+                const u32 first = block * 64 + sub / 4 * 32 + half * 16;
+                u32 packed = 0;
+                for (u32 k = 0; k < 4; k++)
+                    for (u32 w = 0; w < 4; w++)
+                        packed |= (high.byte(first + 4 * w + k) >> shift & 3) << (k * 8 + w * 2);
+                ((u32*)(to + at * 8))[half] = packed;
+            }
+            to += args.n_subs * 8;
+            ((u8*)to)[at * 2] = scales.byte(block * 16 + sub * 2);
+            ((u8*)to)[at * 2 + 1] = scales.byte(block * 16 + sub * 2 + 1);
+        } else {
+            scale_and_min(scales, block, sub, to + at * 2);
+        }
+        to += padded16(args.n_subs * 2);
+        if (sub == 0) {
+            const u32 fields = args.bits == 6 ? 1 : 2;
+            ((u16*)to)[block * fields] = (u16)d.load(block);
+            if (fields == 2) ((u16*)to)[block * fields + 1] = (u16)dmin.load(block);
+        }
+        // what pads the last two planes is zeros
+        if (at == 0) {
+            u8* of_subs = to - padded16(args.n_subs * 2);
+            for (u32 k = args.n_subs * 2; k < padded16(args.n_subs * 2); k++) of_subs[k] = 0;
+            const u32 bytes = n_blocks * (args.bits == 6 ? 2 : 4);
+            for (u32 k = bytes; k < padded16(bytes); k++) to[k] = 0;
+        }
+    }
+    start_next_launch();
+}
+
 struct TransposeArgs {
     // [n_rows] rows of the format, `stride` bytes apart
     const u8* rows;

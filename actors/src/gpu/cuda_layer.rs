@@ -283,10 +283,10 @@ impl CudaLayer {
     }
 
     /// Computes the logits of the token: the last layer's device has the residual stream.
-    pub fn run_head(&mut self, message: RunHead, posts: &mut Posts<'_>) {
+    pub fn run_head(&mut self, message: RunHead, team: &mut Team, posts: &mut Posts<'_>) {
         self.work = Counters::default();
         self.count_message();
-        if let Err(error) = self.take_logits(message.tokens()) {
+        if let Err(error) = self.take_logits(message.tokens(), team) {
             self.model.note_gpu_failure(error);
         }
         let done = HeadDone {
@@ -296,14 +296,19 @@ impl CudaLayer {
         posts.post(ActorId::Pipeline, Message::HeadDone(done));
     }
 
-    fn take_logits(&self, tokens: Range<usize>) -> Result<(), GpuError> {
+    /// All threads copy, as the first look at what the GPU wrote is slow.
+    fn take_logits(&self, tokens: Range<usize>, team: &mut Team) -> Result<(), GpuError> {
         let model = &*self.model;
         let is_batch = self.step().n_tokens > 1;
         for (row, token) in tokens.enumerate() {
             let logits = self.gpu().logits(is_batch.then_some(token))?;
             let at = row * logits.len();
-            // SAFETY: nobody reads the slot before the message that follows.
-            unsafe { model.slots.logits.write(at..at + logits.len()) }.copy_from_slice(logits);
+            team.run(&|member| {
+                let part = member.part(logits.len(), BLOCK);
+                let to = at + part.start..at + part.end;
+                // SAFETY: the part is this thread's, and nobody reads the slot before the message that follows.
+                unsafe { model.slots.logits.write(to) }.copy_from_slice(&logits[part]);
+            });
         }
         Ok(())
     }

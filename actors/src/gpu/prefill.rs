@@ -8,7 +8,8 @@ use bytes::Bytes;
 use pi_kernels::cuda::{
     Add, Device, DeviceBatch, DeviceBuffer, DeviceCache, DeviceRows, Event, GemmScratch, HostRows,
     Registered, RopeAppend, RowsView, Stream, View, attend_batch, copy_in, gate_up_batch, gemm,
-    prepare_batch, rms_norm_batch, rope_append_batch, transpose, transposed_rows, unpack,
+    is_supported, prepare_batch, rms_norm_batch, rope_append_batch, transpose, transposed_rows,
+    unpack,
 };
 use pi_kernels::{ActivationMode, KernelError, Layout, MatrixShape, ROW_GROUP};
 
@@ -153,7 +154,7 @@ fn parts(share: &LayerShare) -> Option<Vec<(ColdPart, usize)>> {
     let up_quant = own_up.map(|up| up.shape.quant).or(rows.up)?;
     let quants = [share.gate.shape.quant, up_quant, rows.down];
     // gates in planes lie elsewhere
-    if share.gate.shape.n_rows != n || !quants.into_iter().all(HostRows::is_supported) {
+    if share.gate.shape.n_rows != n || !quants.into_iter().all(is_supported) {
         return None;
     }
     let parts = (0..n).step_by(NEURONS).map(|first| {

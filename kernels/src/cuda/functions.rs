@@ -43,6 +43,7 @@ pub(super) struct PrefillFunctions {
     pub(super) rms_norm_batch: Function,
     pub(super) gate_up_batch: Function,
     pub(super) unpack: Function,
+    pub(super) unpack_k: Function,
     /// To f32 and to f16, by place in [`SUPPORTED`].
     transpose: [Vec<Function>; 2],
 }
@@ -191,6 +192,7 @@ impl PrefillFunctions {
             rms_norm_batch: get("rms_norm_batch".to_owned())?,
             gate_up_batch: get("gate_up_batch".to_owned())?,
             unpack: get("unpack".to_owned())?,
+            unpack_k: get("unpack_k".to_owned())?,
             transpose: [transpose("f32")?, transpose("f16")?],
         })
     }

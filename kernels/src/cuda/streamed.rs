@@ -6,12 +6,12 @@ use cudarc::driver::{result, sys};
 
 use super::buffer::{View, ViewMut};
 use super::device::{Device, call};
-use super::layout::{DeviceRows, RowsView};
+use super::layout::{DeviceRows, RowsView, is_supported};
 use super::stream::{Grid, Stream};
 use crate::activations::ActivationMode;
 use crate::error::KernelError;
 use crate::matrix::{Layout, MatrixShape};
-use crate::quant::QuantType;
+use crate::quant::{BLOCK, QuantType};
 
 /// Memory of the host that is never paged out while this lives, so that copies of it to any device run beside everything else.
 #[derive(Debug)]
@@ -126,15 +126,12 @@ pub struct HostRows<'a> {
 }
 
 impl<'a> HostRows<'a> {
-    /// Whether [`unpack`] takes rows of `quant`: those whose blocks are put in order anew for a device are not.
-    pub fn is_supported(quant: QuantType) -> bool {
-        super::is_supported(quant) && quant.block_values() <= 32
-    }
-
     /// The rows as products take them, where they lie so.
     pub fn as_rows(&self) -> Option<RowsView<'a>> {
         let rows = self.device_rows();
+        // blocks of 256 values are in another order on a device
         let fits = self.shape.layout == Layout::Rows
+            && self.shape.quant.block_values() <= BLOCK
             && rows.row_bytes() == self.shape.row_bytes()
             && self.stride_bytes.is_multiple_of(16)
             && self.bytes.address().is_multiple_of(16);
@@ -186,10 +183,10 @@ const TRANSPOSE_TILE: [usize; 2] = [64, 128];
 /// The driver's.
 ///
 /// # Panics
-/// When the format is none that [`HostRows::is_supported`], lengths do not fit, or devices differ.
+/// When the format is none that runs on CUDA, lengths do not fit, or devices differ.
 pub fn unpack(stream: &Stream, from: HostRows<'_>, to: ViewMut<'_, u8>) -> Result<(), KernelError> {
     let (shape, rows) = (from.shape, from.device_rows());
-    assert!(HostRows::is_supported(shape.quant), "{}", shape.quant);
+    assert!(is_supported(shape.quant), "{} runs on CUDA", shape.quant);
     assert_eq!(to.len(), rows.bytes(), "rows to write");
     stream.check(&[from.bytes.device(), to.device()]);
     let together = shape.layout.rows_together();
@@ -204,6 +201,9 @@ pub fn unpack(stream: &Stream, from: HostRows<'_>, to: ViewMut<'_, u8>) -> Resul
             && from.bytes.address().is_multiple_of(2),
         "rows to read"
     );
+    if shape.quant.block_values() > BLOCK {
+        return unpack_k(stream, from, to, group_bytes);
+    }
     let n_blocks = shape.n_cols / shape.quant.block_values();
     let all = shape.quant.planes();
     let mut planes = [UnpackPlane::default(); 3];
@@ -233,6 +233,54 @@ pub fn unpack(stream: &Stream, from: HostRows<'_>, to: ViewMut<'_, u8>) -> Resul
     let function = stream.functions().prefill.unpack;
     // SAFETY: both sides are that long (asserted).
     unsafe { stream.launch("launch unpack", function, grid, args) }
+}
+
+#[repr(C)]
+struct UnpackKArgs {
+    from: u64,
+    from_stride: u64,
+    to: u64,
+    to_stride: u64,
+    n_rows: u32,
+    together: u32,
+    n_subs: u32,
+    bits: u32,
+}
+
+const _: () = assert!(size_of::<UnpackKArgs>() == 48);
+
+/// [`unpack`] for blocks of 256 values.
+fn unpack_k(
+    stream: &Stream,
+    from: HostRows<'_>,
+    to: ViewMut<'_, u8>,
+    group_bytes: usize,
+) -> Result<(), KernelError> {
+    let shape = from.shape;
+    let n_subs = shape.n_cols / BLOCK;
+    let args = UnpackKArgs {
+        from: from.bytes.address(),
+        from_stride: group_bytes as u64,
+        to: to.address(),
+        to_stride: from.device_rows().row_bytes() as u64,
+        n_rows: shape.n_rows as u32,
+        together: shape.layout.rows_together() as u32,
+        n_subs: n_subs as u32,
+        bits: match shape.quant {
+            QuantType::Q4_K => 4,
+            QuantType::Q5_K => 5,
+            QuantType::Q6_K => 6,
+            other => unreachable!("{other} has no blocks of 256 values on CUDA"),
+        },
+    };
+    let grid = Grid {
+        blocks: [(shape.n_rows * n_subs).div_ceil(THREADS), 1],
+        threads: THREADS,
+        shared_bytes: 0,
+    };
+    let function = stream.functions().prefill.unpack_k;
+    // SAFETY: both sides are that long (the caller's assertions).
+    unsafe { stream.launch("launch unpack_k", function, grid, args) }
 }
 
 #[repr(C)]

@@ -13,7 +13,7 @@ use crate::common::{MODES, Random, column_counts, device};
 fn rows_of_the_host_become_rows_of_the_device() {
     let Some(device) = device() else { return };
     let stream = device.stream().unwrap();
-    for quant in SUPPORTED.into_iter().filter(|q| HostRows::is_supported(*q)) {
+    for quant in SUPPORTED {
         for (n_cols, n_rows) in column_counts(quant)
             .into_iter()
             .flat_map(|n| [(n, 5), (n, 48)])
