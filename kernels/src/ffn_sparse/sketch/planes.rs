@@ -155,6 +155,29 @@ struct GateBlock {
     scale: [u8; SCALE_BYTES],
 }
 
+/// By byte: its bits, one a byte.
+const SPREAD: [u64; 256] = {
+    let mut all = [0; 256];
+    let mut byte = 0;
+    while byte < 256 {
+        let mut bit = 0;
+        while bit < 8 {
+            all[byte] |= (byte as u64 >> bit & 1) << (8 * bit);
+            bit += 1;
+        }
+        byte += 1;
+    }
+    all
+};
+
+/// The same byte, eight times.
+const fn eight_times(byte: u8) -> u64 {
+    byte as u64 * 0x0101_0101_0101_0101
+}
+
+/// Values 8·j … 8·j+7 of a block, a byte each.
+type Words = [u64; 4];
+
 impl GateBlock {
     /// Whether the scale is below zero.
     fn is_negative(&self) -> bool {
@@ -168,18 +191,47 @@ impl GateBlock {
         (sign << 3 | high << 2) as u8 | two
     }
 
-    /// Value k as in the file.
-    fn file_value(&self, k: usize) -> u8 {
-        self.value(k) ^ if self.is_negative() { 15 } else { 0 }
+    /// A bit of each value.
+    fn spread(bits: u32) -> Words {
+        bits.to_le_bytes().map(|byte| SPREAD[usize::from(byte)])
+    }
+
+    /// Each [`Self::value`].
+    fn values(&self) -> Words {
+        let (signs, high) = (Self::spread(self.signs), Self::spread(self.high));
+        let low = u64::from_le_bytes(self.low);
+        std::array::from_fn(|j| signs[j] << 3 | high[j] << 2 | low >> (2 * j) & eight_times(3))
+    }
+
+    /// The values as in the file.
+    fn file_values(&self) -> Words {
+        let flip = if self.is_negative() {
+            eight_times(15)
+        } else {
+            0
+        };
+        self.values().map(|values| values ^ flip)
+    }
+
+    /// The first bits alone, as values that are odd around 8.
+    fn sketch_values(&self, bits: SketchBits) -> Words {
+        let (signs, high) = (Self::spread(self.signs), Self::spread(self.high));
+        match bits {
+            SketchBits::One => signs.map(|signs| eight_times(7) + (signs << 1)),
+            SketchBits::Two => {
+                std::array::from_fn(|j| eight_times(5) + (signs[j] << 2) + (high[j] << 1))
+            }
+        }
     }
 }
 
 /// Writes a block of `Q4_0` in file order to `out`.
-fn write_block(scale: [u8; SCALE_BYTES], q: impl Fn(usize) -> u8, out: &mut [u8]) {
-    out[..SCALE_BYTES].copy_from_slice(&scale);
-    for k in 0..16 {
-        out[SCALE_BYTES + k] = q(k) | q(k + 16) << 4;
-    }
+fn write_block(scale: [u8; SCALE_BYTES], values: Words, out: &mut [u8]) {
+    let (to_scale, to_values) = out.split_at_mut(SCALE_BYTES);
+    to_scale.copy_from_slice(&scale);
+    let (first, second) = to_values.split_at_mut(8);
+    first.copy_from_slice(&(values[0] | values[2] << 4).to_le_bytes());
+    second.copy_from_slice(&(values[1] | values[3] << 4).to_le_bytes());
 }
 
 /// Gates in planes.
@@ -277,12 +329,8 @@ impl<'a> GatePlanes<'a> {
             .chunks_exact_mut(QuantType::Q4_0.block_bytes())
             .enumerate()
         {
-            let gate = self.block(row, b);
-            let q = |k: usize| match bits {
-                SketchBits::One => 7 + 2 * (gate.value(k) >> 3),
-                SketchBits::Two => 5 + 2 * (gate.value(k) >> 2),
-            };
-            write_block(f16::ONE.to_le_bytes(), q, block);
+            let values = self.block(row, b).sketch_values(bits);
+            write_block(f16::ONE.to_le_bytes(), values, block);
         }
     }
 
@@ -329,7 +377,7 @@ impl<'a> GatePlanes<'a> {
             .enumerate()
         {
             let gate = self.block(row, b);
-            write_block(gate.scale, |k| gate.file_value(k), block);
+            write_block(gate.scale, gate.file_values(), block);
         }
     }
 }
@@ -527,5 +575,40 @@ pub fn plane_gates(cpu: Cpu, planes: GatePlanes<'_>, x: ActRef<'_>, ids: &[u32],
             acc = (total as f32).mul_add(scale * x.scales[b], acc);
         }
         *out = acc;
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::testing::Random;
+
+    #[test]
+    fn words_have_each_value() {
+        let mut random = Random(17);
+        for n in 0..200 {
+            let block = GateBlock {
+                signs: random.next() as u32,
+                high: random.next() as u32,
+                low: random.next().to_le_bytes(),
+                scale: [0, if n % 2 == 0 { 0x80 } else { 0 }],
+            };
+            let bytes = |words: Words| words.map(u64::to_le_bytes).concat();
+            let values: Vec<u8> = (0..BLOCK).map(|k| block.value(k)).collect();
+            assert_eq!(bytes(block.values()), values);
+            let each = |f: &dyn Fn(u8) -> u8| values.iter().map(|v| f(*v)).collect::<Vec<u8>>();
+            let flip = if n % 2 == 0 { 15 } else { 0 };
+            assert_eq!(bytes(block.file_values()), each(&|value| value ^ flip));
+            let one = each(&|value| 7 + 2 * (value >> 3));
+            assert_eq!(bytes(block.sketch_values(SketchBits::One)), one);
+            let two = each(&|value| 5 + 2 * (value >> 2));
+            assert_eq!(bytes(block.sketch_values(SketchBits::Two)), two);
+            let mut packed = [0; SCALE_BYTES + BLOCK / 2];
+            write_block([1, 2], block.values(), &mut packed);
+            let unpacked: Vec<u8> = (0..BLOCK)
+                .map(|k| nibble(&packed[SCALE_BYTES..], k))
+                .collect();
+            assert_eq!(unpacked, values);
+        }
     }
 }
