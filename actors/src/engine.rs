@@ -166,7 +166,8 @@ impl Engine {
         let caches = caches(&teams, &model)?;
         let n_layer = model.shape().n_layer;
         let ahead = model.slots.sizes.ahead;
-        let trace = trace.map(|bounds| Arc::new(Trace::new(bounds, n_layer, n_nodes, ahead)));
+        let gpu = !model.gpus.is_empty();
+        let trace = trace.map(|bounds| Arc::new(Trace::new(bounds, n_layer, n_nodes, ahead, gpu)));
         let cells = Arc::new(Cells::new(model.shape().n_layer, n_nodes, ahead));
         let control = Builder::new_multi_thread()
             .worker_threads(1)

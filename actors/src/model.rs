@@ -12,11 +12,15 @@ use crate::gpu::{GpuError, GpuModel};
 use crate::slots::{SlotSizes, Slots};
 use crate::tap::LayerTap;
 use crate::weights::{
-    AheadWeights, FfnShare, GateActivation, LayerShare, ModelShape, ModelWeights,
+    AheadWeights, FfnShare, GateActivation, LayerShare, ModelShape, ModelWeights, SketchKind,
 };
 
 /// Tokens whose logits are computed together.
 pub(crate) const HEAD_TOKENS: usize = 16;
+
+/// Tokens that sketches pick neurons for, from which products of all rows take less time than picked rows one token after the
+/// other: what several tokens pick is nearly all.
+const SKETCHED_TOKENS_MIN: usize = 32;
 
 /// Weights, constants and slots.
 #[derive(Debug)]
@@ -139,14 +143,28 @@ impl Model {
         ahead.is_some_and(|ahead| ahead.prefetch)
     }
 
-    /// Tokens of the next step, where `n_left` are to be computed: a GPU computes a prompt's together, but for those whose logits
+    /// Tokens of the next step, where `n_left` are to be computed. Few that sketches pick neurons for go one by one. A GPU
+    /// computes a prompt's together, but for those whose logits
     /// shall be those of tokens that are predicted one by one.
     pub fn step_tokens(&self, n_left: usize, logits_of_all: bool) -> usize {
         let n = n_left.min(self.n_ubatch);
+        let few = (2..SKETCHED_TOKENS_MIN).contains(&n);
+        if self.gpus.is_empty() && few && self.looks_for_candidates() {
+            return 1;
+        }
         let together = |gpu: &GpuModel| gpu.prefill_from().is_some_and(|from| n >= from);
         let is_one = !self.gpus.iter().all(together)
             || !self.gpus.is_empty() && logits_of_all && self.leaves_out();
         if is_one { 1 } else { n }
+    }
+
+    /// Whether the host's own sketches pick neurons.
+    fn looks_for_candidates(&self) -> bool {
+        let mut shares = self.weights.layers.iter().flat_map(|layer| &layer.shares);
+        shares.any(|share| {
+            let kind = share.sketch.as_ref().map(|sketch| &sketch.kind);
+            !matches!(kind, None | Some(SketchKind::Nothing))
+        })
     }
 
     /// Whether some neurons are not computed although their gates might be open.

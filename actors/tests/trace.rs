@@ -52,7 +52,7 @@ fn spans(events: &[Event]) -> Vec<(u64, u64, String)> {
             end_t,
             ..
         } => Some((start_t, end_t, phase.name().to_owned())),
-        Event::Posted { .. } => None,
+        Event::Posted { .. } | Event::Gpu { .. } => None,
     };
     events.iter().filter_map(span).collect()
 }

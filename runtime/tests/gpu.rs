@@ -7,6 +7,7 @@ use std::path::PathBuf;
 
 use common::running::{Ran, run};
 use common::tiny_synth;
+use common::trace_file::TraceFile;
 use pi_actors::faults::{Fault, FaultPlace, Faults};
 use pi_actors::messages::ActorId;
 use pi_actors::{ActorError, Feed, Feeder, LogitsWanted, Next};
@@ -241,6 +242,66 @@ fn events_give_the_bits_of_flags() {
             let events = model.hash(Some(&format!("{keys}\nsync = \"events\"")), mode);
             assert_eq!(events, flags, "{percent} % hot, {mode:?}");
         }
+    }
+}
+
+#[test]
+fn the_timeline_shows_the_gpu_within_the_token() {
+    if !has_gpu() {
+        return;
+    }
+    let model = Model::new();
+    let path = model.path("t.pftrace");
+    let keys = "required = true\nhot_percent_max = 50";
+    let flags = [
+        "--sparsity",
+        "predicted",
+        "--predictor",
+        "ahead",
+        "-p",
+        "a b",
+        "-n",
+        "8",
+        "--trace",
+        &path,
+    ];
+    let ran = model.run(&[], Some(keys), &flags);
+    assert_eq!(ran.code, 0, "{}", ran.err);
+    let file = TraceFile::read(path.as_ref());
+    let (gpu, predictor) = (file.track("GPU 0"), file.track("GPU 0 predictor"));
+    let steps: Vec<_> = file
+        .spans
+        .iter()
+        .filter(|span| span.name == "decode")
+        .collect();
+    let mut parts: Vec<_> = file.spans.iter().filter(|span| span.track == gpu).collect();
+    parts.sort_by_key(|span| span.start_ns);
+    let n_layer = tiny_synth::options().shape.n_layer;
+    let waits = parts
+        .iter()
+        .filter(|span| span.name.ends_with("wait for the host"));
+    assert!(steps.len() >= 7 && waits.count() >= n_layer * steps.len());
+    assert!(file.spans.iter().any(|span| span.track == predictor));
+    for pair in parts.windows(2) {
+        // what is between two parts of a token is nothing
+        assert!(pair[0].end_ns <= pair[1].start_ns, "{pair:?}");
+    }
+    for step in steps {
+        let number = step.numbers["step"];
+        let of_step: Vec<_> = parts
+            .iter()
+            .filter(|part| part.numbers["step"] == number)
+            .collect();
+        let (Some(first), Some(last)) = (of_step.first(), of_step.last()) else {
+            panic!("{step:?} has nothing on the GPU");
+        };
+        let error = first.numbers["clock_error_ns"];
+        assert!(error < 100_000, "{error}");
+        assert!(
+            first.start_ns + error >= step.start_ns,
+            "{first:?} {step:?}"
+        );
+        assert!(last.end_ns <= step.end_ns + error, "{last:?} {step:?}");
     }
 }
 

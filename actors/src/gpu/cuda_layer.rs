@@ -256,6 +256,11 @@ impl CudaLayer {
                 }
             } else {
                 gpu.wait_token()?;
+                if let Some(recorder) = posts.recorder() {
+                    let is_this = |other: &GpuModel| other.layers() == gpu.layers();
+                    let number = model.gpus.iter().position(is_this).unwrap_or(0);
+                    gpu.trace(recorder, number, step);
+                }
                 if goes_on {
                     // SAFETY: the token has ended.
                     let x = unsafe { gpu.residual() };

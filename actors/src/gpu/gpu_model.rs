@@ -16,11 +16,14 @@ use pi_kernels::cuda::{
 use pi_kernels::{ActivationMode, KernelError};
 
 use super::buffers::Buffers;
+use super::clock::ClockBounds;
 use super::error::GpuError;
 use super::exchange::{Exchange, ExchangeSizes, Flag, Stamp};
 use super::prefill::{Prefill, PrefillSizes};
 use super::times::{GpuTimes, LayerTimes};
 use super::weights::{GpuAhead, GpuDown, GpuFfn, GpuHead, GpuLayer, GpuSync, GpuWeights, values};
+use crate::messages::Step;
+use crate::trace::{GpuEvent, GpuPart, Recorder};
 use crate::weights::{GateActivation, ModelShape, ModelWeights};
 
 /// See the module. Only the thread of node 0's executor calls its functions while a run is under way.
@@ -250,6 +253,10 @@ impl GpuModel {
             let words = exchange.words.write(0..2);
             words.copy_from_slice(&[position as u32, number]);
         }
+        let mut times = self.times();
+        times.host.fill((None, None));
+        times.launched = Some(Instant::now());
+        drop(times);
         std::sync::atomic::fence(Ordering::SeqCst);
         self.launch_part(0)?;
         self.under_way.store(true, Ordering::Relaxed);
@@ -510,14 +517,15 @@ impl GpuModel {
         let [mut before, end] = unsafe { self.exchange.times(Stamp::Begin) };
         let ns = |from: u64, to: u64| to.saturating_sub(from) as f32;
         let token = ns(before, end);
-        let TokenTimes { host, all } = &mut *times;
-        let layers = host.iter_mut().enumerate().map(|(layer, host)| {
+        times.ended = Some(Instant::now());
+        let TokenTimes { host, all, .. } = &mut *times;
+        let layers = host.iter().enumerate().map(|(layer, host)| {
             if !self.weights.layers[layer].has_cold {
                 return None;
             }
             // SAFETY: as above.
             let [hidden, _, wait, answered] = unsafe { self.exchange.times(Stamp::Hidden(layer)) };
-            let (seen, told) = (host.0.take()?, host.1.take()?);
+            let (seen, told) = (host.0?, host.1?);
             let host_ns = told.duration_since(seen).as_nanos() as f32;
             let times = LayerTimes::new(
                 ns(before, hidden),
@@ -529,6 +537,62 @@ impl GpuModel {
             Some(times)
         });
         all.push(token, layers);
+    }
+
+    /// Writes the token that has just ended to the timeline, as GPU number `gpu`.
+    pub fn trace(&self, recorder: &Recorder, gpu: usize, step: Step) {
+        let times = self.times();
+        let ns = |at: Instant| recorder.ns(at);
+        // SAFETY: the token has ended.
+        let [begin, end] = unsafe { self.exchange.times(Stamp::Begin) };
+        let mut bounds = ClockBounds::new();
+        if let (Some(launched), Some(ended)) = (times.launched, times.ended) {
+            bounds.host_first(ns(launched), begin);
+            bounds.gpu_first(end, ns(ended));
+        }
+        // SAFETY: as above.
+        let stamps = |layer| unsafe { self.exchange.times::<4>(Stamp::Hidden(layer)) };
+        for (layer, host) in times.host.iter().enumerate() {
+            let (Some(seen), Some(told)) = *host else {
+                continue;
+            };
+            let [hidden, _, _, answered] = stamps(layer);
+            bounds.gpu_first(hidden, ns(seen));
+            bounds.host_first(ns(told), answered);
+        }
+        let Some(map) = bounds.map() else { return };
+        let part = |part, own: usize, from: u64, to: u64| {
+            recorder.gpu(GpuEvent {
+                part,
+                gpu,
+                layer: self.weights.first_layer + own,
+                step,
+                start_ns: from,
+                end_ns: to,
+                error_ns: map.error_ns,
+            });
+        };
+        let on_gpu = |what, own, from, to| part(what, own, map.host_ns(from), map.host_ns(to));
+        let mut before = begin;
+        let mut hidden_before = None;
+        for (own, host) in times.host.iter().enumerate() {
+            let (Some(seen), Some(told)) = *host else {
+                hidden_before = None;
+                continue;
+            };
+            let [hidden, ids, wait, answered] = stamps(own);
+            on_gpu(GpuPart::Layers, own, before, hidden);
+            if let (Some(forked), Some(_)) = (hidden_before, &self.weights.layers[own].ahead) {
+                on_gpu(GpuPart::Predict, own, forked, ids);
+            }
+            on_gpu(GpuPart::Hot, own, hidden, wait);
+            on_gpu(GpuPart::Wait, own, wait, answered);
+            part(GpuPart::Seen, own, ns(seen), ns(seen));
+            part(GpuPart::Told, own, ns(told), ns(told));
+            (before, hidden_before) = (answered, Some(hidden));
+        }
+        let last = self.weights.layers.len() - 1;
+        on_gpu(GpuPart::Rest, last, before, end);
     }
 
     /// Where the time of recent tokens went.
@@ -570,6 +634,9 @@ fn locked<T>(what: &Mutex<T>) -> MutexGuard<'_, T> {
 #[derive(Debug)]
 struct TokenTimes {
     host: Vec<(Option<Instant>, Option<Instant>)>,
+    /// When the host launched the token, and saw its end.
+    launched: Option<Instant>,
+    ended: Option<Instant>,
     all: GpuTimes,
 }
 
@@ -577,6 +644,8 @@ impl TokenTimes {
     fn new(n_layer: usize) -> Self {
         Self {
             host: vec![(None, None); n_layer],
+            launched: None,
+            ended: None,
             all: GpuTimes::new(n_layer),
         }
     }

@@ -4,6 +4,7 @@
 //! (`exchange`); `CudaLayer` turns these into the messages that a layer's other actors know. See `docs/gpu.md`.
 
 mod buffers;
+mod clock;
 mod cuda_layer;
 mod error;
 mod exchange;

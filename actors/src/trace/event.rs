@@ -261,6 +261,57 @@ impl Phase {
     }
 }
 
+/// What a GPU does in a token, and the host about it.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord)]
+#[repr(u8)]
+pub enum GpuPart {
+    /// Up to the layer's hidden state, which the host needs: attention, and layers before that are on the GPU alone.
+    Layers,
+    /// Hot neurons, and the next layer's predictor, until nothing is left but to wait.
+    Hot,
+    /// The host's part is waited for, and added.
+    Wait,
+    /// The layer's neurons are predicted, beside the layer before.
+    Predict,
+    /// What is behind the last wait for the host; all where there is none.
+    Rest,
+    /// The host sees the hidden state.
+    Seen,
+    /// The host has written its part.
+    Told,
+}
+
+impl GpuPart {
+    /// All of them, in the order of their codes.
+    pub const ALL: [GpuPart; 7] = [
+        GpuPart::Layers,
+        GpuPart::Hot,
+        GpuPart::Wait,
+        GpuPart::Predict,
+        GpuPart::Rest,
+        GpuPart::Seen,
+        GpuPart::Told,
+    ];
+
+    /// Its name.
+    pub fn name(self) -> &'static str {
+        match self {
+            GpuPart::Layers => "attention",
+            GpuPart::Hot => "hot neurons",
+            GpuPart::Wait => "wait for the host",
+            GpuPart::Predict => "predict",
+            GpuPart::Rest => "to the token's end",
+            GpuPart::Seen => "hidden state seen",
+            GpuPart::Told => "answered",
+        }
+    }
+
+    /// Whether the host did it, at one moment.
+    pub fn is_host(self) -> bool {
+        matches!(self, GpuPart::Seen | GpuPart::Told)
+    }
+}
+
 /// Something that an executor's thread did.
 ///
 /// Times (`_t`) are ticks of the clock in a ring, and ns from [`super::Trace::started`] in what
@@ -319,12 +370,30 @@ pub enum Event {
         /// When it ended.
         end_t: u64,
     },
+    /// Part of a token on a GPU; on node 0. Its times are ns already.
+    Gpu {
+        /// Which.
+        part: GpuPart,
+        /// Number of the GPU.
+        gpu: u16,
+        /// The layer.
+        layer: u16,
+        /// The step, modulo 2³².
+        step: u32,
+        /// When it began.
+        start_t: u64,
+        /// When it ended.
+        end_t: u64,
+        /// How far off the GPU's clock may be against the host's.
+        error_ns: u32,
+    },
 }
 
 const HANDLED: u8 = 0;
 const POSTED: u8 = 1;
 const STEP: u8 = 2;
 const PHASE: u8 = 3;
+const GPU: u8 = 4;
 
 #[inline]
 fn what(tag: u8, code: u8, layer: u16, node: u16, count: u16) -> u64 {
@@ -388,6 +457,18 @@ impl Event {
                 let what = what(PHASE, phase as u8, 0, 0, 0);
                 [start_t, end_t, what, pair(step, 0)]
             }
+            Event::Gpu {
+                part,
+                gpu,
+                layer,
+                step,
+                start_t,
+                end_t,
+                error_ns,
+            } => {
+                let what = what(GPU, part as u8, layer, gpu, 0);
+                [start_t, end_t, what, pair(step, error_ns)]
+            }
         }
     }
 
@@ -434,6 +515,15 @@ impl Event {
                 step,
                 start_t,
                 end_t,
+            },
+            GPU => Event::Gpu {
+                part: *GpuPart::ALL.get(usize::from(code))?,
+                gpu: (what >> 32) as u16,
+                layer: (what >> 16) as u16,
+                step,
+                start_t: first,
+                end_t: second,
+                error_ns: high,
             },
             _ => return None,
         })

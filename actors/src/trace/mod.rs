@@ -13,8 +13,8 @@ mod ring;
 use std::sync::{Arc, OnceLock};
 use std::time::Instant;
 
-pub use event::{ActorKind, Event, Label, MessageKind, Phase};
-pub(crate) use recorder::Recorder;
+pub use event::{ActorKind, Event, GpuPart, Label, MessageKind, Phase};
+pub(crate) use recorder::{GpuEvent, Recorder};
 
 use clock::Clock;
 use ring::{EVENT_BYTES, Ring};
@@ -48,9 +48,20 @@ pub struct NodeEvents {
 
 impl Trace {
     /// With room for the steps of `bounds` through `n_layer` layers on `n_nodes` nodes, predicted ahead
-    /// or not.
-    pub(crate) fn new(bounds: TraceBounds, n_layer: usize, n_nodes: usize, ahead: bool) -> Self {
-        let events = step_events(n_layer, n_nodes, ahead);
+    /// or not, with or without GPUs.
+    pub(crate) fn new(
+        bounds: TraceBounds,
+        n_layer: usize,
+        n_nodes: usize,
+        ahead: bool,
+        gpu: bool,
+    ) -> Self {
+        let on_gpu = if gpu {
+            GpuPart::ALL.len() * n_layer + n_layer
+        } else {
+            0
+        };
+        let events = step_events(n_layer, n_nodes, ahead || gpu) + on_gpu;
         let wanted = bounds.n_steps.saturating_mul(events);
         Self {
             clock: Clock::start(),

@@ -5,11 +5,27 @@
 //! handler's span there, so that everything nests.
 
 use std::sync::Arc;
+use std::time::Instant;
 
 use super::clock::Clock;
-use super::event::{Event, Label, Phase};
+use super::event::{Event, GpuPart, Label, Phase};
 use super::ring::Ring;
 use crate::messages::{Envelope, Message, Partial, Step};
+
+/// What a GPU did, or the host about it.
+#[derive(Debug, Clone, Copy)]
+pub(crate) struct GpuEvent {
+    pub part: GpuPart,
+    /// Number of the GPU.
+    pub gpu: usize,
+    pub layer: usize,
+    pub step: Step,
+    /// In ns from [`super::Trace::started`].
+    pub start_ns: u64,
+    pub end_ns: u64,
+    /// How far off the GPU's clock may be.
+    pub error_ns: u64,
+}
 
 /// See the module.
 #[derive(Debug)]
@@ -64,6 +80,25 @@ impl Recorder {
     #[inline]
     pub fn now(&self) -> u64 {
         self.clock.ticks()
+    }
+
+    /// A moment, in ns from [`super::Trace::started`].
+    pub fn ns(&self, at: Instant) -> u64 {
+        let since = at.saturating_duration_since(self.clock.started());
+        u64::try_from(since.as_nanos()).unwrap_or(u64::MAX)
+    }
+
+    /// A GPU has done something.
+    pub fn gpu(&self, event: GpuEvent) {
+        self.push(Event::Gpu {
+            part: event.part,
+            gpu: event.gpu as u16,
+            layer: event.layer as u16,
+            step: event.step as u32,
+            start_t: event.start_ns,
+            end_t: event.end_ns,
+            error_ns: u32::try_from(event.error_ns).unwrap_or(u32::MAX),
+        });
     }
 
     fn push(&self, event: Event) {

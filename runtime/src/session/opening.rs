@@ -378,7 +378,7 @@ fn start_engine(
     })
 }
 
-/// Room for a prompt beside the steps; where nobody knows how many they are, for each position of the
+/// Room for a prompt beside the steps, whose last tokens may go one by one; where nobody knows how many they are, for each position of the
 /// context.
 fn fit(bounds: TraceBounds, n_ctx: usize) -> TraceBounds {
     let n_steps = match bounds.n_steps {
@@ -386,7 +386,7 @@ fn fit(bounds: TraceBounds, n_ctx: usize) -> TraceBounds {
         n_steps => n_steps,
     };
     TraceBounds {
-        n_steps: n_steps.saturating_add(n_ctx.div_ceil(N_UBATCH) + 1),
+        n_steps: n_steps.saturating_add(n_ctx.div_ceil(N_UBATCH) + 32),
         ..bounds
     }
 }

@@ -9,7 +9,7 @@ use std::cmp::Reverse;
 use std::collections::HashMap;
 use std::io::{self, Write};
 
-use pi_actors::trace::{ActorKind, Event, Label, MessageKind, NodeEvents, Phase};
+use pi_actors::trace::{ActorKind, Event, GpuPart, Label, MessageKind, NodeEvents, Phase};
 
 use super::flows::Flows;
 use super::packets::{Arguments, PacketWriter, Value, What};
@@ -36,8 +36,10 @@ enum Shows<'a> {
     Group(Group),
     /// A message on a thread.
     OnThread(&'a Event),
-    /// A message, handled or posted, on its actor's track.
+    /// A message, handled or posted, on its actor's track; or what it had to do with a GPU.
     OnActor(&'a Event),
+    /// Part of a token, on a GPU's track.
+    OnGpu(&'a Event),
 }
 
 /// What a row of messages has in common.
@@ -60,6 +62,7 @@ impl Group {
 
 /// An engine's events, ready to be written.
 pub(super) struct Timeline<'a> {
+    engine: usize,
     tracks: EngineTracks,
     /// ns that are added to every time.
     origin_ns: u64,
@@ -97,6 +100,7 @@ impl<'a> Timeline<'a> {
             }
         }
         Self {
+            engine,
             tracks,
             origin_ns,
             nodes,
@@ -112,8 +116,14 @@ impl<'a> Timeline<'a> {
         threads: &[NodeThread],
         writer: &mut PacketWriter<W>,
     ) -> io::Result<()> {
-        self.tracks.describe(threads, writer)?;
         let nodes = self.nodes;
+        let gpus = nodes.iter().flat_map(|node| &node.events);
+        let gpus = gpus.filter_map(|event| match event {
+            Event::Gpu { gpu, .. } => Some(usize::from(*gpu) + 1),
+            _ => None,
+        });
+        self.tracks
+            .describe(threads, gpus.max().unwrap_or(0), writer)?;
         for (node, events) in nodes.iter().enumerate() {
             let items = thread_items(&events.events);
             if node == 0 {
@@ -126,6 +136,10 @@ impl<'a> Timeline<'a> {
         for event in nodes.iter().flat_map(|node| &node.events) {
             if let Some((kind, node, item)) = actor_item(event) {
                 let track = self.tracks.actors(kind, node);
+                actors.entry(track).or_default().push(item);
+            }
+            if let Some((gpu, predictor, item)) = gpu_item(event) {
+                let track = self.tracks.gpu(gpu, predictor);
                 actors.entry(track).or_default().push(item);
             }
         }
@@ -147,7 +161,10 @@ impl<'a> Timeline<'a> {
         items.sort_by_key(|item| (item.start_t, Reverse(item.end_t), item.depth));
         let mut open: Vec<u64> = Vec::new();
         for item in items {
-            let is_instant = matches!(item.shows, Shows::OnActor(Event::Posted { .. }));
+            let is_instant = matches!(
+                item.shows,
+                Shows::OnActor(Event::Posted { .. } | Event::Gpu { .. })
+            );
             while let Some(&end) = open.last()
                 && (end < item.start_t || end == item.start_t && !is_instant)
             {
@@ -234,10 +251,14 @@ impl<'a> Timeline<'a> {
     fn what(&mut self, shows: Shows<'_>) -> What {
         match shows {
             Shows::Group(group) => self.group(group),
-            Shows::OnThread(event) | Shows::OnActor(event) | Shows::Event(event) => {
+            Shows::OnThread(event)
+            | Shows::OnActor(event)
+            | Shows::OnGpu(event)
+            | Shows::Event(event) => {
                 let on_actor = matches!(shows, Shows::OnActor(_));
                 match *event {
                     Event::Step { .. } => self.step(event),
+                    Event::Gpu { .. } => self.gpu(event),
                     Event::Phase { phase, step, .. } => What {
                         name: phase.name().into(),
                         category: "phase",
@@ -278,6 +299,47 @@ impl<'a> Timeline<'a> {
                     }
                 }
             }
+        }
+    }
+
+    /// Part of a token on a GPU. Arrows go from where the hidden state is handed over to where the host sees it, and from the
+    /// host's answer to the end of the wait for it.
+    fn gpu(&self, event: &Event) -> What {
+        let Event::Gpu {
+            part,
+            layer,
+            step,
+            error_ns,
+            ..
+        } = *event
+        else {
+            return What::default();
+        };
+        let flow = |answer: bool| {
+            let engine = (self.engine as u64 & 0xFF) << 52;
+            let of_layer = u64::from(step) << 17 | u64::from(layer) << 1 | u64::from(answer);
+            Some(1 << 62 | engine | of_layer)
+        };
+        let (flow_start, flow_end) = match part {
+            GpuPart::Layers => (flow(false), None),
+            GpuPart::Seen => (None, flow(false)),
+            GpuPart::Told => (flow(true), None),
+            GpuPart::Wait => (None, flow(true)),
+            GpuPart::Hot | GpuPart::Predict | GpuPart::Rest => (None, None),
+        };
+        let mut arguments = vec![
+            ("step", Value::Number(step.into())),
+            ("layer", Value::Number(layer.into())),
+        ];
+        if !part.is_host() {
+            arguments.push(("clock_error_ns", Value::Number(error_ns.into())));
+        }
+        What {
+            name: format!("layer {layer} {}", part.name()),
+            category: "gpu",
+            arguments,
+            flow_start,
+            flow_end,
         }
     }
 
@@ -423,7 +485,7 @@ fn thread_items(events: &[Event]) -> Vec<Item<'_>> {
                 depth: if phase == Phase::Start { 2 } else { 3 },
                 shows: Shows::Event(event),
             }),
-            Event::Posted { .. } => {}
+            Event::Posted { .. } | Event::Gpu { .. } => {}
         }
     }
     items.extend(row.map(group_item));
@@ -446,6 +508,12 @@ fn actor_item(event: &Event) -> Option<(ActorKind, usize, Item<'_>)> {
             end_t,
             ..
         } => (ActorKind::Pipeline, 0, start_t, end_t),
+        Event::Gpu {
+            part,
+            start_t,
+            end_t,
+            ..
+        } if part.is_host() => (ActorKind::DeviceLayer, 0, start_t, end_t),
         _ => return None,
     };
     let shows = match event {
@@ -459,4 +527,100 @@ fn actor_item(event: &Event) -> Option<(ActorKind, usize, Item<'_>)> {
         shows,
     };
     Some((kind, node.into(), item))
+}
+
+/// The GPU that did something, whether its predictor did, and what its track shows of it.
+fn gpu_item(event: &Event) -> Option<(usize, bool, Item<'_>)> {
+    let Event::Gpu {
+        part,
+        gpu,
+        start_t,
+        end_t,
+        ..
+    } = *event
+    else {
+        return None;
+    };
+    let item = Item {
+        start_t,
+        end_t,
+        depth: 0,
+        shows: Shows::OnGpu(event),
+    };
+    (!part.is_host()).then_some((gpu.into(), part == GpuPart::Predict, item))
+}
+
+#[cfg(test)]
+mod tests {
+    use prost::Message as _;
+
+    use super::super::perfetto::{EventType, Trace};
+    use super::super::tracks::Tracks;
+    use super::*;
+
+    #[test]
+    fn a_gpu_s_parts_are_on_its_tracks_with_arrows_to_the_host() {
+        let gpu = |part, layer, start_t, end_t| Event::Gpu {
+            part,
+            gpu: 1,
+            layer,
+            step: 7,
+            start_t,
+            end_t,
+            error_ns: 900,
+        };
+        let events = vec![
+            gpu(GpuPart::Layers, 0, 100, 200),
+            gpu(GpuPart::Hot, 0, 200, 250),
+            gpu(GpuPart::Wait, 0, 250, 300),
+            gpu(GpuPart::Seen, 0, 210, 210),
+            gpu(GpuPart::Told, 0, 280, 280),
+            gpu(GpuPart::Predict, 1, 200, 240),
+            gpu(GpuPart::Rest, 1, 300, 400),
+        ];
+        let nodes = [NodeEvents { events, lost: 0 }];
+        let tracks = Tracks::of_process().engine(0);
+        let mut bytes = Vec::new();
+        let timeline = Timeline::new(&nodes, 0, tracks, 1000);
+        timeline
+            .write(&[], &mut PacketWriter::new(&mut bytes))
+            .unwrap();
+        let packets = Trace::decode(&bytes[..]).unwrap().packet;
+        let names: Vec<String> = (packets.iter())
+            .filter_map(|packet| packet.track_descriptor.as_ref()?.name.clone())
+            .collect();
+        for name in ["GPU 0", "GPU 1", "GPU 1 predictor"] {
+            assert!(names.iter().any(|other| other == name), "{name}: {names:?}");
+        }
+        let of = |track: u64| -> Vec<(i32, u64)> {
+            let events = packets.iter().filter_map(|packet| {
+                let event = packet.track_event.as_ref()?;
+                let is_here = event.track_uuid == Some(track);
+                is_here.then_some((event.r#type?, packet.timestamp?))
+            });
+            events.collect()
+        };
+        let (begin, end) = (EventType::SliceBegin as i32, EventType::SliceEnd as i32);
+        let parts = [(1100, 1200), (1200, 1250), (1250, 1300), (1300, 1400)];
+        let want: Vec<_> = (parts.iter())
+            .flat_map(|(from, to)| [(begin, *from), (end, *to)])
+            .collect();
+        assert_eq!(of(tracks.gpu(1, false)), want);
+        assert_eq!(of(tracks.gpu(1, true)), [(begin, 1200), (end, 1240)]);
+        let instant = EventType::Instant as i32;
+        let host = tracks.actors(ActorKind::DeviceLayer, 0);
+        assert_eq!(of(host), [(instant, 1210), (instant, 1280)]);
+        let flows = packets
+            .iter()
+            .filter_map(|packet| packet.track_event.as_ref());
+        let starts: Vec<u64> = flows
+            .clone()
+            .flat_map(|event| event.flow_ids.clone())
+            .collect();
+        let mut ends: Vec<u64> = flows
+            .flat_map(|event| event.terminating_flow_ids.clone())
+            .collect();
+        ends.sort_by_key(|id| starts.iter().position(|start| start == id));
+        assert_eq!((starts.len(), &starts), (2, &ends));
+    }
 }

@@ -114,10 +114,16 @@ impl EngineTracks {
         self.number(0x400 + node)
     }
 
+    /// What a GPU did, and its predictors beside.
+    pub fn gpu(self, gpu: usize, predictor: bool) -> u64 {
+        self.number(0x500 + 2 * gpu + usize::from(predictor))
+    }
+
     /// Announces all of them.
     pub fn describe<W: Write>(
         self,
         threads: &[NodeThread],
+        n_gpus: usize,
         writer: &mut PacketWriter<W>,
     ) -> io::Result<()> {
         let process = u64::from(self.pid) << 32;
@@ -137,6 +143,14 @@ impl EngineTracks {
             let track = self.actors(kind, node);
             writer.track(child(process, track, name + &which, rank))?;
             rank += 1;
+        }
+        for gpu in 0..n_gpus {
+            for (predictor, name) in [(false, ""), (true, " predictor")] {
+                let track = self.gpu(gpu, predictor);
+                let name = format!("GPU {gpu}{name}{which}");
+                writer.track(child(process, track, name, rank))?;
+                rank += 1;
+            }
         }
         let counters = [
             (self.active_of_step(), "active neurons", "neurons"),
