@@ -14,7 +14,7 @@ use super::args::ModelArgs;
 use super::interrupt::Interrupt;
 use super::output::Output;
 use super::progress::Activity;
-use super::topology_measure::profile_of;
+use super::topology_measure::{by_bandwidth, profile_of};
 use crate::error::RuntimeError;
 use crate::machine_profile::MachineProfile;
 use crate::numa_bench::{Point, Prediction, Sweep, Verdict, csv, measure, svg, table, winner};
@@ -83,7 +83,12 @@ pub fn run(args: &NumaBenchArgs) -> Result<(), RuntimeError> {
         teams: numbers(&args.teams),
         threads: numbers(&args.threads),
     };
-    let points = sweep.points(&file, &machine)?;
+    let points = (sweep.points(&file, &machine)?.into_iter())
+        .map(|point| {
+            let plan = by_bandwidth(point.plan)?;
+            Ok(Point { plan, ..point })
+        })
+        .collect::<Result<Vec<Point>, RuntimeError>>()?;
     let n_gen = args.n_gen as usize;
     let options = args.model.options(n_gen + 1)?;
     // Ctrl-C takes the unfinished file along

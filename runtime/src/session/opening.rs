@@ -281,7 +281,6 @@ fn start_engine(
         0 => hyper.n_ctx_max.min(N_CTX_DEFAULT_MAX),
         n_ctx => n_ctx,
     };
-    let threads = plan.team_sizes();
     let predictors = match (sparsity.mode, sidecar) {
         (Sparsity::Predicted, Some(sidecar)) => {
             let found = sidecar.predictors(hyper, &tensors)?;
@@ -316,10 +315,7 @@ fn start_engine(
         &sparsity,
         predictors.as_deref(),
         options.predicting,
-        Division {
-            threads: &threads,
-            cold: plan.cold,
-        },
+        &Division::new(plan, &sparsity),
         on_gpu.as_ref().map(|gpu| &gpu.hot[..]),
         n_ctx,
     )
@@ -342,7 +338,7 @@ fn start_engine(
     let (gpu, weights) = loaded.map_err(in_file)?;
     let placed = memory.into_weights();
     let residence = placed.verify()?;
-    tracing::info!(cold = %plan.cold, "weights lie: {residence}");
+    tracing::info!(cold = %plan.cold, shares_by = %plan.proportion, "weights lie: {residence}");
     let engine = Engine::start_on(
         teams,
         weights,
