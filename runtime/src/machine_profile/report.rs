@@ -134,6 +134,11 @@ impl MachineProfile {
             };
             row(name, hop.time)?;
         }
+        for join in &self.joins {
+            let plural = if join.n_sums == 1 { "" } else { "s" };
+            let name = format!("join {} sum{plural} of {} values", join.n_sums, join.width);
+            row(name, join.time)?;
+        }
         Ok(())
     }
 }
@@ -157,6 +162,8 @@ mod tests {
             "team 0, NUMA node 0 10.0 20.0",
             "one NUMA node: there is no memory across an interconnect to measure",
             "fork and join, team 0 of 2 1.00 2.00",
+            "join 1 sum of 1000 values 0.50 3.00",
+            "join 2 sums of 1000 values 1.00 3.00",
             "teams at rest use 0.00 % of a CPU, from 50 ms after their last job on",
         ] {
             assert!(one.iter().any(|found| found == line), "{line}\n{text}");

@@ -115,6 +115,7 @@ pub fn plan(request: &PlanRequest) -> Result<Report, RuntimeError> {
         tier: planning.options.cpu.tier().name(),
         activations: planning.options.cpu.mode().to_string(),
         n_layer: hyper.n_layer,
+        n_embd: hyper.n_embd,
         n_ctx,
         depth: request.depth,
         bandwidth_bytes_per_s: bandwidth,

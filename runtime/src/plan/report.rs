@@ -38,6 +38,8 @@ pub struct Report {
     pub activations: String,
     /// The model's layers.
     pub n_layer: usize,
+    /// Values of its hidden state.
+    pub n_embd: usize,
     /// Tokens of the context.
     pub n_ctx: usize,
     /// Tokens in the context when the times hold.
