@@ -2,6 +2,7 @@
 //!
 //! A profile belongs to one machine and the threads of one plan: its fingerprint is a hash of both, and names its file.
 
+mod gpu_link;
 mod report;
 mod store;
 
@@ -9,7 +10,7 @@ use std::time::Duration;
 
 use pi_actors::Teams;
 use pi_actors::latency::{Latency, fork_join, hop, join};
-use pi_topology::{Machine, MemorySpeeds, NodePlan, Plan};
+use pi_topology::{Machine, MemorySpeeds, NodePlan, Plan, pin_thread};
 use rustix::time::{ClockId, clock_gettime};
 use serde::{Deserialize, Serialize};
 use xxhash_rust::xxh3::xxh3_64;
@@ -18,6 +19,7 @@ use crate::bench::environment::cpu_name;
 use crate::calendar::DateTime;
 use crate::error::RuntimeError;
 
+pub use gpu_link::GpuLink;
 pub use store::ProfileStore;
 
 /// Of the file's form, and of what is measured how: another version is another fingerprint.
@@ -60,9 +62,15 @@ pub struct MachineProfile {
     pub fork_join: Vec<Nanoseconds>,
     /// Messages between threads: inside a team, and between the teams' leaders.
     pub hops: Vec<Hop>,
-    /// Sums of so many nodes joined by the device's node; none in files of before it was measured.
+    /// Sums of so many nodes joined by the device's node; none in files of earlier versions.
     #[serde(default)]
     pub joins: Vec<Join>,
+    /// What passes between host and GPUs; likewise.
+    #[serde(default)]
+    pub gpus: Vec<GpuLink>,
+    /// Why GPUs were not measured.
+    #[serde(default)]
+    pub gpu_problems: Vec<String>,
     /// What idle teams use of a CPU, percent, from 50 ms after their last job on.
     pub idle_cpu_percent: f64,
 }
@@ -160,8 +168,10 @@ impl MachineProfile {
             let time = hop(cpus[0], cpus[1], N_ROUNDS)?.into();
             hops.push(Hop { teams, cpus, time });
         }
+        let device_node = &plan.nodes[0];
         said("team 0: joining sums");
-        let joins = Join::measure(&plan.nodes[0])?;
+        let joins = Join::measure(device_node)?;
+        let (gpus, gpu_problems) = gpu_links(device_node, said);
         said("teams at rest");
         let idle_cpu_percent = idle_cpu_percent(plan)?;
         Ok(Self {
@@ -174,6 +184,8 @@ impl MachineProfile {
             fork_join: fork_joins,
             hops,
             joins,
+            gpus,
+            gpu_problems,
             idle_cpu_percent,
         })
     }
@@ -194,6 +206,7 @@ impl MachineProfile {
             && speeds
                 .into_iter()
                 .all(|speed| speed.is_finite() && speed > 0.0)
+            && self.gpus.iter().all(GpuLink::is_sane)
             && self.idle_cpu_percent.is_finite()
     }
 
@@ -203,6 +216,24 @@ impl MachineProfile {
         let hop = between.or(self.hops.first())?;
         Some(hop.time.median_ns)
     }
+}
+
+/// What passes between host and GPUs, from the leader's CPU of `node`; and why that is not known.
+fn gpu_links(node: &NodePlan, said: &dyn Fn(&str)) -> (Vec<GpuLink>, Vec<String>) {
+    let cpu = node.cpus[0];
+    let (say, heard) = std::sync::mpsc::channel::<String>();
+    std::thread::scope(|scope| {
+        let measured = scope.spawn(move || match pin_thread(cpu) {
+            Ok(()) => GpuLink::measure_all(&|part| {
+                // who asked waits for all of it
+                let _ = say.send(part.to_owned());
+            }),
+            Err(error) => (vec![], vec![error.to_string()]),
+        });
+        heard.iter().for_each(|part| said(&part));
+        let measured = measured.join();
+        measured.unwrap_or_else(|panic| std::panic::resume_unwind(panic))
+    })
 }
 
 /// The pairs of threads between which messages are timed.
@@ -321,6 +352,8 @@ pub(crate) mod tests {
                     },
                 })
                 .to_vec(),
+            gpus: vec![],
+            gpu_problems: vec!["no driver".to_owned()],
             idle_cpu_percent: 0.0,
         }
     }
