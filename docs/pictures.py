@@ -181,7 +181,8 @@ def policies():
             p.box(left, y + 24, 208, 126, colour, "#f6f8fa")
             p.text(left + 10, y + 43, f"NUMA node {node}", 12, colour, "start", True)
             p.box(left + 10, y + 52, 188, 26, colour)
-            p.text(left + 104, y + 69, "its heads, cache, rows", 11.5)
+            kept = "its cache, half the heads, rows" if name == "interleave" else "its heads, cache, rows"
+            p.text(left + 104, y + 69, kept, 10.5)
             squares = [(team, 1) for team in memory[node]]
             squares += [(team, 0.3) for team in (copies[node] if copies else [])]
             for i, (team, opacity) in enumerate(squares):

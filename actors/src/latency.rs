@@ -1,9 +1,13 @@
-//! What the actors' ways of waiting cost on a machine: a team's fork and join, and a message between two executors.
+//! What the actors' ways of working together cost on a machine: a team's fork and join, a message between two executors,
+//! and joining what several nodes have summed.
 
 use std::hint::black_box;
+use std::ops::Range;
+use std::sync::Mutex;
 use std::sync::mpsc::sync_channel;
 use std::time::{Duration, Instant};
 
+use pi_kernels::ffn_sparse::{FFN_GROUPS, join_subtrees};
 use pi_topology::{NodePlan, pin_thread};
 
 use crate::error::ActorError;
@@ -24,9 +28,11 @@ pub struct Latency {
 }
 
 impl Latency {
+    /// Of rounds that took so long.
+    ///
     /// # Panics
     /// Without rounds.
-    fn of(mut rounds_ns: Vec<u64>) -> Self {
+    pub fn of(mut rounds_ns: Vec<u64>) -> Self {
         rounds_ns.sort_unstable();
         let at = |percent: usize| rounds_ns[(rounds_ns.len() - 1) * percent / 100];
         Self {
@@ -59,6 +65,54 @@ pub fn fork_join(node: &NodePlan, n_rounds: usize) -> Result<Latency, ActorError
             team.run(&|member| {
                 black_box(member.thread);
             });
+            nanoseconds(start.elapsed())
+        };
+        (0..N_WARM_UP).for_each(|_| {
+            round();
+        });
+        Ok(Latency::of((0..n_rounds).map(|_| round()).collect()))
+    })
+}
+
+/// How long the leader of `node`'s team takes to join `n_sums` partial sums of an FFN, `[width]` f32 each, as for a token on so
+/// many equal nodes: `n_rounds` times. Another thread of the team, if it has one, has just written them, as another node's
+/// would.
+///
+/// # Errors
+/// A thread cannot be started or pinned.
+///
+/// # Panics
+/// With 0 rounds, or when so many nodes cannot be equal.
+pub fn join(
+    node: &NodePlan,
+    n_sums: usize,
+    width: usize,
+    n_rounds: usize,
+) -> Result<Latency, ActorError> {
+    assert!(n_rounds > 0, "a round");
+    assert!(
+        n_sums > 0 && FFN_GROUPS.is_multiple_of(n_sums),
+        "{n_sums} equal nodes"
+    );
+    on_a_thread(|| {
+        let mut team = start_team(0, node, PATIENCE)?;
+        let n_groups = FFN_GROUPS / n_sums;
+        let subtrees: Vec<Range<usize>> = (0..n_sums)
+            .map(|n| n * n_groups..(n + 1) * n_groups)
+            .collect();
+        let sums = Mutex::new(vec![vec![0.0f32; width]; n_sums]);
+        let mut joined = vec![0.0f32; width];
+        let mut round = || {
+            team.run(&|member| {
+                if member.thread + 1 == member.n_threads {
+                    let mut sums = sums.lock().expect("nobody panics with it");
+                    sums.iter_mut().for_each(|sum| sum.fill(black_box(1.0)));
+                }
+            });
+            let sums = sums.lock().expect("nobody panics with it");
+            let start = Instant::now();
+            join_subtrees(&subtrees, |n| &sums[n], &mut joined);
+            black_box(&joined);
             nanoseconds(start.elapsed())
         };
         (0..N_WARM_UP).for_each(|_| {
@@ -166,6 +220,17 @@ mod tests {
             let node = NodePlan { numa: None, cpus };
             let latency = fork_join(&node, 100).unwrap();
             assert!(0 < latency.median_ns && latency.median_ns <= latency.p99_ns);
+        }
+    }
+
+    #[test]
+    fn joining_any_number_of_sums_is_measured() {
+        for cpus in [cpus()[..1].to_vec(), cpus()] {
+            let node = NodePlan { numa: None, cpus };
+            for n_sums in [1, 2, 16] {
+                let latency = join(&node, n_sums, 1000, 50).unwrap();
+                assert!(0 < latency.median_ns && latency.median_ns <= latency.p99_ns);
+            }
         }
     }
 

@@ -9,16 +9,22 @@ use serde_json::json;
 use crate::error::RuntimeError;
 use crate::gguf::GgufFile;
 use crate::model::predicting::Predicting;
-use crate::model::shares::Division;
+use crate::model::shares::{Division, neurons_by_threads};
 use crate::model::sparsity::SparsityPlan;
 use crate::model::{Hyperparameters, Loader, ModelTensors};
 use crate::session::N_CTX_DEFAULT_MAX;
+
+/// Why a model's neurons are not divided as the rest is.
+pub(crate) const NEURONS_BY_THREADS: &str = "neurons stay divided by threads: `ffn_down` is stored by output and gives one \
+     sum a node, whose bits no measurement may change; `pi-runtime pack` stores it by neuron";
 
 /// What a model takes of each node's memory, with the default flags.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct ModelBytes {
     /// Sparsity mode that it would run in.
     pub sparsity: &'static str,
+    /// Whether its neurons are divided by threads, whatever the rest.
+    pub neurons_by_threads: bool,
     /// Tokens of the context.
     pub n_ctx: usize,
     /// Weights, by node.
@@ -47,13 +53,10 @@ impl ModelBytes {
             0 => hyper.n_ctx_max.min(N_CTX_DEFAULT_MAX),
             n_ctx => n_ctx,
         };
-        let division = Division {
-            threads: &plan.team_sizes(),
-            cold: plan.cold,
-        };
+        let division = Division::new(plan, &sparsity);
         let nobody = Predicting::default();
         let loader = Loader::predicted(
-            &file, &hyper, &tensors, &sparsity, None, nobody, division, None, n_ctx,
+            &file, &hyper, &tensors, &sparsity, None, nobody, &division, None, n_ctx,
         )
         .map_err(in_file)?;
         let rows = 2 * n_ctx * hyper.n_layer;
@@ -62,6 +65,7 @@ impl ModelBytes {
         let shares = loader.shares().into_iter();
         Ok(Self {
             sparsity: sparsity.mode.name(),
+            neurons_by_threads: neurons_by_threads(plan, &sparsity),
             n_ctx,
             weights_bytes: weights.map(|bytes| bytes as u64).collect(),
             cache_bytes: shares
@@ -103,11 +107,17 @@ impl TopologyView {
         let notes = self.model.as_ref().map_or_else(Vec::new, ModelBytes::notes);
         let mut text = self.machine.draw(Some(&self.plan), &notes);
         text.push_str(&format!("  cold neurons: {}\n", self.plan.cold));
+        if self.plan.nodes.len() > 1 {
+            text.push_str(&format!("  shares by {}\n", self.plan.proportion));
+        }
         if let Some(model) = &self.model {
             text.push_str(&format!(
                 "  mode {}, a context of {} tokens\n",
                 model.sparsity, model.n_ctx
             ));
+            if model.neurons_by_threads {
+                text.push_str(&format!("  {NEURONS_BY_THREADS}\n"));
+            }
         }
         for limit in self.limits() {
             text.push_str(&format!("\nLimit: {limit}\n"));
@@ -177,12 +187,14 @@ impl TopologyView {
             "plan": {
                 "nodes": teams,
                 "cold": self.plan.cold,
+                "shares": self.plan.proportion,
                 "huge_pages": self.plan.huge_pages,
                 "strict": self.plan.strict,
             },
             "model": model.map(|model| json!({
                 "sparsity": model.sparsity,
                 "n_ctx": model.n_ctx,
+                "neurons_by_threads": model.neurons_by_threads,
             })),
             "conflicts": self.conflicts,
         }))

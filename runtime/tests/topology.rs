@@ -101,7 +101,9 @@ Teams (letters beside CPUs above; a capital where the leader runs)
     );
     assert!(text.starts_with(&expected), "{text}\n---\n{expected}");
     assert!(
-        text.ends_with("  cold neurons: shard\n  mode exact, a context of 256 tokens\n"),
+        text.ends_with(
+            "  cold neurons: shard\n  shares by threads\n  mode exact, a context of 256 tokens\n"
+        ),
         "{text}"
     );
 

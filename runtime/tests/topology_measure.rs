@@ -5,6 +5,8 @@ mod common;
 use std::path::{Path, PathBuf};
 
 use common::running::{Folder, Ran, run, tiny};
+use common::tiny_model::TinyModel;
+use pi_kernels::QuantType;
 use serde_json::Value;
 
 /// Runs the program with `cache` as the user's folder for what can be made again.
@@ -111,6 +113,69 @@ fn what_was_measured_is_kept_and_planned_with() {
         ran.err
     );
     assert_eq!(json(&ran)["bandwidth_measured"], Value::Null);
+}
+
+/// Changes what was measured of two teams to 30 and 10 GB/s.
+fn make_unequal(path: &Path) {
+    let mut profile: Value = serde_json::from_str(&std::fs::read_to_string(path).unwrap()).unwrap();
+    for (team, gb_per_s) in [(0, 30.0), (1, 10.0)] {
+        let speed = &mut profile["memory"]["teams"][team]["by_threads"][0];
+        assert_eq!(speed["n_threads"], 1);
+        speed["bytes_per_s"] = (gb_per_s * 1e9).into();
+    }
+    std::fs::write(path, profile.to_string()).unwrap();
+}
+
+/// Of two nodes the one that reads three times as much gets three times as much, and no bit of a result changes. A plain
+/// `ffn_down` read whole keeps its neurons by threads, as its bits depend on them.
+#[test]
+fn shares_go_by_measured_bandwidth() {
+    let folder = tiny();
+    let plain = Folder::with(&TinyModel {
+        neuron_major: false,
+        quant: QuantType::Q4_0,
+        ..TinyModel::default()
+    });
+    let two = folder.file("two.toml", "[host]\nnodes = 2\nthreads = 1\n");
+    let (measured, nothing) = (folder.path("cache"), folder.path("nothing"));
+    let topology = ["--topology", two.as_str(), "--json"];
+    let measure = [&["topology", "measure"], &topology[..]].concat();
+    json(&run_caching(&measured, &measure));
+    make_unequal(&kept(&measured)[0]);
+
+    let seen = |cache: &Path, folder: &Folder| {
+        let model = folder.name("m.gguf");
+        let args = [&["topology", "-m", &model], &topology[..]].concat();
+        json(&run_caching(cache, &args))
+    };
+    let by_threads = seen(&nothing, &folder);
+    assert_eq!(by_threads["plan"]["shares"]["by"], "threads");
+    let by_bandwidth = seen(&measured, &folder);
+    let shares = &by_bandwidth["plan"]["shares"];
+    assert_eq!(shares["by"], "bandwidth");
+    assert_eq!(shares["mb_per_s"], serde_json::json!([30_000, 10_000]));
+    let weights = |node: usize| {
+        let bytes = &by_bandwidth["plan"]["nodes"][node]["weights_bytes"];
+        bytes.as_f64().unwrap()
+    };
+    assert!((2.0..4.0).contains(&(weights(0) / weights(1))));
+    let planned = json(&plan(&measured, &folder, &["--topology", &two]));
+    assert_eq!(planned["shares"], *shares);
+    assert_eq!(planned["modes"][0]["notes"], serde_json::json!([]));
+    let of_plain = seen(&measured, &plain);
+    assert_eq!(of_plain["model"]["neurons_by_threads"], true);
+    assert_eq!(by_bandwidth["model"]["neurons_by_threads"], false);
+
+    for (folder, mode) in [(&folder, "off"), (&folder, "exact"), (&plain, "off")] {
+        let model = folder.name("m.gguf");
+        let greedy = ["-p", "Hello", "-n", "8", "--temp", "0", "--ignore-eos"];
+        let args = [&["-m", &model, "--sparsity", mode], &greedy[..], &topology].concat();
+        let hash = |cache: &Path| json(&run_caching(cache, &args))["logits_hash"].clone();
+        assert_eq!(hash(&measured), hash(&nothing), "{mode}");
+    }
+    let text = run_caching(&measured, &["topology", "--topology", &two]).out;
+    let line = "  shares by measured bandwidth, 30.0 + 10.0 GB/s\n";
+    assert!(text.contains(line), "{text}");
 }
 
 #[test]

@@ -11,6 +11,7 @@ use crate::config::{
 };
 use crate::error::TopologyError;
 use crate::machine::{Core, Machine, MachineNode, cpus_of, ranges};
+use crate::proportion::Proportion;
 
 /// Most nodes that a plan can have: a layer's neurons are in so many groups, and a node has at
 /// least one.
@@ -25,6 +26,8 @@ pub struct Plan {
     pub huge_pages: HugePages,
     /// Where cold neurons' bundles lie.
     pub cold: ColdPolicy,
+    /// What the nodes' shares are in proportion to.
+    pub proportion: Proportion,
     /// Whether memory that cannot be bound, or that lies elsewhere than planned, is an error.
     pub strict: bool,
     /// GPUs that are used, in the order of their layers.
@@ -48,6 +51,7 @@ impl Plan {
             nodes,
             huge_pages,
             cold: ColdPolicy::Shard,
+            proportion: Proportion::Threads,
             strict: false,
             gpus: Vec::new(),
         }
@@ -120,6 +124,7 @@ impl Plan {
             nodes,
             huge_pages: config.memory.huge_pages,
             cold,
+            proportion: Proportion::Threads,
             strict: config.memory.strict,
             gpus: config.gpus.clone(),
         })

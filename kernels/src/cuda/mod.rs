@@ -53,7 +53,7 @@ pub use hand_off::{
 pub use images::Capability;
 pub use layout::{DeviceRows, RowsView, SUPPORTED, is_supported};
 pub use norm::{AroundNorm, rms_norm, rms_norm_with};
-pub use pinned::PinnedBuffer;
+pub use pinned::{PinnedBuffer, copy_to_device, copy_to_host};
 pub use rope::{RopeAppend, rope_append, rope_append_batch};
 pub use rows::{Add, NeuronList, gate_up, gemv, row_products};
 pub use sample::{SampleScratch, TOP_K_MAX, argmax, top_k};

@@ -5,8 +5,9 @@ use std::sync::atomic::{AtomicU32, Ordering};
 
 use cudarc::driver::{result, sys};
 
-use super::buffer::{Plain, View};
+use super::buffer::{Plain, View, ViewMut};
 use super::device::{Device, call};
+use super::stream::Stream;
 use crate::error::KernelError;
 
 /// `len` values in memory of the host that is never paged out and that the device reads and writes where it lies.
@@ -132,4 +133,48 @@ impl<T: Plain> Drop for PinnedBuffer<T> {
             let _ = unsafe { result::free_host(self.host.cast()) };
         }
     }
+}
+
+/// Copies `from` to the device, behind everything launched on `stream`. The host leaves `from` as it is until that is done.
+///
+/// # Errors
+/// The driver's.
+///
+/// # Panics
+/// When lengths or devices differ.
+pub fn copy_to_device<T: Plain>(
+    stream: &Stream,
+    from: &PinnedBuffer<T>,
+    to: ViewMut<'_, T>,
+) -> Result<(), KernelError> {
+    assert_eq!(from.len(), to.len(), "values to copy");
+    stream.check(&[&from.device, to.device()]);
+    stream.device().bind()?;
+    // SAFETY: both have room for as many values, and are freed behind what is queued.
+    let answer = unsafe {
+        sys::cuMemcpyHtoDAsync_v2(to.address(), from.host.cast(), from.bytes(), stream.raw())
+    };
+    call("copy pinned memory to the device", answer.result())
+}
+
+/// Copies `from` to the host, behind everything launched on `stream`. The host leaves `to` alone until that is done.
+///
+/// # Errors
+/// The driver's.
+///
+/// # Panics
+/// When lengths or devices differ.
+pub fn copy_to_host<T: Plain>(
+    stream: &Stream,
+    from: View<'_, T>,
+    to: &PinnedBuffer<T>,
+) -> Result<(), KernelError> {
+    assert_eq!(from.len(), to.len(), "values to copy");
+    stream.check(&[from.device(), &to.device]);
+    stream.device().bind()?;
+    // SAFETY: as above; the host's access is through unsafe functions, whose contract is that nobody writes meanwhile.
+    let answer = unsafe {
+        sys::cuMemcpyDtoHAsync_v2(to.host.cast(), from.address(), to.bytes(), stream.raw())
+    };
+    call("copy to pinned memory", answer.result())
 }

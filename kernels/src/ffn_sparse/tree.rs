@@ -13,6 +13,9 @@ pub const FFN_GROUPS: usize = 16;
 /// Subtrees that consecutive groups can make at most.
 pub const SUBTREES_MAX: usize = 8;
 
+/// Values that are joined at a time: enough to make little of finding out what is joined with what.
+const JOINED_VALUES: usize = 128;
+
 /// Whether two neighbouring runs of groups are the halves of a subtree.
 fn are_halves(left: &Range<usize>, right: &Range<usize>) -> bool {
     left.len() == right.len() && left.start.is_multiple_of(2 * left.len())
@@ -108,17 +111,18 @@ pub fn join_subtrees<'a>(
         subtrees.last().is_some_and(|last| last.end == FFN_GROUPS),
         "all groups are there"
     );
-    for (chunk, out) in out.chunks_mut(16).enumerate() {
+    let mut values = [[0.0f32; JOINED_VALUES]; SUBTREES_MAX + 1];
+    for (chunk, out) in out.chunks_mut(JOINED_VALUES).enumerate() {
         let mut stack = TreeStack::new();
-        let mut values = [[0.0f32; 16]; SUBTREES_MAX + 1];
         let mut len = 0;
         for (n, groups) in subtrees.iter().enumerate() {
-            values[len][..out.len()].copy_from_slice(&sum(n)[chunk * 16..][..out.len()]);
+            let top = &mut values[len][..out.len()];
+            top.copy_from_slice(&sum(n)[chunk * JOINED_VALUES..][..out.len()]);
             len += 1;
             for _ in 0..stack.push(groups.clone()) {
                 len -= 1;
                 let (left, right) = values.split_at_mut(len);
-                for (left, right) in left[len - 1].iter_mut().zip(&right[0]) {
+                for (left, right) in left[len - 1][..out.len()].iter_mut().zip(&right[0]) {
                     *left += right;
                 }
             }
@@ -169,10 +173,18 @@ mod tests {
                 .iter()
                 .map(|part| tree(&leaves[part.clone()]))
                 .collect();
-            let mut out = [f32::NAN; 19];
-            let rows: Vec<[f32; 19]> = sums.iter().map(|&sum| [sum; 19]).collect();
+            // a row over whole chunks and some of another, each value a share of the sum that is exact
+            const N: usize = 2 * JOINED_VALUES + 19;
+            let scale = |n: usize| 0.5f32.powi((n % 7) as i32);
+            let rows: Vec<Vec<f32>> = (sums.iter())
+                .map(|sum| (0..N).map(|n| sum * scale(n)).collect())
+                .collect();
+            let mut out = [f32::NAN; N];
             join_subtrees(&parts, |n| &rows[n], &mut out);
-            assert_eq!(out[18].to_bits(), tree(&leaves).to_bits(), "cut at {cut}");
+            for (n, joined) in out.iter().enumerate() {
+                let whole = tree(&leaves) * scale(n);
+                assert_eq!(joined.to_bits(), whole.to_bits(), "cut at {cut}, value {n}");
+            }
         }
     }
 }

@@ -1,8 +1,8 @@
 //! Opening devices, and graphs.
 
 use pi_kernels::cuda::{
-    Add, Device, DeviceAct, DeviceRows, DownScratch, Graph, NeuronList, device_count, down_active,
-    gate_up, rms_norm,
+    Add, Device, DeviceAct, DeviceRows, DownScratch, Graph, NeuronList, PinnedBuffer,
+    copy_to_device, copy_to_host, device_count, down_active, gate_up, rms_norm,
 };
 use pi_kernels::{ActivationMode, KernelError, QuantType};
 
@@ -47,6 +47,27 @@ fn more_memory_than_there_is_is_refused_with_numbers() {
     let buffer = device.upload(&[1u32, 2, 3]).unwrap();
     assert_eq!(buffer.read().unwrap(), [1, 2, 3]);
     assert_eq!(buffer.view(1..).read().unwrap(), [2, 3]);
+}
+
+#[test]
+fn pinned_memory_is_copied_there_and_back() {
+    let Some(device) = device() else { return };
+    let stream = device.stream().unwrap();
+    const N: usize = 100_003;
+    let pinned = || PinnedBuffer::<u32>::new(&device, N).unwrap();
+    let (from, to) = (pinned(), pinned());
+    let values: Vec<u32> = (0..N as u32)
+        .map(|n| n.wrapping_mul(2_654_435_761))
+        .collect();
+    // SAFETY: nothing is launched yet.
+    unsafe { from.write(0..N) }.copy_from_slice(&values);
+    let mut buffer = device.alloc::<u32>(N).unwrap();
+    copy_to_device(&stream, &from, buffer.view_mut(..)).unwrap();
+    copy_to_host(&stream, buffer.view(..), &to).unwrap();
+    stream.synchronize().unwrap();
+    assert!(buffer.read().unwrap() == values);
+    // SAFETY: all copies are done.
+    assert!(unsafe { to.read(0..N) } == values);
 }
 
 /// norm → gate, skip, up → down, captured once; lists and inputs change in device memory.

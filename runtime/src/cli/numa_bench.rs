@@ -14,9 +14,9 @@ use super::args::ModelArgs;
 use super::interrupt::Interrupt;
 use super::output::Output;
 use super::progress::Activity;
-use super::topology_measure::profile_of;
+use super::topology_measure::{by_bandwidth, profile_of};
 use crate::error::RuntimeError;
-use crate::machine_profile::MachineProfile;
+use crate::machine_profile::{Join, MachineProfile};
 use crate::numa_bench::{Point, Prediction, Sweep, Verdict, csv, measure, svg, table, winner};
 use crate::plan::{PlanRequest, plan};
 use crate::session::ModelOptions;
@@ -83,7 +83,12 @@ pub fn run(args: &NumaBenchArgs) -> Result<(), RuntimeError> {
         teams: numbers(&args.teams),
         threads: numbers(&args.threads),
     };
-    let points = sweep.points(&file, &machine)?;
+    let points = (sweep.points(&file, &machine)?.into_iter())
+        .map(|point| {
+            let plan = by_bandwidth(point.plan)?;
+            Ok(Point { plan, ..point })
+        })
+        .collect::<Result<Vec<Point>, RuntimeError>>()?;
     let n_gen = args.n_gen as usize;
     let options = args.model.options(n_gen + 1)?;
     // Ctrl-C takes the unfinished file along
@@ -135,6 +140,10 @@ fn predicted(
         (None, [from, to, ..]) => hop(*from, *to, N_HOPS)?.median_ns,
         (None, _) => return Ok("no prediction: one core has no other to send to\n".to_owned()),
     };
+    let joins = match &profile {
+        Some(profile) if !profile.joins.is_empty() => profile.joins.clone(),
+        _ => Join::measure(&point.plan.nodes[0])?,
+    };
     let report = plan(&PlanRequest {
         model: ModelOptions {
             // of the context that it is asked for; the plan wants room to rehearse
@@ -157,7 +166,9 @@ fn predicted(
     let Some(mode) = modes.next_back() else {
         return Ok(String::new());
     };
-    let prediction = Prediction::of(mode, report.n_layer, hop_ns, args.remote_speed);
+    // with `single:0` node 0 has the only sum; what that saves is next to nothing
+    let join_ns = Join::more_ns(&joins, 2, report.n_embd);
+    let prediction = Prediction::of(mode, report.n_layer, hop_ns, join_ns, args.remote_speed);
     Ok(prediction.to_string())
 }
 

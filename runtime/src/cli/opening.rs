@@ -9,6 +9,7 @@ use pi_topology::Plan;
 use super::args::{KvArg, ModelArgs, PredictorArg, PrefetchArg, SparsityArg};
 use super::demo_model;
 use super::progress::LoadBar;
+use super::topology_measure::by_bandwidth;
 use crate::error::RuntimeError;
 use crate::model::Sparsity;
 use crate::model::predicting::{PredictBy, Predicting};
@@ -58,12 +59,12 @@ impl ModelArgs {
         })
     }
 
-    /// The topology file's plan, or the discovered machine's, for `threads`.
+    /// The topology file's plan, or the discovered machine's, for `threads`, with shares by bandwidth where it was measured.
     ///
     /// # Errors
     /// As [`TopologyFile::read`] and [`TopologyFile::plan`].
     pub fn plan(&self, threads: Option<u16>) -> Result<Plan, RuntimeError> {
-        self.topology_file()?.plan(threads.map(usize::from))
+        by_bandwidth(self.topology_file()?.plan(threads.map(usize::from))?)
     }
 
     /// The topology file that the flags name, or none, and whether it is simulated.

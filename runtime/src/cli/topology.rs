@@ -69,6 +69,10 @@ pub fn run(args: &TopologyArgs) -> Result<(), RuntimeError> {
     }
     let machine = args.machine()?;
     let plan = file.plan_on(&machine, args.threads.map(usize::from))?;
+    let plan = match machine.is_this_system() {
+        true => topology_measure::by_bandwidth(plan)?,
+        false => plan,
+    };
     let model = match &args.model {
         Some(path) => Some(ModelBytes::of(path, &plan, args.n_ctx as usize)?),
         None => None,

@@ -66,6 +66,21 @@ pub fn store() -> Option<ProfileStore> {
     user_folder::cache().map(ProfileStore::new)
 }
 
+/// A plan of this machine, with shares by bandwidth where that was measured with its threads.
+///
+/// # Errors
+/// As [`profile_of`].
+pub fn by_bandwidth(plan: Plan) -> Result<Plan, RuntimeError> {
+    // one node has everything
+    if plan.nodes.len() < 2 {
+        return Ok(plan);
+    }
+    Ok(match profile_of(&plan)? {
+        Some(profile) => plan.by_bandwidth(&profile.memory),
+        None => plan,
+    })
+}
+
 /// What was measured of this machine with the threads of `plan`, if it was.
 ///
 /// # Errors

@@ -2,14 +2,15 @@
 //!
 //! A profile belongs to one machine and the threads of one plan: its fingerprint is a hash of both, and names its file.
 
+mod gpu_link;
 mod report;
 mod store;
 
 use std::time::Duration;
 
 use pi_actors::Teams;
-use pi_actors::latency::{Latency, fork_join, hop};
-use pi_topology::{Machine, MemorySpeeds, Plan};
+use pi_actors::latency::{Latency, fork_join, hop, join};
+use pi_topology::{Machine, MemorySpeeds, NodePlan, Plan, pin_thread};
 use rustix::time::{ClockId, clock_gettime};
 use serde::{Deserialize, Serialize};
 use xxhash_rust::xxh3::xxh3_64;
@@ -18,6 +19,7 @@ use crate::bench::environment::cpu_name;
 use crate::calendar::DateTime;
 use crate::error::RuntimeError;
 
+pub use gpu_link::GpuLink;
 pub use store::ProfileStore;
 
 /// Of the file's form, and of what is measured how: another version is another fingerprint.
@@ -25,6 +27,15 @@ const VERSION: u32 = 1;
 
 /// Forks and joins, and messages, that are timed.
 const N_ROUNDS: usize = 20_000;
+
+/// Joins of sums that are timed.
+const N_JOINS: usize = 2000;
+
+/// Equal nodes whose sums are joined: one sum of each.
+const JOINED_SUMS: [usize; 4] = [1, 2, 4, 8];
+
+/// Values of a sum: a model of 70 B has as many.
+const JOINED_WIDTH: usize = 8192;
 
 /// Time after the last job at which threads have to be at rest.
 const AT_REST: Duration = Duration::from_millis(50);
@@ -51,6 +62,15 @@ pub struct MachineProfile {
     pub fork_join: Vec<Nanoseconds>,
     /// Messages between threads: inside a team, and between the teams' leaders.
     pub hops: Vec<Hop>,
+    /// Sums of so many nodes joined by the device's node; none in files of earlier versions.
+    #[serde(default)]
+    pub joins: Vec<Join>,
+    /// What passes between host and GPUs; likewise.
+    #[serde(default)]
+    pub gpus: Vec<GpuLink>,
+    /// Why GPUs were not measured.
+    #[serde(default)]
+    pub gpu_problems: Vec<String>,
     /// What idle teams use of a CPU, percent, from 50 ms after their last job on.
     pub idle_cpu_percent: f64,
 }
@@ -69,6 +89,47 @@ impl From<Latency> for Nanoseconds {
         Self {
             median_ns: latency.median_ns,
             p99_ns: latency.p99_ns,
+        }
+    }
+}
+
+/// Partial sums of an FFN joined into one.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Join {
+    /// How many.
+    pub n_sums: usize,
+    /// Values of each.
+    pub width: usize,
+    /// How long it takes.
+    pub time: Nanoseconds,
+}
+
+impl Join {
+    /// Measures 1, 2, 4 and 8 sums on the team of `node`.
+    ///
+    /// # Errors
+    /// A thread cannot be started or pinned.
+    pub fn measure(node: &NodePlan) -> Result<Vec<Self>, RuntimeError> {
+        (JOINED_SUMS.iter())
+            .map(|&n_sums| {
+                Ok(Self {
+                    n_sums,
+                    width: JOINED_WIDTH,
+                    time: join(node, n_sums, JOINED_WIDTH, N_JOINS)?.into(),
+                })
+            })
+            .collect()
+    }
+
+    /// What joining `n_sums` sums of `width` values takes longer than taking one, ns; 0 where it was not measured.
+    pub fn more_ns(joins: &[Self], n_sums: usize, width: usize) -> f64 {
+        let value_ns = |n_sums: usize| {
+            let found = joins.iter().find(|join| join.n_sums == n_sums)?;
+            Some(found.time.median_ns as f64 / found.width.max(1) as f64)
+        };
+        match (value_ns(n_sums), value_ns(1)) {
+            (Some(several), Some(one)) => (several - one).max(0.0) * width as f64,
+            _ => 0.0,
         }
     }
 }
@@ -107,6 +168,10 @@ impl MachineProfile {
             let time = hop(cpus[0], cpus[1], N_ROUNDS)?.into();
             hops.push(Hop { teams, cpus, time });
         }
+        let device_node = &plan.nodes[0];
+        said("team 0: joining sums");
+        let joins = Join::measure(device_node)?;
+        let (gpus, gpu_problems) = gpu_links(device_node, said);
         said("teams at rest");
         let idle_cpu_percent = idle_cpu_percent(plan)?;
         Ok(Self {
@@ -118,6 +183,9 @@ impl MachineProfile {
             memory,
             fork_join: fork_joins,
             hops,
+            joins,
+            gpus,
+            gpu_problems,
             idle_cpu_percent,
         })
     }
@@ -138,6 +206,7 @@ impl MachineProfile {
             && speeds
                 .into_iter()
                 .all(|speed| speed.is_finite() && speed > 0.0)
+            && self.gpus.iter().all(GpuLink::is_sane)
             && self.idle_cpu_percent.is_finite()
     }
 
@@ -147,6 +216,24 @@ impl MachineProfile {
         let hop = between.or(self.hops.first())?;
         Some(hop.time.median_ns)
     }
+}
+
+/// What passes between host and GPUs, from the leader's CPU of `node`; and why that is not known.
+fn gpu_links(node: &NodePlan, said: &dyn Fn(&str)) -> (Vec<GpuLink>, Vec<String>) {
+    let cpu = node.cpus[0];
+    let (say, heard) = std::sync::mpsc::channel::<String>();
+    std::thread::scope(|scope| {
+        let measured = scope.spawn(move || match pin_thread(cpu) {
+            Ok(()) => GpuLink::measure_all(&|part| {
+                // who asked waits for all of it
+                let _ = say.send(part.to_owned());
+            }),
+            Err(error) => (vec![], vec![error.to_string()]),
+        });
+        heard.iter().for_each(|part| said(&part));
+        let measured = measured.join();
+        measured.unwrap_or_else(|panic| std::panic::resume_unwind(panic))
+    })
 }
 
 /// The pairs of threads between which messages are timed.
@@ -255,6 +342,18 @@ pub(crate) mod tests {
                 cpus: [0, 1],
                 time,
             }],
+            joins: [1, 2]
+                .map(|n_sums| Join {
+                    n_sums,
+                    width: 1000,
+                    time: Nanoseconds {
+                        median_ns: 500 * n_sums as u64,
+                        p99_ns: 3000,
+                    },
+                })
+                .to_vec(),
+            gpus: vec![],
+            gpu_problems: vec!["no driver".to_owned()],
             idle_cpu_percent: 0.0,
         }
     }
@@ -319,6 +418,15 @@ pub(crate) mod tests {
         assert_eq!(pairs(&plan(&[&[0]])), []);
         // teams on the same CPU
         assert_eq!(pairs(&plan(&[&[0], &[0]])), []);
+    }
+
+    #[test]
+    fn joining_costs_in_proportion_to_the_width() {
+        let joins = profile(1e10).joins;
+        assert_eq!(Join::more_ns(&joins, 2, 4000), 2000.0);
+        assert_eq!(Join::more_ns(&joins, 1, 4000), 0.0);
+        assert_eq!(Join::more_ns(&joins, 8, 4000), 0.0, "not measured");
+        assert_eq!(Join::more_ns(&[], 2, 4000), 0.0);
     }
 
     #[test]

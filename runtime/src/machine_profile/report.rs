@@ -2,7 +2,7 @@
 
 use std::fmt::{self, Write};
 
-use super::{MachineProfile, Nanoseconds};
+use super::{GpuLink, MachineProfile, Nanoseconds};
 
 /// Width of the first column.
 const NAME: usize = 34;
@@ -27,10 +27,41 @@ impl MachineProfile {
             "\nteams at rest use {:.2} % of a CPU, from 50 ms after their last job on",
             self.idle_cpu_percent
         )?;
-        writeln!(
-            text,
-            "not measured: anything between host and GPU, which nothing here uses yet"
-        )
+        self.write_gpus(text)
+    }
+
+    fn write_gpus(&self, text: &mut String) -> fmt::Result {
+        for GpuLink {
+            ordinal,
+            name,
+            to_device_bytes_per_s,
+            to_host_bytes_per_s,
+            flag_round_trip,
+        } in &self.gpus
+        {
+            let [to_device, to_host] =
+                [to_device_bytes_per_s, to_host_bytes_per_s].map(|b| b / 1e9);
+            writeln!(
+                text,
+                "GPU {ordinal}, {name}: {to_device:.1} GB/s from pinned memory, {to_host:.1} GB/s to it"
+            )?;
+            match flag_round_trip {
+                Some(time) => writeln!(
+                    text,
+                    "  a flag there and back, by two kernels, {:.2} µs (median), {:.2} (p99)",
+                    time.median_ns as f64 / 1e3,
+                    time.p99_ns as f64 / 1e3
+                )?,
+                None => writeln!(
+                    text,
+                    "  flags not measured: one did not come within a second"
+                )?,
+            }
+        }
+        for problem in &self.gpu_problems {
+            writeln!(text, "not measured between host and GPU: {problem}")?;
+        }
+        Ok(())
     }
 
     fn team(&self, team: usize) -> String {
@@ -134,12 +165,18 @@ impl MachineProfile {
             };
             row(name, hop.time)?;
         }
+        for join in &self.joins {
+            let plural = if join.n_sums == 1 { "" } else { "s" };
+            let name = format!("join {} sum{plural} of {} values", join.n_sums, join.width);
+            row(name, join.time)?;
+        }
         Ok(())
     }
 }
 
 #[cfg(test)]
 mod tests {
+    use super::*;
     use crate::machine_profile::tests::profile;
 
     /// Its words, without the columns' widths.
@@ -157,12 +194,24 @@ mod tests {
             "team 0, NUMA node 0 10.0 20.0",
             "one NUMA node: there is no memory across an interconnect to measure",
             "fork and join, team 0 of 2 1.00 2.00",
+            "join 1 sum of 1000 values 0.50 3.00",
+            "join 2 sums of 1000 values 1.00 3.00",
             "teams at rest use 0.00 % of a CPU, from 50 ms after their last job on",
+            "not measured between host and GPU: no driver",
         ] {
             assert!(one.iter().any(|found| found == line), "{line}\n{text}");
         }
 
         let mut two = profile(2e10);
+        two.gpu_problems.clear();
+        let link = |ordinal, flag_round_trip| GpuLink {
+            ordinal,
+            name: "Some GPU".to_owned(),
+            to_device_bytes_per_s: 2.5e10,
+            to_host_bytes_per_s: 2.6e10,
+            flag_round_trip,
+        };
+        two.gpus = vec![link(0, Some(two.fork_join[0])), link(1, None)];
         let memory = &mut two.memory;
         memory.teams.push(memory.teams[0].clone());
         memory.teams[1].numa = Some(3);
@@ -191,6 +240,9 @@ mod tests {
             "team 1, NUMA node 3 9.0 20.0",
             "message from team 0 to 1 1.00 2.00",
             "all teams together 20.0",
+            "GPU 1, Some GPU: 25.0 GB/s from pinned memory, 26.0 GB/s to it",
+            "a flag there and back, by two kernels, 1.00 µs (median), 2.00 (p99)",
+            "flags not measured: one did not come within a second",
         ] {
             assert!(two.iter().any(|found| found == line), "{line}\n{text}");
         }

@@ -108,6 +108,22 @@ mod tests {
         assert_eq!(fs::read_dir(path.parent().unwrap()).unwrap().count(), 1);
     }
 
+    /// Of before joins and GPUs were measured.
+    #[test]
+    fn files_of_earlier_versions_are_read() {
+        let folder = tempfile::tempdir().unwrap();
+        let path = folder.path().join("machine-x.json");
+        let mut older = profile(1e10);
+        let mut value = serde_json::to_value(&older).unwrap();
+        for key in ["joins", "gpus", "gpu_problems"] {
+            value.as_object_mut().unwrap().remove(key).unwrap();
+        }
+        fs::write(&path, value.to_string()).unwrap();
+        older.joins.clear();
+        older.gpu_problems.clear();
+        assert_eq!(read(&path, &older.fingerprint).unwrap(), Some(older));
+    }
+
     #[test]
     fn files_that_are_no_profile_are_not_used() {
         let folder = tempfile::tempdir().unwrap();

@@ -220,7 +220,7 @@ impl<'a> ModelLayout<'a> {
         tensors: &'a ModelTensors,
         plan: &SparsityPlan,
         predictors: Option<&'a [LayerPredictors]>,
-        division: Division<'_>,
+        division: &Division,
         hot: Option<&'a [HotLayer]>,
         named_by_gpu: bool,
     ) -> Self {

@@ -98,7 +98,7 @@ impl<'a> Loader<'a> {
         n_ctx: usize,
     ) -> Result<Self, ModelError> {
         let nobody = Predicting::default();
-        let division = Division::by_threads(threads);
+        let division = &Division::by_threads(threads);
         Self::predicted(
             file, hyper, tensors, plan, None, nobody, division, None, n_ctx,
         )
@@ -119,14 +119,14 @@ impl<'a> Loader<'a> {
         plan: &SparsityPlan,
         predictors: Option<&'a [LayerPredictors]>,
         predicting: Predicting,
-        division: Division<'_>,
+        division: &Division,
         hot: Option<&'a [HotLayer]>,
         n_ctx: usize,
     ) -> Result<Self, ModelError> {
-        let threads = division.threads;
+        let parts = &division.parts;
         assert!(
-            !threads.is_empty() && !threads.contains(&0),
-            "every node has threads: {threads:?}"
+            !parts.is_empty() && !parts.contains(&0),
+            "every node has threads: {parts:?}"
         );
         Ok(Self {
             file,

@@ -4,9 +4,10 @@ use std::ops::Range;
 
 use pi_kernels::ROW_GROUP;
 use pi_kernels::ffn_sparse::FFN_GROUPS;
-use pi_topology::ColdPolicy;
+use pi_topology::{ColdPolicy, Plan, Proportion};
 
 use super::hyperparameters::Hyperparameters;
+use super::sparsity::SparsityPlan;
 
 /// One node's part of every layer, and of the head.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -33,22 +34,43 @@ impl NodeShare {
 }
 
 /// How a model is divided over nodes.
-#[derive(Debug, Clone, Copy)]
-pub struct Division<'a> {
-    /// Threads of each node, to which its shares are in proportion.
-    pub threads: &'a [usize],
-    /// Where cold neurons are: in the same proportion, or on one node.
+#[derive(Debug, Clone)]
+pub struct Division {
+    /// To which each node's heads and rows are in proportion.
+    pub parts: Vec<usize>,
+    /// To which its cold neurons are, where they are not on one node.
+    pub neuron_parts: Vec<usize>,
+    /// Where cold neurons are.
     pub cold: ColdPolicy,
 }
 
-impl<'a> Division<'a> {
-    /// Everything in proportion to `threads`.
-    pub fn by_threads(threads: &'a [usize]) -> Self {
+impl Division {
+    /// As `plan` has it, for layers as `sparsity` has them.
+    pub fn new(plan: &Plan, sparsity: &SparsityPlan) -> Self {
         Self {
-            threads,
+            parts: plan.parts(),
+            neuron_parts: match neurons_by_threads(plan, sparsity) {
+                true => plan.team_sizes(),
+                false => plan.parts(),
+            },
+            cold: plan.cold,
+        }
+    }
+
+    /// Everything in proportion to `threads`.
+    pub fn by_threads(threads: &[usize]) -> Self {
+        Self {
+            parts: threads.to_vec(),
+            neuron_parts: threads.to_vec(),
             cold: ColdPolicy::Shard,
         }
     }
+}
+
+/// Whether neurons stay divided by threads where all else is by measured bandwidth: a plain `ffn_down` gives one sum a
+/// node, whose bits depend on the neurons in it, and no measurement may change a result.
+pub fn neurons_by_threads(plan: &Plan, sparsity: &SparsityPlan) -> bool {
+    plan.proportion != Proportion::Threads && sparsity.has_plain_down()
 }
 
 /// Divides a model over nodes.
@@ -57,12 +79,12 @@ impl<'a> Division<'a> {
 /// `ffn_down`, at least 16).
 pub fn divide(
     hyper: &Hyperparameters,
-    division: Division<'_>,
+    division: &Division,
     neuron_multiple: usize,
 ) -> Vec<NodeShare> {
-    let threads = division.threads;
+    let n_nodes = division.parts.len();
     let bounds = |count: usize, multiple: usize| {
-        let parts = cumulative(threads)
+        let parts = cumulative(&division.parts)
             .into_iter()
             .map(|share| nearest(share, count, multiple));
         parts.collect::<Vec<usize>>()
@@ -70,31 +92,27 @@ pub fn divide(
     let kv_heads = bounds(hyper.n_head_kv, 1);
     let output_rows = bounds(hyper.n_embd, ROW_GROUP);
     let head_rows = bounds(hyper.n_vocab, ROW_GROUP);
-    let groups = match division.cold {
-        ColdPolicy::Shard | ColdPolicy::Replicate | ColdPolicy::Interleave => bounds(FFN_GROUPS, 1),
-        // all end at 0 before the one, and at the last group behind it
-        ColdPolicy::Single(one) => (0..=threads.len())
-            .map(|node| if node > one { FFN_GROUPS } else { 0 })
-            .collect(),
-    };
+    let groups: Vec<Range<usize>> = (0..n_nodes)
+        .map(|node| cold_groups(division, 0, node))
+        .collect();
     let group_ends = neuron_groups(hyper.n_ff, neuron_multiple);
-    (0..threads.len())
+    (0..n_nodes)
         .map(|node| NodeShare {
             kv_heads: kv_heads[node]..kv_heads[node + 1],
             output_rows: output_rows[node]..output_rows[node + 1],
-            groups: groups[node]..groups[node + 1],
-            neurons: group_ends[groups[node]]..group_ends[groups[node + 1]],
+            groups: groups[node].clone(),
+            neurons: group_ends[groups[node].start]..group_ends[groups[node].end],
             head_rows: head_rows[node]..head_rows[node + 1],
         })
         .collect()
 }
 
 /// Groups of cold neurons of node `node`, where the first `n_hot` groups are a GPU's.
-pub(super) fn cold_groups(division: Division<'_>, n_hot: usize, node: usize) -> Range<usize> {
+pub(super) fn cold_groups(division: &Division, n_hot: usize, node: usize) -> Range<usize> {
     let n_cold = FFN_GROUPS - n_hot;
     match division.cold {
         ColdPolicy::Shard | ColdPolicy::Replicate | ColdPolicy::Interleave => {
-            let shares = cumulative(division.threads);
+            let shares = cumulative(&division.neuron_parts);
             let bound = |node: usize| n_hot + nearest(shares[node], n_cold, 1);
             bound(node)..bound(node + 1)
         }
@@ -110,12 +128,12 @@ pub fn neuron_groups(n_ff: usize, multiple: usize) -> [usize; FFN_GROUPS + 1] {
     std::array::from_fn(|group| nearest((group, FFN_GROUPS), n_ff, multiple))
 }
 
-/// Sums of `threads` before each node, over their total.
-fn cumulative(threads: &[usize]) -> Vec<(usize, usize)> {
-    let total: usize = threads.iter().sum();
+/// Sums of `parts` before each node, over their total.
+fn cumulative(parts: &[usize]) -> Vec<(usize, usize)> {
+    let total: usize = parts.iter().sum();
     let mut before = 0;
     let mut shares = vec![(0, total)];
-    for n in threads {
+    for n in parts {
         before += n;
         shares.push((before, total));
     }
@@ -147,5 +165,34 @@ mod tests {
             }
         }
         assert_eq!(neuron_groups(1536, 16)[1..3], [96, 192]);
+    }
+
+    fn groups(neuron_parts: &[usize], cold: ColdPolicy, n_hot: usize) -> Vec<Range<usize>> {
+        let division = Division {
+            cold,
+            ..Division::by_threads(neuron_parts)
+        };
+        (0..neuron_parts.len())
+            .map(|node| cold_groups(&division, n_hot, node))
+            .collect()
+    }
+
+    #[test]
+    fn whole_groups_follow_the_nodes_parts() {
+        let shard = |parts: &[usize]| groups(parts, ColdPolicy::Shard, 0);
+        assert_eq!(shard(&[30_000, 10_000]), [0..12, 12..16]);
+        // noise of a few percent moves none
+        assert_eq!(shard(&[29_100, 28_300]), [0..8, 8..16]);
+        assert_eq!(shard(&[20_000, 0, 20_000]), [0..8, 8..8, 8..16]);
+        assert_eq!(shard(&[0, 9]), [0..0, 0..16]);
+        assert_eq!(shard(&[1, 1_000_000]), [0..0, 0..16]);
+        // 16 nodes of terabytes per second
+        let many = shard(&[5_000_000; 16]);
+        assert!(many.iter().all(|groups| groups.len() == 1), "{many:?}");
+        let with_gpu = groups(&[30_000, 10_000], ColdPolicy::Replicate, 8);
+        assert_eq!(with_gpu, [8..14, 14..16]);
+        let single = |one| groups(&[3, 1], ColdPolicy::Single(one), 4);
+        assert_eq!(single(0), [4..16, 16..16]);
+        assert_eq!(single(1), [4..4, 4..16]);
     }
 }

@@ -169,6 +169,12 @@ impl SparsityPlan {
         })
     }
 
+    /// Whether a layer's down projection is read whole, as it is stored by output.
+    pub fn has_plain_down(&self) -> bool {
+        let mut downs = self.down.iter();
+        downs.any(|down| matches!(down, DownPlan::Dense(_)))
+    }
+
     /// How up and down of a layer are skipped.
     pub fn skipping(&self, layer: usize) -> Skipping {
         let thresholds = self.thresholds.as_ref();

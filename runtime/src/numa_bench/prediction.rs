@@ -10,13 +10,15 @@ const MESSAGES_A_LAYER: f64 = 6.0;
 /// Tokens per second of two sockets like the one of this machine, by the plan of one.
 ///
 /// Of the planned parts, what teams compute is divided by two where both sockets do it, and takes longer where it is read
-/// across; what node 0 does alone stays; and each layer has six messages more.
+/// across; what node 0 does alone stays; and each layer has six messages more, and two sums to join.
 #[derive(Debug, Clone, PartialEq)]
 pub struct Prediction {
     /// Speed at which memory of the other socket is read, over that of the own: assumed.
     pub remote_speed: f64,
     /// What a message takes between two cores here, ns.
     pub hop_ns: u64,
+    /// What joining the sums of both takes longer than taking one, in each layer, ns.
+    pub join_ns: f64,
     /// One socket, as it is planned.
     pub one_socket: f64,
     /// Each policy on two.
@@ -25,7 +27,13 @@ pub struct Prediction {
 
 impl Prediction {
     /// From the plan of one team.
-    pub fn of(mode: &ModeReport, n_layer: usize, hop_ns: u64, remote_speed: f64) -> Self {
+    pub fn of(
+        mode: &ModeReport,
+        n_layer: usize,
+        hop_ns: u64,
+        join_ns: f64,
+        remote_speed: f64,
+    ) -> Self {
         let ms = |part: Part| {
             let found = mode.parts.iter().find(|forecast| forecast.part == part);
             found.map_or(0.0, |forecast| forecast.ms)
@@ -33,7 +41,8 @@ impl Prediction {
         let divided_ms = ms(Part::Attention) + ms(Part::Head);
         let neurons_ms = ms(Part::Gates) + ms(Part::Neurons);
         let alone_ms = ms(Part::HandOffs) + ms(Part::Other);
-        let messages_ms = MESSAGES_A_LAYER * n_layer as f64 * hop_ns as f64 / 1e6;
+        let layer_ns = MESSAGES_A_LAYER * hop_ns as f64 + join_ns;
+        let messages_ms = n_layer as f64 * layer_ns / 1e6;
         let speed = |divided_ms: f64, neurons_ms: f64| {
             1e3 / (divided_ms + neurons_ms + alone_ms + messages_ms)
         };
@@ -42,6 +51,7 @@ impl Prediction {
         Self {
             remote_speed,
             hop_ns,
+            join_ns,
             one_socket: 1e3 / (divided_ms + neurons_ms + alone_ms),
             policies: [
                 (
@@ -64,9 +74,11 @@ impl fmt::Display for Prediction {
             f,
             "PREDICTED, not measured: two sockets, each with the threads and memory of this machine. Memory of the other\n\
              socket is read at {:.2} of the speed of the own (assumed: `topology measure` on such a machine says), and a\n\
-             message between them takes {:.2} µs (measured between two cores here; between sockets it is more)",
+             message between them takes {:.2} µs, joining two sums {:.2} (measured between two cores here; between sockets it\n\
+             is more)",
             self.remote_speed,
-            self.hop_ns as f64 / 1e3
+            self.hop_ns as f64 / 1e3,
+            self.join_ns / 1e3
         )?;
         let one = ("one socket", self.one_socket);
         for (name, speed) in [one].iter().chain(&self.policies) {
@@ -105,19 +117,19 @@ mod tests {
     fn policies_differ_in_what_is_divided_and_what_is_read_across() {
         // attention 2, gates 1, neurons 3, head 2, hand-offs 1, other 1: 10 ms
         let mode = mode([2.0, 1.0, 3.0, 2.0, 1.0, 1.0]);
-        let found = Prediction::of(&mode, 10, 0, 0.5);
+        let found = Prediction::of(&mode, 10, 0, 0.0, 0.5);
         assert_eq!(found.one_socket, 100.0);
         let ms = found.policies.map(|(_, speed)| 1e3 / speed);
         let near = |ms: f64, expected: f64| (ms - expected).abs() < 1e-9;
         assert!(near(ms[0], 2.0 + 2.0 + 2.0), "{ms:?}");
         assert!(near(ms[1], 3.0 + 3.0 + 2.0), "{ms:?}");
         assert!(near(ms[2], 2.0 + 4.0 + 2.0), "{ms:?}");
-        // messages cost the same whatever the policy
-        let slow = Prediction::of(&mode, 10, 10_000, 0.5);
+        // messages and joins cost the same whatever the policy
+        let slow = Prediction::of(&mode, 10, 9_000, 6_000.0, 0.5);
         let slow = slow.policies.map(|(_, speed)| 1e3 / speed);
         assert!(ms.iter().zip(slow).all(|(ms, slow)| near(slow - ms, 0.6)));
         // memory that is as near as the own makes interleaving free
-        let flat = Prediction::of(&mode, 10, 0, 1.0);
+        let flat = Prediction::of(&mode, 10, 0, 0.0, 1.0);
         assert_eq!(flat.policies[0].1, flat.policies[1].1);
         assert!(flat.to_string().starts_with("PREDICTED, not measured"));
     }

@@ -95,7 +95,6 @@ pub(super) fn measure(
         path: options.path.clone(),
         source,
     };
-    let threads = plan.team_sizes();
     let Rehearsal {
         hyper,
         tensors,
@@ -112,10 +111,7 @@ pub(super) fn measure(
         sparsity,
         predictors,
         options.predicting,
-        Division {
-            threads: &threads,
-            cold: plan.cold,
-        },
+        &Division::new(plan, sparsity),
         None,
         n_ctx,
     )

@@ -32,7 +32,7 @@ use crate::head_sketch::Head;
 use crate::machine_profile::MachineProfile;
 use crate::model::description::Description;
 use crate::model::predicting::{PredictBy, Predicting};
-use crate::model::shares::{Division, NodeShare};
+use crate::model::shares::{Division, NodeShare, neurons_by_threads};
 use crate::model::sparsity::SparsityPlan;
 use crate::model::{Hyperparameters, Loader, ModelError, ModelTensors, Sparsity};
 use crate::session::{ModelOptions, N_CTX_DEFAULT_MAX, open_sidecar};
@@ -111,9 +111,11 @@ pub fn plan(request: &PlanRequest) -> Result<Report, RuntimeError> {
         model: Description::of(&file).name,
         path: path.clone(),
         threads: request.plan.team_sizes(),
+        proportion: request.plan.proportion.clone(),
         tier: planning.options.cpu.tier().name(),
         activations: planning.options.cpu.mode().to_string(),
         n_layer: hyper.n_layer,
+        n_embd: hyper.n_embd,
         n_ctx,
         depth: request.depth,
         bandwidth_bytes_per_s: bandwidth,
@@ -264,10 +266,7 @@ impl Planning<'_> {
             &mode.sparsity,
             mode.predictors.as_deref(),
             mode.predicting,
-            Division {
-                threads: &self.request.plan.team_sizes(),
-                cold: self.request.plan.cold,
-            },
+            &Division::new(&self.request.plan, &mode.sparsity),
             None,
             self.options.n_ctx,
         )
@@ -399,6 +398,7 @@ impl Planning<'_> {
         Ok(Placed {
             solved,
             loaded: loaded.0,
+            neurons_by_threads: neurons_by_threads(&self.request.plan, &mode.sparsity),
             lost_ms: lost_s * 1e3,
         })
     }
@@ -519,8 +519,10 @@ impl ColdShares {
 pub(crate) struct Placed {
     /// Layer by layer, as the solver would have them.
     pub solved: Vec<LayerPlacement>,
-    /// Groups of each node, as the loader has them: in proportion to threads.
+    /// Groups of each node, as the loader has them: in the plan's proportion.
     pub loaded: Vec<std::ops::Range<usize>>,
+    /// Whether these go by threads, whatever the rest.
+    pub neurons_by_threads: bool,
     /// What the loader's division costs more, ms a token.
     pub lost_ms: f64,
 }

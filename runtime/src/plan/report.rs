@@ -4,6 +4,7 @@ use std::fmt::Write;
 use std::ops::Range;
 use std::path::PathBuf;
 
+use pi_topology::Proportion;
 use pi_topology::placement::ColdShare;
 use serde_json::{Value, json};
 
@@ -12,6 +13,7 @@ use super::forecast::{Part, PartForecast};
 use super::loads::FrequencySource;
 use super::memory::NodeMemory;
 use super::{Placed, SparsityPlan};
+use crate::topology_view::NEURONS_BY_THREADS;
 
 /// A part that reads at least this share of what the threads can read is bound by memory.
 const MEMORY_BOUND: f64 = 0.85;
@@ -28,12 +30,16 @@ pub struct Report {
     pub path: PathBuf,
     /// Threads of each node.
     pub threads: Vec<usize>,
+    /// What the nodes' shares are in proportion to.
+    pub proportion: Proportion,
     /// Instruction set.
     pub tier: &'static str,
     /// `f32` or `q8`.
     pub activations: String,
     /// The model's layers.
     pub n_layer: usize,
+    /// Values of its hidden state.
+    pub n_embd: usize,
     /// Tokens of the context.
     pub n_ctx: usize,
     /// Tokens in the context when the times hold.
@@ -99,10 +105,11 @@ impl ModeReport {
     ) -> Self {
         let layer_costs = costs.classes.iter();
         let layer_costs = layer_costs.map(|(class, cost)| (class.name(), *cost));
+        let notes = placed.neurons_by_threads.then_some(NEURONS_BY_THREADS);
         Self {
             mode: sparsity.mode.name(),
             lossy: sparsity.lossy(),
-            notes: vec![],
+            notes: notes.map(str::to_owned).into_iter().collect(),
             parts,
             bandwidth_bytes_per_s,
             memory,
@@ -206,6 +213,9 @@ impl Report {
         )?;
         if let Some(measured) = &self.bandwidth_measured {
             writeln!(text, "         of {measured}, by `topology measure`")?;
+        }
+        if self.threads.len() > 1 {
+            writeln!(text, "shares   by {}", self.proportion)?;
         }
         writeln!(text, "neurons  {}", self.frequencies_text())?;
         if let Some(hint) = &self.hint {
@@ -334,6 +344,7 @@ impl Report {
             "model": self.model,
             "path": self.path.display().to_string(),
             "threads": self.threads,
+            "shares": self.proportion,
             "tier": self.tier,
             "activations": self.activations,
             "n_ctx": self.n_ctx,
@@ -378,8 +389,8 @@ impl ModeReport {
         if let Some((groups, ms)) = &self.loaded {
             writeln!(
                 text,
-                "{name}: the loader divides in proportion to threads, {}: {ms:.2} ms more a token, which is in the times above; \
-                 [[host.node]] sets threads",
+                "{name}: the loader has {}: {ms:.2} ms more a token, which is in the times above; `topology measure`, and \
+                 threads in [[host.node]], change it",
                 groups_text(groups)
             )?;
         }

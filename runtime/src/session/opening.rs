@@ -283,7 +283,6 @@ fn start_engine(
         0 => hyper.n_ctx_max.min(N_CTX_DEFAULT_MAX),
         n_ctx => n_ctx,
     };
-    let threads = plan.team_sizes();
     let predictors = match (sparsity.mode, sidecar) {
         (Sparsity::Predicted, Some(sidecar)) => {
             let found = sidecar.predictors(hyper, &tensors)?;
@@ -322,10 +321,7 @@ fn start_engine(
         &sparsity,
         predictors.as_deref(),
         options.predicting,
-        Division {
-            threads: &threads,
-            cold: plan.cold,
-        },
+        &Division::new(plan, &sparsity),
         hot.as_deref(),
         n_ctx,
     )
@@ -348,7 +344,7 @@ fn start_engine(
     let (gpus, weights) = loaded.map_err(in_file)?;
     let placed = memory.into_weights();
     let residence = placed.verify()?;
-    tracing::info!(cold = %plan.cold, "weights lie: {residence}");
+    tracing::info!(cold = %plan.cold, shares_by = %plan.proportion, "weights lie: {residence}");
     let engine = Engine::start_on(
         teams,
         weights,

@@ -60,7 +60,8 @@ pub struct MemoryConfig {
 /// `memory.cold`: where the bundles of cold neurons lie. The results do not depend on it.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
 pub enum ColdPolicy {
-    /// Each node has whole groups of neurons, in number by its threads, in its own memory.
+    /// Each node has whole groups of neurons, in number by its bandwidth where it was measured, else by its threads, in its
+    /// own memory.
     #[default]
     Shard,
     /// Each node has all of them in its own memory, and computes the same as with `Shard`.

@@ -99,6 +99,13 @@ impl MemorySpeeds {
         measuring.all(plan, machine, said)
     }
 
+    /// What the first `n_threads` threads of team `team` read of its own node, bytes per second.
+    pub fn threads_bytes_per_s(&self, team: usize, n_threads: usize) -> Option<f64> {
+        let mut speeds = self.teams.get(team)?.by_threads.iter();
+        let found = speeds.find(|speed| speed.n_threads == n_threads);
+        found.map(|speed| speed.bytes_per_s)
+    }
+
     /// What all threads of team `team` read of its own node, bytes per second.
     pub fn team_bytes_per_s(&self, team: usize) -> Option<f64> {
         let speeds = &self.teams.get(team)?.by_threads;
