@@ -264,9 +264,7 @@ impl CudaLayer {
                 if goes_on {
                     // SAFETY: the token has ended.
                     let x = unsafe { gpu.residual() };
-                    // all threads, as the first look at what the GPU wrote is slow
-                    team.run(&|member| {
-                        let part = member.part(n_x, BLOCK);
+                    fetch(model, n_x, team, &|part| {
                         // SAFETY: the part is this thread's, and as above.
                         unsafe { model.slots.x.write(part.clone()) }.copy_from_slice(&x[part]);
                     });
@@ -301,15 +299,13 @@ impl CudaLayer {
         posts.post(ActorId::Pipeline, Message::HeadDone(done));
     }
 
-    /// All threads copy, as the first look at what the GPU wrote is slow.
     fn take_logits(&self, tokens: Range<usize>, team: &mut Team) -> Result<(), GpuError> {
         let model = &*self.model;
         let is_batch = self.step().n_tokens > 1;
         for (row, token) in tokens.enumerate() {
             let logits = self.gpu().logits(is_batch.then_some(token))?;
             let at = row * logits.len();
-            team.run(&|member| {
-                let part = member.part(logits.len(), BLOCK);
+            fetch(model, logits.len(), team, &|part| {
                 let to = at + part.start..at + part.end;
                 // SAFETY: the part is this thread's, and nobody reads the slot before the message that follows.
                 unsafe { model.slots.logits.write(to) }.copy_from_slice(&logits[part]);
@@ -332,5 +328,19 @@ impl CudaLayer {
         };
         self.cell.add(own);
         self.work += own;
+    }
+}
+
+/// Copies `n` values that the GPU wrote, part by part: by all threads, as the first look at each is slow; by this one where the
+/// others have nothing else to do, and sleep.
+fn fetch(model: &Model, n: usize, team: &mut Team, copy: &(dyn Fn(Range<usize>) + Sync)) {
+    let awake = (0..model.shape().n_layer).any(|layer| {
+        let gpu = model.gpu(layer);
+        gpu.is_some_and(|gpu| gpu.has_cold(layer))
+    });
+    if awake {
+        team.run(&|member| copy(member.part(n, BLOCK)));
+    } else {
+        copy(0..n);
     }
 }

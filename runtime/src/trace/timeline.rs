@@ -277,7 +277,7 @@ impl<'a> Timeline<'a> {
                         if failed {
                             what.arguments.push(("failed", Value::Flag(true)));
                         }
-                        if on_actor {
+                        if on_actor && is_to_another(label) {
                             what.flow_end = self.flows.end(label);
                         }
                         what
@@ -294,7 +294,9 @@ impl<'a> Timeline<'a> {
                             let sums = (neurons.into(), active_neurons.into());
                             push_neurons(&mut what.arguments, sums);
                         }
-                        what.flow_start = self.flows.start(label);
+                        if is_to_another(label) {
+                            what.flow_start = self.flows.start(label);
+                        }
                         what
                     }
                 }
@@ -400,6 +402,11 @@ impl<'a> Timeline<'a> {
 fn push_neurons(arguments: &mut Arguments, (neurons, active): Neurons) {
     arguments.push(("neurons", Value::Number(neurons)));
     arguments.push(("active_neurons", Value::Number(active)));
+}
+
+/// Whether a message leaves its actor's track: what an actor tells itself needs no arrow.
+fn is_to_another(label: Label) -> bool {
+    label.kind.handler() != label.kind.poster()
 }
 
 /// A message; on its actor's track its layer is part of the name.
