@@ -272,7 +272,7 @@ fn the_timeline_shows_the_gpu_within_the_token() {
     let steps: Vec<_> = file
         .spans
         .iter()
-        .filter(|span| span.name == "decode")
+        .filter(|span| span.name == "decode" && span.category == "step")
         .collect();
     let mut parts: Vec<_> = file.spans.iter().filter(|span| span.track == gpu).collect();
     parts.sort_by_key(|span| span.start_ns);
