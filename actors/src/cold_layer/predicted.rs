@@ -210,7 +210,10 @@ fn exact_gates(
     }
 }
 
-/// Pulls what was predicted towards the team's caches, each thread its part of the neurons.
+/// Bytes that a thread pulls towards its caches at most: more would push out what it has pulled.
+const PREFETCH_BYTES: usize = 1 << 20;
+
+/// Pulls what was predicted towards the team's caches, each thread the first of its part of the neurons.
 pub(super) fn prefetch(job: &Job<'_>, team: &mut Team) {
     let share = job.share;
     let Some(records) = share.ffn.paired() else {
@@ -218,8 +221,12 @@ pub(super) fn prefetch(job: &Job<'_>, team: &mut Team) {
     };
     let up_rows = records.up_rows().expect("records have up rows");
     let all = predicted_ids(job);
+    // gate and up
+    let neuron_bytes = 2 * up_rows.quant.row_bytes(up_rows.n_embd);
     team.run(&|member| {
-        for &id in &all[member.part(all.len(), 1)] {
+        let mine = &all[member.part(all.len(), 1)];
+        let n = mine.len().min(PREFETCH_BYTES / neuron_bytes.max(1));
+        for &id in &mine[..n] {
             let id = id as usize;
             match share.sketch.as_ref().map(|sketch| &sketch.kind) {
                 Some(SketchKind::LowRank { .. } | SketchKind::Nothing) => {

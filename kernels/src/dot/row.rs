@@ -555,7 +555,8 @@ avx2_fn! {
     }
 }
 
-/// Float rows · x: 8 lanes over the whole row, each. `x` is zero-padded to 32 values.
+/// Float rows · x: 8 lanes over the whole row, each. `x` is zero-padded to 32 values. Meanwhile the rows `next` are asked for, line
+/// by line, so that the memory is never asked for more at a time than it takes.
 ///
 /// # Safety
 /// AVX2, FMA and F16C are there; rows and `x` have `n_cols` values.
@@ -563,15 +564,16 @@ avx2_fn! {
 pub(crate) unsafe fn dot_floats<const N: usize>(
     quant: QuantType,
     rows: [*const u8; N],
+    next: [*const u8; N],
     n_cols: usize,
     x: ActRef<'_>,
 ) -> [f32; N] {
     // SAFETY: this function's contract.
     unsafe {
         match quant {
-            QuantType::F32 => dot_floats_of(QuantType::F32, rows, n_cols, x),
-            QuantType::F16 => dot_floats_of(QuantType::F16, rows, n_cols, x),
-            _ => dot_floats_of(QuantType::BF16, rows, n_cols, x),
+            QuantType::F32 => dot_floats_of(QuantType::F32, rows, next, n_cols, x),
+            QuantType::F16 => dot_floats_of(QuantType::F16, rows, next, n_cols, x),
+            _ => dot_floats_of(QuantType::BF16, rows, next, n_cols, x),
         }
     }
 }
@@ -585,14 +587,24 @@ pub(crate) unsafe fn dot_floats<const N: usize>(
 unsafe fn dot_floats_of<const N: usize>(
     quant: QuantType,
     rows: [*const u8; N],
+    next: [*const u8; N],
     n_cols: usize,
     x: ActRef<'_>,
 ) -> [f32; N] {
+    /// Bytes of a cache line.
+    const LINE: usize = 64;
+    let values_of_line = LINE / quant.block_bytes();
     let mut lanes = [_mm256_setzero_ps(); N];
     for k in (0..n_cols).step_by(8) {
         // SAFETY: this function's contract.
         unsafe {
             let x = _mm256_loadu_ps(x.values.as_ptr().add(k));
+            if k % values_of_line == 0 {
+                for next in next {
+                    // asking is no access
+                    _mm_prefetch::<_MM_HINT_T1>(next.wrapping_add(k * quant.block_bytes()).cast());
+                }
+            }
             for (lanes, row) in lanes.iter_mut().zip(rows) {
                 let w = floats(quant, row, k, (n_cols - k).min(8));
                 *lanes = _mm256_fmadd_ps(w, x, *lanes);

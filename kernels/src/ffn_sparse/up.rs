@@ -99,24 +99,48 @@ fn products_beside(
         }
         return;
     }
-    let mut ask_for = |js: Range<usize>| {
+    let mut ask_for = |js: Range<usize>, rows_too: bool| {
         for j in js.start..js.end.min(ids.len()) {
-            rows.prefetch(ids[j] as usize, 0..rows.n_embd);
+            if rows_too {
+                rows.prefetch(ids[j] as usize, 0..rows.n_embd);
+            }
             beside(j);
         }
     };
-    ask_for(0..AHEAD);
-    let together = if rows.quant.is_quantised() {
-        1
-    } else {
-        FLOAT_ROWS
-    };
-    let mut next = AHEAD;
-    for (ids, out) in ids.chunks(together).zip(out.chunks_mut(together)) {
-        ask_for(next..next + ids.len());
-        next += ids.len();
+    if !rows.quant.is_quantised() {
+        // each asks for the next ones itself
+        ask_for(0..FLOAT_ROWS, true);
+        for first in (0..ids.len()).step_by(FLOAT_ROWS) {
+            let these = first..(first + FLOAT_ROWS).min(ids.len());
+            ask_for(these.end..these.end + FLOAT_ROWS, false);
+            float_products(cpu, rows, x, ids, these.clone(), &mut out[these]);
+        }
+        return;
+    }
+    ask_for(0..AHEAD, true);
+    for (j, (id, out)) in ids.iter().zip(out).enumerate() {
+        ask_for(j + AHEAD..j + AHEAD + 1, true);
+        let (ids, out) = (std::slice::from_ref(id), std::slice::from_mut(out));
         products(cpu, rows, x, q8, ids, out);
     }
+}
+
+/// Products of float rows `these` of `ids`, at most [`FLOAT_ROWS`], while those behind them are asked for.
+fn float_products(
+    cpu: Cpu,
+    rows: NeuronRows<'_>,
+    x: ActRef<'_>,
+    ids: &[u32],
+    these: Range<usize>,
+    out: &mut [f32],
+) {
+    #[cfg(target_arch = "x86_64")]
+    if cpu.tier() >= Tier::Avx2 {
+        // SAFETY: a `Cpu` exists only for tiers that the machine has; `x` fits.
+        unsafe { x86::float_products(rows, x, ids, these, out) };
+        return;
+    }
+    products(cpu, rows, x, false, &ids[these], out);
 }
 
 /// Products of rows that are known to fit.
@@ -152,15 +176,7 @@ mod x86 {
         unsafe {
             match rows.quant {
                 QuantType::F32 | QuantType::F16 | QuantType::BF16 => {
-                    let at = |id: u32| rows.row(id as usize).as_ptr();
-                    let (fours, rest) = ids.as_chunks::<FLOAT_ROWS>();
-                    let (to_fours, to_rest) = out.as_chunks_mut::<FLOAT_ROWS>();
-                    for (ids, out) in fours.iter().zip(to_fours) {
-                        *out = row::dot_floats(rows.quant, ids.map(at), rows.n_embd, x);
-                    }
-                    for (&id, out) in rest.iter().zip(to_rest) {
-                        [*out] = row::dot_floats(rows.quant, [at(id)], rows.n_embd, x);
-                    }
+                    float_products(rows, x, ids, 0..ids.len(), out);
                 }
                 QuantType::Q4_0 => blocks::<row::Q4_0>(rows, x, q8, ids, out),
                 QuantType::Q4_1 => blocks::<row::Q4_1>(rows, x, q8, ids, out),
@@ -173,6 +189,35 @@ mod x86 {
                 QuantType::Q5_K => blocks::<row::Q5_K>(rows, x, q8, ids, out),
                 QuantType::Q6_K => blocks::<row::Q6_K>(rows, x, q8, ids, out),
             }
+        }
+    }
+
+    /// Products of rows `these` of `ids`, while those behind each are asked for.
+    ///
+    /// # Safety
+    /// As [`row_products`].
+    #[target_feature(enable = "avx2,fma,f16c")]
+    pub(super) unsafe fn float_products(
+        rows: NeuronRows<'_>,
+        x: ActRef<'_>,
+        ids: &[u32],
+        these: Range<usize>,
+        out: &mut [f32],
+    ) {
+        // behind the last one that one again
+        let at = |j: usize| rows.row(ids[j.min(ids.len() - 1)] as usize).as_ptr();
+        let mut j = these.start;
+        let (fours, rest) = out.as_chunks_mut::<FLOAT_ROWS>();
+        for out in fours {
+            let [now, next] = [j, j + FLOAT_ROWS].map(|j| std::array::from_fn(|n| at(j + n)));
+            // SAFETY: the rows are whole, `x` has their columns.
+            *out = unsafe { row::dot_floats(rows.quant, now, next, rows.n_embd, x) };
+            j += FLOAT_ROWS;
+        }
+        for out in rest {
+            // SAFETY: as above.
+            [*out] = unsafe { row::dot_floats(rows.quant, [at(j)], [at(j + 1)], rows.n_embd, x) };
+            j += 1;
         }
     }
 
