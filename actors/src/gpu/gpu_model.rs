@@ -589,6 +589,7 @@ impl GpuModel {
             on_gpu(GpuPart::Wait, own, wait, answered);
             part(GpuPart::Seen, own, ns(seen), ns(seen));
             part(GpuPart::Told, own, ns(told), ns(told));
+            on_gpu(GpuPart::Taken, own, answered, answered);
             (before, hidden_before) = (answered, Some(hidden));
         }
         let last = self.weights.layers.len() - 1;

@@ -279,11 +279,13 @@ pub enum GpuPart {
     Seen,
     /// The host has written its part.
     Told,
+    /// The GPU has taken it.
+    Taken,
 }
 
 impl GpuPart {
     /// All of them, in the order of their codes.
-    pub const ALL: [GpuPart; 7] = [
+    pub const ALL: [GpuPart; 8] = [
         GpuPart::Layers,
         GpuPart::Hot,
         GpuPart::Wait,
@@ -291,6 +293,7 @@ impl GpuPart {
         GpuPart::Rest,
         GpuPart::Seen,
         GpuPart::Told,
+        GpuPart::Taken,
     ];
 
     /// Its name.
@@ -303,12 +306,18 @@ impl GpuPart {
             GpuPart::Rest => "to the token's end",
             GpuPart::Seen => "hidden state seen",
             GpuPart::Told => "answered",
+            GpuPart::Taken => "answer taken",
         }
     }
 
-    /// Whether the host did it, at one moment.
+    /// Whether the host did it.
     pub fn is_host(self) -> bool {
         matches!(self, GpuPart::Seen | GpuPart::Told)
+    }
+
+    /// Whether it takes no time.
+    pub fn is_moment(self) -> bool {
+        self.is_host() || self == GpuPart::Taken
     }
 }
 

@@ -161,10 +161,13 @@ impl<'a> Timeline<'a> {
         items.sort_by_key(|item| (item.start_t, Reverse(item.end_t), item.depth));
         let mut open: Vec<u64> = Vec::new();
         for item in items {
-            let is_instant = matches!(
-                item.shows,
-                Shows::OnActor(Event::Posted { .. } | Event::Gpu { .. })
-            );
+            let is_instant = match item.shows {
+                Shows::OnActor(Event::Posted { .. }) => true,
+                Shows::OnActor(Event::Gpu { part, .. }) | Shows::OnGpu(Event::Gpu { part, .. }) => {
+                    part.is_moment()
+                }
+                _ => false,
+            };
             while let Some(&end) = open.last()
                 && (end < item.start_t || end == item.start_t && !is_instant)
             {
@@ -305,7 +308,7 @@ impl<'a> Timeline<'a> {
     }
 
     /// Part of a token on a GPU. Arrows go from where the hidden state is handed over to where the host sees it, and from the
-    /// host's answer to the end of the wait for it.
+    /// host's answer to where it is taken.
     fn gpu(&self, event: &Event) -> What {
         let Event::Gpu {
             part,
@@ -326,8 +329,8 @@ impl<'a> Timeline<'a> {
             GpuPart::Layers => (flow(false), None),
             GpuPart::Seen => (None, flow(false)),
             GpuPart::Told => (flow(true), None),
-            GpuPart::Wait => (None, flow(true)),
-            GpuPart::Hot | GpuPart::Predict | GpuPart::Rest => (None, None),
+            GpuPart::Taken => (None, flow(true)),
+            GpuPart::Hot | GpuPart::Wait | GpuPart::Predict | GpuPart::Rest => (None, None),
         };
         let mut arguments = vec![
             ("step", Value::Number(step.into())),
@@ -582,6 +585,7 @@ mod tests {
             gpu(GpuPart::Wait, 0, 250, 300),
             gpu(GpuPart::Seen, 0, 210, 210),
             gpu(GpuPart::Told, 0, 280, 280),
+            gpu(GpuPart::Taken, 0, 300, 300),
             gpu(GpuPart::Predict, 1, 200, 240),
             gpu(GpuPart::Rest, 1, 300, 400),
         ];
@@ -609,12 +613,16 @@ mod tests {
         };
         let (begin, end) = (EventType::SliceBegin as i32, EventType::SliceEnd as i32);
         let parts = [(1100, 1200), (1200, 1250), (1250, 1300), (1300, 1400)];
-        let want: Vec<_> = (parts.iter())
-            .flat_map(|(from, to)| [(begin, *from), (end, *to)])
-            .collect();
-        assert_eq!(of(tracks.gpu(1, false)), want);
-        assert_eq!(of(tracks.gpu(1, true)), [(begin, 1200), (end, 1240)]);
+        let spans = parts
+            .iter()
+            .flat_map(|(from, to)| [(begin, *from), (end, *to)]);
         let instant = EventType::Instant as i32;
+        let (mut of_gpu, mut want) = (of(tracks.gpu(1, false)), spans.collect::<Vec<_>>());
+        want.push((instant, 1300));
+        of_gpu.sort_by_key(|event| (event.1, event.0));
+        want.sort_by_key(|event| (event.1, event.0));
+        assert_eq!(of_gpu, want);
+        assert_eq!(of(tracks.gpu(1, true)), [(begin, 1200), (end, 1240)]);
         let host = tracks.actors(ActorKind::DeviceLayer, 0);
         assert_eq!(of(host), [(instant, 1210), (instant, 1280)]);
         let flows = packets
