@@ -70,6 +70,7 @@ fn compare(model: &Path, threads: usize, mode: Sparsity) -> bool {
         trace: None,
         n_batch: N_UBATCH,
         tap: None,
+        faults: pi_actors::faults::Faults::default(),
         sidecar: None,
         head: Head::default(),
         thresholds: ThresholdSource::default(),
