@@ -432,5 +432,9 @@ fn interrupted(args: &[&str], trace: &Path) -> i32 {
     let pid = child.id().to_string();
     let kill = Command::new("kill").args(["-INT", &pid]).status().unwrap();
     assert!(kill.success());
-    child.wait().unwrap().code().unwrap_or(-1)
+    // `wait` would close it, and a chat whose input ends, ends by itself
+    let input = child.stdin.take();
+    let code = child.wait().unwrap().code().unwrap_or(-1);
+    drop(input);
+    code
 }
