@@ -54,11 +54,8 @@ impl PrefillSizes {
         if self.n_tokens < TOKENS_MIN {
             return 0;
         }
-        let together = if self.plain {
-            shape.n_ff
-        } else {
-            NEURONS.min(shape.n_ff)
-        };
+        let part = NEURONS.min(shape.n_ff);
+        let together = if self.plain { shape.n_ff } else { part };
         let weight = match self.mode {
             ActivationMode::Q8 => 2,
             ActivationMode::F32 => 4,
@@ -68,8 +65,8 @@ impl PrefillSizes {
             shape.n_embd + 2 * shape.n_attn() + 2 * n_kv + 2 * shape.head_dim + 2 * together;
         let batches = shape.n_embd + shape.n_attn() + together;
         self.n_tokens * (4 * floats + weight * batches)
-            + together * self.bundle_bytes * (STAGES + 1)
-            + together * shape.n_embd * weight
+            + part * self.bundle_bytes * (STAGES + 1)
+            + part * shape.n_embd * weight
             + SCRATCH
             + ROUNDING
     }
