@@ -148,7 +148,7 @@ impl Model {
     /// shall be those of tokens that are predicted one by one.
     pub fn step_tokens(&self, n_left: usize, logits_of_all: bool) -> usize {
         let n = n_left.min(self.n_ubatch);
-        let few = (2..SKETCHED_TOKENS_MIN).contains(&n);
+        let few = n > 1 && n_left < SKETCHED_TOKENS_MIN;
         if self.gpus.is_empty() && few && self.looks_for_candidates() {
             return 1;
         }

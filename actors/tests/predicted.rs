@@ -105,7 +105,7 @@ fn bits_do_not_depend_on_nodes_threads_or_batch() {
 
 #[test]
 fn planes_of_all_candidates_give_the_bits_of_the_whole_gate() {
-    let (model, tokens) = (model(), tokens(60));
+    let (model, tokens) = (model(), tokens(70));
     for activations in [ActivationMode::F32, ActivationMode::Q8] {
         let of = |sketch| {
             let setup = Setup {
@@ -113,7 +113,7 @@ fn planes_of_all_candidates_give_the_bits_of_the_whole_gate() {
                 activations,
                 ..Setup::default()
             };
-            let feeder = Collector::in_pieces(&tokens, vec![20, 1, 1, 38]);
+            let feeder = Collector::in_pieces(&tokens, vec![33, 1, 1, 35]);
             let run = run(&engine(&model, setup), feeder);
             let bytes = (run.totals.prefill + run.totals.decode).weight_bytes;
             (run.feeder.bits(), bytes)

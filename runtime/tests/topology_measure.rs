@@ -95,9 +95,12 @@ fn what_was_measured_is_kept_and_planned_with() {
 
     let planned = json(&plan(&cache, &folder, &[]));
     assert_eq!(planned["bandwidth_measured"], measured["measured"]);
-    assert_eq!(
-        planned["bandwidth_gb_per_s"].as_f64().unwrap(),
-        memory["together_bytes_per_s"].as_f64().unwrap() / 1e9
+    let bandwidth = planned["bandwidth_gb_per_s"].as_f64().unwrap();
+    let kept = memory["together_bytes_per_s"].as_f64().unwrap() / 1e9;
+    // a number that is written and read again may differ in its last bit
+    assert!(
+        (bandwidth / kept - 1.0).abs() < 1e-12,
+        "{bandwidth}, not {kept}"
     );
     // of other threads nothing was measured
     let two = folder.file("two.toml", "[host]\nnodes = 2\nthreads = 1\n");

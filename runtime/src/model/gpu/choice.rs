@@ -212,10 +212,9 @@ pub fn split(n_layer: usize, rooms: &[usize]) -> Vec<Range<usize>> {
         } else {
             (n + 1) as f64 / rooms.len() as f64
         };
-        let end = ((n_layer as f64 * share).round() as usize).clamp(
-            (start + 1).min(n_layer),
-            n_layer.saturating_sub(behind).max(start),
-        );
+        let least = (start + 1).min(n_layer);
+        let most = n_layer.saturating_sub(behind).max(least);
+        let end = ((n_layer as f64 * share).round() as usize).clamp(least, most);
         ranges.push(start..end);
         start = end;
     }
