@@ -426,8 +426,9 @@ fn interrupted(args: &[&str], trace: &Path) -> i32 {
         }
         std::thread::spawn(move || std::io::copy(&mut stderr, &mut std::io::sink()));
     } else {
+        // several tokens, so that more than one step has ended
         let stdout = child.stdout.as_mut().unwrap();
-        stdout.read_exact(&mut byte).unwrap();
+        stdout.read_exact(&mut [0; 64]).unwrap();
     }
     let pid = child.id().to_string();
     let kill = Command::new("kill").args(["-INT", &pid]).status().unwrap();
