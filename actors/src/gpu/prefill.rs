@@ -517,13 +517,25 @@ impl Prefill {
     ) -> Result<(), KernelError> {
         let part = |rows: &GpuRows| rows_of(std::slice::from_ref(rows), neurons.clone());
         let (gate, up) = (part(&ffn.gate), part(&ffn.up));
-        self.gate_up(stream, gate.view(arena), up.view(arena), relu)?;
+        gate_up_products(
+            stream,
+            [gate.view(arena), up.view(arena)],
+            &self.normed,
+            &mut self.scratch,
+            [&mut self.gate, &mut self.up],
+            relu,
+            &mut self.act,
+        )?;
         match &ffn.down {
             GpuDown::Neurons(down) => {
                 let turned = turn(stream, part(down).view(arena), self.mode, &mut self.turned)?;
-                self.add_down(stream, Some(turned), None)
+                self.add_turned(stream, turned)
             }
-            GpuDown::Plain(down) => self.add_down(stream, None, Some(down.view(arena))),
+            GpuDown::Plain(down) => {
+                let n_x = self.n_tokens * down.rows.n_rows;
+                let (scratch, x) = (&mut self.scratch, self.x.view_mut(..n_x));
+                gemm(stream, down.view(arena), &self.act, Add::Out, scratch, x)
+            }
         }
     }
 
@@ -576,52 +588,20 @@ impl Prefill {
             relu,
             &mut self.act,
         )?;
-        self.add_down(stream, Some(turned), None)
+        self.add_turned(stream, turned)
     }
 
-    fn gate_up(
-        &mut self,
-        stream: &Stream,
-        gate: RowsView<'_>,
-        up: RowsView<'_>,
-        relu: bool,
-    ) -> Result<(), KernelError> {
-        gate_up_products(
-            stream,
-            [gate, up],
-            &self.normed,
-            &mut self.scratch,
-            [&mut self.gate, &mut self.up],
-            relu,
-            &mut self.act,
-        )
-    }
-
-    /// Adds the products of down weights and activations to the residual stream: of `turned` rows in their buffer, or of a plain
-    /// projection.
-    fn add_down(
-        &mut self,
-        stream: &Stream,
-        turned: Option<DeviceRows>,
-        plain: Option<RowsView<'_>>,
-    ) -> Result<(), KernelError> {
-        let rows = match (turned, plain) {
-            (Some(rows), _) => {
-                stream.start_next_late();
-                dense(rows, &self.turned)
-            }
-            (None, Some(rows)) => rows,
-            (None, None) => return Ok(()),
-        };
-        let n_x = self.n_tokens * rows.rows().n_rows;
-        let (scratch, x) = (&mut self.scratch, &mut self.x);
+    /// Adds the products of turned rows and activations to the residual stream.
+    fn add_turned(&mut self, stream: &Stream, rows: DeviceRows) -> Result<(), KernelError> {
+        stream.start_next_late();
+        let n_x = self.n_tokens * rows.n_rows;
         gemm(
             stream,
-            rows,
+            dense(rows, &self.turned),
             &self.act,
             Add::Out,
-            scratch,
-            x.view_mut(..n_x),
+            &mut self.scratch,
+            self.x.view_mut(..n_x),
         )
     }
 }
