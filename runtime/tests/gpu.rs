@@ -11,12 +11,9 @@ use common::trace_file::TraceFile;
 use pi_actors::faults::{Fault, FaultPlace, Faults};
 use pi_actors::messages::ActorId;
 use pi_actors::{ActorError, Feed, Feeder, LogitsWanted, Next};
-use pi_kernels::attention::KvType;
+use pi_kernels::KernelError;
 use pi_kernels::cuda::Device;
-use pi_kernels::{ActivationMode, Cpu, KernelError};
-use pi_runtime::head_sketch::Head;
-use pi_runtime::model::predicting::Predicting;
-use pi_runtime::session::{LoadedModel, ModelOptions, N_UBATCH, Silent, ThresholdSource};
+use pi_runtime::session::{LoadedModel, ModelOptions, Silent};
 use pi_runtime::synth::Synthesis;
 use pi_topology::{GpuConfig, Machine, Plan, TopologyConfig};
 use serde_json::Value;
@@ -110,6 +107,21 @@ impl Model {
         number.split_whitespace().next().unwrap().parse().unwrap()
     }
 
+    /// In every mode, token by token and together: the host's perplexity `exact`.
+    fn assert_near_host(&self, keys: &str, exact: f64) {
+        for (mode, batch) in MODES
+            .into_iter()
+            .flat_map(|mode| [(mode, "1"), (mode, "100")])
+        {
+            let flags = [mode, &["-b", batch]].concat();
+            let got = self.perplexity(Some(keys), &flags);
+            // predictors leave neurons out on the host alone
+            let limit = if mode[1] == "predicted" { 0.02 } else { 1e-4 };
+            let change = (got / exact - 1.0).abs();
+            assert!(change < limit, "{keys}, {flags:?}: {got}, not {exact}");
+        }
+    }
+
     fn hash(&self, keys: Option<&str>, flags: &[&str]) -> Value {
         let fixed = ["-p", "hello world", "-n", "40", "--temp", "0", "--json"];
         let ran = self.run(&[], keys, &[&fixed[..], flags].concat());
@@ -135,20 +147,7 @@ fn every_split_gives_the_host_s_perplexity() {
     let exact = model.perplexity(None, &["--sparsity", "exact"]);
     for percent in [100, 50, 10, 0] {
         let keys = format!("required = true\nhot_percent_max = {percent}");
-        for (mode, batch) in MODES
-            .into_iter()
-            .flat_map(|mode| [(mode, "1"), (mode, "100")])
-        {
-            let flags = [mode, &["-b", batch]].concat();
-            let got = model.perplexity(Some(&keys), &flags);
-            // predictors leave neurons out on the host alone
-            let limit = if mode[1] == "predicted" { 0.02 } else { 1e-4 };
-            let change = (got / exact - 1.0).abs();
-            assert!(
-                change < limit,
-                "{percent} % hot, {flags:?}: {got}, not {exact}"
-            );
-        }
+        model.assert_near_host(&keys, exact);
         let ahead = ["--sparsity", "predicted", "--predictor", "ahead"];
         let got = model.perplexity(Some(&keys), &ahead);
         let host = model.perplexity(None, &ahead);
@@ -318,19 +317,7 @@ fn two_gpus_give_the_host_s_perplexity() {
         let gpu = format!("required = true\nhot_percent_max = {percent}");
         for sync in ["flags", "events"] {
             let keys = format!("{gpu}\nsync = \"{sync}\"\n[[gpu]]\n{gpu}");
-            for (mode, batch) in MODES
-                .into_iter()
-                .flat_map(|mode| [(mode, "1"), (mode, "100")])
-            {
-                let flags = [mode, &["-b", batch]].concat();
-                let got = model.perplexity(Some(&keys), &flags);
-                let limit = if mode[1] == "predicted" { 0.02 } else { 1e-4 };
-                let change = (got / exact - 1.0).abs();
-                assert!(
-                    change < limit,
-                    "{percent} %, {sync}, {flags:?}: {got}, not {exact}"
-                );
-            }
+            model.assert_near_host(&keys, exact);
             let flags = ["--sparsity", "predicted", "--predictor", "ahead"];
             let first = model.hash(Some(&keys), &flags);
             assert_eq!(
@@ -402,19 +389,8 @@ fn a_lost_gpu_is_a_clear_error_and_no_hang() {
     };
     let plan = Plan::new(&config, &Machine::discover().unwrap(), None).unwrap();
     let options = ModelOptions {
-        path: model.file.clone(),
-        n_ctx: 0,
-        sparsity: None,
-        cpu: Cpu::detect(ActivationMode::Q8),
-        kv_type: KvType::F16,
-        trace: None,
-        n_batch: N_UBATCH,
-        tap: None,
         faults: faults.clone(),
-        sidecar: None,
-        head: Head::Full,
-        predicting: Predicting::default(),
-        thresholds: ThresholdSource::default(),
+        ..ModelOptions::new(model.file.clone())
     };
     let loaded = LoadedModel::open(&options, &plan, &Silent).unwrap();
     for run in 0..2 {

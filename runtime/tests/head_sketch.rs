@@ -7,9 +7,6 @@ use std::sync::Arc;
 
 use common::running::json_of;
 use common::{demo_model, workspace};
-use pi_actors::faults::Faults;
-use pi_kernels::attention::KvType;
-use pi_kernels::{ActivationMode, Cpu};
 use pi_runtime::gguf::GgufFile;
 use pi_runtime::head_sketch::{
     FitOptions, Head, HeadSketch, HeadTap, agreement, fit, prepare_head,
@@ -22,19 +19,8 @@ use pi_runtime::tokenizer::EncodeOptions;
 
 fn options(n_ctx: usize) -> ModelOptions {
     ModelOptions {
-        path: demo_model(),
         n_ctx,
-        sparsity: None,
-        cpu: Cpu::detect(ActivationMode::Q8),
-        kv_type: KvType::F16,
-        trace: None,
-        n_batch: 512,
-        tap: None,
-        faults: Faults::default(),
-        sidecar: None,
-        predicting: Default::default(),
-        thresholds: Default::default(),
-        head: Head::Full,
+        ..ModelOptions::new(demo_model())
     }
 }
 

@@ -18,18 +18,13 @@ use common::demo_model;
 use common::gguf_parts::{Parts, Random, mutate_bytes};
 use common::tiny_kinds::kinds;
 use pi_actors::ActorError;
-use pi_actors::faults::Faults;
-use pi_kernels::attention::KvType;
-use pi_kernels::{ActivationMode, Cpu};
 use pi_runtime::chat::{ChatError, ChatTemplate, Message, Role};
 use pi_runtime::error::RuntimeError;
 use pi_runtime::gguf::{GgufFile, Value};
 use pi_runtime::inspect::{InspectArgs, run};
-use pi_runtime::model::predicting::Predicting;
 use pi_runtime::sampler::SamplerParams;
 use pi_runtime::session::{
-    AnswerOptions, LoadedModel, ModelOptions, N_UBATCH, Session, Silent, ThresholdSource,
-    TopologyFile,
+    AnswerOptions, LoadedModel, ModelOptions, Session, Silent, TopologyFile,
 };
 use pi_runtime::tokenizer::EncodeOptions;
 
@@ -240,19 +235,8 @@ fn mutated_heads_are_refused_or_read_within_bounds() {
 /// Opens a model, renders its template, and generates two tokens, as the program does.
 fn generate(path: &Path) -> Result<(), RuntimeError> {
     let options = ModelOptions {
-        head: pi_runtime::head_sketch::Head::Full,
-        path: path.to_path_buf(),
         n_ctx: 16,
-        sparsity: None,
-        cpu: Cpu::detect(ActivationMode::Q8),
-        kv_type: KvType::F16,
-        n_batch: N_UBATCH,
-        trace: None,
-        tap: None,
-        faults: Faults::default(),
-        sidecar: None,
-        thresholds: ThresholdSource::default(),
-        predicting: Predicting::default(),
+        ..ModelOptions::new(path.to_path_buf())
     };
     let plan = TopologyFile::default().plan(Some(1))?;
     let model = LoadedModel::open(&options, &plan, &Silent)?;

@@ -8,15 +8,11 @@ use std::sync::Arc;
 use common::running::{Folder, TEXT, json_of, run};
 use common::tiny_model::TinyModel;
 use common::workspace;
-use pi_actors::faults::Faults;
-use pi_kernels::attention::KvType;
-use pi_kernels::{ActivationMode, Cpu, QuantType};
+use pi_kernels::QuantType;
 use pi_runtime::gguf::{GgufFile, GgufWriter};
-use pi_runtime::head_sketch::Head;
-use pi_runtime::model::predicting::Predicting;
 use pi_runtime::model::threshold::{Criterion, LayerThresholds, Thresholds};
 use pi_runtime::model::{Hyperparameters, ModelTensors, Sparsity};
-use pi_runtime::session::{ModelOptions, N_UBATCH, ThresholdSource, TopologyFile};
+use pi_runtime::session::{ModelOptions, TopologyFile};
 use pi_runtime::sidecar::{Sidecar, ThresholdFigures, ThresholdSection, sidecar_header};
 use pi_runtime::threshold::proposal::{Division, Way};
 use pi_runtime::threshold::{CalibrateOptions, Calibration, Step, calibrate};
@@ -32,21 +28,7 @@ fn silu(neuron_major: bool) -> TinyModel {
 }
 
 fn options(path: &Path) -> ModelOptions {
-    ModelOptions {
-        head: Head::Full,
-        path: path.to_path_buf(),
-        n_ctx: 0,
-        sparsity: None,
-        cpu: Cpu::detect(ActivationMode::Q8),
-        kv_type: KvType::F16,
-        trace: None,
-        n_batch: N_UBATCH,
-        tap: None,
-        faults: Faults::default(),
-        sidecar: None,
-        thresholds: ThresholdSource::default(),
-        predicting: Predicting::default(),
-    }
+    ModelOptions::new(path.to_path_buf())
 }
 
 /// Writes the section as `m.sparse.gguf` beside `m.gguf`, its header changed by `change`.

@@ -257,7 +257,7 @@ impl CudaLayer {
             } else {
                 gpu.wait_token()?;
                 if let Some(recorder) = posts.recorder() {
-                    let is_this = |other: &GpuModel| other.layers() == gpu.layers();
+                    let is_this = |other: &GpuModel| other.layers().contains(&self.layer);
                     let number = model.gpus.iter().position(is_this).unwrap_or(0);
                     gpu.trace(recorder, number, step);
                 }

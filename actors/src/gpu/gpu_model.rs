@@ -189,7 +189,7 @@ impl GpuModel {
     }
 
     fn layer(&self, layer: usize) -> &GpuLayer {
-        &self.weights.layers[layer - self.weights.first_layer]
+        &self.weights.layers[self.own(layer)]
     }
 
     /// Place of a layer among the GPU's own.
@@ -316,8 +316,7 @@ impl GpuModel {
         let number = self.next_number();
         let buffers = &mut *locked(&self.buffers);
         buffers.words.write(0, &[position as u32, number])?;
-        let n_embd = buffers.x.len();
-        Ok(self.prefill().begin(x, rotation, n_embd)?)
+        Ok(self.prefill().begin(x, rotation)?)
     }
 
     /// Launches a layer of these tokens.
@@ -339,15 +338,10 @@ impl GpuModel {
     /// # Errors
     /// The driver's; or it does not come.
     pub fn wait_batch(&self) -> Result<(), GpuError> {
-        let start = Instant::now();
-        while !self.stream.is_done()? {
-            if start.elapsed() > self.limit {
-                let seconds = self.limit.as_secs_f64();
-                return Err(GpuError::GpuLate { seconds });
-            }
-            std::thread::sleep(ASK_BATCH_EVERY);
-        }
-        Ok(())
+        self.ask_until(
+            || self.stream.is_done(),
+            || std::thread::sleep(ASK_BATCH_EVERY),
+        )
     }
 
     /// Lets the GPU fail, for tests: it is lost.
@@ -399,21 +393,26 @@ impl GpuModel {
             }
             _ => None,
         };
-        self.spin_until(|| match event {
+        let is_done = || match event {
             Some(event) => event.is_done(),
             None => self.stream.is_done(),
-        })
+        };
+        self.ask_until(is_done, std::hint::spin_loop)
     }
 
-    /// Asks the driver again and again.
-    fn spin_until(&self, is_done: impl Fn() -> Result<bool, KernelError>) -> Result<(), GpuError> {
+    /// Asks the driver again and again, with a pause between.
+    fn ask_until(
+        &self,
+        is_done: impl Fn() -> Result<bool, KernelError>,
+        pause: impl Fn(),
+    ) -> Result<(), GpuError> {
         let start = Instant::now();
         while !is_done()? {
             if start.elapsed() > self.limit {
                 let seconds = self.limit.as_secs_f64();
                 return Err(GpuError::GpuLate { seconds });
             }
-            std::hint::spin_loop();
+            pause();
         }
         Ok(())
     }
@@ -707,10 +706,10 @@ impl Capture<'_> {
             };
             let hot = Graph::capture(stream, |stream| {
                 self.beside_host(stream, layer)?;
-                match self.predicted(layer + 1) {
-                    Some(_) => stream.wait_for(&self.events[1]),
-                    None => Ok(()),
+                if self.is_predicted(layer + 1) {
+                    stream.wait_for(&self.events[1])?;
                 }
+                Ok(())
             })?;
             let device = stream.device();
             parts.push(Part {
@@ -759,7 +758,7 @@ impl Capture<'_> {
     fn until_hidden(&mut self, stream: &Stream, index: usize, join: bool) -> Launched {
         let layer = &self.weights.layers[index];
         self.attention(stream, index, layer)?;
-        let predicts = self.predicted(index + 1).is_some();
+        let predicts = self.is_predicted(index + 1);
         self.ffn_norm(stream, index, layer, predicts)?;
         if layer.ahead.is_some() && join {
             // its list is needed from here on
@@ -768,10 +767,10 @@ impl Capture<'_> {
         Ok(())
     }
 
-    /// The layer, where it is predicted.
-    fn predicted(&self, index: usize) -> Option<(&GpuLayer, &GpuAhead)> {
-        let layer = self.weights.layers.get(index)?;
-        layer.ahead.as_ref().map(|ahead| (layer, ahead))
+    /// Whether there is such a layer, and it is predicted.
+    fn is_predicted(&self, index: usize) -> bool {
+        let layer = self.weights.layers.get(index);
+        layer.is_some_and(|layer| layer.ahead.is_some())
     }
 
     /// What runs while the host computes the layer's cold neurons: the next layer's predictor, and hot neurons.

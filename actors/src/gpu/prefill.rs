@@ -286,7 +286,7 @@ impl Prefill {
         };
         let unpacked_bytes = |of: fn(&ColdPart) -> &Piece| {
             let parts = cold.iter().flatten().map(of);
-            let bytes = parts.map(|piece| piece.rows_on_device().bytes());
+            let bytes = parts.map(|piece| DeviceRows::from(piece.shape).bytes());
             bytes.max().unwrap_or(0)
         };
         let turned_bytes = {
@@ -295,7 +295,7 @@ impl Prefill {
                 GpuDown::Plain(_) => None,
             });
             let cold = cold.iter().flatten();
-            let rows = hot.chain(cold.map(|part| part.down.rows_on_device()));
+            let rows = hot.chain(cold.map(|part| DeviceRows::from(part.down.shape)));
             rows.map(|rows| transposed_rows(rows, mode).bytes()).max()
         };
         let n_kv = shape.n_head_kv * shape.head_dim;
@@ -375,8 +375,8 @@ impl Prefill {
     ///
     /// # Errors
     /// The driver's.
-    pub fn begin(&mut self, x: &[f32], rotation: &[f32], n_embd: usize) -> Result<(), KernelError> {
-        self.n_tokens = x.len() / n_embd;
+    pub fn begin(&mut self, x: &[f32], rotation: &[f32]) -> Result<(), KernelError> {
+        self.n_tokens = x.len() / (self.x.len() / self.n_tokens_max);
         assert!(self.n_tokens <= self.n_tokens_max, "tokens that fit");
         self.x.write(0, x)?;
         self.rotation.write(0, rotation)
@@ -635,7 +635,7 @@ fn take(
     rows: HostRows<'_>,
     to: &mut DeviceBuffer<u8>,
 ) -> Result<DeviceRows, KernelError> {
-    let on_device = rows.device_rows();
+    let on_device = DeviceRows::from(rows.shape);
     unpack(stream, rows, to.view_mut(..on_device.bytes()))?;
     Ok(on_device)
 }
@@ -683,16 +683,6 @@ fn rows_of(pieces: &[GpuRows], rows: Range<usize>) -> GpuRows {
         first = end;
     }
     unreachable!("pieces end where queries, keys or values do")
-}
-
-impl Piece {
-    fn rows_on_device(&self) -> DeviceRows {
-        DeviceRows {
-            quant: self.shape.quant,
-            n_rows: self.shape.n_rows,
-            n_cols: self.shape.n_cols,
-        }
-    }
 }
 
 /// Locks the memory that parts are copied from; what cannot be locked is copied as it is.

@@ -1,6 +1,7 @@
 //! Rows of weights as they lie on a device.
 
 use super::buffer::View;
+use crate::matrix::MatrixShape;
 use crate::quant::{QuantType, scale_min_k4};
 
 /// Formats that the CUDA kernels run.
@@ -47,6 +48,17 @@ pub struct DeviceRows {
     pub n_rows: usize,
     /// Values of a row; a multiple of the format's block.
     pub n_cols: usize,
+}
+
+impl std::convert::From<MatrixShape> for DeviceRows {
+    /// The same rows, however they lie on the host.
+    fn from(shape: MatrixShape) -> Self {
+        Self {
+            quant: shape.quant,
+            n_rows: shape.n_rows,
+            n_cols: shape.n_cols,
+        }
+    }
 }
 
 impl DeviceRows {

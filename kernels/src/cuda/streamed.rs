@@ -128,7 +128,7 @@ pub struct HostRows<'a> {
 impl<'a> HostRows<'a> {
     /// The rows as products take them, where they lie so.
     pub fn as_rows(&self) -> Option<RowsView<'a>> {
-        let rows = self.device_rows();
+        let rows = DeviceRows::from(self.shape);
         // blocks of 256 values are in another order on a device
         let fits = self.shape.layout == Layout::Rows
             && self.shape.quant.block_values() <= BLOCK
@@ -136,15 +136,6 @@ impl<'a> HostRows<'a> {
             && self.stride_bytes.is_multiple_of(16)
             && self.bytes.address().is_multiple_of(16);
         fits.then(|| RowsView::new(rows, self.stride_bytes, self.bytes))
-    }
-
-    /// The same rows as products take them.
-    pub fn device_rows(&self) -> DeviceRows {
-        DeviceRows {
-            quant: self.shape.quant,
-            n_rows: self.shape.n_rows,
-            n_cols: self.shape.n_cols,
-        }
     }
 }
 
@@ -185,7 +176,7 @@ const TRANSPOSE_TILE: [usize; 2] = [64, 128];
 /// # Panics
 /// When the format is none that runs on CUDA, lengths do not fit, or devices differ.
 pub fn unpack(stream: &Stream, from: HostRows<'_>, to: ViewMut<'_, u8>) -> Result<(), KernelError> {
-    let (shape, rows) = (from.shape, from.device_rows());
+    let (shape, rows) = (from.shape, DeviceRows::from(from.shape));
     assert!(is_supported(shape.quant), "{} runs on CUDA", shape.quant);
     assert_eq!(to.len(), rows.bytes(), "rows to write");
     stream.check(&[from.bytes.device(), to.device()]);
@@ -262,7 +253,7 @@ fn unpack_k(
         from: from.bytes.address(),
         from_stride: group_bytes as u64,
         to: to.address(),
-        to_stride: from.device_rows().row_bytes() as u64,
+        to_stride: DeviceRows::from(from.shape).row_bytes() as u64,
         n_rows: shape.n_rows as u32,
         together: shape.layout.rows_together() as u32,
         n_subs: n_subs as u32,

@@ -7,9 +7,9 @@ use std::time::Duration;
 use pi_actors::faults::Faults;
 use pi_actors::trace::TraceBounds;
 use pi_actors::{ActorError, Engine, EngineOptions, LayerTap, Teams};
-use pi_kernels::Cpu;
 use pi_kernels::attention::KvType;
 use pi_kernels::ffn_sparse::FFN_GROUPS;
+use pi_kernels::{ActivationMode, Cpu};
 use pi_topology::{Plan, Residence, TopologyError};
 
 use super::gpu::OnGpus;
@@ -68,6 +68,27 @@ pub struct ModelOptions {
     pub predicting: Predicting,
     /// Where the thresholds of `threshold` come from.
     pub thresholds: ThresholdSource,
+}
+
+impl ModelOptions {
+    /// The model at `path` with 8-bit activations, an f16 cache, and all else as it is without flags.
+    pub fn new(path: PathBuf) -> Self {
+        Self {
+            path,
+            n_ctx: 0,
+            sparsity: None,
+            cpu: Cpu::detect(ActivationMode::Q8),
+            kv_type: KvType::F16,
+            trace: None,
+            n_batch: N_UBATCH,
+            tap: None,
+            faults: Faults::default(),
+            sidecar: None,
+            head: Head::Full,
+            predicting: Predicting::default(),
+            thresholds: ThresholdSource::default(),
+        }
+    }
 }
 
 /// Watches a model being loaded.
