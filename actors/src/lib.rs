@@ -24,6 +24,7 @@ pub mod latency;
 mod mailbox;
 pub mod messages;
 mod model;
+mod pieces;
 mod pipeline;
 mod posts;
 mod predictor;

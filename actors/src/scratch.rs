@@ -10,6 +10,7 @@ use pi_kernels::quant::BLOCK;
 use pi_kernels::{ActBatch, ActivationMode, QuantType, ROW_GROUP};
 
 use crate::model::Model;
+use crate::pieces::{Claims, Found};
 use crate::slots::{RankRows, Shared, SharedF32, SharedSlice};
 use crate::weights::{FfnShare, HeadSketch, LayerShare, SketchKind};
 
@@ -41,6 +42,12 @@ pub(crate) struct NodeScratch {
     pub act_rows: Shared<ActBatch>,
     /// Active neurons that each thread found for one token.
     pub lists: Vec<Shared<ActiveList>>,
+    /// Where in these lists those of each piece of the neurons are.
+    pub found: Found,
+    /// Pieces of a token's gates that are taken.
+    pub gates: Claims,
+    /// Pieces of a token's ups that are taken.
+    pub ups: Claims,
     /// Each thread's own.
     pub threads: Vec<Shared<ThreadScratch>>,
     /// The hidden state projected for the sketch of the head, `[rank]`.
@@ -154,7 +161,7 @@ impl SketchSizes {
 }
 
 /// Active neurons of one token, ascending.
-#[derive(Debug)]
+#[derive(Debug, Default)]
 pub(crate) struct ActiveList {
     /// Counted from the node's first one.
     pub ids: Vec<u32>,
@@ -186,6 +193,8 @@ impl ActiveList {
 pub(crate) struct ThreadScratch {
     /// Active neurons of all threads.
     pub all: ActiveList,
+    /// Those of a piece.
+    pub piece: ActiveList,
     /// Where groups lie in a list of neurons.
     pub spans: Vec<GroupSpan>,
     /// One token's heads of one key/value head, rotated.
@@ -249,6 +258,9 @@ impl NodeScratch {
             lists: (0..n_threads)
                 .map(|_| Shared::new(ActiveList::new(n_neurons)))
                 .collect(),
+            found: Found::new(n_threads),
+            gates: Claims::new(n_threads),
+            ups: Claims::new(n_threads),
             threads: (0..n_threads).map(|_| thread()).collect(),
             head_sketch: SharedF32::new(head_sketch.map_or(0, HeadSketch::rank)),
             head_candidates: (0..n_threads)
@@ -316,7 +328,7 @@ impl ThreadScratch {
             + self.two_bit_sums.capacity() * size_of::<i32>();
         let planes = self.row.len() + self.image.len();
         let sketch = self.hidden.bytes() + ids + planes;
-        self.all.bytes() + floats + up + self.down.bytes() + sketch
+        self.all.bytes() + self.piece.bytes() + floats + up + self.down.bytes() + sketch
     }
 
     fn new(model: &Model, node: usize, n_neurons: usize, sketch: &SketchSizes) -> Self {
@@ -339,6 +351,7 @@ impl ThreadScratch {
             .map(|bytes| UpScratch::new(n, NEURON_CHUNK, bytes));
         Self {
             all: ActiveList::new(n_neurons),
+            piece: ActiveList::new(n_neurons),
             spans: Vec::with_capacity(FFN_GROUPS),
             queries: vec![0.0; heads * shape.head_dim],
             states: vec![0.0; QUERY_BLOCK.min(n) * heads * state_len(shape.head_dim)],

@@ -146,6 +146,17 @@ pub struct SketchShare {
     pub floor: Option<Vec<f32>>,
 }
 
+impl SketchShare {
+    /// Bytes that are read of every neuron of a layer whose gate rows have `gate_bytes`.
+    pub(crate) fn row_bytes(&self, gate_bytes: usize) -> usize {
+        match &self.kind {
+            SketchKind::LowRank { b, .. } => b.shape.row_bytes(),
+            SketchKind::Nothing => gate_bytes,
+            SketchKind::Bits { planes, .. } => planes.shape.sign_row_bytes(),
+        }
+    }
+}
+
 /// What scores neurons.
 #[derive(Debug, Clone)]
 pub enum SketchKind {

@@ -1,9 +1,10 @@
 //! The node's neurons: gate → skip → up → down, into the node's partial sums.
 //!
-//! One token, `exact`: every thread computes gates of its own neurons and lists those that are open.
+//! One token, `exact`: every thread computes gates of neurons and lists those that are open.
 //! Barrier. The lists together are cut into equal parts for up; beside it, each thread asks for its
 //! columns of all downs. Barrier. Each thread sums down over columns of its own. Gate and up may be
-//! divided in any way, since each value is one thread's; the sum over neurons has its fixed order.
+//! divided in any way, since each value is one thread's: who has done its part takes pieces of others' ([`crate::pieces`]).
+//! The sum over neurons has its fixed order.
 #![allow(unsafe_code)]
 
 use std::ops::Range;
@@ -22,6 +23,7 @@ use super::{Job, predicted, threshold, weights_read};
 use crate::counters::Counters;
 use crate::gpu::sum_into;
 use crate::model::group_neurons;
+use crate::pieces::{Cut, Piece};
 use crate::scratch::{ActiveList, NEURON_CHUNK, NodeScratch, ThreadScratch};
 use crate::team::{Member, Team};
 use crate::weights::{FfnShare, GateActivation, Matrix, NeuronStore, SketchShare, UpRows};
@@ -33,6 +35,8 @@ pub(super) fn run(job: Job<'_>, team: &mut Team) -> Counters {
         return weights_read(0);
     }
     let n_tokens = job.step.n_tokens;
+    job.scratch.gates.reset();
+    job.scratch.ups.reset();
     if let Some(sketch) = &share.sketch {
         predicted::set_input(&job, sketch);
     }
@@ -141,35 +145,31 @@ fn sparse_token(job: &Job<'_>, rows: &NeuronStore, member: Member<'_>) {
     let (model, scratch, share) = (job.model, job.scratch, job.share);
     let cpu = model.cpu;
     let up_rows = rows.up_rows().expect("records have up rows");
-    match &share.sketch {
+    let n_pieces = match &share.sketch {
         None => open_gates(job, &member),
         Some(sketch) => {
             predicted::prepare(job, sketch, &member);
-            predicted::open_gates(job, sketch, &member);
+            predicted::open_gates(job, sketch, &member)
         }
-    }
+    };
     // SAFETY: `normed` was written before the message was sent.
     let x = unsafe { model.slots.normed.get().token(0) };
     member.barrier();
     // SAFETY: each thread has its own.
     let ThreadScratch { all, spans, .. } = unsafe { scratch.threads[member.thread].get_mut() };
-    gather(scratch, all);
+    gather(scratch, n_pieces, all);
     let n_active = all.ids.len();
-    let mine = member.part(n_active, 1);
+    let cut = Cut::new(n_active, 1, rows.up_row_bytes(), &member);
     let columns = down_columns(job, &member);
-    let beside = ask_for_down(rows.down_rows(), columns, &all.ids, mine.len());
-    // SAFETY: this part of the activations is this thread's.
-    unsafe {
-        let out = scratch.act.write(mine.clone());
-        up_active(
-            cpu,
-            up_rows,
-            x,
-            &all.ids[mine.clone()],
-            &all.gates[mine],
-            out,
-            beside,
-        );
+    let n_own = member.part(n_active, 1).len();
+    let mut beside = ask_for_down(rows.down_rows(), columns, &all.ids, n_own);
+    let mut n_done = 0;
+    for Piece { units, .. } in cut.pieces(&scratch.ups, &member) {
+        let (ids, gates) = (&all.ids[units.clone()], &all.gates[units.clone()]);
+        // SAFETY: who took the piece is the only one who writes these activations.
+        let out = unsafe { scratch.act.write(units) };
+        up_active(cpu, up_rows, x, ids, gates, out, |j| beside(n_done + j));
+        n_done += ids.len();
     }
     if member.thread == 0 {
         scratch.active.store(n_active as u64, Ordering::Relaxed);
@@ -208,21 +208,23 @@ fn named_token(job: &Job<'_>, rows: &NeuronStore, sketch: &SketchShare, member: 
     let n_active = list.ids.len() as u64;
     scratch.active.fetch_add(n_active, Ordering::Relaxed);
     scratch.rows_read.fetch_add(n_active, Ordering::Relaxed);
+    scratch
+        .found
+        .note(member.thread, member.thread, 0..list.ids.len());
     member.barrier();
-    gather(scratch, all);
+    gather(scratch, member.n_threads, all);
     divide(job, &all.ids, spans);
     sum_token(job, rows, &all.ids, &all.gates, spans, &member);
 }
 
-/// All threads' lists of active neurons, one after the other, in `all`.
-pub(super) fn gather(scratch: &NodeScratch, all: &mut ActiveList) {
+/// What was found in all pieces of the neurons, in order of these, in `all`.
+pub(super) fn gather(scratch: &NodeScratch, n_pieces: usize, all: &mut ActiveList) {
     all.clear();
-    for list in &scratch.lists {
-        // SAFETY: all lists are complete, and change only after this message is answered. In the
-        // order of threads they are ascending.
-        let list = unsafe { list.get() };
-        all.ids.extend_from_slice(&list.ids);
-        all.gates.extend_from_slice(&list.gates);
+    for (thread, part) in scratch.found.in_order(n_pieces) {
+        // SAFETY: all lists are complete, and change only after this message is answered.
+        let list = unsafe { scratch.lists[thread].get() };
+        all.ids.extend_from_slice(&list.ids[part.clone()]);
+        all.gates.extend_from_slice(&list.gates[part]);
     }
 }
 
@@ -240,20 +242,34 @@ pub(super) fn divide(job: &Job<'_>, ids: &[u32], spans: &mut Vec<GroupSpan>) {
     }
 }
 
-/// Lists the thread's active neurons of one token: all gates are computed.
-fn open_gates(job: &Job<'_>, member: &Member<'_>) {
+/// Lists the active neurons of one token in pieces that the thread takes: all gates are computed. Returns how many
+/// pieces there are, of all threads.
+fn open_gates(job: &Job<'_>, member: &Member<'_>) -> usize {
     let (model, scratch, share) = (job.model, job.scratch, job.share);
-    let part = member.part(share.neurons.len(), ROW_GROUP);
-    // SAFETY: `normed` was written before the message was sent; until the barrier, the neurons and
-    // the list are this thread's.
+    let gate = &share.gate;
+    let cut = Cut::new(
+        share.neurons.len(),
+        ROW_GROUP,
+        gate.shape.row_bytes(),
+        member,
+    );
+    // SAFETY: `normed` was written before the message was sent; until the barrier the list is this thread's, and the
+    // neurons of a piece are who took it's.
     unsafe {
         let x = model.slots.normed.get().token(0);
         let list = scratch.lists[member.thread].get_mut();
-        let gate = scratch.gate.write(part.clone());
-        gemv(model.cpu, share.gate.view(), x, part.clone(), gate);
         list.clear();
-        threshold::list_gates(job, gate, part, list);
+        for Piece { index, units, .. } in cut.pieces(&scratch.gates, member) {
+            let gates = scratch.gate.write(units.clone());
+            gemv(model.cpu, gate.view(), x, units.clone(), gates);
+            let start = list.ids.len();
+            threshold::list_gates(job, gates, units, list);
+            scratch
+                .found
+                .note(index, member.thread, start..list.ids.len());
+        }
     }
+    cut.n_pieces * member.n_threads
 }
 
 /// Which columns of the sums over neurons are the thread's.
@@ -391,8 +407,9 @@ pub(super) fn down_batch(job: &Job<'_>, rows: &NeuronStore, skip_zeros: bool, me
 /// Gate and up of all neurons, and their product, into `act`.
 fn dense_gate_up(job: &Job<'_>, up: &Matrix, member: &Member<'_>) {
     if job.step.n_tokens == 1 {
-        let (_, _, active) = gate_up_token(job, up, member);
-        job.scratch.active.fetch_add(active, Ordering::Relaxed);
+        gate_up_token(job, up, member, |_, _, active| {
+            job.scratch.active.fetch_add(active, Ordering::Relaxed);
+        });
         return;
     }
     gate_up_chunks(job, up, member, |_, _, active| {
@@ -400,29 +417,35 @@ fn dense_gate_up(job: &Job<'_>, up: &Matrix, member: &Member<'_>) {
     });
 }
 
-/// Gate, up and product of the thread's own neurons for one token: which they are, their products
-/// in `act`, and how many contribute.
-pub(super) fn gate_up_token<'a>(
-    job: &Job<'a>,
+/// Gate, up and product of neurons for one token, in pieces that the thread takes: `visit` sees which piece it is, the
+/// products, and how many contribute. Returns how many pieces there are, of all threads.
+pub(super) fn gate_up_token(
+    job: &Job<'_>,
     up: &Matrix,
     member: &Member<'_>,
-) -> (Range<usize>, &'a [f32], u64) {
+    mut visit: impl FnMut(Piece, &[f32], u64),
+) -> usize {
     let (model, scratch, share) = (job.model, job.scratch, job.share);
-    let part = member.part(share.neurons.len(), ROW_GROUP);
-    // SAFETY: the normed state was written before the message was sent; these neurons are this
-    // thread's.
-    let (x, gate, up_out, act) = unsafe {
-        (
-            model.slots.normed.get().token(0),
-            scratch.gate.write(part.clone()),
-            scratch.up.write(part.clone()),
-            scratch.act.write(part.clone()),
-        )
-    };
-    gemv(model.cpu, share.gate.view(), x, part.clone(), gate);
-    gemv(model.cpu, up.view(), x, part.clone(), up_out);
-    let active = activate(job, gate, up_out, act);
-    (part, act, active)
+    let row_bytes = share.gate.shape.row_bytes() + up.shape.row_bytes();
+    let cut = Cut::new(share.neurons.len(), ROW_GROUP, row_bytes, member);
+    for piece in cut.pieces(&scratch.gates, member) {
+        let part = piece.units.clone();
+        // SAFETY: the normed state was written before the message was sent; who took the piece is the only one who
+        // writes its neurons' values.
+        let (x, gate, up_out, act) = unsafe {
+            (
+                model.slots.normed.get().token(0),
+                scratch.gate.write(part.clone()),
+                scratch.up.write(part.clone()),
+                scratch.act.write(part.clone()),
+            )
+        };
+        gemv(model.cpu, share.gate.view(), x, part.clone(), gate);
+        gemv(model.cpu, up.view(), x, part, up_out);
+        let active = activate(job, gate, up_out, act);
+        visit(piece, act, active);
+    }
+    cut.n_pieces * member.n_threads
 }
 
 /// The same for many tokens, a chunk of neurons after the other: `visit` sees which neurons they

@@ -1,6 +1,6 @@
 //! Candidates instead of all gates: the layer's own sketch, or what was predicted ahead.
 //!
-//! One token: the sketch scores the thread's neurons (by their weights' signs, and those that these
+//! One token: the sketch scores neurons that the thread takes (by their weights' signs, and those that these
 //! name by the next bit too, or by a map of low rank), those above zero (and those that the
 //! `Predictor` named) are candidates, and the exact gates of these decide which are active. Many
 //! tokens: the same for each, with matrix products for all scores and gates of a chunk; a gate counts
@@ -17,6 +17,7 @@ use pi_kernels::gemm::gemv;
 use pi_kernels::{ActivationMode, ROW_GROUP};
 
 use super::Job;
+use crate::pieces::{Cut, Piece};
 use crate::scratch::{ActiveList, ThreadScratch};
 use crate::team::{Member, Team};
 use crate::weights::{Matrix, PlanesStore, SketchKind, SketchShare};
@@ -64,10 +65,10 @@ pub(super) fn set_input(job: &Job<'_>, sketch: &SketchShare) {
     }
 }
 
-/// Lists the thread's active neurons of one token: candidates whose exact gate is open.
-pub(super) fn open_gates(job: &Job<'_>, sketch: &SketchShare, member: &Member<'_>) {
+/// Lists the active neurons of one token in pieces that the thread takes: candidates whose exact gate is open. Returns
+/// how many pieces there are, of all threads.
+pub(super) fn open_gates(job: &Job<'_>, sketch: &SketchShare, member: &Member<'_>) -> usize {
     let (scratch, share) = (job.scratch, job.share);
-    let part = member.part(share.neurons.len(), ROW_GROUP);
     // SAFETY: the list and the thread's scratch are its own until the barrier.
     let (list, mine) = unsafe {
         (
@@ -75,21 +76,39 @@ pub(super) fn open_gates(job: &Job<'_>, sketch: &SketchShare, member: &Member<'_
             scratch.threads[member.thread].get_mut(),
         )
     };
-    score(job, sketch, part.clone(), mine, &mut list.ids);
-    if job.candidates.predicted {
-        let all = predicted_ids(job);
-        let inside = |bound: usize| all.partition_point(|&id| (id as usize) < bound);
-        let predicted = &all[inside(part.start)..inside(part.end)];
-        merge(&mut list.ids, predicted, &mut mine.merged);
+    list.clear();
+    let (mut n_named, mut n_candidates) = (0, 0);
+    let row_bytes = sketch.row_bytes(share.gate.shape.row_bytes());
+    let cut = Cut::new(share.neurons.len(), ROW_GROUP, row_bytes, member);
+    let mut found = std::mem::take(&mut mine.piece);
+    for Piece { index, units, .. } in cut.pieces(&scratch.gates, member) {
+        let ids = &mut found.ids;
+        n_named += score(job, sketch, units.clone(), mine, ids);
+        if job.candidates.predicted {
+            let all = predicted_ids(job);
+            let inside = |bound: usize| all.partition_point(|&id| (id as usize) < bound);
+            let predicted = &all[inside(units.start)..inside(units.end)];
+            merge(ids, predicted, &mut mine.merged);
+        }
+        n_candidates += ids.len() as u64;
+        found.gates.clear();
+        found.gates.resize(ids.len(), 0.0);
+        exact_gates(job, sketch, ids, mine, &mut found.gates);
+        let floors = sketch.floor.as_deref();
+        keep_open(ids, &mut found.gates, floors);
+        let start = list.ids.len();
+        list.ids.extend_from_slice(ids);
+        list.gates.extend_from_slice(&found.gates);
+        scratch
+            .found
+            .note(index, member.thread, start..list.ids.len());
     }
+    mine.piece = found;
+    scratch.named.fetch_add(n_named, Ordering::Relaxed);
     scratch
         .candidates
-        .fetch_add(list.ids.len() as u64, Ordering::Relaxed);
-    list.gates.clear();
-    list.gates.resize(list.ids.len(), 0.0);
-    exact_gates(job, sketch, &list.ids, mine, &mut list.gates);
-    let floors = sketch.floor.as_deref();
-    keep_open(&mut list.ids, &mut list.gates, floors);
+        .fetch_add(n_candidates, Ordering::Relaxed);
+    cut.n_pieces * member.n_threads
 }
 
 /// Lists the thread's active neurons of one token of which all candidates were named: each thread has as many of these.
@@ -119,19 +138,21 @@ fn predicted_ids<'a>(job: &Job<'a>) -> &'a [u32] {
     unsafe { job.model.slots.predicted[job.node][job.layer % 2].get() }
 }
 
-/// Replaces `ids` by the sketch's candidates among neurons `part`.
+/// Replaces `ids` by the sketch's candidates among neurons `part`; returns how many signs named.
 fn score(
     job: &Job<'_>,
     sketch: &SketchShare,
     part: Range<usize>,
     mine: &mut ThreadScratch,
     ids: &mut Vec<u32>,
-) {
+) -> u64 {
     let (cpu, scratch) = (job.model.cpu, job.scratch);
     ids.clear();
     if let SketchKind::Nothing = sketch.kind {
-        return ids.extend(part.start as u32..part.end as u32);
+        ids.extend(part.start as u32..part.end as u32);
+        return 0;
     }
+    let mut named = 0;
     let (bias, first) = (&sketch.bias[part.clone()], part.start);
     // SAFETY: what all threads prepared is complete; scores and sums of these neurons are this
     // thread's.
@@ -154,8 +175,7 @@ fn score(
                 let sums = scratch.sums.write(part.clone());
                 sign_sums(cpu, planes, x, part, sums);
                 candidates_of_sums(sums, x.scale(), bias, first as u32, ids);
-                let named = ids.len() as u64;
-                scratch.named.fetch_add(named, Ordering::Relaxed);
+                named = ids.len() as u64;
                 if let Some(bias) = two_bit_bias {
                     let two = &mut mine.two_bit_sums;
                     two.resize(ids.len(), 0);
@@ -165,6 +185,7 @@ fn score(
             }
         }
     }
+    named
 }
 
 /// Adds `more` to `ids`; all are ascending.

@@ -1,8 +1,8 @@
 //! Which neurons are active: by an open gate, or by thresholds where gates never close.
 //!
 //! With up beside down, act(gate) decides before either is read. With ups apart, act(gate) · up
-//! decides and only down is skipped: every thread computes gate, up and activation of its own
-//! neurons and lists the large ones. Barrier. Each thread sums down over columns of its own.
+//! decides and only down is skipped: every thread computes gate, up and activation of neurons that
+//! it takes, and lists the large ones. Barrier. Each thread sums down over columns of its own.
 #![allow(unsafe_code)]
 
 use std::ops::Range;
@@ -84,21 +84,20 @@ pub(super) fn run(
 
 fn token(job: &Job<'_>, up: &Matrix, rows: &NeuronStore, thresholds: &[f32], member: &Member<'_>) {
     let scratch = job.scratch;
-    let (part, act, _) = gate_up_token(job, up, member);
     // SAFETY: until the barrier, the list is this thread's.
     let list = unsafe { scratch.lists[member.thread].get_mut() };
     list.clear();
-    large_active(
-        act,
-        &thresholds[part.clone()],
-        part.start as u32,
-        &mut list.ids,
-        &mut list.gates,
-    );
+    let n_pieces = gate_up_token(job, up, member, |piece, act, _| {
+        let (start, part) = (list.ids.len(), piece.units);
+        let (thresholds, first) = (&thresholds[part.clone()], part.start as u32);
+        large_active(act, thresholds, first, &mut list.ids, &mut list.gates);
+        let found = start..list.ids.len();
+        scratch.found.note(piece.index, member.thread, found);
+    });
     member.barrier();
     // SAFETY: each thread has its own.
     let ThreadScratch { all, spans, .. } = unsafe { scratch.threads[member.thread].get_mut() };
-    gather(scratch, all);
+    gather(scratch, n_pieces, all);
     divide(job, &all.ids, spans);
     if member.thread == 0 {
         let n_active = all.ids.len() as u64;

@@ -38,20 +38,20 @@ pub fn up_active(
     }
 }
 
-/// For [`up_active`], of which this thread multiplies `n_own` rows: asks beside them, in equal steps, for
-/// columns `columns` of the down rows of all `ids`, which it will sum.
+/// For [`up_active`]: asks beside the first `n_rows` rows that this thread multiplies, in equal steps, for
+/// columns `columns` of the down rows of all `ids`, which it will sum. Beside further rows it asks for nothing.
 ///
 /// # Panics
-/// When called, and an id has no row or `n_own` is 0.
+/// When called, and an id has no row.
 pub fn ask_for_down<'a>(
     down: NeuronRows<'a>,
     columns: Range<usize>,
     ids: &'a [u32],
-    n_own: usize,
+    n_rows: usize,
 ) -> impl FnMut(usize) + 'a {
     let mut asked = 0;
     move |j| {
-        let next = ids.len() * (j + 1) / n_own;
+        let next = ids.len() * (j + 1).min(n_rows) / n_rows.max(1);
         for &id in &ids[asked..next] {
             down.prefetch(id as usize, columns.clone());
         }
