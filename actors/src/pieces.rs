@@ -244,8 +244,8 @@ mod tests {
                     });
                     let taken = taken.into_inner().unwrap();
                     let whole = |units: &Range<usize>| {
-                        units.start % multiple == 0
-                            && (units.end % multiple == 0 || units.end == count)
+                        units.start.is_multiple_of(multiple)
+                            && (units.end.is_multiple_of(multiple) || units.end == count)
                     };
                     assert!(taken.iter().filter(|units| !units.is_empty()).all(whole));
                     let in_order = found.in_order(n_pieces.into_inner());
