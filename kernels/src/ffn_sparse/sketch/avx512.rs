@@ -8,7 +8,7 @@ use std::ops::Range;
 
 use super::input::SketchInput;
 use super::planes::{
-    AHEAD, GatePlanes, HIGH_BYTES, LOW_BYTES, SCALE_BYTES, SIGN_BYTES, TOP_BYTES, UNIT,
+    AHEAD, GatePlanes, HIGH_BYTES, LOW_BYTES, RUN, SCALE_BYTES, SIGN_BYTES, TOP_BYTES, UNIT, run_of,
 };
 use crate::activations::ActRef;
 use crate::dot::rows512::{Chunk, TileRows, products, vnni_fn};
@@ -17,14 +17,14 @@ use crate::quant::BLOCK;
 
 /// Bits of a byte.
 const BITS: usize = 8;
-/// Groups of 16 rows that are summed together.
-const GROUPS: usize = 2;
+/// Rows that are summed together.
+const ROWS: usize = 8;
 
 /// Asks for what comes so far ahead.
 const AHEAD_BYTES: usize = 4096;
 
 vnni_fn! {
-    /// Sums of the lanes 2n and 2n + 1 of both.
+    /// Sums of the lanes 2n and 2n + 1 of both, those of `a` first.
     fn pair_sums(a: __m512i, b: __m512i) -> __m512i {
         let even = _mm512_setr_epi32(0, 2, 4, 6, 8, 10, 12, 14, 16, 18, 20, 22, 24, 26, 28, 30);
         let odd = _mm512_add_epi32(even, _mm512_set1_epi32(1));
@@ -54,31 +54,60 @@ fn bit_masks() -> [__m512i; BITS] {
 }
 
 vnni_fn! {
-    /// Σ of activations whose weight is positive, of rows in neighbouring groups of 16; `top` is the first's start.
-    fn positive_sums[const N: usize](top: *const u8, n_blocks: usize, x: *const i8) -> [__m512i; N] {
+    /// Σ of activations whose weight is positive, of eight rows: the first or the second half of the group whose signs
+    /// start at `top`.
+    fn positive_sums(top: *const u8, half: usize, n_blocks: usize, x: *const i8) -> __m256i {
         let masks = bit_masks();
-        let mut of_bits = [[_mm512_setzero_si512(); BITS]; N];
-        for block in 0..n_blocks {
-            let mut signs = [_mm512_setzero_si512(); N];
-            for (group, signs) in signs.iter_mut().enumerate() {
-                let at = top.add((group * n_blocks + block) * TOP_BYTES);
+        let mut of_bits = [[_mm512_setzero_si512(); BITS]; 2];
+        let mut block = 0;
+        while block + RUN <= n_blocks {
+            // four rows of four blocks, twice
+            let at = top.add(block * TOP_BYTES + half * ROWS * RUN * SIGN_BYTES);
+            let x = x.add(block * BLOCK);
+            let mut signs = [_mm512_setzero_si512(); 2];
+            for (n, signs) in signs.iter_mut().enumerate() {
+                let at = at.add(64 * n);
                 _mm_prefetch::<_MM_HINT_T0>(at.wrapping_add(AHEAD_BYTES).cast());
                 *signs = _mm512_loadu_si512(at.cast());
             }
             for i in 0..BITS {
-                let x = x.add(block * BLOCK + i * SIGN_BYTES).cast::<i32>().read_unaligned();
-                let x = _mm512_set1_epi32(x);
-                for group in 0..N {
-                    let set = _mm512_and_si512(signs[group], masks[i]);
-                    of_bits[group][i] = _mm512_dpbusd_epi32(of_bits[group][i], set, x);
+                let x = _mm_loadu_si128(x.add(i * RUN * SIGN_BYTES).cast());
+                let x = _mm512_broadcast_i32x4(x);
+                for n in 0..2 {
+                    let set = _mm512_and_si512(signs[n], masks[i]);
+                    of_bits[n][i] = _mm512_dpbusd_epi32(of_bits[n][i], set, x);
                 }
             }
+            block += RUN;
         }
-        let mut sums = [_mm512_setzero_si512(); N];
-        for (sum, of_bits) in sums.iter_mut().zip(of_bits) {
-            *sum = joined(of_bits);
+        // a row's four blocks are neighbours, and then its two pairs of them
+        let pairs = pair_sums(joined(of_bits[0]), joined(of_bits[1]));
+        let mut rows = pair_sums(pairs, pairs);
+        while block < n_blocks {
+            let (_, width) = run_of(block, n_blocks);
+            let at = top.add(block * TOP_BYTES + half * ROWS * width * SIGN_BYTES);
+            let x = x.add(block * BLOCK);
+            let mut of_bits = [_mm512_setzero_si512(); BITS];
+            let signs = if width == 2 {
+                _mm512_loadu_si512(at.cast())
+            } else {
+                _mm512_zextsi256_si512(_mm256_loadu_si256(at.cast()))
+            };
+            for i in 0..BITS {
+                let x = x.add(i * width * SIGN_BYTES);
+                let x = if width == 2 {
+                    _mm512_set1_epi64(x.cast::<i64>().read_unaligned())
+                } else {
+                    _mm512_set1_epi32(x.cast::<i32>().read_unaligned())
+                };
+                of_bits[i] = _mm512_dpbusd_epi32(of_bits[i], _mm512_and_si512(signs, masks[i]), x);
+            }
+            let sums = joined(of_bits);
+            let of_rows = if width == 2 { pair_sums(sums, sums) } else { sums };
+            rows = _mm512_add_epi32(rows, of_rows);
+            block += width;
         }
-        sums
+        _mm512_castsi512_si256(rows)
     }
 }
 
@@ -88,23 +117,14 @@ vnni_fn! {
     pub(super) fn sign_sums(planes: GatePlanes<'_>, x: &SketchInput, rows: Range<usize>, sums: &mut [i32]) {
         let n_blocks = planes.shape.n_blocks();
         let first_group = rows.start / ROW_GROUP;
-        let all = _mm512_set1_epi32(x.sum());
-        let mut group = 0;
-        while group * ROW_GROUP < sums.len() {
-            let top = planes.top.as_ptr().add((first_group + group) * n_blocks * TOP_BYTES);
-            let left = &mut sums[group * ROW_GROUP..];
-            let (positive, n) = if left.len() > ROW_GROUP {
-                (positive_sums::<GROUPS>(top, n_blocks, x.top().as_ptr()), GROUPS)
-            } else {
-                let [one] = positive_sums::<1>(top, n_blocks, x.top().as_ptr());
-                ([one, one], 1)
-            };
-            for (positive, sums) in positive.into_iter().zip(left.chunks_mut(ROW_GROUP)) {
-                let sum = _mm512_sub_epi32(_mm512_add_epi32(positive, positive), all);
-                let mask = (0xFFFF_u32 >> (ROW_GROUP - sums.len())) as u16;
-                _mm512_mask_storeu_epi32(sums.as_mut_ptr(), mask, sum);
-            }
-            group += n;
+        let all = _mm256_set1_epi32(x.sum());
+        for (n, sums) in sums.chunks_mut(ROWS).enumerate() {
+            let (group, half) = (first_group + n / 2, n % 2);
+            let top = planes.top.as_ptr().add(group * n_blocks * TOP_BYTES);
+            let positive = positive_sums(top, half, n_blocks, x.top().as_ptr());
+            let sum = _mm256_sub_epi32(_mm256_add_epi32(positive, positive), all);
+            let mask = (0xFF_u32 >> (ROWS - sums.len())) as u8;
+            _mm256_mask_storeu_epi32(sums.as_mut_ptr(), mask, sum);
         }
     }
 }
@@ -170,17 +190,22 @@ impl PlaneRows<'_> {
     vnni_fn! {
         /// Signs of columns 8·j … 8·j+7 of eight blocks, for both units and each j.
         fn signs(&self, row: usize, chunk: Chunk) -> [[u64; HIGH_BYTES]; 2] {
-            let n = row / ROW_GROUP * chunk.n_blocks + chunk.first;
-            let at = self.0.top.as_ptr().add(n * TOP_BYTES + row % ROW_GROUP * SIGN_BYTES);
-            let each = _mm512_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15);
-            // in steps of a block, which has 16 rows
-            let steps = _mm512_slli_epi32::<4>(each);
-            let of_blocks = _mm512_mask_i32gather_epi32::<4>(
-                _mm512_setzero_si512(),
-                chunk.mask(),
-                steps,
-                at.cast(),
-            );
+            let (shape, top) = (self.0.shape, self.0.top.as_ptr());
+            let of_blocks = if chunk.count == 4 * RUN {
+                let at = top.add(shape.signs_at(row, chunk.first));
+                let run = |n: usize| at.wrapping_add(n * RUN * TOP_BYTES).cast::<__m128i>();
+                let of_blocks = _mm512_castsi128_si512(_mm_loadu_si128(run(0)));
+                let of_blocks = _mm512_inserti32x4::<1>(of_blocks, _mm_loadu_si128(run(1)));
+                let of_blocks = _mm512_inserti32x4::<2>(of_blocks, _mm_loadu_si128(run(2)));
+                _mm512_inserti32x4::<3>(of_blocks, _mm_loadu_si128(run(3)))
+            } else {
+                let mut of_blocks = [0u32; 4 * RUN];
+                for n in 0..chunk.count {
+                    let at = top.add(shape.signs_at(row, chunk.first + n));
+                    of_blocks[n] = at.cast::<u32>().read_unaligned();
+                }
+                _mm512_loadu_si512(of_blocks.as_ptr().cast())
+            };
             // bytes j of four blocks together, then of eight
             let bytes = _mm512_set4_epi32(0x0F0B_0703, 0x0E0A_0602, 0x0D09_0501, 0x0C08_0400);
             let fours = _mm512_shuffle_epi8(of_blocks, bytes);

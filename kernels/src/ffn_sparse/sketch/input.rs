@@ -1,6 +1,6 @@
 //! A hidden state as sketches of bits take it: 8-bit values with one scale, in the order of the planes.
 
-use super::planes::{HIGH_BYTES, UNIT};
+use super::planes::{HIGH_BYTES, UNIT, run_of};
 use crate::activations::quantize_whole;
 use crate::quant::BLOCK;
 
@@ -62,7 +62,8 @@ impl SketchInput {
         self.sum
     }
 
-    /// Values in the order of the top plane: of a block, bit i of byte j is column 8·j + i, and value 4·i + j here.
+    /// Values in the order of the top plane. Of a run of w blocks, bit i of byte j of block b is column 8·j + i of that
+    /// block, and here value (i·w + b)·4 + j of the run.
     #[cfg(target_arch = "x86_64")]
     pub(super) fn top(&self) -> &[i8] {
         &self.top
@@ -97,9 +98,11 @@ impl SketchInput {
                 for (n, row) in rows[..two * HIGH_BYTES].iter_mut().enumerate() {
                     *row = eight(&self.values[pair * BLOCK + BITS * n..]);
                 }
+                let (run, run_width) = run_of(pair, n_blocks);
                 for (i, column) in turned(rows).into_iter().enumerate() {
                     for n in 0..two {
-                        let to = &mut self.top[(pair + n) * BLOCK + HIGH_BYTES * i..][..HIGH_BYTES];
+                        let at = (i * run_width + pair + n - run) * HIGH_BYTES;
+                        let to = &mut self.top[run * BLOCK + at..][..HIGH_BYTES];
                         put(column >> (32 * n), to);
                     }
                 }
@@ -144,16 +147,18 @@ mod tests {
 
     #[test]
     fn values_come_in_the_order_of_the_planes() {
-        for n_cols in [32, 288, 576, 1056] {
+        for n_cols in [32, 288, 576, 608, 1056] {
             let mut input = SketchInput::new(n_cols);
             input.set(&Random(3).activations(n_cols));
             let (n_blocks, stride) = (n_cols / BLOCK, n_cols / 8);
             let mut seen = 0;
             for b in 0..n_blocks {
                 let (first, width) = (b / UNIT * UNIT, (n_blocks - b / UNIT * UNIT).min(UNIT));
+                let (run, run_width) = run_of(b, n_blocks);
                 for (j, i) in (0..4).flat_map(|j| (0..8).map(move |i| (j, i))) {
                     let value = input.values[b * BLOCK + 8 * j + i];
-                    assert_eq!(input.top[b * BLOCK + 4 * i + j], value, "top {b} {j} {i}");
+                    let at = run * BLOCK + (i * run_width + b - run) * 4 + j;
+                    assert_eq!(input.top[at], value, "top {b} {j} {i}");
                     let byte = first * 4 + j * width + b - first;
                     assert_eq!(input.high[i * stride + byte], value, "high {b} {j} {i}");
                     seen += i32::from(value != 0);

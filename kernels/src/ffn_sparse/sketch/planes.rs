@@ -10,10 +10,13 @@
 //! 15 − q, which stands for (15 − q − 7) · |scale|: so the top bit is the weight's sign everywhere.
 //!
 //! ```text
-//! top   16 rows together, block after block:  32 signs of each row (u32, column 0 lowest)
+//! top   16 rows together, run after run:      32 signs of each block (u32, column 0 lowest), row after row
 //! rest  row after row:                        bits 0, 1 of all blocks (8 bytes each), bits 2 (4 bytes each),
 //!                                             scales (f16, with their signs)
 //! ```
+//!
+//! A run of the top plane has the signs of 4 blocks of a row side by side, so that those of a candidate are fetched in
+//! few cache lines; of a row's last blocks two are a run, and one.
 //!
 //! In a byte of bits 0 and 1, byte j of a block holds columns j, 8+j, 16+j and 24+j, lowest first.
 //! Bits 2 lie in units of 8 blocks (the last may have fewer): columns 0 … 7 of each block, then
@@ -34,6 +37,8 @@ use crate::quant::{BLOCK, QuantType};
 pub(super) const TOP_BYTES: usize = ROW_GROUP * SIGN_BYTES;
 /// Bytes of one row's signs in it.
 pub(super) const SIGN_BYTES: usize = BLOCK / 8;
+/// Blocks of a row whose signs lie side by side.
+pub(super) const RUN: usize = 4;
 /// Bytes of a block in a row of the rest: two bits a value, one, and the scale.
 pub(super) const LOW_BYTES: usize = BLOCK / 4;
 pub(super) const HIGH_BYTES: usize = BLOCK / 8;
@@ -83,6 +88,14 @@ impl PlanesShape {
         self.n_blocks() * HIGH_BYTES
     }
 
+    /// Where the signs of block `block` of row `row` lie in the top plane.
+    #[inline]
+    pub(super) const fn signs_at(&self, row: usize, block: usize) -> usize {
+        let (first, width) = run_of(block, self.n_blocks());
+        let run = (row / ROW_GROUP * self.n_blocks() + first) * TOP_BYTES;
+        run + (row % ROW_GROUP * width + block - first) * SIGN_BYTES
+    }
+
     /// Takes rows of `Q4_0` in file order apart. `top` and `rest` are those of rows from
     /// `first_row` on, a multiple of 16.
     ///
@@ -96,12 +109,10 @@ impl PlanesShape {
         );
         let n_blocks = self.n_blocks();
         for (r, row) in file_rows.chunks_exact(row_bytes).enumerate() {
-            let (group, lane) = (r / ROW_GROUP, r % ROW_GROUP);
             let rest = &mut rest[r * self.rest_row_bytes()..][..self.rest_row_bytes()];
             let (low, rest) = rest.split_at_mut(n_blocks * LOW_BYTES);
             let (high, scales) = rest.split_at_mut(n_blocks * HIGH_BYTES);
             for (b, block) in row.chunks_exact(QuantType::Q4_0.block_bytes()).enumerate() {
-                let top = &mut top[(group * n_blocks + b) * TOP_BYTES..][..TOP_BYTES];
                 let flip = if block[1] >> 7 == 1 { 15 } else { 0 };
                 scales[b * SCALE_BYTES..][..SCALE_BYTES].copy_from_slice(&block[..SCALE_BYTES]);
                 let (mut signs, mut bits) = (0u32, 0u32);
@@ -116,9 +127,23 @@ impl PlanesShape {
                 for (j, byte) in bits.to_le_bytes().into_iter().enumerate() {
                     high[high_at(b, j, n_blocks)] = byte;
                 }
-                top[lane * SIGN_BYTES..][..SIGN_BYTES].copy_from_slice(&signs.to_le_bytes());
+                let top = &mut top[self.signs_at(r, b)..][..SIGN_BYTES];
+                top.copy_from_slice(&signs.to_le_bytes());
             }
         }
+    }
+}
+
+/// The run that block `block` is in: its first block, and how many it has.
+#[inline]
+pub(super) const fn run_of(block: usize, n_blocks: usize) -> (usize, usize) {
+    let whole = n_blocks / RUN * RUN;
+    if block < whole {
+        (block / RUN * RUN, RUN)
+    } else if n_blocks - whole >= 2 && block < whole + 2 {
+        (whole, 2)
+    } else {
+        (n_blocks - 1, 1)
     }
 }
 
@@ -256,20 +281,14 @@ impl<'a> GatePlanes<'a> {
         Self { shape, top, rest }
     }
 
-    /// Block `block` of the group of row `row` in the top plane.
-    fn top_block(&self, row: usize, block: usize) -> &'a [u8] {
-        let n = row / ROW_GROUP * self.shape.n_blocks() + block;
-        &self.top[n * TOP_BYTES..][..TOP_BYTES]
-    }
-
     /// A block of row `row`.
     fn block(&self, row: usize, block: usize) -> GateBlock {
-        let (top, lane) = (self.top_block(row, block), row % ROW_GROUP);
+        let signs = &self.top[self.shape.signs_at(row, block)..];
         let rest = self.rest_row(row);
         let n_blocks = self.shape.n_blocks();
         let at = block * SCALE_BYTES;
         GateBlock {
-            signs: u32::from_le_bytes(std::array::from_fn(|j| top[lane * SIGN_BYTES + j])),
+            signs: u32::from_le_bytes(std::array::from_fn(|j| signs[j])),
             high: u32::from_le_bytes(std::array::from_fn(|j| {
                 rest.high[high_at(block, j, n_blocks)]
             })),

@@ -41,7 +41,14 @@ fn tiers() -> impl Iterator<Item = Cpu> {
         .filter_map(|tier| Cpu::new(tier, ActivationMode::Q8).ok())
 }
 
-const SIZES: [(usize, usize); 4] = [(16, 32), (48, 288), (37, 576), (80, 1056)];
+const SIZES: [(usize, usize); 6] = [
+    (16, 32),
+    (48, 288),
+    (37, 576),
+    (29, 608),
+    (80, 1056),
+    (41, 2048),
+];
 
 #[test]
 fn planes_hold_the_rows_and_take_no_more_memory() {

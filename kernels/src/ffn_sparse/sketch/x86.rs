@@ -8,7 +8,7 @@ use std::ops::Range;
 
 use super::input::SketchInput;
 use super::planes::{
-    AHEAD, GatePlanes, HIGH_BYTES, LOW_BYTES, SCALE_BYTES, SIGN_BYTES, TOP_BYTES, UNIT,
+    AHEAD, GatePlanes, HIGH_BYTES, LOW_BYTES, RUN, SCALE_BYTES, SIGN_BYTES, TOP_BYTES, UNIT, run_of,
 };
 use crate::activations::ActRef;
 use crate::matrix::ROW_GROUP;
@@ -58,6 +58,77 @@ unsafe fn joined(sums: &mut FactorSums) -> __m256i {
     all
 }
 
+/// Rows that are summed together.
+const ROWS: usize = 4;
+
+/// Σ of activations whose weight is positive, of four rows: quarter `quarter` of the group whose signs start at `top`.
+///
+/// # Safety
+/// AVX2 is there; all blocks of the group lie in the plane, and in the activations.
+#[inline]
+#[target_feature(enable = "avx2")]
+unsafe fn positive_sums(
+    top: *const u8,
+    quarter: usize,
+    n_blocks: usize,
+    x: *const i8,
+) -> [i32; ROWS] {
+    let whole = n_blocks / RUN * RUN;
+    let mut of_rows = [0i32; ROWS];
+    // SAFETY: this function's contract; runs end with the last block.
+    unsafe {
+        // two rows of four blocks, twice
+        let mut positive = [_mm256_setzero_si256(); 2];
+        for first in (0..whole).step_by(SUM_PRODUCTS * RUN) {
+            let mut of_factors = [[_mm256_setzero_si256(); FACTORS]; 2];
+            for block in (first..(first + SUM_PRODUCTS * RUN).min(whole)).step_by(RUN) {
+                let at = top.add(block * TOP_BYTES + quarter * ROWS * RUN * SIGN_BYTES);
+                _mm_prefetch::<_MM_HINT_T0>(at.wrapping_add(AHEAD_BYTES).cast());
+                let x = x.add(block * BLOCK);
+                let x = |i: usize| {
+                    let x = _mm_loadu_si128(x.add(i * RUN * SIGN_BYTES).cast());
+                    _mm256_broadcastsi128_si256(x)
+                };
+                for (n, sums) in of_factors.iter_mut().enumerate() {
+                    let signs = _mm256_loadu_si256(at.add(32 * n).cast());
+                    add_products(sums, signs, x);
+                }
+            }
+            for (sum, of_factors) in positive.iter_mut().zip(&mut of_factors) {
+                *sum = _mm256_add_epi32(*sum, joined(of_factors));
+            }
+        }
+        for (n, sums) in positive.into_iter().enumerate() {
+            let mut lanes = [0i32; 8];
+            _mm256_storeu_si256(lanes.as_mut_ptr().cast(), sums);
+            of_rows[2 * n] = lanes[..4].iter().sum();
+            of_rows[2 * n + 1] = lanes[4..].iter().sum();
+        }
+        let mut block = whole;
+        while block < n_blocks {
+            let (_, width) = run_of(block, n_blocks);
+            let at = top.add(block * TOP_BYTES + quarter * ROWS * width * SIGN_BYTES);
+            let x = x.add(block * BLOCK);
+            let mut of_factors = [_mm256_setzero_si256(); FACTORS];
+            if width == 2 {
+                let x = |i: usize| _mm256_set1_epi64x(x.add(8 * i).cast::<i64>().read_unaligned());
+                add_products(&mut of_factors, _mm256_loadu_si256(at.cast()), x);
+            } else {
+                let x = |i: usize| _mm256_set1_epi32(x.add(4 * i).cast::<i32>().read_unaligned());
+                let signs = _mm256_zextsi128_si256(_mm_loadu_si128(at.cast()));
+                add_products(&mut of_factors, signs, x);
+            }
+            let mut lanes = [0i32; 8];
+            _mm256_storeu_si256(lanes.as_mut_ptr().cast(), joined(&mut of_factors));
+            for (sum, lanes) in of_rows.iter_mut().zip(lanes.chunks_exact(width)) {
+                *sum += lanes.iter().sum::<i32>();
+            }
+            block += width;
+        }
+    }
+    of_rows
+}
+
 /// # Safety
 /// The machine has AVX2; lengths fit as [`super::planes::sign_sums`] asserts.
 #[target_feature(enable = "avx2")]
@@ -69,36 +140,15 @@ pub(super) unsafe fn sign_sums(
 ) {
     let n_blocks = planes.shape.n_blocks();
     let first_group = rows.start / ROW_GROUP;
-    for (group, sums) in sums.chunks_mut(ROW_GROUP).enumerate() {
-        let mut positive = [_mm256_setzero_si256(); 2];
+    for (n, sums) in sums.chunks_mut(ROWS).enumerate() {
+        let (group, quarter) = (first_group + n / 4, n % 4);
         // SAFETY: the group's blocks lie in the plane, and all blocks in the activations.
-        unsafe {
-            let top = (planes.top.as_ptr()).add((first_group + group) * n_blocks * TOP_BYTES);
-            for first in (0..n_blocks).step_by(SUM_PRODUCTS) {
-                let mut of_factors = [[_mm256_setzero_si256(); FACTORS]; 2];
-                for block in first..(first + SUM_PRODUCTS).min(n_blocks) {
-                    let top = top.add(block * TOP_BYTES);
-                    _mm_prefetch::<_MM_HINT_T0>(top.wrapping_add(AHEAD_BYTES).cast());
-                    let x = x.top().as_ptr().add(block * BLOCK);
-                    let x = |i: usize| {
-                        let x = x.add(i * SIGN_BYTES).cast::<i32>();
-                        _mm256_set1_epi32(x.read_unaligned())
-                    };
-                    for (half, sums) in of_factors.iter_mut().enumerate() {
-                        let signs = _mm256_loadu_si256(top.add(32 * half).cast());
-                        add_products(sums, signs, x);
-                    }
-                }
-                for (sum, of_factors) in positive.iter_mut().zip(&mut of_factors) {
-                    *sum = _mm256_add_epi32(*sum, joined(of_factors));
-                }
-            }
-            let mut all = [0i32; ROW_GROUP];
-            _mm256_storeu_si256(all.as_mut_ptr().cast(), positive[0]);
-            _mm256_storeu_si256(all.as_mut_ptr().add(8).cast(), positive[1]);
-            for (sum, positive) in sums.iter_mut().zip(all) {
-                *sum = 2 * positive - x.sum();
-            }
+        let positive = unsafe {
+            let top = planes.top.as_ptr().add(group * n_blocks * TOP_BYTES);
+            positive_sums(top, quarter, n_blocks, x.top().as_ptr())
+        };
+        for (sum, positive) in sums.iter_mut().zip(positive) {
+            *sum = 2 * positive - x.sum();
         }
     }
 }
@@ -223,8 +273,7 @@ pub(super) unsafe fn plane_gate(planes: GatePlanes<'_>, x: ActRef<'_>, row: usiz
     // SAFETY: all blocks lie in the row, the top plane, and the activations; what is behind the row's end is taken
     // from copies.
     unsafe {
-        let top = row / ROW_GROUP * n_blocks * TOP_BYTES + row % ROW_GROUP * SIGN_BYTES;
-        let top = planes.top.as_ptr().add(top);
+        let top = planes.top.as_ptr();
         for first in (0..n_blocks).step_by(UNIT) {
             let count = (n_blocks - first).min(UNIT);
             let mut products = [_mm256_setzero_si256(); UNIT];
@@ -256,7 +305,7 @@ pub(super) unsafe fn plane_gate(planes: GatePlanes<'_>, x: ActRef<'_>, row: usiz
                 )
             };
             for n in 0..count {
-                let signs = top.add((first + n) * TOP_BYTES).cast::<u32>();
+                let signs = top.add(planes.shape.signs_at(row, first + n)).cast::<u32>();
                 products[n] = block_product(
                     rest.low.as_ptr().add((first + n) * LOW_BYTES),
                     high[n],
