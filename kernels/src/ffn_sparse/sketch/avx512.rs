@@ -190,22 +190,28 @@ impl PlaneRows<'_> {
     vnni_fn! {
         /// Signs of columns 8·j … 8·j+7 of eight blocks, for both units and each j.
         fn signs(&self, row: usize, chunk: Chunk) -> [[u64; HIGH_BYTES]; 2] {
-            let (shape, top) = (self.0.shape, self.0.top.as_ptr());
-            let of_blocks = if chunk.count == 4 * RUN {
-                let at = top.add(shape.signs_at(row, chunk.first));
-                let run = |n: usize| at.wrapping_add(n * RUN * TOP_BYTES).cast::<__m128i>();
-                let of_blocks = _mm512_castsi128_si512(_mm_loadu_si128(run(0)));
-                let of_blocks = _mm512_inserti32x4::<1>(of_blocks, _mm_loadu_si128(run(1)));
-                let of_blocks = _mm512_inserti32x4::<2>(of_blocks, _mm_loadu_si128(run(2)));
-                _mm512_inserti32x4::<3>(of_blocks, _mm_loadu_si128(run(3)))
-            } else {
-                let mut of_blocks = [0u32; 4 * RUN];
-                for n in 0..chunk.count {
-                    let at = top.add(shape.signs_at(row, chunk.first + n));
-                    of_blocks[n] = at.cast::<u32>().read_unaligned();
+            let at = |block: usize| self.0.top.as_ptr().wrapping_add(self.0.shape.signs_at(row, block));
+            let mut runs = [_mm_setzero_si128(); 4];
+            let first = at(chunk.first);
+            for (n, run) in runs.iter_mut().enumerate() {
+                match chunk.count.saturating_sub(n * RUN) {
+                    0 => break,
+                    1 => *run = _mm_cvtsi32_si128(at(chunk.first + n * RUN).cast::<i32>().read_unaligned()),
+                    2 | 3 => {
+                        let block = chunk.first + n * RUN;
+                        *run = _mm_loadl_epi64(at(block).cast());
+                        if chunk.count - n * RUN == 3 {
+                            let last = at(block + 2).cast::<i32>().read_unaligned();
+                            *run = _mm_insert_epi32::<2>(*run, last);
+                        }
+                    }
+                    _ => *run = _mm_loadu_si128(first.wrapping_add(n * RUN * TOP_BYTES).cast()),
                 }
-                _mm512_loadu_si512(of_blocks.as_ptr().cast())
-            };
+            }
+            let of_blocks = _mm512_castsi128_si512(runs[0]);
+            let of_blocks = _mm512_inserti32x4::<1>(of_blocks, runs[1]);
+            let of_blocks = _mm512_inserti32x4::<2>(of_blocks, runs[2]);
+            let of_blocks = _mm512_inserti32x4::<3>(of_blocks, runs[3]);
             // bytes j of four blocks together, then of eight
             let bytes = _mm512_set4_epi32(0x0F0B_0703, 0x0E0A_0602, 0x0D09_0501, 0x0C08_0400);
             let fours = _mm512_shuffle_epi8(of_blocks, bytes);

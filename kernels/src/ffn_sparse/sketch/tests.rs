@@ -41,13 +41,14 @@ fn tiers() -> impl Iterator<Item = Cpu> {
         .filter_map(|tier| Cpu::new(tier, ActivationMode::Q8).ok())
 }
 
-const SIZES: [(usize, usize); 6] = [
+const SIZES: [(usize, usize); 7] = [
     (16, 32),
     (48, 288),
     (37, 576),
     (29, 608),
     (80, 1056),
     (41, 2048),
+    (16, 1120),
 ];
 
 #[test]
