@@ -5,7 +5,7 @@ use clap::{Args, ValueEnum};
 use super::args::ModelArgs;
 use super::output::Output;
 use crate::error::RuntimeError;
-use crate::plan::{PlanRequest, plan};
+use crate::plan::{PlanRequest, PlannedGpu, plan};
 
 /// Flags of `plan`.
 #[derive(Debug, Clone, Args)]
@@ -42,10 +42,16 @@ pub enum PlanFormat {
 /// The flags, the model, its sidecar, the machine or the output.
 pub fn run(args: &PlanArgs) -> Result<(), RuntimeError> {
     let (plan_of_threads, profile) = args.model.plan_with_profile(args.threads)?;
+    let model = args.model.options(args.n_ctx as usize)?;
+    let gpus = PlannedGpu::open_all(&plan_of_threads).map_err(|source| RuntimeError::Model {
+        path: model.path.clone(),
+        source: source.into(),
+    })?;
     let request = PlanRequest {
-        model: args.model.options(args.n_ctx as usize)?,
+        model,
         plan: plan_of_threads,
         profile,
+        gpus,
         depth: args.n_depth as usize,
     };
     let report = plan(&request)?;
