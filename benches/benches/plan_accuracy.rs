@@ -104,6 +104,7 @@ fn compare(model: &Path, threads: usize, mode: Sparsity) -> bool {
         plan: machine,
         depth: 0,
         profile: None,
+        gpus: vec![],
     };
     let (mut planned, mut measured) = (Vec::new(), Vec::new());
     let mut active = 0.0;

@@ -444,6 +444,25 @@ fn too_small_a_budget_is_refused_with_a_table() {
     );
 }
 
+/// `plan` opens the GPUs of its topology, and forecasts a token and a prompt with them.
+#[test]
+fn gpus_are_planned_for() {
+    if !has_gpu() {
+        return;
+    }
+    let model = Model::new();
+    let keys = Some("required = true\nhot_percent_max = 50");
+    let ran = model.run(&["plan"], keys, &["--sparsity", "exact", "-o", "json"]);
+    assert_eq!(ran.code, 0, "{}", ran.err);
+    let plan: Value = serde_json::from_str(&ran.out).unwrap();
+    let name = Device::open(0).unwrap().info().name.clone();
+    assert_eq!(plan["gpus"][0]["name"], name);
+    let forecast = &plan["modes"][0]["gpu"];
+    assert!(forecast["tokens_per_s"].as_f64().unwrap() > 0.0);
+    assert!(forecast["hand_off_ms"].as_f64().unwrap() > 0.0);
+    assert_eq!(forecast["prompt"]["kind"], "streamed", "{forecast}");
+}
+
 #[test]
 fn without_a_gpu_the_host_computes_or_an_error_says_what_is_missing() {
     if has_gpu() {

@@ -7,9 +7,14 @@ use std::path::Path;
 use common::running::{Folder, json_of, run, text_of, tiny};
 use common::tiny_model::TinyModel;
 use pi_runtime::gguf::{GgmlType, GgufFile};
-use pi_runtime::model::Hyperparameters;
+use pi_runtime::machine_profile::MachineProfile;
+use pi_runtime::model::gpu::GpuRoom;
+use pi_runtime::model::{Hyperparameters, Sparsity};
+use pi_runtime::plan::{PlanRequest, PlannedGpu, PromptForecast, Report};
+use pi_runtime::session::{ModelOptions, TopologyFile};
 use pi_runtime::sidecar::sidecar_header;
-use serde_json::Value;
+use pi_topology::GpuSync;
+use serde_json::{Value, json};
 
 /// Writes a sidecar whose profile of 8 tokens has `count` for every neuron.
 fn write_profile(model: &Path, path: &Path, n_tokens: u32, count: f32) {
@@ -233,4 +238,178 @@ fn nodes_share_the_groups() {
         }
         assert_eq!(layers, 2);
     }
+}
+
+/// A GPU that is not there, of which `groups_max` of a layer's 16 groups may be hot.
+fn made_up_gpu(groups_max: usize) -> PlannedGpu {
+    PlannedGpu {
+        ordinal: 0,
+        name: "Some GPU".to_owned(),
+        room: GpuRoom {
+            budget: 1 << 30,
+            overhead: 0,
+            groups_max,
+        },
+        sync: GpuSync::Flags,
+        required: false,
+    }
+}
+
+/// Of one thread and [`made_up_gpu`].
+fn made_up_profile() -> MachineProfile {
+    let time = json!({"median_ns": 6_200, "p99_ns": 9_000});
+    let speed = 2e10;
+    let profile = json!({
+        "fingerprint": "0123456789abcdef",
+        "measured": "2026-01-02T03:04:05Z",
+        "cpu": "Some Processor",
+        "machine": "1 NUMA node",
+        "threads": [1],
+        "memory": {
+            "teams": [{
+                "numa": 0,
+                "by_threads": [{"n_threads": 1, "bytes_per_s": speed}],
+                "by_row_bytes": [],
+            }],
+            "across": [],
+            "together_bytes_per_s": speed,
+        },
+        "fork_join": [time],
+        "hops": [],
+        "gpus": [{
+            "ordinal": 0,
+            "name": "Some GPU",
+            "to_device_bytes_per_s": 1e10,
+            "to_host_bytes_per_s": 1e10,
+            "flag_round_trip": time,
+        }],
+        "idle_cpu_percent": 0.0,
+    });
+    serde_json::from_value(profile).unwrap()
+}
+
+fn planned_on(
+    folder: &Folder,
+    gpu: PlannedGpu,
+    profile: Option<MachineProfile>,
+    sparsity: Sparsity,
+) -> Result<Report, String> {
+    let planned = pi_runtime::plan::plan(&PlanRequest {
+        model: ModelOptions {
+            sparsity: Some(sparsity),
+            ..ModelOptions::new(folder.path("m.gguf"))
+        },
+        plan: TopologyFile::default().plan(Some(1)).unwrap(),
+        depth: 0,
+        profile,
+        gpus: vec![gpu],
+    });
+    planned.map_err(|error| error.to_string())
+}
+
+/// Hand-offs and streamed prompts go by the profile's link, and by assumptions without one; the text says which.
+#[test]
+fn gpus_are_planned_by_what_was_measured_of_their_link() {
+    let folder = tiny();
+    for (profile, hand_off_us, bytes_per_s, source) in [
+        (None, 5.0, 25e9, "assumed"),
+        (
+            Some(made_up_profile()),
+            6.2,
+            1e10,
+            "measured on 2026-01-02T03:04:05Z",
+        ),
+    ] {
+        let report = planned_on(&folder, made_up_gpu(8), profile, Sparsity::Exact).unwrap();
+        let forecast = report.modes[0].gpu.as_ref().unwrap();
+        // both layers have cold neurons: half of 512
+        assert_eq!(forecast.gpus, [(0..2, [512, 1024])]);
+        let near = |found: f64, expected: f64| {
+            assert!((found / expected - 1.0).abs() < 1e-9, "{found}, {expected}");
+        };
+        near(forecast.hand_off_ms(), 2.0 * hand_off_us / 1e3);
+        assert!(forecast.token_ms() > forecast.hand_off_ms());
+        // three rows of 64 floats each; the context is shorter than 512
+        let streamed = 512 * 3 * 64 * 4;
+        let PromptForecast::Streamed {
+            n_tokens,
+            bytes,
+            ms,
+        } = forecast.prompt
+        else {
+            panic!("{:?}", forecast.prompt)
+        };
+        assert_eq!((n_tokens, bytes), (256, streamed));
+        near(ms, streamed as f64 / bytes_per_s * 1e3);
+
+        let text = report.text();
+        let speed = format!("{:.1} GB/s", bytes_per_s / 1e9);
+        for expected in [
+            format!(
+                "{speed} from the host ({source}), a layer's hand-off {hand_off_us:.2} µs ({source})"
+            ),
+            "exact: with GPU ".to_owned(),
+            format!("at most {:.0} tokens/s ({speed} {source})", 256e3 / ms),
+        ] {
+            assert!(text.contains(&expected), "no {expected:?} in\n{text}");
+        }
+        let json = report.json();
+        let when = source.strip_prefix("measured on ");
+        assert_eq!(json["gpus"][0]["hand_off_us"]["measured"], json!(when));
+        assert_eq!(
+            json["modes"][0]["gpu"]["prompt"]["streamed_bytes"],
+            streamed
+        );
+    }
+}
+
+#[test]
+fn without_cold_neurons_nothing_passes_the_link() {
+    let folder = tiny();
+    let profile = Some(made_up_profile());
+    let report = planned_on(&folder, made_up_gpu(16), profile, Sparsity::Exact).unwrap();
+    let forecast = report.modes[0].gpu.as_ref().unwrap();
+    assert_eq!(forecast.hand_off_ms(), 0.0);
+    assert_eq!(forecast.hot_share(), 1.0);
+    assert_eq!(forecast.prompt, PromptForecast::AllHot);
+    assert!(!report.text().contains("streams"), "{}", report.text());
+}
+
+/// A plain `ffn_down` on the host is in no order that a GPU takes.
+#[test]
+fn a_plain_down_projection_is_not_streamed() {
+    let folder = Folder::with(&TinyModel {
+        neuron_major: false,
+        ..TinyModel::default()
+    });
+    let report = planned_on(&folder, made_up_gpu(8), None, Sparsity::Off).unwrap();
+    let forecast = report.modes[0].gpu.as_ref().unwrap();
+    assert_eq!(forecast.hot_share(), 0.0);
+    assert_eq!(forecast.prompt, PromptForecast::TokenByToken);
+    let line = "off: with GPU prompts go token by token";
+    assert!(report.text().contains(line), "{}", report.text());
+}
+
+#[test]
+fn a_model_beyond_a_gpu_s_budget_stays_on_the_host_or_is_refused() {
+    let folder = tiny();
+    let mut gpu = made_up_gpu(16);
+    gpu.room.budget = 1 << 20;
+    let report = planned_on(&folder, gpu.clone(), None, Sparsity::Exact).unwrap();
+    assert_eq!(report.modes[0].gpu, None);
+    gpu.required = true;
+    let text = planned_on(&folder, gpu, None, Sparsity::Exact).unwrap_err();
+    assert!(
+        text.contains("m.gguf") && text.contains("raise vram_budget"),
+        "{text}"
+    );
+}
+
+#[test]
+fn a_machine_s_own_plan_names_no_gpu() {
+    let folder = tiny();
+    let model = folder.name("m.gguf");
+    let plan = json_of(&["plan", "-m", &model, "-t", "1", "-o", "json"]);
+    assert_eq!(plan["gpus"], json!([]));
+    assert_eq!(plan["modes"][0]["gpu"], Value::Null);
 }

@@ -7,6 +7,9 @@ use std::path::{Path, PathBuf};
 use common::running::{Folder, Ran, run, tiny};
 use common::tiny_model::TinyModel;
 use pi_kernels::QuantType;
+use pi_runtime::machine_profile::fingerprint;
+use pi_runtime::session::TopologyFile;
+use pi_topology::Machine;
 use serde_json::Value;
 
 /// Runs the program with `cache` as the user's folder for what can be made again.
@@ -179,6 +182,27 @@ fn shares_go_by_measured_bandwidth() {
     let text = run_caching(&measured, &["topology", "--topology", &two]).out;
     let line = "  shares by measured bandwidth, 30.0 + 10.0 GB/s\n";
     assert!(text.contains(line), "{text}");
+}
+
+/// `plan` reads what was measured once, however many nodes it divides by that: what is wrong with the file is said once.
+#[test]
+fn a_profile_is_looked_up_once() {
+    let folder = tiny();
+    let cache = folder.path("cache");
+    for n_nodes in [1, 2] {
+        let text = format!("[host]\nnodes = {n_nodes}\nthreads = 1\n");
+        let topology = folder.file("nodes.toml", &text);
+        let file = TopologyFile::read(Some(Path::new(&topology))).unwrap();
+        let planned = file.plan(None).unwrap();
+        let name = fingerprint(&Machine::discover().unwrap(), &planned);
+        let name = format!("machine-{name}.json");
+        std::fs::create_dir_all(cache.join("pi-runtime")).unwrap();
+        std::fs::write(cache.join("pi-runtime").join(&name), "{}").unwrap();
+        let ran = plan(&cache, &folder, &["--topology", &topology]);
+        assert_eq!(ran.code, 0, "{}", ran.err);
+        let n_lookups = ran.err.matches(&name).count();
+        assert_eq!(n_lookups, 1, "{n_nodes} nodes: {}", ran.err);
+    }
 }
 
 #[test]

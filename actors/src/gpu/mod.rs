@@ -20,7 +20,7 @@ pub(crate) use cuda_layer::CudaLayer;
 pub use error::GpuError;
 pub use gpu_model::working_bytes;
 pub(crate) use gpu_model::{GpuModel, GpuOptions};
-pub use prefill::PrefillSizes;
+pub use prefill::{PrefillSizes, STREAMED_TOKENS_MIN};
 pub use times::{GpuTimes, LayerTimes};
 
 /// Writes the sum of `sums`, added in their order, to `to`; zeros without any.

@@ -25,7 +25,7 @@ const STAGES: usize = 4;
 /// Tokens from which a product of several takes less time than one product a token.
 const TOKENS_MIN: usize = 4;
 /// Tokens from which streaming a layer's cold neurons takes less time than having the host compute them token by token.
-const STREAMED_TOKENS_MIN: usize = 32;
+pub const STREAMED_TOKENS_MIN: usize = 32;
 /// What starts in a buffer at multiples of this suits every load.
 const ALIGNMENT: usize = 256;
 /// Memory is locked by pages: what is not farther apart is locked together.

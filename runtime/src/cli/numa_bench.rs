@@ -153,6 +153,7 @@ fn predicted(
         plan: point.plan.clone(),
         depth: args.n_gen as usize / 2,
         profile,
+        gpus: vec![],
     });
     let report = match report {
         Ok(report) => report,

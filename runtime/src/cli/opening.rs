@@ -9,8 +9,9 @@ use pi_topology::Plan;
 use super::args::{KvArg, ModelArgs, PredictorArg, PrefetchArg, SparsityArg};
 use super::demo_model;
 use super::progress::LoadBar;
-use super::topology_measure::by_bandwidth;
+use super::topology_measure::{by_bandwidth, with_profile};
 use crate::error::RuntimeError;
+use crate::machine_profile::MachineProfile;
 use crate::model::Sparsity;
 use crate::model::predicting::{PredictBy, Predicting};
 use crate::session::{LoadedModel, ModelOptions, N_UBATCH, ThresholdSource, TopologyFile};
@@ -65,6 +66,17 @@ impl ModelArgs {
     /// As [`TopologyFile::read`] and [`TopologyFile::plan`].
     pub fn plan(&self, threads: Option<u16>) -> Result<Plan, RuntimeError> {
         by_bandwidth(self.topology_file()?.plan(threads.map(usize::from))?)
+    }
+
+    /// The same, with what was measured of the machine with these threads, if it was.
+    ///
+    /// # Errors
+    /// As [`ModelArgs::plan`].
+    pub fn plan_with_profile(
+        &self,
+        threads: Option<u16>,
+    ) -> Result<(Plan, Option<MachineProfile>), RuntimeError> {
+        with_profile(self.topology_file()?.plan(threads.map(usize::from))?)
     }
 
     /// The topology file that the flags name, or none, and whether it is simulated.

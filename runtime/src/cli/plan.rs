@@ -4,9 +4,8 @@ use clap::{Args, ValueEnum};
 
 use super::args::ModelArgs;
 use super::output::Output;
-use super::topology_measure::profile_of;
 use crate::error::RuntimeError;
-use crate::plan::{PlanRequest, plan};
+use crate::plan::{PlanRequest, PlannedGpu, plan};
 
 /// Flags of `plan`.
 #[derive(Debug, Clone, Args)]
@@ -42,11 +41,17 @@ pub enum PlanFormat {
 /// # Errors
 /// The flags, the model, its sidecar, the machine or the output.
 pub fn run(args: &PlanArgs) -> Result<(), RuntimeError> {
-    let plan_of_threads = args.model.plan(args.threads)?;
+    let (plan_of_threads, profile) = args.model.plan_with_profile(args.threads)?;
+    let model = args.model.options(args.n_ctx as usize)?;
+    let gpus = PlannedGpu::open_all(&plan_of_threads).map_err(|source| RuntimeError::Model {
+        path: model.path.clone(),
+        source: source.into(),
+    })?;
     let request = PlanRequest {
-        model: args.model.options(args.n_ctx as usize)?,
-        profile: profile_of(&plan_of_threads)?,
+        model,
         plan: plan_of_threads,
+        profile,
+        gpus,
         depth: args.n_depth as usize,
     };
     let report = plan(&request)?;

@@ -71,14 +71,24 @@ pub fn store() -> Option<ProfileStore> {
 /// # Errors
 /// As [`profile_of`].
 pub fn by_bandwidth(plan: Plan) -> Result<Plan, RuntimeError> {
-    // one node has everything
+    // one node has everything: nothing needs to be known
     if plan.nodes.len() < 2 {
         return Ok(plan);
     }
-    Ok(match profile_of(&plan)? {
-        Some(profile) => plan.by_bandwidth(&profile.memory),
-        None => plan,
-    })
+    Ok(with_profile(plan)?.0)
+}
+
+/// The same, with what was measured, which is looked up once.
+///
+/// # Errors
+/// As [`profile_of`].
+pub fn with_profile(plan: Plan) -> Result<(Plan, Option<MachineProfile>), RuntimeError> {
+    let profile = profile_of(&plan)?;
+    let plan = match &profile {
+        Some(profile) if plan.nodes.len() > 1 => plan.by_bandwidth(&profile.memory),
+        _ => plan,
+    };
+    Ok((plan, profile))
 }
 
 /// What was measured of this machine with the threads of `plan`, if it was.

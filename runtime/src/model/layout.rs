@@ -192,6 +192,24 @@ pub(super) struct LayerLayout<'a> {
     pub ahead: Option<[Placed<MatrixPart<'a>>; 2]>,
 }
 
+impl LayerLayout<'_> {
+    /// Bytes of the node's own neurons where a GPU can take them as they lie.
+    pub fn streamed_bytes(&self) -> Option<u64> {
+        if self.neurons.is_empty() {
+            return Some(0);
+        }
+        let gate = &self.cold.gate;
+        // of gates in planes nothing is left here
+        let whole = gate.part.rows.len() == self.neurons.len();
+        let ffn = match &self.cold.ffn {
+            FfnLayout::Paired(records) => records.at.len(),
+            FfnLayout::Apart { up, down } => up.at.len() + down.at.len(),
+            FfnLayout::Dense { .. } => return None,
+        };
+        whole.then_some((gate.at.len() + ffn) as u64)
+    }
+}
+
 /// One node's arena.
 #[derive(Debug, Clone)]
 pub(super) struct NodeLayout<'a> {

@@ -3,6 +3,7 @@
 //! Each node has one arena. Its threads fill it, so that the pages of it come from their node's memory (first touch),
 //! and the file's pages are given back as they are copied: the process holds about the size of the file at any time.
 
+use std::ops::Range;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex};
 
@@ -162,6 +163,26 @@ impl<'a> Loader<'a> {
     /// Boundaries of the neuron groups of a layer.
     pub fn neuron_groups(&self) -> &[usize] {
         &self.layout.neuron_groups
+    }
+
+    /// Each node's own neurons of a layer, ids of the file.
+    pub fn neuron_ids(&self, layer: usize) -> Vec<Vec<u32>> {
+        let nodes = self.layout.nodes.iter();
+        let layers = nodes.map(|node| &node.layers[layer]);
+        layers
+            .map(|layer| match layer.order {
+                Some(order) => order[layer.neurons.clone()].to_vec(),
+                None => (layer.neurons.clone()).map(|id| id as u32).collect(),
+            })
+            .collect()
+    }
+
+    /// Bytes of the nodes' own neurons of some layers, as a GPU streams them for a prompt; none where some lie in an order
+    /// that it does not take.
+    pub fn streamed_bytes(&self, layers: Range<usize>) -> Option<u64> {
+        let nodes = self.layout.nodes.iter();
+        let layers = nodes.flat_map(|node| &node.layers[layers.clone()]);
+        layers.map(LayerLayout::streamed_bytes).sum()
     }
 
     /// Bytes of all arenas but the gaps between matrices: what the progress counts up to.

@@ -4,9 +4,16 @@
 //! with random bytes in the model's shapes and types, run on the planned threads through the real actors
 //! (`rehearsal`, `costs`), and a token is the sum of its parts over all layers (`forecast`). Nothing that is
 //! measured here changes what a model computes.
+//!
+//! Nothing runs on GPUs: with them a token is bytes over speeds, and what passes to and from them goes by the machine's
+//! profile (`link`, `gpu`).
 
 mod costs;
 mod forecast;
+mod gpu;
+mod gpu_parts;
+mod gpu_report;
+mod link;
 mod loads;
 mod memory;
 mod rehearsal;
@@ -22,6 +29,8 @@ use pi_topology::{Plan, available_memory_bytes, read_bandwidth};
 
 pub use costs::{Costs, LayerCost};
 pub use forecast::{Part, PartForecast};
+pub use gpu::{GpuForecast, PlannedGpu, PromptForecast};
+pub use link::{Figure, LinkFigures};
 pub use loads::{Frequencies, FrequencySource};
 pub use memory::NodeMemory;
 pub use report::{GroupRun, ModeReport, Report};
@@ -31,12 +40,13 @@ use crate::gguf::GgufFile;
 use crate::head_sketch::Head;
 use crate::machine_profile::MachineProfile;
 use crate::model::description::Description;
+use crate::model::gpu::{GpuPart, HotLayer};
 use crate::model::predicting::{PredictBy, Predicting};
 use crate::model::shares::{Division, NodeShare, neurons_by_threads};
 use crate::model::sparsity::SparsityPlan;
 use crate::model::{Hyperparameters, Loader, ModelError, ModelTensors, Sparsity};
 use crate::session::{ModelOptions, N_CTX_DEFAULT_MAX, open_sidecar};
-use crate::sidecar::{LayerPredictors, Sidecar, default_path};
+use crate::sidecar::{LayerPredictors, Profile, Sidecar, default_path};
 use forecast::{OtherBytes, forecast};
 use loads::{Expected, LayerBytes, head_bytes, layer_bytes};
 use memory::{budgets, check};
@@ -56,14 +66,17 @@ pub struct PlanRequest {
     pub plan: Plan,
     /// Tokens in the context.
     pub depth: usize,
-    /// What was measured of the machine with these threads, if it was; else what is needed of it is measured now.
+    /// What was measured of the machine with these threads, if it was; else what is needed of it is measured now, and
+    /// what of a GPU's link is needed assumed.
     pub profile: Option<MachineProfile>,
+    /// GPUs that are the device, in the order of their layers; none: the host computes everything.
+    pub gpus: Vec<PlannedGpu>,
 }
 
 /// Plans, and measures for it: a second or two for each mode.
 ///
 /// # Errors
-/// The model, its sidecar, or memory and threads that cannot be had.
+/// The model, its sidecar, memory and threads that cannot be had, or a GPU that is required and has no room.
 pub fn plan(request: &PlanRequest) -> Result<Report, RuntimeError> {
     let path = &request.model.path;
     let file = GgufFile::open(path)?;
@@ -90,6 +103,13 @@ pub fn plan(request: &PlanRequest) -> Result<Report, RuntimeError> {
         hyper: &hyper,
         tensors: &tensors,
         expected: Expected::new(&frequencies, sidecar.as_ref())?,
+        profile: match &sidecar {
+            Some(sidecar) if !request.gpus.is_empty() => {
+                Profile::read(sidecar, hyper.n_layer, hyper.n_ff)?
+            }
+            _ => None,
+        },
+        gpus: LinkFigures::of_all(&request.gpus, request.profile.as_ref()),
     };
     planning.check_depth()?;
     planning.check_parts()?;
@@ -99,13 +119,14 @@ pub fn plan(request: &PlanRequest) -> Result<Report, RuntimeError> {
     for mode in &modes {
         check(&planning.memory(mode, &budgets, None)?)?;
     }
+    let parts = modes.iter().map(|mode| planning.gpu_parts(mode));
+    let parts = parts.collect::<Result<Vec<_>, _>>()?;
     let bandwidth = match &request.profile {
         Some(profile) => profile.memory.together_bytes_per_s,
         None => read_bandwidth(&request.plan)?,
     };
-    let reports = modes
-        .iter()
-        .map(|mode| planning.mode(mode, &budgets, bandwidth))
+    let reports = (modes.iter().zip(&parts))
+        .map(|(mode, parts)| planning.mode(mode, parts, &budgets, bandwidth))
         .collect::<Result<Vec<_>, _>>()?;
     Ok(Report {
         model: Description::of(&file).name,
@@ -124,6 +145,7 @@ pub fn plan(request: &PlanRequest) -> Result<Report, RuntimeError> {
         active_share: frequencies.mean(),
         hint,
         modes: best_predicted(reports, &planning.expected),
+        gpus: planning.gpus,
     })
 }
 
@@ -135,6 +157,9 @@ struct Planning<'a> {
     hyper: &'a Hyperparameters,
     tensors: &'a ModelTensors,
     expected: Expected<'a>,
+    /// How often neurons fired, where there are GPUs.
+    profile: Option<Profile>,
+    gpus: Vec<(PlannedGpu, LinkFigures)>,
 }
 
 /// A mode, and who predicts in it.
@@ -258,7 +283,12 @@ impl Planning<'_> {
         Ok(ways.into_iter().map(mode).collect())
     }
 
-    fn loader<'t>(&'t self, mode: &'t Mode) -> Result<Loader<'t>, RuntimeError> {
+    /// The loader of what the host has, where `hot` neurons are on GPUs.
+    fn loader<'t>(
+        &'t self,
+        mode: &'t Mode,
+        hot: Option<&'t [HotLayer]>,
+    ) -> Result<Loader<'t>, RuntimeError> {
         Loader::predicted(
             self.file,
             self.hyper,
@@ -267,7 +297,7 @@ impl Planning<'_> {
             mode.predictors.as_deref(),
             mode.predicting,
             &Division::new(&self.request.plan, &mode.sparsity),
-            None,
+            hot,
             self.options.n_ctx,
         )
         .map_err(|source| self.in_model(source))
@@ -280,7 +310,7 @@ impl Planning<'_> {
         budgets: &[Option<u64>],
         costs: Option<&Costs>,
     ) -> Result<Vec<NodeMemory>, RuntimeError> {
-        let loader = self.loader(mode)?;
+        let loader = self.loader(mode, None)?;
         let row_bytes = self.options.kv_type.row_bytes(self.hyper.head_dim);
         let rows = 2 * self.options.n_ctx * self.hyper.n_layer;
         let nodes = loader.node_bytes().into_iter().zip(loader.shares());
@@ -296,9 +326,18 @@ impl Planning<'_> {
             .collect())
     }
 
+    /// The layers as placement sees them.
+    fn loads(&self, mode: &Mode, layers: &[LayerBytes]) -> Vec<LayerLoad> {
+        let by_layer = layers.iter().zip(&self.expected.frequencies.by_layer);
+        by_layer
+            .map(|(layer, frequencies)| layer.load(mode.sparsity.mode, frequencies))
+            .collect()
+    }
+
     fn mode(
         &self,
         mode: &Mode,
+        gpu_parts: &[GpuPart],
         budgets: &[Option<u64>],
         bandwidth_bytes_per_s: f64,
     ) -> Result<ModeReport, RuntimeError> {
@@ -336,14 +375,16 @@ impl Planning<'_> {
             self.other_bytes(),
         );
         let placed = self.place(mode, &layers, &costs, &memory)?;
-        Ok(ModeReport::new(
+        let gpu = self.on_gpus(mode, gpu_parts, &layers, (&costs, &memory))?;
+        let report = ModeReport::new(
             &mode.sparsity,
             parts,
             bandwidth_bytes_per_s,
             memory,
             placed,
             &costs,
-        ))
+        );
+        Ok(ModeReport { gpu, ..report })
     }
 
     /// Weights to rehearse.
@@ -376,12 +417,9 @@ impl Planning<'_> {
         costs: &Costs,
         memory: &[NodeMemory],
     ) -> Result<Placed, RuntimeError> {
-        let loader = self.loader(mode)?;
+        let loader = self.loader(mode, None)?;
         let ends = loader.neuron_groups().to_vec();
-        let by_layer = layers.iter().zip(&self.expected.frequencies.by_layer);
-        let loads: Vec<LayerLoad> = by_layer
-            .map(|(layer, frequencies)| layer.load(mode.sparsity.mode, frequencies))
-            .collect();
+        let loads = self.loads(mode, layers);
         let shares = loader.shares();
         let loaded = ColdShares(shares.iter().map(|share| share.groups.clone()).collect());
         let machine = self.machine(&loads, costs, memory, &loader);
@@ -481,7 +519,7 @@ fn best_predicted(mut modes: Vec<ModeReport>, expected: &Expected<'_>) -> Vec<Mo
             let text = "looking ahead pays: run with --predictor both";
             (first + 1, text)
         } else {
-            let text = "looking ahead does not pay here, where no second device computes meanwhile";
+            let text = "looking ahead does not pay on the host alone, where no second device computes meanwhile";
             (first, text)
         };
         let note = format!(

@@ -10,6 +10,9 @@ use serde_json::{Value, json};
 
 use super::costs::{Costs, LayerCost};
 use super::forecast::{Part, PartForecast};
+use super::gpu::{GpuForecast, PlannedGpu};
+use super::gpu_report::{forecast_json, gpu_json};
+use super::link::LinkFigures;
 use super::loads::FrequencySource;
 use super::memory::NodeMemory;
 use super::{Placed, SparsityPlan};
@@ -56,6 +59,8 @@ pub struct Report {
     pub hint: Option<String>,
     /// Each mode.
     pub modes: Vec<ModeReport>,
+    /// GPUs that are the device, with what passes to and from each.
+    pub gpus: Vec<(PlannedGpu, LinkFigures)>,
 }
 
 /// One mode.
@@ -67,7 +72,7 @@ pub struct ModeReport {
     pub lossy: Vec<String>,
     /// What else was measured, and what follows.
     pub notes: Vec<String>,
-    /// A token, in the order of [`Part::ALL`].
+    /// A token on the host alone, in the order of [`Part::ALL`].
     pub parts: Vec<PartForecast>,
     /// What the threads read at best.
     pub bandwidth_bytes_per_s: f64,
@@ -83,6 +88,8 @@ pub struct ModeReport {
     pub rehearsed: (usize, usize),
     /// Active neurons of all nodes and layers in a token that was measured, on average.
     pub rehearsed_active: f64,
+    /// The same with GPUs as the device; none without.
+    pub gpu: Option<GpuForecast>,
 }
 
 /// Consecutive layers whose neurons are divided alike.
@@ -118,6 +125,7 @@ impl ModeReport {
             layer_costs: layer_costs.collect(),
             rehearsed: (costs.n_layer, costs.n_tokens),
             rehearsed_active: costs.nodes.iter().map(|(_, active)| active).sum(),
+            gpu: None,
         }
     }
 
@@ -218,6 +226,7 @@ impl Report {
             writeln!(text, "shares   by {}", self.proportion)?;
         }
         writeln!(text, "neurons  {}", self.frequencies_text())?;
+        self.write_gpus(text)?;
         if let Some(hint) = &self.hint {
             writeln!(text, "hint     {hint}")?;
         }
@@ -240,6 +249,9 @@ impl Report {
             }
             for note in &mode.notes {
                 writeln!(text, "{name}: {note}")?;
+            }
+            if let Some(gpu) = &mode.gpu {
+                self.write_gpu(text, name, gpu)?;
             }
             if self.threads.len() > 1 {
                 mode.write_groups(text)?;
@@ -354,6 +366,7 @@ impl Report {
             "frequencies": source,
             "active_share": self.active_share,
             "hint": self.hint,
+            "gpus": self.gpus.iter().map(gpu_json).collect::<Vec<_>>(),
             "modes": self.modes.iter().map(ModeReport::json).collect::<Vec<_>>(),
         })
     }
@@ -434,6 +447,7 @@ impl ModeReport {
             "rehearsed_layers": self.rehearsed.0,
             "rehearsed_tokens": self.rehearsed.1,
             "rehearsed_active_neurons": self.rehearsed_active,
+            "gpu": self.gpu.as_ref().map(forecast_json),
         })
     }
 }

@@ -1,7 +1,5 @@
 //! A model's part on GPUs: whether there are some, and what goes there.
 
-use std::ops::Range;
-
 use pi_actors::gpu::weights::{GpuSync, GpuWeights};
 use pi_kernels::cuda::Device;
 use pi_kernels::ffn_sparse::FFN_GROUPS;
@@ -9,7 +7,9 @@ use pi_topology::{GpuConfig, Plan, VramBudget};
 
 use super::opening::ModelOptions;
 use crate::head_sketch::Head;
-use crate::model::gpu::{GpuLayout, GpuMemory, GpuModelError, GpuRequest, HotLayer, choose, split};
+use crate::model::gpu::{
+    GpuLayout, GpuModelError, GpuPart, GpuRequest, GpuRoom, HotLayer, choose_on,
+};
 use crate::model::node_memory::NodeThreads;
 use crate::model::{ModelError, Sparsity};
 
@@ -24,18 +24,14 @@ pub(super) struct OnGpus {
 struct OnGpu {
     device: Device,
     sync: GpuSync,
-    layers: Range<usize>,
-    hot: Vec<HotLayer>,
-    memory: GpuMemory,
+    part: GpuPart,
 }
 
 /// A GPU before it is known what goes there.
-struct Opened {
-    device: Device,
-    sync: GpuSync,
-    budget: usize,
-    overhead: usize,
-    groups_max: usize,
+pub(crate) struct OpenGpu {
+    pub device: Device,
+    pub sync: GpuSync,
+    pub room: GpuRoom,
 }
 
 impl OnGpus {
@@ -79,71 +75,41 @@ impl OnGpus {
         if let Some((what, cure)) = refusal {
             return Err(GpuModelError::Mode { what, cure });
         }
-        let opened = configs
-            .iter()
-            .enumerate()
-            .map(|(n, config)| open(n, config));
-        let opened: Vec<Opened> = opened.collect::<Result<_, _>>()?;
-        let n_max = opened.len().min(request.shape.n_layer);
-        let mut chosen = Self::on(&opened[..1], request);
-        for n in 2..=n_max {
-            if chosen.as_ref().is_ok_and(Self::has_all) {
-                break;
-            }
-            chosen = Self::on(&opened[..n], request);
-        }
-        let unused = configs.len() - chosen.as_ref().map_or(0, |chosen| chosen.gpus.len());
-        if unused > 0 && chosen.is_ok() {
+        let opened = open_all(configs)?;
+        let rooms: Vec<GpuRoom> = opened.iter().map(|gpu| gpu.room).collect();
+        let parts = choose_on(&rooms, request)?;
+        let unused = configs.len() - parts.len();
+        if unused > 0 {
             tracing::info!("{unused} of {} GPUs are not needed", configs.len());
         }
-        chosen
-    }
-
-    /// Chooses for these GPUs.
-    fn on(opened: &[Opened], request: &GpuRequest<'_>) -> Result<Self, GpuModelError> {
-        let rooms = opened
-            .iter()
-            .map(|gpu| gpu.budget.saturating_sub(gpu.overhead));
-        let ranges = split(request.shape.n_layer, &rooms.collect::<Vec<_>>());
-        let gpus = opened.iter().zip(ranges).map(|(gpu, layers)| {
-            let request = GpuRequest {
-                groups_max: gpu.groups_max,
-                layers: layers.clone(),
-                ..request.clone()
-            };
-            let (hot, memory) = choose(&request, gpu.budget, gpu.overhead)?;
-            Ok(OnGpu {
-                device: gpu.device.clone(),
-                sync: gpu.sync,
-                layers,
-                hot,
-                memory,
-            })
-        });
-        let gpus = gpus.collect::<Result<_, GpuModelError>>()?;
-        Ok(Self { gpus })
-    }
-
-    /// Whether all neurons that may be hot are.
-    fn has_all(&self) -> bool {
-        let hot = self.gpus.iter().flat_map(|gpu| &gpu.hot);
-        hot.map(|layer| layer.groups).min() == Some(FFN_GROUPS)
+        let gpus = opened.into_iter().zip(parts);
+        Ok(Self {
+            gpus: gpus
+                .map(|(gpu, part)| OnGpu {
+                    device: gpu.device,
+                    sync: gpu.sync,
+                    part,
+                })
+                .collect(),
+        })
     }
 
     /// All layers' neurons.
     pub fn hot(&self) -> Vec<HotLayer> {
-        self.gpus.iter().flat_map(|gpu| gpu.hot.clone()).collect()
+        (self.gpus.iter())
+            .flat_map(|gpu| gpu.part.hot.clone())
+            .collect()
     }
 
     /// What lies where, by GPU.
     pub fn layouts<'a>(&'a self, request: &GpuRequest<'a>) -> Vec<GpuLayout<'a>> {
         let layout = |gpu: &'a OnGpu| {
-            let layers = gpu.layers.clone();
+            let layers = gpu.part.layers.clone();
             let request = GpuRequest {
                 layers,
                 ..request.clone()
             };
-            GpuLayout::new(&request, &gpu.hot)
+            GpuLayout::new(&request, &gpu.part.hot)
         };
         self.gpus.iter().map(layout).collect()
     }
@@ -171,22 +137,32 @@ impl OnGpus {
     /// Says what lies where; `bytes` are taken on each GPU.
     pub fn log(&self, bytes: &[usize]) {
         for (gpu, bytes) in self.gpus.iter().zip(bytes) {
-            let hot: usize = gpu.hot.iter().map(|layer| layer.groups).sum();
+            let part = &gpu.part;
+            let hot: usize = part.hot.iter().map(|layer| layer.groups).sum();
             tracing::info!(
                 gpu = gpu.device.info().name,
-                layers = ?gpu.layers,
+                layers = ?part.layers,
                 mib = bytes >> 20,
                 hot_groups = hot,
-                of = gpu.hot.len() * FFN_GROUPS,
+                of = part.hot.len() * FFN_GROUPS,
                 "on the GPU:\n{}",
-                gpu.memory
+                part.memory
             );
         }
     }
 }
 
+/// Opens the GPUs that configs name.
+///
+/// # Errors
+/// The driver's.
+pub(crate) fn open_all(configs: &[GpuConfig]) -> Result<Vec<OpenGpu>, GpuModelError> {
+    let configs = configs.iter().enumerate();
+    configs.map(|(n, config)| open(n, config)).collect()
+}
+
 /// Opens the GPU that a config names, or the `n`th one.
-fn open(n: usize, config: &GpuConfig) -> Result<Opened, GpuModelError> {
+fn open(n: usize, config: &GpuConfig) -> Result<OpenGpu, GpuModelError> {
     let device = match &config.pci_address {
         Some(address) => Device::open_at(address)?,
         None => Device::open(n)?,
@@ -197,14 +173,16 @@ fn open(n: usize, config: &GpuConfig) -> Result<Opened, GpuModelError> {
         VramBudget::All => total,
         VramBudget::Bytes(bytes) => usize::try_from(bytes.0).unwrap_or(usize::MAX).min(total),
     };
-    Ok(Opened {
+    Ok(OpenGpu {
         device,
         sync: match config.sync {
             pi_topology::GpuSync::Flags => GpuSync::Flags,
             pi_topology::GpuSync::Events => GpuSync::Events,
         },
-        budget,
-        overhead,
-        groups_max: FFN_GROUPS * usize::from(config.hot_percent_max) / 100,
+        room: GpuRoom {
+            budget,
+            overhead,
+            groups_max: FFN_GROUPS * usize::from(config.hot_percent_max) / 100,
+        },
     })
 }

@@ -12,6 +12,7 @@ pub use answer::{Answer, AnswerOptions, Session};
 pub use generation::{
     ContextShift, Finished, Generation, GenerationOptions, Stop, TextSink, hash_floats,
 };
+pub(crate) use gpu::open_all;
 pub use opening::{LoadObserver, LoadedModel, ModelOptions, N_UBATCH, Silent};
 pub(crate) use opening::{N_CTX_DEFAULT_MAX, open_sidecar};
 pub use sparsity::ThresholdSource;

@@ -1,4 +1,7 @@
 //! Hot sets: the best step again and again, until no device has room or no step helps.
+//!
+//! A step is some more of a layer's most frequent neurons, or all that are left, which saves the
+//! layer's hand-off too.
 
 use std::cmp::Ordering;
 use std::collections::BinaryHeap;
@@ -140,23 +143,66 @@ impl<'a> Growing<'a> {
         }
     }
 
-    /// The layer's time but for what no placement changes, seconds.
-    fn seconds(
-        &self,
-        machine: &MachineSpeed,
-        hot_bytes: impl Fn(usize) -> f64,
-        cold_bytes: f64,
-    ) -> f64 {
+    /// The layer's time but for what no placement changes, seconds, with `n` more neurons of
+    /// `bytes` on `device`.
+    fn seconds(&self, machine: &MachineSpeed, device: usize, n: usize, bytes: f64) -> f64 {
         let devices = machine.devices.iter().enumerate();
-        let hot = devices.map(|(n, device)| hot_bytes(n) / device.bytes_per_s);
-        hot.fold(cold_bytes / machine.nodes_bytes_per_s(), f64::max)
+        let hot = devices.map(|(n, speed)| {
+            let more = if n == device { bytes } else { 0.0 };
+            (self.hot_bytes[n] + more) / speed.bytes_per_s
+        });
+        let n_cold = self.order.len() - self.n_hot - n;
+        let cold_bytes = if n_cold > 0 {
+            self.cold_bytes - bytes
+        } else {
+            0.0
+        };
+        machine.hand_off_of(n_cold) + hot.fold(cold_bytes / machine.nodes_bytes_per_s(), f64::max)
     }
 
     /// The step that saves most for its bytes; none where none saves anything or fits.
     fn best_step(&self, layer: usize, machine: &MachineSpeed, left_bytes: &[u64]) -> Option<Step> {
-        (0..machine.devices.len())
-            .filter_map(|device| self.step(layer, device, machine, left_bytes[device]))
-            .max()
+        let devices = 0..machine.devices.len();
+        let steps = devices.flat_map(|device| {
+            let left_bytes = left_bytes[device];
+            [
+                self.step(layer, device, machine, left_bytes),
+                self.last_step(layer, device, machine, left_bytes),
+            ]
+        });
+        steps.flatten().max()
+    }
+
+    /// All cold neurons at once; none where they do not fit or save nothing.
+    fn last_step(
+        &self,
+        layer: usize,
+        device: usize,
+        machine: &MachineSpeed,
+        left_bytes: u64,
+    ) -> Option<Step> {
+        let n_neurons = self.order.len() - self.n_hot;
+        let budget_bytes = self.budget_bytes(device, n_neurons, machine);
+        if n_neurons == 0 || budget_bytes > left_bytes {
+            return None;
+        }
+        let before = self.seconds(machine, device, 0, 0.0);
+        let after = self.seconds(machine, device, n_neurons, self.cold_bytes);
+        (after < before).then(|| Step {
+            layer,
+            device,
+            n_neurons,
+            budget_bytes,
+            gain_per_byte: (before - after) / budget_bytes.max(1) as f64,
+        })
+    }
+
+    /// What `n_neurons` more take of a device's budget.
+    fn budget_bytes(&self, device: usize, n_neurons: usize, machine: &MachineSpeed) -> u64 {
+        let granule = machine.devices[device].granule_bytes.max(1);
+        let taken = self.hot_ids[device].len();
+        let rounded = |n: usize| (n as u64 * self.load.bundle_bytes).next_multiple_of(granule);
+        rounded(taken + n_neurons) - rounded(taken)
     }
 
     fn step(
@@ -184,20 +230,19 @@ impl<'a> Growing<'a> {
         if n_neurons == 0 {
             return None;
         }
-        let before = self.seconds(machine, |n| self.hot_bytes[n], self.cold_bytes);
+        let before = self.seconds(machine, device, 0, 0.0);
         // no more than the device can read while the others read the rest
         let mut moved = 0.0;
         let mut best = (before, 0);
         for (n, &id) in self.order[self.n_hot..][..n_neurons].iter().enumerate() {
             moved += self.load.expected_bytes(id as usize);
-            let hot = |n: usize| self.hot_bytes[n] + if n == device { moved } else { 0.0 };
-            let after = self.seconds(machine, hot, self.cold_bytes - moved);
+            let after = self.seconds(machine, device, n + 1, moved);
             if after < best.0 {
                 best = (after, n + 1);
             }
         }
         let (after, n_neurons) = best;
-        let budget_bytes = rounded(taken + n_neurons) - rounded(taken);
+        let budget_bytes = self.budget_bytes(device, n_neurons, machine);
         (after < before).then(|| Step {
             layer,
             device,

@@ -12,7 +12,8 @@
 //!                                           cold bytes / node bandwidth of each node)
 //! ```
 //!
-//! where bytes are those that a token is expected to read: of a neuron that fires with probability
+//! where the hand-off is paid by a layer that has neurons on both sides of it: with a device, by each
+//! that has cold ones; and where bytes are those that a token is expected to read: of a neuron that fires with probability
 //! f, what is always scanned and f times the rest of its bundle.
 //!
 //! Source: the neuron placement of PowerInfer (SOSP'24, section 6.3), which solves a linear program
@@ -92,11 +93,19 @@ pub struct MachineSpeed {
     pub devices: Vec<DeviceSpeed>,
     /// Nodes, at least one.
     pub nodes: Vec<NodeSpeed>,
-    /// One fork and one join of a layer, seconds.
+    /// One fork and one join of a layer, seconds. With a device only layers with cold neurons have them.
     pub hand_off_s: f64,
 }
 
 impl MachineSpeed {
+    /// A layer's fork and join, seconds, where `n_cold` of its neurons are not on a device.
+    fn hand_off_of(&self, n_cold: usize) -> f64 {
+        match self.devices.is_empty() || n_cold > 0 {
+            true => self.hand_off_s,
+            false => 0.0,
+        }
+    }
+
     /// Bytes that all nodes read in a second.
     fn nodes_bytes_per_s(&self) -> f64 {
         self.nodes.iter().map(|node| node.bytes_per_s).sum()

@@ -9,7 +9,7 @@ use super::{ColdShare, LayerLoad, LayerPlacement, MachineSpeed};
 pub struct LayerTime {
     /// Attention and norms.
     pub fixed_s: f64,
-    /// Fork and join.
+    /// Fork and join; none where a device has all neurons.
     pub hand_off_s: f64,
     /// Each device's hot neurons.
     pub hot_s: Vec<f64>,
@@ -32,9 +32,11 @@ impl LayerTime {
         };
         let hot = machine.devices.iter().zip(&placement.hot_ids);
         let cold = machine.nodes.iter().zip(&placement.cold);
+        let shares = placement.cold.iter();
+        let n_cold = shares.map(|share| share.n_neurons(group_ends)).sum();
         Self {
             fixed_s: layer.fixed_bytes as f64 / machine.fixed_bytes_per_s(),
-            hand_off_s: machine.hand_off_s,
+            hand_off_s: machine.hand_off_of(n_cold),
             hot_s: hot
                 .map(|(device, ids)| bytes(ids) / device.bytes_per_s)
                 .collect(),

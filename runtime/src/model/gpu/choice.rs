@@ -90,6 +90,11 @@ impl GpuMemory {
     pub fn total(&self) -> usize {
         self.fixed() + self.hot
     }
+
+    /// What hot neurons may take.
+    pub fn room(&self) -> usize {
+        self.budget.saturating_sub(self.fixed())
+    }
 }
 
 impl fmt::Display for GpuMemory {
@@ -110,6 +115,76 @@ impl fmt::Display for GpuMemory {
     }
 }
 
+/// What a GPU has room for.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct GpuRoom {
+    /// Bytes of its memory that may be used.
+    pub budget: usize,
+    /// Bytes of it that the driver and other programs have.
+    pub overhead: usize,
+    /// Most groups of a layer that may be hot.
+    pub groups_max: usize,
+}
+
+/// What a GPU gets of a model.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct GpuPart {
+    /// Its layers.
+    pub layers: Range<usize>,
+    /// Their hot neurons.
+    pub hot: Vec<HotLayer>,
+    /// What takes how much of its memory.
+    pub memory: GpuMemory,
+}
+
+/// Divides a model over as few of these GPUs as hold all neurons that may be hot, else over all of them.
+///
+/// # Errors
+/// What has to be on the GPUs does not fit there, or is in a format that they do not compute.
+///
+/// # Panics
+/// Without a GPU.
+pub fn choose_on(
+    rooms: &[GpuRoom],
+    request: &GpuRequest<'_>,
+) -> Result<Vec<GpuPart>, GpuModelError> {
+    let n_max = rooms.len().min(request.shape.n_layer);
+    let mut chosen = divide(&rooms[..1], request);
+    for n in 2..=n_max {
+        if chosen.as_ref().is_ok_and(|parts| has_all(parts)) {
+            break;
+        }
+        chosen = divide(&rooms[..n], request);
+    }
+    chosen
+}
+
+/// Whether all neurons are hot.
+fn has_all(parts: &[GpuPart]) -> bool {
+    let hot = parts.iter().flat_map(|part| &part.hot);
+    hot.map(|layer| layer.groups).min() == Some(FFN_GROUPS)
+}
+
+/// Chooses for exactly these GPUs.
+fn divide(rooms: &[GpuRoom], request: &GpuRequest<'_>) -> Result<Vec<GpuPart>, GpuModelError> {
+    let free = (rooms.iter()).map(|room| room.budget.saturating_sub(room.overhead));
+    let ranges = split(request.shape.n_layer, &free.collect::<Vec<_>>());
+    let parts = rooms.iter().zip(ranges).map(|(room, layers)| {
+        let request = GpuRequest {
+            groups_max: room.groups_max,
+            layers: layers.clone(),
+            ..request.clone()
+        };
+        let (hot, memory) = choose(&request, room.budget, room.overhead)?;
+        Ok(GpuPart {
+            layers,
+            hot,
+            memory,
+        })
+    });
+    parts.collect()
+}
+
 /// Chooses hot neurons that fit into `budget` bytes, of which the driver has `overhead`: the groups of neurons that fire most
 /// per byte.
 ///
@@ -117,7 +192,7 @@ impl fmt::Display for GpuMemory {
 ///
 /// # Errors
 /// The rest alone does not fit.
-pub fn choose(
+fn choose(
     request: &GpuRequest<'_>,
     budget: usize,
     overhead: usize,
@@ -184,7 +259,7 @@ pub fn choose(
             (0..groups_max).for_each(|group| add(group..group + 1));
         }
     }
-    let room = budget.saturating_sub(memory.fixed());
+    let room = memory.room();
     if memory.fixed() > budget {
         return Err(GpuModelError::OverBudget { memory });
     }
@@ -201,7 +276,7 @@ pub fn choose(
 }
 
 /// Consecutive layers for each of some GPUs, in proportion to their `rooms` (bytes); at least one each where there are as many.
-pub fn split(n_layer: usize, rooms: &[usize]) -> Vec<Range<usize>> {
+fn split(n_layer: usize, rooms: &[usize]) -> Vec<Range<usize>> {
     let all: f64 = rooms.iter().map(|room| *room as f64).sum();
     let (mut ranges, mut start, mut sum) = (Vec::new(), 0, 0.0);
     for (n, room) in rooms.iter().enumerate() {

@@ -5,6 +5,6 @@ mod error;
 mod layout;
 mod load;
 
-pub use choice::{GpuMemory, GpuRequest, HotLayer, choose, split};
+pub use choice::{GpuMemory, GpuPart, GpuRequest, GpuRoom, HotLayer, choose_on};
 pub use error::GpuModelError;
 pub use layout::GpuLayout;

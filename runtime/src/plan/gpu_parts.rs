@@ -1,0 +1,101 @@
+//! What of a model goes to GPUs, as its loader would divide it, and what follows for a token and a prompt.
+
+use pi_kernels::ffn_sparse::FFN_GROUPS;
+use pi_topology::placement::LayerLoad;
+
+use super::costs::Costs;
+use super::gpu::{GpuForecast, OnGpus};
+use super::loads::{LayerBytes, layer_bytes};
+use super::memory::NodeMemory;
+use super::{Mode, Planning};
+use crate::error::RuntimeError;
+use crate::model::gpu::{GpuPart, GpuRequest, GpuRoom, HotLayer, choose_on};
+use crate::model::load::model_shape;
+use crate::model::sparsity::DownPlan;
+use crate::session::N_UBATCH;
+
+impl Planning<'_> {
+    /// What goes to each GPU that is used; none where a model goes to none, as a run would find.
+    ///
+    /// # Errors
+    /// It does not go to GPUs of which one is required.
+    pub(super) fn gpu_parts(&self, mode: &Mode) -> Result<Vec<GpuPart>, RuntimeError> {
+        if self.gpus.is_empty() {
+            return Ok(vec![]);
+        }
+        let options = &self.options;
+        let shape = model_shape(self.hyper, self.tensors, options.n_ctx);
+        let rooms: Vec<GpuRoom> = self.gpus.iter().map(|(gpu, _)| gpu.room).collect();
+        let request = GpuRequest {
+            shape: &shape.map_err(|source| self.in_model(source))?,
+            tensors: self.tensors,
+            sparsity: &mode.sparsity,
+            predictors: mode.predictors.as_deref(),
+            profile: self.profile.as_ref(),
+            predicting: mode.predicting,
+            kv_type: options.kv_type,
+            n_ubatch: options.n_batch.min(N_UBATCH),
+            mode: options.cpu.mode(),
+            groups_max: FFN_GROUPS,
+            layers: 0..self.hyper.n_layer,
+        };
+        match choose_on(&rooms, &request) {
+            Ok(parts) => Ok(parts),
+            Err(error) if self.gpus.iter().any(|(gpu, _)| gpu.required) => {
+                Err(self.in_model(error.into()))
+            }
+            Err(error) => {
+                let mode = mode.sparsity.mode.name();
+                tracing::warn!("{mode}: {error}; the host computes in its place");
+                Ok(vec![])
+            }
+        }
+    }
+
+    /// A token and a prompt with these parts of the model on GPUs; none where nothing is.
+    pub(super) fn on_gpus(
+        &self,
+        mode: &Mode,
+        parts: &[GpuPart],
+        layers: &[LayerBytes],
+        (costs, memory): (&Costs, &[NodeMemory]),
+    ) -> Result<Option<GpuForecast>, RuntimeError> {
+        if parts.is_empty() {
+            return Ok(None);
+        }
+        let hot: Vec<HotLayer> = parts.iter().flat_map(|part| part.hot.clone()).collect();
+        let loader = self.loader(mode, Some(&hot))?;
+        let ids = (0..self.hyper.n_layer).map(|layer| loader.neuron_ids(layer));
+        let loads = self.loads(mode, layers);
+        let machine = self.machine(&loads, costs, memory, &self.loader(mode, None)?);
+        let other = self.other_bytes();
+        let streamed = parts.iter().map(|part| part.layers.clone());
+        let on_gpus = OnGpus {
+            gpus: &self.gpus,
+            parts,
+            loads: &self.gpu_loads(mode, loads, other.kv),
+            cold_ids: &ids.collect::<Vec<_>>(),
+            divisible: (mode.sparsity.down.iter()).all(|down| !matches!(down, DownPlan::Dense(_))),
+            nodes: &machine.nodes,
+            head_bytes: other.head,
+            streamed_bytes: streamed
+                .map(|layers| loader.streamed_bytes(layers))
+                .collect(),
+            n_batch: self.options.n_batch.min(N_UBATCH),
+            n_ctx: self.options.n_ctx,
+        };
+        Ok(Some(on_gpus.forecast()?))
+    }
+
+    /// The same loads for a GPU, which has all of a neuron and reads the cache.
+    fn gpu_loads(&self, mode: &Mode, mut loads: Vec<LayerLoad>, kv_bytes: u64) -> Vec<LayerLoad> {
+        let shares = &self.expected.shares;
+        let whole = layer_bytes(self.hyper, self.tensors, &mode.sparsity, None, shares);
+        let n_layer = loads.len().max(1) as u64;
+        for (load, layer) in loads.iter_mut().zip(whole) {
+            load.bundle_bytes = (layer.gate + layer.neurons) / load.frequencies.len().max(1) as u64;
+            load.fixed_bytes += kv_bytes / n_layer;
+        }
+        loads
+    }
+}
