@@ -169,12 +169,24 @@ impl std::fmt::Display for Estimate {
 
 /// Log-probability of `token`: exponentials in f32, their sum in f64, as llama.cpp does.
 pub(crate) fn log_softmax(logits: &[f32], token: u32) -> f64 {
+    let (max, log_sum) = normaliser(logits);
+    f64::from(logits[token as usize] - max) - log_sum
+}
+
+/// What a token's log-probability is less than its logit.
+pub(crate) fn log_normaliser(logits: &[f32]) -> f64 {
+    let (max, log_sum) = normaliser(logits);
+    f64::from(max) + log_sum
+}
+
+/// The greatest logit, and the logarithm of the sum of exponentials of what the others are less.
+fn normaliser(logits: &[f32]) -> (f32, f64) {
     let max = logits.iter().copied().fold(f32::NEG_INFINITY, f32::max);
     let sum: f64 = logits
         .iter()
         .map(|logit| f64::from((logit - max).exp()))
         .sum();
-    f64::from(logits[token as usize] - max) - sum.ln()
+    (max, sum.ln())
 }
 
 #[cfg(test)]

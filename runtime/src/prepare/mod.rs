@@ -6,6 +6,7 @@
 
 pub mod activity;
 pub mod checkpoint;
+mod divergence;
 mod error;
 mod gate_thresholds;
 mod head;

@@ -17,7 +17,6 @@ use super::subject::Subject;
 use super::text::{CALIBRATION, PASSAGE_TOKENS, Passages, Text};
 use crate::error::RuntimeError;
 use crate::gguf::GgufFile;
-use crate::model::Sparsity;
 use crate::session::ModelOptions;
 use crate::sidecar::profile::LayerProfile;
 use crate::sidecar::{ARCHITECTURE, Profile, Section, Sidecar, model_hash, sidecar_header};
@@ -231,18 +230,6 @@ impl Preparation {
         let sidecar = Sidecar::open(&path, file, hyper)?;
         let profile = Profile::read(&sidecar, hyper.n_layer, hyper.n_ff)?;
         Ok(profile.ok_or_else(|| sidecar.missing("profile"))?)
-    }
-
-    /// Perplexity of the passages kept back: with a sidecar in `predicted`, else in `exact`.
-    pub(super) fn validation_perplexity(
-        &self,
-        sidecar: Option<&Path>,
-    ) -> Result<f64, RuntimeError> {
-        let mode = match sidecar {
-            Some(_) => Sparsity::Predicted,
-            None => Sparsity::Exact,
-        };
-        self.perplexity(mode, sidecar, &self.passages.1)
     }
 
     /// What the sidecar that is there has of a stage.

@@ -7,7 +7,7 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use pi_actors::counters::Counters;
 use pi_actors::{Feed, Feeder, LogitsWanted, Next};
 
-use super::preparation::Preparation;
+use super::preparation::{Observer, Preparation};
 use super::text::Passages;
 use crate::bench::token_source::TEXT;
 use crate::bench::{BenchTest, Runner, TokenSource};
@@ -19,16 +19,38 @@ use crate::tokenizer::EncodeOptions;
 /// Tokens decoded to measure speed.
 const N_TOKENS_TIMED: usize = 64;
 
-/// The likeliest token behind each position of the second halves of some passages.
-struct LikeliestTokens {
+/// Sees what a run foretells.
+pub(super) trait Visit: Send + 'static {
+    /// The logits behind one position, and the token that comes there; none behind a passage's last one.
+    fn visit(&mut self, logits: &[f32], next: Option<u32>);
+}
+
+/// The likeliest token behind each position.
+#[derive(Debug, Default)]
+struct Likeliest(Vec<u32>);
+
+impl Visit for Likeliest {
+    fn visit(&mut self, logits: &[f32], _next: Option<u32>) {
+        let best = (0..logits.len()).reduce(|best, id| match logits[id] > logits[best] {
+            true => id,
+            false => best,
+        });
+        self.0.push(best.unwrap_or(0) as u32);
+    }
+}
+
+/// Feeds passages one by one, and shows what is foretold of their second halves.
+struct SecondHalves<V> {
     passages: Passages,
     n_given: usize,
     stop: Arc<AtomicBool>,
-    tokens: Vec<u32>,
+    observer: Arc<dyn Observer>,
+    visitor: V,
 }
 
-impl Feeder for LikeliestTokens {
+impl<V: Visit> Feeder for SecondHalves<V> {
     fn next(&mut self) -> Next<'_> {
+        self.observer.at(self.n_given);
         if self.n_given == self.passages.len() || self.stop.load(Ordering::Acquire) {
             return Next::Done;
         }
@@ -40,12 +62,10 @@ impl Feeder for LikeliestTokens {
         })
     }
 
-    fn logits(&mut self, _position: usize, logits: &[f32]) {
-        let best = (0..logits.len()).reduce(|best, id| match logits[id] > logits[best] {
-            true => id,
-            false => best,
-        });
-        self.tokens.push(best.unwrap_or(0) as u32);
+    fn logits(&mut self, position: usize, logits: &[f32]) {
+        let passage = self.passages.get(self.n_given - 1);
+        let next = passage.get(position + 1).copied();
+        self.visitor.visit(logits, next);
     }
 }
 
@@ -95,19 +115,34 @@ impl Preparation {
         sidecar: Option<&Path>,
         passages: &Passages,
     ) -> Result<Vec<u32>, RuntimeError> {
+        let likeliest = self.second_halves(mode, sidecar, passages, Likeliest::default())?;
+        Ok(likeliest.0)
+    }
+
+    /// Shows `visitor` what `mode` foretells of the second halves of `passages`.
+    pub(super) fn second_halves<V: Visit>(
+        &self,
+        mode: Sparsity,
+        sidecar: Option<&Path>,
+        passages: &Passages,
+        visitor: V,
+    ) -> Result<V, RuntimeError> {
         let model = self
             .subject
             .run(Some(mode), passages.n_ctx(), None, sidecar)?;
-        let feeder = LikeliestTokens {
+        let name = format!("foretold {}", mode.name());
+        self.observer.begin(&name, passages.len());
+        let run = model.engine.run(SecondHalves {
             passages: passages.clone(),
             n_given: 0,
             stop: Arc::clone(&self.stop),
-            tokens: Vec::new(),
-        };
-        let run = model.engine.run(feeder)?;
+            observer: Arc::clone(&self.observer),
+            visitor,
+        })?;
+        self.observer.end();
         run.outcome.map_err(|error| model.step_error(error))?;
         self.check_stop()?;
-        Ok(run.feeder.tokens)
+        Ok(run.feeder.visitor)
     }
 
     /// Decode speed of each of `modes`: the median of `n_rounds` rounds in which all take turns, so that other load on
