@@ -14,6 +14,7 @@ mod predictors;
 mod preparation;
 pub mod report;
 pub mod samples;
+mod score_costs;
 mod stage;
 mod subject;
 mod tables;
@@ -28,6 +29,7 @@ pub use preparation::{
     DENSITY_MAX, N_PASSAGES_MIN, Observer, Preparation, PrepareOptions, Prepared,
 };
 pub use report::Report;
+pub use score_costs::{ScorerCosts, TokenCosts};
 pub use stage::Stage;
 pub use subject::Subject;
 pub use tables::{profile_table, report_table};
