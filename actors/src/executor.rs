@@ -24,7 +24,7 @@ use crate::predictor::Predictor;
 use crate::scratch::NodeScratch;
 use crate::team::{Team, panic_text};
 use crate::teams::JobRef;
-use crate::trace::{Recorder, Trace};
+use crate::trace::{Recorder, Scores, Trace};
 use crate::wait::Patience;
 
 /// Messages that a mailbox holds. A step has at most one message to or from each node under way;
@@ -405,7 +405,8 @@ impl Executor {
 impl Bench {
     fn new(attachment: Attachment, node: usize, n_threads: usize) -> Self {
         let n_layer = attachment.model.shape().n_layer;
-        let scratch = NodeScratch::new(&attachment.model, node, n_threads);
+        let mut scratch = NodeScratch::new(&attachment.model, node, n_threads);
+        scratch.scores = Scores::new(attachment.trace.as_ref().map(|trace| trace.scores(node)));
         let n_devices = if node == 0 { n_layer } else { 0 };
         let host = Host::new(attachment.model.n_nodes());
         Self {

@@ -20,6 +20,7 @@ use crate::model::Model;
 use crate::posts::Posts;
 use crate::scratch::{AheadScratch, NodeScratch};
 use crate::team::{Member, Team};
+use crate::trace::Scorer;
 use crate::weights::AheadWeights;
 
 /// The actor's state: nothing that another incarnation could not build again.
@@ -47,6 +48,8 @@ impl Predictor {
         let layer = message.layer + 1;
         let ahead = model.weights.layers[layer].ahead.as_ref();
         let ahead = ahead.expect("`Hidden` is sent where the next layer is predicted");
+        let mut watch = scratch.scores.watch(0);
+        let sums = &scratch.scores;
         let scratch = scratch.ahead.as_ref().expect("node 0 has scratch for it");
         let (n_embd, eps) = (model.shape().n_embd, model.shape().rms_eps);
         // SAFETY: the residual stream is the device's, whose thread this is; between jobs the
@@ -59,9 +62,12 @@ impl Predictor {
         }
         team.run(&|member| score(model, ahead, scratch, &member));
         self.note_ids(layer, scratch);
+        watch.lap(Scorer::Ahead);
+        let bytes = ahead.a.bytes.len() + ahead.b.bytes.len();
+        sums.read(Scorer::Ahead, bytes);
         let work = Counters {
             messages: 1,
-            weight_bytes: (ahead.a.bytes.len() + ahead.b.bytes.len()) as u64,
+            weight_bytes: bytes as u64,
             ..Counters::default()
         };
         self.cell.add(work);

@@ -12,6 +12,7 @@ use pi_kernels::{ActBatch, ActivationMode, QuantType, ROW_GROUP};
 use crate::model::Model;
 use crate::pieces::{Claims, Found};
 use crate::slots::{RankRows, Shared, SharedF32, SharedSlice};
+use crate::trace::Scores;
 use crate::weights::{FfnShare, HeadSketch, LayerShare, SketchKind};
 
 /// Neurons whose gate and up are computed together when there are many tokens; also what a thread
@@ -77,6 +78,8 @@ pub(crate) struct NodeScratch {
     pub named: AtomicU64,
     /// The predictor's, on node 0.
     pub ahead: Option<AheadScratch>,
+    /// Where it is summed up what scores take.
+    pub scores: Scores,
 }
 
 /// What the predictor works in.
@@ -284,6 +287,7 @@ impl NodeScratch {
             ahead: (node == 0)
                 .then(|| AheadScratch::new(model, n_threads))
                 .flatten(),
+            scores: Scores::default(),
         }
     }
 

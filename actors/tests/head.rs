@@ -6,6 +6,7 @@ use common::{
     Collector, N_EMBD, N_VOCAB, PlainModel, SKETCH_RANK, Setup, add_sketch, engine, plan, run,
     tokens, weights,
 };
+use pi_actors::trace::{Scorer, TraceBounds};
 use pi_actors::weights::GateActivation;
 use pi_actors::{
     ActorError, Candidates, Engine, EngineOptions, Feed, Feeder, HeadWanted, LogitsWanted, Next,
@@ -198,7 +199,14 @@ fn the_full_head_has_the_same_bits_beside_a_sketch() {
 #[test]
 fn bytes_are_those_of_the_sketch_and_the_candidates() {
     let model = PlainModel::random(15, GateActivation::Relu);
-    let engine = engine(&model, setup(1, 2, 2));
+    let setup = Setup {
+        trace: Some(TraceBounds {
+            n_steps: 0,
+            node_bytes_max: 0,
+        }),
+        ..setup(1, 2, 2)
+    };
+    let engine = engine(&model, setup);
     let full = run(&engine, Collector::new(&tokens(40), true)).totals;
     let before: u64 = counted(&engine);
     let some = sparse(&engine, &[]);
@@ -224,6 +232,11 @@ fn bytes_are_those_of_the_sketch_and_the_candidates() {
     );
     let totals = some.totals.prefill + some.totals.decode;
     assert_eq!(counted(&engine) - before, totals.weight_bytes);
+    // the full head's tokens have no scores
+    let cost = engine.trace().unwrap().score_costs()[0][Scorer::Head as usize];
+    let n_tokens = some.feeder.candidates.len();
+    assert_eq!(cost.bytes, (4 * n_tokens * sketch) as u64);
+    assert!(cost.ns > 0);
 }
 
 /// Bytes that all actors have counted.

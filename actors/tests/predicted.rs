@@ -3,14 +3,19 @@
 
 mod common;
 
+use std::time::Instant;
+
 use common::naive::{self, Counts};
-use common::{Collector, Form, N_FF, N_LAYER, PlainModel, Predictors, Setup, SketchForm};
+use common::sketches::RANK;
+use common::{Collector, Form, N_EMBD, N_FF, N_LAYER, PlainModel, Predictors, Setup, SketchForm};
 use common::{engine, error_text, run, tokens};
 use pi_actors::counters::Counters;
 use pi_actors::faults::{Fault, FaultPlace, Faults};
 use pi_actors::messages::ActorId;
+use pi_actors::trace::{ScoreCost, TraceBounds};
 use pi_actors::weights::GateActivation;
 use pi_kernels::ActivationMode;
+use pi_kernels::ffn_sparse::sketch::planes::PlanesShape;
 
 const IN_LAYER: Predictors = Predictors {
     sketch: SketchForm::LowRank,
@@ -160,6 +165,89 @@ fn counters_of_all_actors_with_the_predictor_s_are_the_run_s_totals() {
         assert_eq!(predictors.count(), usize::from(who.ahead));
         let sum = (all.iter()).fold(Counters::default(), |sum, actor| sum + actor.counters);
         assert_eq!(sum, run.totals.prefill + run.totals.decode, "{who:?}");
+    }
+}
+
+/// Tokens of a run that counts what scores take.
+const N_SCORED: usize = 24;
+
+/// Bytes and time of each scorer, in the order of [`Scorer::ALL`], and the run's work.
+fn score_costs(who: Predictors, n_nodes: usize) -> ([ScoreCost; 5], Counters) {
+    let setup = Setup {
+        n_nodes,
+        form: Form::Predicted(who),
+        trace: Some(TraceBounds {
+            n_steps: 0,
+            node_bytes_max: 0,
+        }),
+        ..Setup::default()
+    };
+    let engine = engine(&model(), setup);
+    let start = Instant::now();
+    let run = run(&engine, Collector::new(&tokens(N_SCORED), true));
+    let elapsed_ns = start.elapsed().as_nanos() as u64;
+    assert_eq!(error_text(&run), "no error");
+    let nodes = engine.trace().unwrap().score_costs();
+    assert_eq!(nodes.len(), n_nodes);
+    for (scorer, cost) in nodes.iter().flatten().enumerate() {
+        // bytes are told where time is, and no time is more than there was
+        assert_eq!(cost.ns > 0, cost.bytes > 0, "{who:?}, {scorer}: {cost:?}");
+        assert!(cost.ns < elapsed_ns, "{who:?}, {scorer}: {cost:?}");
+    }
+    let sum = std::array::from_fn(|scorer| ScoreCost {
+        bytes: nodes.iter().map(|node| node[scorer].bytes).sum(),
+        ns: nodes.iter().map(|node| node[scorer].ns).sum(),
+    });
+    (sum, run.totals.prefill + run.totals.decode)
+}
+
+#[test]
+fn bytes_of_scores_and_of_all_else_add_up() {
+    let planes = PlanesShape {
+        n_rows: N_FF,
+        n_cols: N_EMBD,
+    };
+    let float = size_of::<f32>();
+    let (a, b) = (float * RANK * N_EMBD, float * N_FF * RANK);
+    let per_run = |layer_bytes: usize, n_layer: usize| (N_SCORED * n_layer * layer_bytes) as u64;
+    for n_nodes in [1, 2] {
+        // what is read of a candidate's gate beside what scores have read
+        let mut rest = Vec::new();
+        for (who, gate_bytes) in [
+            (IN_LAYER, float * N_EMBD),
+            (bits(SketchForm::Signs), planes.rest_row_bytes()),
+            (
+                bits(SketchForm::TwoBits),
+                planes.rest_row_bytes() - planes.high_row_bytes(),
+            ),
+            (BOTH, float * N_EMBD),
+        ] {
+            let (costs, work) = score_costs(who, n_nodes);
+            let [signs, second_bits, low_rank, ahead, head] = costs.map(|cost| cost.bytes);
+            let is_low_rank = who.sketch == SketchForm::LowRank;
+            // each node reads all of a
+            let map = per_run(n_nodes * a + b, N_LAYER);
+            assert_eq!(low_rank, if is_low_rank { map } else { 0 });
+            let top = per_run(planes.top_bytes(), N_LAYER);
+            assert_eq!(signs, if is_low_rank { 0 } else { top });
+            let row_bytes = planes.high_row_bytes() as u64;
+            let named = second_bits / row_bytes;
+            assert!(second_bits.is_multiple_of(row_bytes) && named < work.neurons);
+            let has_two = who.sketch == SketchForm::TwoBits;
+            assert_eq!(named > work.candidates, has_two, "{named} in {work:?}");
+            let next_layers = if who.ahead { N_LAYER - 1 } else { 0 };
+            assert_eq!(ahead, per_run(a + b, next_layers));
+            assert_eq!(head, 0);
+            let neurons = work.active_neurons as usize * 2 * float * N_EMBD;
+            let gates = work.candidates as usize * gate_bytes;
+            let scores = signs + second_bits + low_rank + ahead;
+            rest.push(work.weight_bytes - scores - (neurons + gates) as u64);
+        }
+        // attention and head: the same whatever predicts
+        assert!(
+            rest[0] > 0 && rest.iter().all(|bytes| *bytes == rest[0]),
+            "{rest:?}"
+        );
     }
 }
 

@@ -5,12 +5,21 @@ mod common;
 use std::fs;
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
+use std::sync::Arc;
 
 use common::running::{Folder, Ran, run, text_of};
 use common::tiny_model::TinyModel;
 use common::tiny_synth;
+use pi_actors::trace::Scorer;
 use pi_kernels::QuantType;
-use pi_runtime::session::Silent;
+use pi_kernels::ffn_sparse::sketch::planes::PlanesShape;
+use pi_runtime::gguf::GgufFile;
+use pi_runtime::model::{Hyperparameters, ModelTensors, Sparsity};
+use pi_runtime::prepare::{
+    AheadKind, Observer, Preparation, PrepareOptions, Report, Stage, report_table,
+};
+use pi_runtime::session::{ModelOptions, Silent, TopologyFile};
+use pi_runtime::sidecar::{Sidecar, SketchKind};
 use pi_runtime::synth::Synthesis;
 
 /// A model of 3 MB with four layers, of whose neurons a tenth is active.
@@ -26,6 +35,118 @@ fn arguments<'a>(model: &'a str, output: &'a str) -> Vec<&'a str> {
     let mut arguments = vec!["prepare", "-m", model, "-o", output];
     arguments.extend(fast);
     arguments
+}
+
+/// Prepares `model` in all stages, within this process.
+fn prepared(model: &Path, output: &Path) -> Report {
+    struct Quiet;
+    impl Observer for Quiet {}
+    let options = PrepareOptions {
+        model: ModelOptions::new(model.to_owned()),
+        plan: TopologyFile::read(None).unwrap().plan(None).unwrap(),
+        output: output.to_owned(),
+        texts: vec![],
+        n_passages: Some(8),
+        seed: 1,
+        ahead: AheadKind::Svd,
+        quality: 0.01,
+        stages: Stage::ALL.to_vec(),
+    };
+    let preparation = Preparation::open(options, Arc::new(Quiet), Arc::default()).unwrap();
+    preparation.run().unwrap().report.unwrap()
+}
+
+/// Bytes that scores read for a token on `n_nodes` nodes, without second bits, by the shapes in a sidecar; and whether
+/// there are second bits.
+fn score_bytes(model: &Path, sidecar: &Path, n_nodes: usize) -> (Vec<(Scorer, usize)>, bool) {
+    let file = GgufFile::open(model).unwrap();
+    let hyper = Hyperparameters::read(&file).unwrap();
+    let tensors = ModelTensors::find(&file, &hyper).unwrap();
+    let sidecar = Sidecar::open(sidecar, &file, &hyper).unwrap();
+    let layers = sidecar.predictors(&hyper, &tensors).unwrap().unwrap();
+    let planes = PlanesShape {
+        n_rows: hyper.n_ff,
+        n_cols: hyper.n_embd,
+    };
+    let (mut signs, mut low_rank, mut ahead, mut has_second) = (0, 0, 0, false);
+    for layer in &layers {
+        match layer.sketch.as_ref().map(|sketch| &sketch.kind) {
+            None => {}
+            Some(SketchKind::Bits { two_bit_bias }) => {
+                signs += planes.top_bytes();
+                has_second |= two_bit_bias.is_some();
+            }
+            // each node reads all of a
+            Some(SketchKind::LowRank { a, b }) => {
+                low_rank += n_nodes * a.bytes.len() + b.bytes.len()
+            }
+        }
+        let map = layer.ahead.as_ref();
+        ahead += map.map_or(0, |map| map.a.bytes.len() + map.b.bytes.len());
+    }
+    let all = [
+        (Scorer::Signs, signs),
+        (Scorer::LowRank, low_rank),
+        (Scorer::Ahead, ahead),
+    ];
+    let there = all.into_iter().filter(|(_, bytes)| *bytes > 0);
+    (there.collect(), has_second)
+}
+
+#[test]
+fn each_predictor_s_share_of_a_token_is_told() {
+    let folder = tempfile::tempdir().unwrap();
+    let (model, sidecar) = (sparse_model(folder.path()), folder.path().join("s.gguf"));
+    let report = prepared(&model, &sidecar);
+    let n_nodes = TopologyFile::read(None)
+        .unwrap()
+        .plan(None)
+        .unwrap()
+        .nodes
+        .len();
+    let (mut expected, has_second) = score_bytes(&model, &sidecar, n_nodes);
+    let has = |scorer| expected.iter().any(|(there, _)| *there == scorer);
+    assert!(has(Scorer::Ahead) && (has(Scorer::Signs) || has(Scorer::LowRank)));
+
+    let predicted = &report.costs[0];
+    let modes = &report.modes;
+    let mode = modes
+        .iter()
+        .find(|mode| mode.mode == Sparsity::Predicted)
+        .unwrap();
+    assert_eq!(predicted.bytes, mode.speed.bytes_per_token);
+    let (mut bytes, mut ns) = (0.0, 0.0);
+    for cost in &predicted.scorers {
+        (bytes, ns) = (bytes + cost.bytes, ns + cost.ns);
+    }
+    assert_eq!(predicted.sum(), (bytes, ns));
+    assert!(
+        bytes < predicted.bytes && ns < predicted.ns,
+        "{predicted:?}"
+    );
+
+    let table = report_table(&report);
+    let mut told = Vec::new();
+    for token in &report.costs {
+        assert!(table.contains(token.flags), "{table}");
+        for cost in &token.scorers {
+            for share in [token.share_of_bytes(cost), token.share_of_time(cost)] {
+                assert!(share > 0.0 && share < 1.0, "{cost:?} of {token:?}");
+            }
+            told.push((cost.scorer, cost.bytes as usize));
+        }
+    }
+    let mut scorers: Vec<Scorer> = expected.iter().map(|(scorer, _)| *scorer).collect();
+    scorers.extend(has_second.then_some(Scorer::SecondBits));
+    scorers.extend(report.head.map(|_| Scorer::Head));
+    scorers.sort();
+    assert!(
+        told.iter().map(|(scorer, _)| *scorer).eq(scorers),
+        "{told:?}"
+    );
+    told.retain(|(scorer, _)| !matches!(scorer, Scorer::SecondBits | Scorer::Head));
+    expected.sort();
+    assert_eq!(told, expected);
 }
 
 fn start(arguments: &[&str]) -> Child {

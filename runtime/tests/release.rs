@@ -70,6 +70,7 @@ fn a_release_is_whole_and_finds_its_model_where_it_is_installed() {
         "models/LICENSE",
         "models/README.md",
         "models/smollm2-135m-reglu-q4_0.gguf",
+        "models/smollm2-135m-reglu-q4_0.sparse.gguf",
         "texts/README.md",
         "texts/calibration.txt",
         "texts/heldout.txt",
@@ -102,13 +103,19 @@ fn a_release_is_whole_and_finds_its_model_where_it_is_installed() {
     run(Command::new(release.join("install")).env("PREFIX", &prefix));
     std::fs::remove_dir_all(&release).unwrap();
     let installed = prefix.join("bin/pi-runtime");
-    let arguments = ["-p", "The capital of France is", "-n", "8", "--temp", "0"];
-    let answer = run(Command::new(installed)
-        .args(arguments)
-        .current_dir("/")
-        .env("HOME", "/nonexistent")
-        .env_remove("XDG_DATA_HOME"));
-    assert!(text(&answer).starts_with(" Paris"), "{}", text(&answer));
+    // with the sidecar too, which lies beside the model
+    let modes = [&[][..], &["--sparsity", "predicted", "--head", "sparse"]];
+    for mode in modes {
+        let arguments = ["-p", "The capital of France is", "-n", "8", "--temp", "0"];
+        let answer = run(Command::new(&installed)
+            .args(arguments)
+            .args(mode)
+            .current_dir("/")
+            .env("HOME", "/nonexistent")
+            .env_remove("XDG_DATA_HOME"));
+        let answer = text(&answer);
+        assert!(answer.starts_with(" Paris"), "{mode:?}: {answer}");
+    }
 }
 
 #[test]

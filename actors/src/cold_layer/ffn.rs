@@ -131,6 +131,7 @@ fn count(job: &Job<'_>) -> Counters {
             if n_tokens > 1 {
                 predicted::gate_bytes_of_tokens(job, sketch)
             } else {
+                predicted::note_score_bytes(job, sketch);
                 predicted::gate_bytes(job, sketch, work.candidates as usize)
             }
         }

@@ -16,6 +16,7 @@ use super::rows::multiply;
 use super::{Job, weights_read};
 use crate::counters::Counters;
 use crate::team::{Member, Team};
+use crate::trace::Scorer;
 use crate::weights::{HeadShare, HeadSketchShare};
 
 /// Rows of the sketch that are scored before their maxima are taken: their scores stay in the first cache.
@@ -51,12 +52,16 @@ fn sketch<'a>(job: &Job<'a>) -> &'a HeadSketchShare {
 /// Scores of the node's tokens, into `head.scores` and `head.maxima`.
 pub(super) fn sketch_scores(job: Job<'_>, team: &mut Team) -> Counters {
     let (head, sketch) = (&job.model.weights.head[job.node], sketch(&job));
+    let mut watch = job.scratch.scores.watch(0);
     team.run(&|member| {
         project(&job, sketch, &member);
         member.barrier();
         score(&job, head, sketch, &member);
     });
-    weights_read(sketch.project.bytes.len() + sketch.scores.bytes.len())
+    watch.lap(Scorer::Head);
+    let bytes = sketch.project.bytes.len() + sketch.scores.bytes.len();
+    job.scratch.scores.read(Scorer::Head, bytes);
+    weights_read(bytes)
 }
 
 /// The thread's part of the projection of the hidden state.

@@ -20,6 +20,7 @@ use super::Job;
 use crate::pieces::{Cut, Piece};
 use crate::scratch::{ActiveList, ThreadScratch};
 use crate::team::{Member, Team};
+use crate::trace::{Scorer, Watch};
 use crate::weights::{Matrix, PlanesStore, SketchKind, SketchShare};
 
 /// What the thread's part begins with: for one token, up to the first barrier.
@@ -31,6 +32,7 @@ pub(super) fn prepare(job: &Job<'_>, sketch: &SketchShare, member: &Member<'_>) 
         return;
     }
     let (model, scratch) = (job.model, job.scratch);
+    let mut watch = scratch.scores.watch(member.thread);
     let part = member.part(a.shape.n_rows, ROW_GROUP);
     // SAFETY: `normed` was written before the message was sent; the rows are this thread's.
     unsafe {
@@ -39,6 +41,7 @@ pub(super) fn prepare(job: &Job<'_>, sketch: &SketchShare, member: &Member<'_>) 
         gemv(model.cpu, a.view(), x, part, out);
     }
     member.barrier();
+    watch.lap(Scorer::LowRank);
 }
 
 /// Makes what sketches of bits take, of all tokens.
@@ -50,12 +53,14 @@ pub(super) fn set_input(job: &Job<'_>, sketch: &SketchShare) {
         return;
     }
     let n_embd = job.model.shape().n_embd;
+    let mut watch = scratch.scores.watch(0);
     // SAFETY: between jobs the scratch is nobody else's; `normed` was written before the message.
     unsafe {
         let x = job.model.slots.normed.get();
         let one = scratch.sketch_x.get_mut();
         if n_tokens == 1 {
-            return one.set(&x.token(0).values[..n_embd]);
+            one.set(&x.token(0).values[..n_embd]);
+            return watch.lap(Scorer::Signs);
         }
         let rows = scratch.sketch_rows.get_mut();
         let scales = scratch.sketch_scales.write(0..n_tokens);
@@ -83,7 +88,8 @@ pub(super) fn open_gates(job: &Job<'_>, sketch: &SketchShare, member: &Member<'_
     let mut found = std::mem::take(&mut mine.piece);
     for Piece { index, units, .. } in cut.pieces(&scratch.gates, member) {
         let ids = &mut found.ids;
-        n_named += score(job, sketch, units.clone(), mine, ids);
+        let watch = scratch.scores.watch(member.thread);
+        n_named += score(job, sketch, units.clone(), mine, ids, watch);
         if job.candidates.predicted {
             let all = predicted_ids(job);
             let inside = |bound: usize| all.partition_point(|&id| (id as usize) < bound);
@@ -145,6 +151,7 @@ fn score(
     part: Range<usize>,
     mine: &mut ThreadScratch,
     ids: &mut Vec<u32>,
+    mut watch: Watch<'_>,
 ) -> u64 {
     let (cpu, scratch) = (job.model.cpu, job.scratch);
     ids.clear();
@@ -166,6 +173,7 @@ fn score(
                 hidden.set(cpu, 0, scratch.hidden.read(0..rank));
                 gemv(cpu, b.view(), hidden.token(0), part, scores);
                 candidates(scores, bias, first as u32, ids);
+                watch.lap(Scorer::LowRank);
             }
             SketchKind::Bits {
                 planes,
@@ -176,11 +184,13 @@ fn score(
                 sign_sums(cpu, planes, x, part, sums);
                 candidates_of_sums(sums, x.scale(), bias, first as u32, ids);
                 named = ids.len() as u64;
+                watch.lap(Scorer::Signs);
                 if let Some(bias) = two_bit_bias {
                     let two = &mut mine.two_bit_sums;
                     two.resize(ids.len(), 0);
                     two_bit_sums(cpu, planes, x, first, sums, ids, two);
                     keep_candidates(ids, two, x.scale(), bias);
+                    watch.lap(Scorer::SecondBits);
                 }
             }
         }
@@ -260,6 +270,28 @@ pub(super) fn prefetch(job: &Job<'_>, team: &mut Team) {
             up_rows.prefetch(id, 0..up_rows.n_embd);
         }
     });
+}
+
+/// Notes what the sketch's scores of one token have read. Second bits of candidates are theirs, and not the gates'.
+pub(super) fn note_score_bytes(job: &Job<'_>, sketch: &SketchShare) {
+    if !job.candidates.own {
+        return;
+    }
+    let scores = &job.scratch.scores;
+    match &sketch.kind {
+        SketchKind::Nothing => {}
+        SketchKind::LowRank { a, b } => scores.read(Scorer::LowRank, a.bytes.len() + b.bytes.len()),
+        SketchKind::Bits {
+            planes,
+            two_bit_bias,
+        } => {
+            scores.read(Scorer::Signs, planes.top.len());
+            if two_bit_bias.is_some() {
+                let named = job.scratch.named.load(Ordering::Relaxed) as usize;
+                scores.read(Scorer::SecondBits, named * planes.shape.high_row_bytes());
+            }
+        }
+    }
 }
 
 /// Bytes of weights that looking for open gates reads, of one token with so many candidates.

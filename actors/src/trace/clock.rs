@@ -86,6 +86,11 @@ impl Clock {
 }
 
 impl Scale {
+    /// How long so many ticks take, in ns.
+    pub fn duration_ns(&self, ticks: u64) -> u64 {
+        (ticks as f64 * self.ns_per_tick) as u64
+    }
+
     /// Time from the clock's start to `ticks`, in ns.
     pub fn ns(&self, ticks: u64) -> u64 {
         (ticks.saturating_sub(self.start_ticks) as f64 * self.ns_per_tick) as u64

@@ -9,12 +9,16 @@ mod clock;
 mod event;
 mod recorder;
 mod ring;
+mod scores;
 
 use std::sync::{Arc, OnceLock};
 use std::time::Instant;
 
 pub use event::{ActorKind, Event, GpuPart, Label, MessageKind, Phase};
+pub use scores::{ScoreCost, Scorer};
+
 pub(crate) use recorder::{GpuEvent, Recorder};
+pub(crate) use scores::{ScoreSums, Scores, Watch};
 
 use clock::Clock;
 use ring::{EVENT_BYTES, Ring};
@@ -35,6 +39,8 @@ pub struct Trace {
     capacity: usize,
     /// By node; each is made by the node's executor, on its own thread.
     rings: Vec<OnceLock<Arc<Ring>>>,
+    /// By node.
+    scores: Vec<Arc<ScoreSums>>,
 }
 
 /// What one executor's thread did.
@@ -63,10 +69,14 @@ impl Trace {
         };
         let events = step_events(n_layer, n_nodes, ahead || gpu) + on_gpu;
         let wanted = bounds.n_steps.saturating_mul(events);
+        let clock = Clock::start();
         Self {
-            clock: Clock::start(),
+            clock,
             capacity: wanted.min(bounds.node_bytes_max / EVENT_BYTES),
             rings: (0..n_nodes).map(|_| OnceLock::new()).collect(),
+            scores: (0..n_nodes)
+                .map(|_| Arc::new(ScoreSums::new(clock)))
+                .collect(),
         }
     }
 
@@ -79,6 +89,17 @@ impl Trace {
     pub(crate) fn recorder(&self, node: usize) -> Recorder {
         let ring = self.rings[node].get_or_init(|| Arc::new(Ring::new(self.capacity)));
         Recorder::new(self.clock, Arc::clone(ring))
+    }
+
+    /// Where `node` sums up what its scores take.
+    pub(crate) fn scores(&self, node: usize) -> Arc<ScoreSums> {
+        Arc::clone(&self.scores[node])
+    }
+
+    /// What scores took each node so far, in the order of [`Scorer::ALL`]. A GPU's are not among them.
+    pub fn score_costs(&self) -> Vec<[ScoreCost; Scorer::ALL.len()]> {
+        let scale = self.clock.scale();
+        self.scores.iter().map(|sums| sums.costs(scale)).collect()
     }
 
     /// What each node's executor did so far.

@@ -53,20 +53,15 @@ impl RowPlanes {
         Self { at }
     }
 
-    /// Asks for what the sub-blocks `subs` need.
+    /// Asks for what the sub-blocks `subs` need, as [`super::prefetch_bytes`].
     #[inline(always)]
     pub(crate) fn prefetch(&self, quant: QuantType, subs: std::ops::Range<usize>) {
         let per_block = quant.block_values();
         let blocks = subs.start * BLOCK / per_block..(subs.end * BLOCK).div_ceil(per_block);
         for (p, plane) in quant.planes().iter().enumerate() {
             let bytes = plane.units * plane.unit_bytes;
-            let (from, to) = (blocks.start * bytes, blocks.end * bytes);
-            let mut at = from;
-            while at < to {
-                // SAFETY: a hint, for any address.
-                unsafe { _mm_prefetch::<_MM_HINT_T0>(self.at[p].wrapping_add(at).cast()) };
-                at += 64;
-            }
+            let from = self.at[p].wrapping_add(blocks.start * bytes);
+            super::prefetch_bytes(from, blocks.len() * bytes);
         }
     }
 

@@ -68,7 +68,7 @@ impl<'a> NeuronRows<'a> {
         MatrixRef::new(shape, self.row(neuron))
     }
 
-    /// Pulls columns `columns` (whole blocks) of the neuron's row towards the first cache.
+    /// Pulls columns `columns` (whole blocks) of the neuron's row towards the caches.
     #[inline]
     pub fn prefetch(&self, neuron: usize, columns: Range<usize>) {
         #[cfg(target_arch = "x86_64")]

@@ -15,6 +15,7 @@ mod predictors;
 mod preparation;
 pub mod report;
 pub mod samples;
+mod score_costs;
 mod stage;
 mod subject;
 mod tables;
@@ -29,6 +30,7 @@ pub use preparation::{
     DENSITY_MAX, N_PASSAGES_MIN, Observer, Preparation, PrepareOptions, Prepared,
 };
 pub use report::Report;
+pub use score_costs::{ScorerCosts, TokenCosts};
 pub use stage::Stage;
 pub use subject::Subject;
 pub use tables::{profile_table, report_table};

@@ -87,18 +87,6 @@ impl Sketch {
         }
     }
 
-    /// Bytes that its scores read, where signs name so many of all neurons.
-    pub fn bytes(&self, gate: &FileMatrix, named: f64) -> usize {
-        // a bit of each weight
-        let signs = gate.n_rows() * gate.n_cols() / 8;
-        match self {
-            Sketch::None => 0,
-            Sketch::Signs => signs,
-            Sketch::TwoBits => signs + (signs as f64 * named) as usize,
-            Sketch::LowRank(map) => map.a.bytes.len() + map.b.bytes.len(),
-        }
-    }
-
     /// Scores `[n, n_ff]` of the normed inputs `x` `[n, n_embd]`; none without a sketch.
     pub fn scores(
         &self,

@@ -4,6 +4,7 @@ use std::path::{Path, PathBuf};
 
 use super::predictors::{Biases, LayerPredictors, Sketch};
 use super::preparation::Preparation;
+use super::score_costs::{Predictors, TokenCosts};
 use super::stage::Stage;
 use super::text::{HELD_OUT, Passages, Text};
 use super::trials::Speed;
@@ -34,10 +35,6 @@ pub struct LayerReport {
     pub in_layer: Evaluation,
     /// What the predictor ahead keeps and costs, if there is one.
     pub ahead: Option<Evaluation>,
-    /// Bytes that the sketch's scores read.
-    pub sketch_bytes: usize,
-    /// Bytes that the scores ahead read.
-    pub ahead_bytes: usize,
 }
 
 /// A mode's figures on held-out text.
@@ -66,6 +63,9 @@ pub struct Report {
     pub n_tokens: usize,
     /// The sparse head beside the full one, if there is a sketch of it.
     pub head: Option<Agreement>,
+    /// What each predictor takes of a decoded token; not part of the sidecar, as times differ from run to run, and bytes
+    /// with the nodes. None where there are no predictors, or a GPU has them.
+    pub costs: Vec<TokenCosts>,
 }
 
 impl Report {
@@ -142,12 +142,19 @@ impl Preparation {
         }
         let compared = passages(N_PASSAGES_COMPARED)?;
         let modes = self.mode_reports(&modes, &passages(N_PASSAGES_SCORED)?, &compared)?;
+        let head = self.head_agreement(&sidecar, sections, &seen)?;
+        let predictors = Predictors {
+            in_layer: has_predictors,
+            ahead: layers.iter().any(|layer| layer.ahead.is_some()),
+            head: head.is_some(),
+        };
         Ok(Report {
+            costs: self.score_costs(&sidecar, predictors)?,
             layers,
             modes,
             n_compared: compared.len() * (n_ctx - n_ctx / 2),
             n_tokens: seen.tokens().len(),
-            head: self.head_agreement(&sidecar, sections, &seen)?,
+            head,
         })
     }
 
@@ -219,9 +226,6 @@ impl Preparation {
                 &masses,
             ),
         };
-        let ahead_bytes = ahead
-            .as_ref()
-            .map_or(0, |ahead| ahead.a.bytes.len() + ahead.b.bytes.len());
         let ahead = ahead.zip(samples.residual(all)).map(|(ahead, residual)| {
             let scores = ahead.products(cpu, workers, residual);
             evaluate(&scores, &ahead.b_bias, None, &masses)
@@ -230,8 +234,6 @@ impl Preparation {
             sketch: sketch.name(),
             in_layer,
             ahead,
-            sketch_bytes: sketch.bytes(gate, in_layer.named),
-            ahead_bytes,
         })
     }
 

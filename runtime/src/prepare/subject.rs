@@ -4,11 +4,13 @@ use std::path::Path;
 use std::sync::Arc;
 
 use pi_actors::LayerTap;
+use pi_actors::trace::TraceBounds;
 use pi_topology::Plan;
 
 use crate::error::RuntimeError;
 use crate::gguf::GgufFile;
 use crate::head_sketch::Head;
+use crate::model::predicting::{PredictBy, Predicting};
 use crate::model::{GateKind, Hyperparameters, ModelError, ModelTensors, Sparsity};
 use crate::session::{LoadedModel, ModelOptions, Silent};
 use crate::tokenizer::Tokenizer;
@@ -28,6 +30,17 @@ pub struct Subject {
     pub options: ModelOptions,
     /// The threads.
     pub plan: Plan,
+}
+
+/// How to decode where it is summed up what scores take.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Traced {
+    /// The mode; none: the file's default.
+    pub mode: Option<Sparsity>,
+    /// Who predicts, where something does.
+    pub by: PredictBy,
+    /// Which head computes logits.
+    pub head: Head,
 }
 
 impl Subject {
@@ -87,6 +100,34 @@ impl Subject {
             tap,
             sidecar: sidecar.map(Path::to_owned),
             head: Head::Full,
+            ..self.options.clone()
+        };
+        LoadedModel::open(&options, &self.plan, &Silent)
+    }
+
+    /// The same as `how` says, traced: no event is kept.
+    ///
+    /// # Errors
+    /// As [`LoadedModel::open`].
+    pub fn run_traced(
+        &self,
+        n_ctx: usize,
+        sidecar: &Path,
+        how: Traced,
+    ) -> Result<LoadedModel, RuntimeError> {
+        let options = ModelOptions {
+            n_ctx,
+            sparsity: how.mode,
+            sidecar: Some(sidecar.to_owned()),
+            head: how.head,
+            predicting: Predicting {
+                by: Some(how.by),
+                ..self.options.predicting
+            },
+            trace: Some(TraceBounds {
+                n_steps: 0,
+                node_bytes_max: 0,
+            }),
             ..self.options.clone()
         };
         LoadedModel::open(&options, &self.plan, &Silent)

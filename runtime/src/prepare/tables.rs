@@ -2,6 +2,8 @@
 
 use std::fmt::Write;
 
+use pi_actors::trace::Scorer;
+
 use super::report::{LayerReport, Report};
 use crate::model::Sparsity;
 use crate::sidecar::Profile;
@@ -126,23 +128,6 @@ fn mode_lines(report: &Report) -> String {
             mode.speed.bytes_per_token / 1e6,
         );
     }
-    let predicted = report.modes.last().filter(|_| !report.layers.is_empty());
-    if let Some(mode) = predicted {
-        let bytes = |figure: fn(&LayerReport) -> usize| {
-            let bytes: usize = report.layers.iter().map(figure).sum();
-            (
-                bytes as f64 / 1e6,
-                bytes as f64 / mode.speed.bytes_per_token * 100.0,
-            )
-        };
-        let (sketch, sketch_share) = bytes(|layer| layer.sketch_bytes);
-        let (ahead, ahead_share) = bytes(|layer| layer.ahead_bytes);
-        let _ = writeln!(
-            lines,
-            "scores read {sketch:.1} MB in the layers ({sketch_share:.1} % of a token's bytes in {0}) and {ahead:.1} MB ahead ({ahead_share:.1} %)",
-            mode.mode.name(),
-        );
-    }
     if let Some(head) = &report.head {
         let _ = writeln!(
             lines,
@@ -156,12 +141,59 @@ fn mode_lines(report: &Report) -> String {
             head.full_bytes / 1e6,
         );
     }
+    lines.push_str(&cost_lines(report));
     let _ = write!(
         lines,
-        "agreement: likeliest tokens equal at {} positions; speeds are this machine's, now",
+        "agreement: likeliest tokens equal at {} positions; speeds and times are this machine's, now",
         report.n_compared
     );
     lines
+}
+
+/// What each predictor takes of a token.
+fn cost_lines(report: &Report) -> String {
+    let has_any = !report.layers.is_empty() || report.head.is_some();
+    if report.costs.is_empty() {
+        return match has_any {
+            true => "predictors' shares of a token are told where the host is the device\n".into(),
+            false => String::new(),
+        };
+    }
+    let mut lines = format!(
+        "{:<14} {:>9} {:>9} {:>9} {:>9}  of a token with\n",
+        "predictor", "MB/token", "of bytes", "ms/token", "of time"
+    );
+    for token in &report.costs {
+        let mut line = |name: &str, bytes: f64, ns: f64| {
+            let _ = writeln!(
+                lines,
+                "{name:<14} {:>9.3} {:>7.2} % {:>9.4} {:>7.2} %  {}",
+                bytes / 1e6,
+                bytes / token.bytes * 100.0,
+                ns / 1e6,
+                ns / token.ns * 100.0,
+                token.flags,
+            );
+        };
+        for cost in &token.scorers {
+            line(scorer_name(cost.scorer), cost.bytes, cost.ns);
+        }
+        if token.scorers.len() > 1 {
+            let (bytes, ns) = token.sum();
+            line("in the layer", bytes, ns);
+        }
+    }
+    lines
+}
+
+fn scorer_name(scorer: Scorer) -> &'static str {
+    match scorer {
+        Scorer::Signs => "signs",
+        Scorer::SecondBits => "second bits",
+        Scorer::LowRank => "low rank",
+        Scorer::Ahead => "layer ahead",
+        Scorer::Head => "head's sketch",
+    }
 }
 
 #[cfg(test)]

@@ -145,6 +145,19 @@ impl Preparation {
         Ok(run.feeder.visitor)
     }
 
+    /// What is decoded to be timed, and how many tokens of it.
+    fn timed_text(&self) -> Result<(TokenSource, usize), RuntimeError> {
+        let tokens = self.subject.tokenizer.encode(TEXT, EncodeOptions::TEXT)?;
+        let n = N_TOKENS_TIMED.min(self.subject.hyper.n_ctx_max);
+        Ok((TokenSource::Text(tokens), n))
+    }
+
+    /// The tokens that are decoded to be timed.
+    pub(super) fn timed_tokens(&self) -> Result<Vec<u32>, RuntimeError> {
+        let (source, n) = self.timed_text()?;
+        Ok(source.take(n, self.subject.bos()))
+    }
+
     /// Decode speed of each of `modes`: the median of `n_rounds` rounds in which all take turns, so that other load on
     /// the machine meets them alike.
     pub(super) fn speeds(
@@ -152,9 +165,7 @@ impl Preparation {
         modes: &[(Sparsity, Option<&Path>)],
         n_rounds: usize,
     ) -> Result<Vec<Speed>, RuntimeError> {
-        let tokens = self.subject.tokenizer.encode(TEXT, EncodeOptions::TEXT)?;
-        let source = TokenSource::Text(tokens);
-        let n_gen = N_TOKENS_TIMED.min(self.subject.hyper.n_ctx_max);
+        let (source, n_gen) = self.timed_text()?;
         let test = BenchTest {
             n_prompt: 0,
             n_gen,
