@@ -37,8 +37,9 @@ const COSTS: Costs = Costs {
 const RANKS: [usize; 4] = [32, 64, 96, 128];
 /// Numbers between input and scores of predictors one layer ahead.
 const AHEAD_RANK: usize = 64;
-/// What a sketch is chosen by: root mean square of the share of its mass that a token loses.
-const CHOSEN_AT: Target = Target::LostRms(0.012);
+/// What a sketch is chosen by: root mean square of the share of its mass that a token loses. About what thresholds for half a
+/// percent of perplexity lose.
+const CHOSEN_AT: Target = Target::LostRms(0.0024);
 /// What predictors ahead keep in the mean: they are for time, and the sketch brings what they miss.
 const AHEAD_TARGET: Target = Target::MassKept(0.95);
 /// Format of the matrices.
