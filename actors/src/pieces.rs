@@ -120,8 +120,6 @@ impl Cut {
 pub(crate) struct Piece {
     /// Its place in order of units, counted over all parts.
     pub index: usize,
-    /// Whether it is of the taker's own part.
-    pub own: bool,
     /// Units; may be empty.
     pub units: Range<usize>,
 }
@@ -151,7 +149,6 @@ impl Iterator for Pieces<'_> {
             if let Some(piece) = self.claims.take(part, n_pieces, !own) {
                 return Some(Piece {
                     index: part * n_pieces + piece,
-                    own,
                     units: self.cut.units(part, piece),
                 });
             }
@@ -283,7 +280,6 @@ mod tests {
             let cut = Cut::new(4096, 16, 1 << 20, &member);
             for piece in cut.pieces(&claims, &member) {
                 units[member.thread].fetch_add(piece.units.len(), Ordering::Relaxed);
-                assert_eq!(piece.own, piece.index / cut.n_pieces == member.thread);
                 // thread 1 stays in its first piece until thread 0 finds nothing more
                 while member.thread == 1 && others_done.load(Ordering::Acquire) == 0 {
                     std::thread::yield_now();
