@@ -10,7 +10,7 @@ use std::ops::Range;
 use std::sync::atomic::{AtomicU32, Ordering};
 
 use crate::mailbox::Padded;
-use crate::team::Member;
+use crate::team::{Member, part_of};
 
 /// Pieces of a part at most: the last two are a sixteenth each.
 pub(crate) const PIECES_MAX: usize = 5;
@@ -90,16 +90,15 @@ impl Cut {
 
     /// The units of a piece.
     fn units(&self, part: usize, piece: usize) -> Range<usize> {
-        let groups = self.count.div_ceil(self.multiple);
-        let first = |thread: usize| groups * thread / self.n_threads;
-        let (start, end) = (first(part), first(part + 1));
+        let part = part_of(self.count, self.multiple, part, self.n_threads);
+        let groups = part.len().div_ceil(self.multiple);
         let bound = |piece: usize| {
             let left = if piece == self.n_pieces {
                 0
             } else {
-                (end - start) >> piece
+                groups >> piece
             };
-            ((end - left) * self.multiple).min(self.count)
+            part.start + ((groups - left) * self.multiple).min(part.len())
         };
         bound(piece)..bound(piece + 1)
     }

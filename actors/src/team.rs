@@ -11,6 +11,7 @@
 
 use std::any::Any;
 use std::cell::UnsafeCell;
+use std::ops::Range;
 use std::panic::{AssertUnwindSafe, catch_unwind, resume_unwind};
 use std::sync::atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering};
 use std::sync::mpsc::sync_channel;
@@ -106,11 +107,21 @@ impl Member<'_> {
 
     /// The part of `0..count` that is this thread's when all get equal parts, in whole multiples of
     /// `multiple`; parts are consecutive.
-    pub fn part(&self, count: usize, multiple: usize) -> std::ops::Range<usize> {
-        let units = count.div_ceil(multiple);
-        let bound = |thread: usize| (units * thread / self.n_threads * multiple).min(count);
-        bound(self.thread)..bound(self.thread + 1)
+    pub fn part(&self, count: usize, multiple: usize) -> Range<usize> {
+        part_of(count, multiple, self.thread, self.n_threads)
     }
+}
+
+/// The part of `0..count` of `thread` of `n_threads`, as [`Member::part`] has it.
+pub(crate) fn part_of(
+    count: usize,
+    multiple: usize,
+    thread: usize,
+    n_threads: usize,
+) -> Range<usize> {
+    let units = count.div_ceil(multiple);
+    let bound = |thread: usize| (units * thread / n_threads * multiple).min(count);
+    bound(thread)..bound(thread + 1)
 }
 
 impl Shared {

@@ -5,16 +5,11 @@
 
 use std::path::{Path, PathBuf};
 
-use pi_kernels::attention::KvType;
-use pi_kernels::{ActivationMode, Cpu};
 use pi_runtime::bench::{BenchTest, Runner, TokenSource};
-use pi_runtime::head_sketch::Head;
 use pi_runtime::model::Sparsity;
 use pi_runtime::model::predicting::{PredictBy, Predicting};
 use pi_runtime::plan::{FrequencySource, PlanRequest, plan};
-use pi_runtime::session::{
-    LoadedModel, ModelOptions, N_UBATCH, Silent, ThresholdSource, TopologyFile,
-};
+use pi_runtime::session::{LoadedModel, ModelOptions, Silent, TopologyFile};
 use pi_runtime::tokenizer::EncodeOptions;
 
 const DEMO: &str = concat!(
@@ -62,23 +57,14 @@ fn compare(model: &Path, threads: usize, mode: Sparsity) -> bool {
         return true;
     };
     let options = ModelOptions {
-        path: model.to_path_buf(),
         n_ctx: N_CTX,
         sparsity: Some(mode),
-        cpu: Cpu::detect(ActivationMode::Q8),
-        kv_type: KvType::F16,
-        trace: None,
-        n_batch: N_UBATCH,
-        tap: None,
-        faults: pi_actors::faults::Faults::default(),
-        sidecar: None,
-        head: Head::default(),
-        thresholds: ThresholdSource::default(),
         // as the program runs it where nothing is said
         predicting: Predicting {
             by: (mode == Sparsity::Predicted).then_some(PredictBy::InLayer),
             prefetch: true,
         },
+        ..ModelOptions::new(model.to_path_buf())
     };
     let loaded = match LoadedModel::open(&options, &machine, &Silent) {
         Ok(loaded) => loaded,

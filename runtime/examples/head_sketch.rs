@@ -6,8 +6,6 @@ use std::sync::Arc;
 use std::time::Instant;
 
 use anyhow::{Context, Result};
-use pi_kernels::attention::KvType;
-use pi_kernels::{ActivationMode, Cpu};
 use pi_runtime::gguf::GgufFile;
 use pi_runtime::head_sketch::{FitOptions, Head, HeadSketch, HeadTap, agreement, prepare_head};
 use pi_runtime::model::Hyperparameters;
@@ -24,19 +22,9 @@ fn main() -> Result<()> {
     let n_held_out = rest.first().map_or(Ok(2048), |n| n.parse())?;
     let tap = Arc::new(HeadTap::default());
     let mut options = ModelOptions {
-        faults: pi_actors::faults::Faults::default(),
-        path: model_path.into(),
         n_ctx: 512,
-        sparsity: None,
-        cpu: Cpu::detect(ActivationMode::Q8),
-        kv_type: KvType::F16,
-        trace: None,
-        n_batch: 512,
         tap: Some(tap.clone()),
-        sidecar: None,
-        predicting: Default::default(),
-        thresholds: Default::default(),
-        head: Head::Full,
+        ..ModelOptions::new(model_path.into())
     };
     let plan = TopologyFile::read(None)?.plan(None)?;
     let model = LoadedModel::open(&options, &plan, &Silent)?;

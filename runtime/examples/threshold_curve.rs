@@ -9,14 +9,11 @@
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
-use pi_actors::faults::Faults;
-use pi_kernels::attention::KvType;
 use pi_kernels::{ActivationMode, Cpu};
 use pi_runtime::model::Sparsity;
-use pi_runtime::model::predicting::Predicting;
 use pi_runtime::model::sparsity::writable_type;
 use pi_runtime::model::threshold::Criterion;
-use pi_runtime::session::{ModelOptions, N_UBATCH, ThresholdSource, TopologyFile};
+use pi_runtime::session::{ModelOptions, TopologyFile};
 use pi_runtime::threshold::fragility::Fragility;
 use pi_runtime::threshold::proposal::{Division, Way};
 use pi_runtime::threshold::{CalibrateOptions, Calibration};
@@ -68,19 +65,9 @@ fn main() -> Result<(), Box<dyn std::error::Error>> {
     };
     let asked = Asked::read(rest)?;
     let options = ModelOptions {
-        path: PathBuf::from(model),
-        n_ctx: 0,
         sparsity: Some(Sparsity::Threshold),
         cpu: Cpu::detect(asked.activations),
-        kv_type: KvType::F16,
-        trace: None,
-        n_batch: N_UBATCH,
-        tap: None,
-        faults: Faults::default(),
-        sidecar: None,
-        head: Default::default(),
-        thresholds: ThresholdSource::default(),
-        predicting: Predicting::default(),
+        ..ModelOptions::new(PathBuf::from(model))
     };
     let how = CalibrateOptions {
         scored_chunks: asked.chunks,

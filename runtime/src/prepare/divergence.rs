@@ -24,9 +24,7 @@ pub(super) struct Foretold {
 
 impl Visit for Foretold {
     fn visit(&mut self, logits: &[f32], next: Option<u32>) {
-        if let Some(next) = next {
-            self.score.add(logits, next);
-        }
+        self.score.visit(logits, next);
         let normaliser = log_normaliser(logits);
         self.n_apart = N_APART.min(logits.len());
         let mut ids: Vec<u32> = (0..logits.len() as u32).collect();
@@ -73,9 +71,7 @@ impl Visit for Beside {
     /// # Panics
     /// When the reference has no such position.
     fn visit(&mut self, logits: &[f32], next: Option<u32>) {
-        if let Some(next) = next {
-            self.score.add(logits, next);
-        }
+        self.score.visit(logits, next);
         let normaliser = log_normaliser(logits);
         let n_apart = self.reference.n_apart;
         let tokens = &self.reference.tokens[self.n_positions * n_apart..][..n_apart];

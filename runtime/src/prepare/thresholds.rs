@@ -97,7 +97,8 @@ impl Preparation {
         let budget = self.options.quality * BUDGET_USED;
         let passages = &self.passages.1;
         let reference = Foretold::default();
-        let reference = self.second_halves(Sparsity::Exact, None, passages, reference)?;
+        let reference =
+            self.second_halves("divergence", Sparsity::Exact, None, passages, reference)?;
         let reference = Arc::new(reference);
         // targets below `loose` fail, and `strict` is the loosest known to do
         let (mut loose, mut strict) = (0, TARGETS.len());
@@ -108,7 +109,7 @@ impl Preparation {
             self.write_trial(predictors, &by_target[middle], &path)?;
             let beside = Beside::new(Arc::clone(&reference));
             let (mode, sidecar) = (Sparsity::Predicted, Some(path.as_path()));
-            let beside = self.second_halves(mode, sidecar, passages, beside)?;
+            let beside = self.second_halves("divergence", mode, sidecar, passages, beside)?;
             let rise = beside.divergence().exp() - 1.0;
             let seen = beside.score.ppl() / reference.score.ppl() - 1.0;
             self.observer.say(&format!(

@@ -13,7 +13,7 @@ use crate::bench::token_source::TEXT;
 use crate::bench::{BenchTest, Runner, TokenSource};
 use crate::error::RuntimeError;
 use crate::model::Sparsity;
-use crate::perplexity::{ChunkScorer, Chunks};
+use crate::perplexity::Score;
 use crate::tokenizer::EncodeOptions;
 
 /// Tokens decoded to measure speed.
@@ -36,6 +36,14 @@ impl Visit for Likeliest {
             false => best,
         });
         self.0.push(best.unwrap_or(0) as u32);
+    }
+}
+
+impl Visit for Score {
+    fn visit(&mut self, logits: &[f32], next: Option<u32>) {
+        if let Some(next) = next {
+            self.add(logits, next);
+        }
     }
 }
 
@@ -86,26 +94,9 @@ impl Preparation {
         sidecar: Option<&Path>,
         passages: &Passages,
     ) -> Result<f64, RuntimeError> {
-        let model = self
-            .subject
-            .run(Some(mode), passages.n_ctx(), None, sidecar)?;
-        let in_text = |source| RuntimeError::Perplexity {
-            path: "the passages".into(),
-            source,
-        };
-        let (tokens, n_ctx) = (passages.tokens().to_vec(), passages.n_ctx());
-        let chunks = Chunks::new(tokens, n_ctx, None, self.subject.bos()).map_err(in_text)?;
-        let name = format!("perplexity {}", mode.name());
-        self.observer.begin(&name, passages.len());
-        let observer = Arc::clone(&self.observer);
-        let report = Box::new(move |chunk: usize, _: f64| observer.at(chunk));
-        let run = model
-            .engine
-            .run(ChunkScorer::new(chunks, report, Arc::clone(&self.stop)))?;
-        self.observer.end();
-        run.outcome.map_err(|error| model.step_error(error))?;
-        self.check_stop()?;
-        Ok(run.feeder.score().ppl())
+        let score = Score::default();
+        let score = self.second_halves("perplexity", mode, sidecar, passages, score)?;
+        Ok(score.ppl())
     }
 
     /// The likeliest token behind each position of the second halves of `passages` in `mode`.
@@ -115,13 +106,16 @@ impl Preparation {
         sidecar: Option<&Path>,
         passages: &Passages,
     ) -> Result<Vec<u32>, RuntimeError> {
-        let likeliest = self.second_halves(mode, sidecar, passages, Likeliest::default())?;
+        let what = "likeliest tokens";
+        let likeliest = Likeliest::default();
+        let likeliest = self.second_halves(what, mode, sidecar, passages, likeliest)?;
         Ok(likeliest.0)
     }
 
-    /// Shows `visitor` what `mode` foretells of the second halves of `passages`.
+    /// Shows `visitor` what `mode` foretells of the second halves of `passages`; `what` is wanted of it.
     pub(super) fn second_halves<V: Visit>(
         &self,
+        what: &str,
         mode: Sparsity,
         sidecar: Option<&Path>,
         passages: &Passages,
@@ -130,7 +124,7 @@ impl Preparation {
         let model = self
             .subject
             .run(Some(mode), passages.n_ctx(), None, sidecar)?;
-        let name = format!("foretold {}", mode.name());
+        let name = format!("{what} {}", mode.name());
         self.observer.begin(&name, passages.len());
         let run = model.engine.run(SecondHalves {
             passages: passages.clone(),

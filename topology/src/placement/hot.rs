@@ -182,12 +182,25 @@ impl<'a> Growing<'a> {
         left_bytes: u64,
     ) -> Option<Step> {
         let n_neurons = self.order.len() - self.n_hot;
-        let budget_bytes = self.budget_bytes(device, n_neurons, machine);
-        if n_neurons == 0 || budget_bytes > left_bytes {
+        let fits = self.budget_bytes(device, n_neurons, machine) <= left_bytes;
+        if n_neurons == 0 || !fits {
             return None;
         }
-        let before = self.seconds(machine, device, 0, 0.0);
         let after = self.seconds(machine, device, n_neurons, self.cold_bytes);
+        self.worth_taking(layer, device, machine, n_neurons, after)
+    }
+
+    /// The step to `n_neurons` more on a device; none where it takes the layer's time `after` to no less.
+    fn worth_taking(
+        &self,
+        layer: usize,
+        device: usize,
+        machine: &MachineSpeed,
+        n_neurons: usize,
+        after: f64,
+    ) -> Option<Step> {
+        let before = self.seconds(machine, device, 0, 0.0);
+        let budget_bytes = self.budget_bytes(device, n_neurons, machine);
         (after < before).then(|| Step {
             layer,
             device,
@@ -199,10 +212,15 @@ impl<'a> Growing<'a> {
 
     /// What `n_neurons` more take of a device's budget.
     fn budget_bytes(&self, device: usize, n_neurons: usize, machine: &MachineSpeed) -> u64 {
-        let granule = machine.devices[device].granule_bytes.max(1);
         let taken = self.hot_ids[device].len();
-        let rounded = |n: usize| (n as u64 * self.load.bundle_bytes).next_multiple_of(granule);
+        let rounded = |n: usize| self.rounded(device, n, machine);
         rounded(taken + n_neurons) - rounded(taken)
+    }
+
+    /// Bytes of `n` of the layer's neurons, in whole granules of the device.
+    fn rounded(&self, device: usize, n: usize, machine: &MachineSpeed) -> u64 {
+        let granule = machine.devices[device].granule_bytes.max(1);
+        (n as u64 * self.load.bundle_bytes).next_multiple_of(granule)
     }
 
     fn step(
@@ -214,7 +232,7 @@ impl<'a> Growing<'a> {
     ) -> Option<Step> {
         let granule = machine.devices[device].granule_bytes.max(1);
         let taken = self.hot_ids[device].len();
-        let rounded = |n: usize| (n as u64 * self.load.bundle_bytes).next_multiple_of(granule);
+        let rounded = |n: usize| self.rounded(device, n, machine);
         let cold = self.order.len() - self.n_hot;
         // as many as fill the last granule that the fewest reach
         let least = self.step_neurons.min(cold);
@@ -230,10 +248,9 @@ impl<'a> Growing<'a> {
         if n_neurons == 0 {
             return None;
         }
-        let before = self.seconds(machine, device, 0, 0.0);
         // no more than the device can read while the others read the rest
         let mut moved = 0.0;
-        let mut best = (before, 0);
+        let mut best = (self.seconds(machine, device, 0, 0.0), 0);
         for (n, &id) in self.order[self.n_hot..][..n_neurons].iter().enumerate() {
             moved += self.load.expected_bytes(id as usize);
             let after = self.seconds(machine, device, n + 1, moved);
@@ -242,14 +259,7 @@ impl<'a> Growing<'a> {
             }
         }
         let (after, n_neurons) = best;
-        let budget_bytes = self.budget_bytes(device, n_neurons, machine);
-        (after < before).then(|| Step {
-            layer,
-            device,
-            n_neurons,
-            budget_bytes,
-            gain_per_byte: (before - after) / budget_bytes.max(1) as f64,
-        })
+        self.worth_taking(layer, device, machine, n_neurons, after)
     }
 
     fn take(&mut self, step: Step) {
