@@ -1,5 +1,5 @@
 // The second half of the feed-forward network over a list of neurons: the sum of their down rows, of which those whose factor
-// is zero are not read. (The first half is in rows.cu.) No sum depends on which block is first.
+// is zero can be left unread. (The first half is in rows.cu.) No sum depends on which block is first.
 #include "quant.cuh"
 
 struct DownArgs {
@@ -23,8 +23,10 @@ struct DownArgs {
     float* partials;
     // [gridDim.x], zeros
     u32* tickets;
+    // whether rows whose factor is zero are left unread
+    u32 skip;
 };
-static_assert(sizeof(DownArgs) == 88, "as the launcher has it");
+static_assert(sizeof(DownArgs) == 96, "as the launcher has it");
 
 // Two blocks fill a multiprocessor: more warps a block leave fewer parts to join behind, and more steps to join within.
 constexpr u32 DOWN_WARPS = 12;
@@ -32,7 +34,7 @@ constexpr u32 DOWN_ROUNDS = 3;
 // Places that a block looks through at a time.
 constexpr u32 DOWN_LIST = DOWN_ROUNDS * DOWN_WARPS * WARP;
 
-// Neurons of a part of the list whose product is not zero, in the list's order.
+// Neurons of a part of the list that are added, in the list's order.
 struct DownList {
     u32 ids[DOWN_LIST];
     float a[DOWN_LIST];
@@ -40,18 +42,31 @@ struct DownList {
     u32 n;
 };
 
-// Fills `list` with places first ... end - 1. Called by the whole block; synchronises before and after.
-__device__ __forceinline__ void find_active(const DownArgs& args, u32 first, u32 end, DownList& list) {
+// Places of a block: runs of WARP, `step` runs apart.
+struct DownPlaces {
+    u32 begin, end, step, n_runs;
+
+    // Lists are divided evenly. Of all neurons a block has every gridDim.y-th run, because those that fire often lie together.
+    __device__ __forceinline__ DownPlaces(bool is_list, u32 n) {
+        begin = is_list ? (u32)((u64)n * blockIdx.y / gridDim.y) : blockIdx.y * WARP;
+        end = is_list ? (u32)((u64)n * (blockIdx.y + 1) / gridDim.y) : n;
+        step = is_list ? 1 : gridDim.y;
+        n_runs = end > begin ? ((end - begin + WARP - 1) / WARP + step - 1) / step : 0;
+    }
+};
+
+// Fills `list` from the places, from run `first` on. Called by the whole block; synchronises before and after.
+__device__ __forceinline__ void find_active(const DownArgs& args, const DownPlaces& places, u32 first, DownList& list) {
     const u32 lane = threadIdx.x % WARP, warp = threadIdx.x / WARP;
     float a[DOWN_ROUNDS];
     u32 ids[DOWN_ROUNDS], before[DOWN_ROUNDS];
     __syncthreads();
 #pragma unroll
     for (u32 r = 0; r < DOWN_ROUNDS; r++) {
-        u32 j = first + (r * DOWN_WARPS + warp) * WARP + lane;
-        a[r] = j < end ? args.a[j] : 0.0f;
-        ids[r] = args.n_ids == nullptr || j >= end ? j : args.ids[j];
-        u32 active = __ballot_sync(ALL_LANES, a[r] != 0.0f);
+        u32 j = places.begin + (first + r * DOWN_WARPS + warp) * places.step * WARP + lane;
+        a[r] = j < places.end ? args.a[j] : 0.0f;
+        ids[r] = args.n_ids == nullptr || j >= places.end ? j : args.ids[j];
+        u32 active = __ballot_sync(ALL_LANES, j < places.end && (a[r] != 0.0f || !args.skip));
         before[r] = __popc(active & ((1u << lane) - 1));
         if (lane == 0) list.counts[r * DOWN_WARPS + warp] = __popc(active);
     }
@@ -81,8 +96,8 @@ __device__ __forceinline__ void find_active(const DownArgs& args, u32 first, u32
     __syncthreads();
 #pragma unroll
     for (u32 r = 0; r < DOWN_ROUNDS; r++) {
-        u32 j = first + (r * DOWN_WARPS + warp) * WARP + lane;
-        if (j < end && a[r] != 0.0f) {
+        u32 j = places.begin + (first + r * DOWN_WARPS + warp) * places.step * WARP + lane;
+        if (j < places.end && (a[r] != 0.0f || !args.skip)) {
             u32 at = list.counts[r * DOWN_WARPS + warp] + before[r];
             // a neuron that does not exist: NaN times the first row
             list.ids[at] = ids[r] < args.n_neurons ? ids[r] : 0;
@@ -93,8 +108,8 @@ __device__ __forceinline__ void find_active(const DownArgs& args, u32 first, u32
 }
 static_assert(DOWN_WARPS <= WARP, "a lane for each warp's counts");
 
-// Block (x, y): items 32 x ... 32 x + 31 of the rows, one a lane, of part y of the list; warp w takes active neurons w,
-// w + 12, .... The warps are joined pairwise, the blocks of a column in ascending order by whichever ends last.
+// Block (x, y): items 32 x ... 32 x + 31 of the rows, one a lane, of part y of the list; warp w takes active neurons w, w + 12,
+// .... The warps are joined pairwise, the blocks of a column in ascending order by whichever ends last.
 template <class Q>
 __device__ __forceinline__ void down(const DownArgs& args) {
     constexpr int VALUES = Q::PARTS * Q::PART, TOGETHER = 4;
@@ -106,13 +121,13 @@ __device__ __forceinline__ void down(const DownArgs& args) {
     const u32 item = blockIdx.x * WARP + lane, n_items = Q::items(args.n_cols);
     wait_for_launch_before();
     const u32 n = args.n_ids == nullptr ? args.n_neurons : min(*args.n_ids, args.n_a);
-    const u32 begin = (u32)((u64)n * blockIdx.y / gridDim.y), end = (u32)((u64)n * (blockIdx.y + 1) / gridDim.y);
+    const DownPlaces places(args.n_ids != nullptr, n);
     float acc[VALUES];
 #pragma unroll
     for (int v = 0; v < VALUES; v++) acc[v] = 0.0f;
 
-    for (u32 first = begin; first < end; first += DOWN_LIST) {
-        find_active(args, first, min(end, first + DOWN_LIST), list);
+    for (u32 first = 0; first < places.n_runs; first += DOWN_LIST / WARP) {
+        find_active(args, places, first, list);
         if (item >= n_items) continue;
 #pragma unroll 1
         for (u32 k = warp; k < list.n; k += DOWN_WARPS * TOGETHER) {

@@ -20,8 +20,8 @@ struct RowsArgs {
     const float* add;
     // [n_out] f32, by place in the list: row * x, or act(gate * x) * (up * x)
     float* out;
-    // ReLU: up rows of closed gates are not read, the result is 0; else SiLU
-    u32 relu;
+    // 0: SiLU; 1: ReLU, and up rows of closed gates are not read; 2: ReLU, and they are
+    u32 gates;
     // whether a block's warps take a row together, else each its own
     u32 together;
 };
@@ -58,13 +58,16 @@ __device__ __forceinline__ void rows(const RowsArgs& args) {
                     product = (sums[turn][0] + sums[turn][1]) + (sums[turn][2] + sums[turn][3]);
                     turn ^= 1;
                 }
-                result = factor * product;
+                // a closed gate gives 0, never -0
+                result = factor == 0.0f ? 0.0f : factor * product;
                 if (!more) break;
-                if (args.relu && product <= 0.0f) {
+                // NaN is open
+                const bool closed = args.gates != 0 && product <= 0.0f;
+                if (closed && args.gates == 1) {
                     result = 0.0f;
                     break;
                 }
-                factor = args.relu ? product : silu(product);
+                factor = closed ? 0.0f : args.gates != 0 ? product : silu(product);
                 at = args.up + row * args.up_stride;
             }
         }

@@ -70,6 +70,14 @@ pub(crate) fn nvidia_gpus(root: &Path) -> Vec<NvidiaGpu> {
     gpus
 }
 
+/// NUMA node that the NVIDIA GPU at a PCI address is attached to, where the system knows.
+pub fn gpu_node(pci_address: &str) -> Option<usize> {
+    let gpus = nvidia_gpus(Path::new("/"));
+    let mut gpus = gpus.iter();
+    gpus.find(|gpu| gpu.pci_address.eq_ignore_ascii_case(pci_address))?
+        .numa
+}
+
 /// This system's GPUs, as far as is known without the driver.
 pub(crate) fn system_gpus() -> Vec<Gpu> {
     let found = nvidia_gpus(Path::new("/")).into_iter();

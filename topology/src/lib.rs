@@ -38,7 +38,7 @@ pub use config::{
 pub use conflicts::{Conflict, ConflictSubject, conflicts};
 pub use error::TopologyError;
 pub use fit::{Backends, Difference, Fit};
-pub use gpu::{NvidiaDriver, NvidiaGpu};
+pub use gpu::{NvidiaDriver, NvidiaGpu, gpu_node};
 pub use machine::{
     Cache, Core, Gpu, Machine, MachineNode, MachineSource, MemoryNode, NodeDistances, Package,
     Withheld, ranges,
@@ -46,7 +46,7 @@ pub use machine::{
 pub use measure::{AcrossSpeed, MemorySpeeds, RowsSpeed, TeamSpeeds, ThreadsSpeed, read_bandwidth};
 pub use memory::{available_memory_bytes, current_rss_bytes, peak_rss_bytes};
 pub use neighbours::BoundProcess;
-pub use pin::pin_thread;
+pub use pin::{pin_thread, with_memory_of};
 pub use plan::{N_NODES_MAX, NodePlan, Plan};
 pub use probe::{memory_binding_problem, try_pinning};
 pub use proportion::Proportion;

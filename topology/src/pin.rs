@@ -1,4 +1,4 @@
-//! Threads that stay on their CPU.
+//! Threads that stay on their CPU, and what they allocate on a node.
 
 use crate::error::TopologyError;
 
@@ -11,6 +11,18 @@ pub fn pin_thread(cpu: usize) -> Result<(), TopologyError> {
     return crate::hwloc::pin_thread(cpu);
     #[cfg(not(feature = "hwloc"))]
     return pin_by_affinity(cpu);
+}
+
+/// Runs `allocate` with the calling thread's new pages taken from NUMA node `numa`, where that has room; behind it the thread's policy
+/// is the system's own. Where the system does not allow it, or without the feature hwloc, `allocate` runs as it is.
+pub fn with_memory_of<T>(numa: usize, allocate: impl FnOnce() -> T) -> T {
+    #[cfg(feature = "hwloc")]
+    return crate::hwloc::with_memory_of(numa, allocate);
+    #[cfg(not(feature = "hwloc"))]
+    {
+        let _ = numa;
+        allocate()
+    }
 }
 
 /// Most logical CPUs that an affinity mask of the C library holds; core_affinity panics beyond.

@@ -8,10 +8,10 @@ use std::time::{Duration, Instant};
 
 use pi_kernels::attention::KvType;
 use pi_kernels::cuda::{
-    Add, AroundNorm, AttendToken, BeginToken, DeviceAct, DownScratch, Event, Graph, HandOver,
-    HandOverNormed, NeuronList, RopeAppend, Stream, TakeOver, attend, attend_token, begin_token,
-    can_attend_token, compact, copy, down_active, gate_up, gemv, hand_over, prepare, prepare_relu,
-    rms_norm, rms_norm_with, rope_append, take_over, trap,
+    Add, AroundNorm, AttendToken, BeginToken, DeviceAct, DownScratch, Event, Gates, Graph,
+    HandOver, HandOverNormed, NeuronList, RopeAppend, Stream, TakeOver, attend, attend_token,
+    begin_token, can_attend_token, compact, copy, down_active, gate_up, gemv, hand_over, prepare,
+    prepare_relu, rms_norm, rms_norm_with, rope_append, take_over, trap,
 };
 use pi_kernels::{ActivationMode, KernelError};
 
@@ -125,20 +125,21 @@ impl GpuModel {
         let mut buffers = Buffers::new(&device, shape, rope_len, &weights.layers, mode, kv_type)?;
         let predicts = weights.layers.iter().any(|layer| layer.ahead.is_some());
         let n_layer = weights.layers.len();
-        let exchange = Exchange::new(
-            &device,
-            ExchangeSizes {
-                n_layer,
-                n_embd: shape.n_embd,
-                rope_len,
-                n_ids: if predicts { shape.n_ff } else { 0 },
-                n_vocab: if weights.head.is_some() {
-                    shape.n_vocab
-                } else {
-                    0
-                },
+        let sizes = ExchangeSizes {
+            n_layer,
+            n_embd: shape.n_embd,
+            rope_len,
+            n_ids: if predicts { shape.n_ff } else { 0 },
+            n_vocab: if weights.head.is_some() {
+                shape.n_vocab
+            } else {
+                0
             },
-        )?;
+        };
+        let exchange = match pi_topology::gpu_node(&device.info().pci_address) {
+            Some(numa) => pi_topology::with_memory_of(numa, || Exchange::new(&device, sizes)),
+            None => Exchange::new(&device, sizes),
+        }?;
         let prefill = Prefill::new(&weights, host, rope_len, mode, n_tokens)?;
         if let Some(prefill) = &prefill {
             let (locked, all) = prefill.streamed_bytes();
@@ -758,13 +759,12 @@ impl Capture<'_> {
     fn until_hidden(&mut self, stream: &Stream, index: usize, join: bool) -> Launched {
         let layer = &self.weights.layers[index];
         self.attention(stream, index, layer)?;
-        let predicts = self.is_predicted(index + 1);
-        self.ffn_norm(stream, index, layer, predicts)?;
         if layer.ahead.is_some() && join {
-            // its list is needed from here on
+            // its list is needed from here on, and what it has read is written
             stream.wait_for(&self.events[1])?;
         }
-        Ok(())
+        let predicts = self.is_predicted(index + 1);
+        self.ffn_norm(stream, index, layer, predicts)
     }
 
     /// Whether there is such a layer, and it is predicted.
@@ -1005,7 +1005,11 @@ impl Capture<'_> {
             ffn.up.view(arena),
             list,
             &buffers.ffn_normed,
-            shape.gate_activation == GateActivation::Relu,
+            match (shape.gate_activation, self.weights.dense) {
+                (GateActivation::Silu, _) => Gates::Silu,
+                (GateActivation::Relu, true) => Gates::ReluDense,
+                (GateActivation::Relu, false) => Gates::Relu,
+            },
             buffers.act.view_mut(..n_hot),
         )?;
         match &ffn.down {
@@ -1018,6 +1022,7 @@ impl Capture<'_> {
                     down.view(arena),
                     list,
                     buffers.act.view(..n_hot),
+                    !self.weights.dense,
                     Add::Out,
                     scratch,
                     buffers.x.view_mut(..),

@@ -54,6 +54,8 @@ pub struct GpuWeights {
     pub head: Option<GpuHead>,
     /// How it is run.
     pub sync: GpuSync,
+    /// Whether neurons are computed whether or not they fire.
+    pub dense: bool,
 }
 
 impl GpuWeights {

@@ -12,8 +12,8 @@ mod prefill;
 use bench::Bench;
 use pi_kernels::attention::KvType;
 use pi_kernels::cuda::{
-    Add, AttendScratch, Device, DeviceAct, DeviceCache, DownScratch, NeuronList, SampleScratch,
-    argmax, attend, compact, down_active, gate_up, gemv, prepare, rms_norm, top_k,
+    Add, AttendScratch, Device, DeviceAct, DeviceCache, DownScratch, Gates, NeuronList,
+    SampleScratch, argmax, attend, compact, down_active, gate_up, gemv, prepare, rms_norm, top_k,
 };
 use pi_kernels::{ActivationMode, KernelError, QuantType};
 
@@ -73,6 +73,7 @@ impl Bench {
                 rows,
                 list(i),
                 a.view(..),
+                true,
                 Add::None,
                 &mut scratch,
                 y,
@@ -82,7 +83,7 @@ impl Bench {
         // SiLU, so that all of the list is read
         let us = self.time(48, |stream, i| {
             let (gate, up) = (weights.view(2 * i), weights.view(2 * i + 1));
-            gate_up(stream, gate, up, list(i), &x, false, a.view_mut(..))
+            gate_up(stream, gate, up, list(i), &x, Gates::Silu, a.view_mut(..))
         })?;
         self.report(&format!("gate, up {name}"), us, 2 * bytes);
         let us = self.time(48, |stream, i| {
@@ -91,13 +92,14 @@ impl Bench {
                 weights.view(3 * i + 1),
                 weights.view(3 * i + 2),
             );
-            gate_up(stream, gate, up, list(i), &x, false, a.view_mut(..))?;
+            gate_up(stream, gate, up, list(i), &x, Gates::Silu, a.view_mut(..))?;
             let y = y.view_mut(..);
             down_active(
                 stream,
                 down,
                 list(i),
                 a.view(..),
+                true,
                 Add::None,
                 &mut scratch,
                 y,

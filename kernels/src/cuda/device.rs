@@ -26,6 +26,8 @@ pub struct DeviceInfo {
     pub ordinal: usize,
     /// Name, such as `NVIDIA H100 80GB HBM3`.
     pub name: String,
+    /// Address on the PCI bus, such as `0000:01:00.0`.
+    pub pci_address: String,
     /// Compute capability.
     pub capability: Capability,
     /// Multiprocessors.
@@ -282,6 +284,8 @@ fn describe(
         CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MAJOR as MAJOR,
         CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MINOR as MINOR,
         CU_DEVICE_ATTRIBUTE_MULTIPROCESSOR_COUNT as MULTIPROCESSORS,
+        CU_DEVICE_ATTRIBUTE_PCI_BUS_ID as PCI_BUS, CU_DEVICE_ATTRIBUTE_PCI_DEVICE_ID as PCI_DEVICE,
+        CU_DEVICE_ATTRIBUTE_PCI_DOMAIN_ID as PCI_DOMAIN,
     };
     let attribute = |attribute| {
         // SAFETY: a device that the driver gave.
@@ -293,6 +297,12 @@ fn describe(
     Ok(DeviceInfo {
         ordinal,
         name: call("name a device", result::device::get_name(device))?,
+        pci_address: format!(
+            "{:04x}:{:02x}:{:02x}.0",
+            attribute(PCI_DOMAIN)?,
+            attribute(PCI_BUS)?,
+            attribute(PCI_DEVICE)?
+        ),
         capability: Capability {
             major: attribute(MAJOR)?,
             minor: attribute(MINOR)?,

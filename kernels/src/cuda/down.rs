@@ -66,12 +66,13 @@ struct DownArgs {
     out: u64,
     partials: u64,
     tickets: u64,
+    skip: u32,
 }
 
-const _: () = assert!(size_of::<DownArgs>() == 88);
+const _: () = assert!(size_of::<DownArgs>() == 96);
 
-/// Writes `Σ a[j] · down[ids[j]]`, plus `add`, to `out` (`[n_cols]` f32). Rows whose `a` (f32, as long as the list)
-/// is zero are not read.
+/// Writes `Σ a[j] · down[ids[j]]`, plus `add`, to `out` (`[n_cols]` f32). With `skip`, rows whose `a` (f32, as long as the
+/// list) is zero are not read.
 ///
 /// Activations stay f32 with every [`crate::ActivationMode`]: rounding them to 8 bits, as the CPU does beside 8-bit
 /// activations for `Q4_0`, would save nothing here. The order of the sum is not the CPU's.
@@ -86,6 +87,7 @@ pub fn down_active(
     down: RowsView<'_>,
     list: NeuronList<'_>,
     a: View<'_, f32>,
+    skip: bool,
     add: Add<'_>,
     scratch: &mut DownScratch,
     out: ViewMut<'_, f32>,
@@ -116,6 +118,7 @@ pub fn down_active(
         out: out.address(),
         partials: scratch.partials.view(..).address(),
         tickets: scratch.tickets.view(..).address(),
+        skip: u32::from(skip),
     };
     let grid = Grid {
         blocks: [scratch.n_tiles, scratch.n_parts],

@@ -55,7 +55,7 @@ pub use layout::{DeviceRows, RowsView, SUPPORTED, is_supported};
 pub use norm::{AroundNorm, rms_norm, rms_norm_with};
 pub use pinned::{PinnedBuffer, copy_to_device, copy_to_host};
 pub use rope::{RopeAppend, rope_append, rope_append_batch};
-pub use rows::{Add, NeuronList, gate_up, gemv, row_products};
+pub use rows::{Add, Gates, NeuronList, gate_up, gemv, row_products};
 pub use sample::{SampleScratch, TOP_K_MAX, argmax, top_k};
 pub use stream::{Event, Stream};
 pub use streamed::{HostRows, Registered, copy, copy_in, transpose, transposed_rows, trap, unpack};

@@ -79,7 +79,7 @@ struct RowsArgs {
     x: RawAct,
     add: u64,
     out: u64,
-    relu: u32,
+    gates: u32,
     together: u32,
 }
 
@@ -113,7 +113,7 @@ pub fn gemv(
         NeuronList::All,
         x,
         add,
-        true,
+        Gates::Silu,
         out,
     )
 }
@@ -142,13 +142,25 @@ pub fn row_products(
         list,
         x,
         add,
-        true,
+        Gates::Silu,
         out,
     )
 }
 
-/// Writes `act(gate · x) · (up · x)` of each neuron in `list` to `out` (f32, as long as the list). With ReLU the up
-/// row of a closed gate (≤ 0) is not read and gives 0; else `act` is SiLU. Places behind the count are left alone.
+/// What lies between gate and up, as the kernel numbers it.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[repr(u32)]
+pub enum Gates {
+    /// SiLU.
+    Silu = 0,
+    /// ReLU; up rows of closed gates (≤ 0) are not read.
+    Relu = 1,
+    /// ReLU; they are read, for the same result.
+    ReluDense = 2,
+}
+
+/// Writes `act(gate · x) · (up · x)` of each neuron in `list` to `out` (f32, as long as the list). With ReLU a closed gate
+/// gives 0. Places behind the count are left alone.
 ///
 /// # Errors
 /// The driver's.
@@ -161,7 +173,7 @@ pub fn gate_up(
     up: RowsView<'_>,
     list: NeuronList<'_>,
     x: &DeviceAct,
-    relu: bool,
+    gates: Gates,
     out: ViewMut<'_, f32>,
 ) -> Result<(), KernelError> {
     assert_eq!(gate.rows(), up.rows(), "gate and up of the same neurons");
@@ -173,7 +185,7 @@ pub fn gate_up(
         list,
         x,
         Add::None,
-        relu,
+        gates,
         out,
     )
 }
@@ -186,7 +198,7 @@ fn launch(
     list: NeuronList<'_>,
     x: &DeviceAct,
     add: Add<'_>,
-    relu: bool,
+    gates: Gates,
     out: ViewMut<'_, f32>,
 ) -> Result<(), KernelError> {
     let shape = rows.rows();
@@ -213,7 +225,7 @@ fn launch(
         x: x.raw(),
         add: add.address(&out),
         out: out.address(),
-        relu: u32::from(relu),
+        gates: gates as u32,
         together: u32::from(together),
     };
     let kernel = stream.functions().rows(shape.quant, x.mode());

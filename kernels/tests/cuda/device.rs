@@ -1,7 +1,7 @@
 //! Opening devices, and graphs.
 
 use pi_kernels::cuda::{
-    Add, Device, DeviceAct, DeviceRows, DownScratch, Graph, NeuronList, PinnedBuffer,
+    Add, Device, DeviceAct, DeviceRows, DownScratch, Gates, Graph, NeuronList, PinnedBuffer,
     copy_to_device, copy_to_host, device_count, down_active, gate_up, rms_norm,
 };
 use pi_kernels::{ActivationMode, KernelError, QuantType};
@@ -101,7 +101,8 @@ fn a_graph_reads_lists_when_it_runs_and_repeats_every_bit() {
         };
         rms_norm(stream, x.view(..), weight.view(..), 1e-5, &mut normed)?;
         let (gate, up) = (gate.view(), up.view());
-        gate_up(stream, gate, up, neurons, &normed, true, a.view_mut(..))?;
+        let gates = Gates::Relu;
+        gate_up(stream, gate, up, neurons, &normed, gates, a.view_mut(..))?;
         let add = Add::Values(x.view(..));
         let out = out.view_mut(..);
         down_active(
@@ -109,6 +110,7 @@ fn a_graph_reads_lists_when_it_runs_and_repeats_every_bit() {
             down.view(),
             neurons,
             a.view(..),
+            true,
             add,
             &mut scratch,
             out,

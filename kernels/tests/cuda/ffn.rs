@@ -1,6 +1,8 @@
 //! The sparse feed-forward network.
 
-use pi_kernels::cuda::{Add, DownScratch, NeuronList, SUPPORTED, compact, down_active, gate_up};
+use pi_kernels::cuda::{
+    Add, DownScratch, Gates, NeuronList, SUPPORTED, compact, down_active, gate_up,
+};
 use pi_kernels::ffn_sparse::{self, FFN_GROUPS, GroupSpan};
 use pi_kernels::{ActivationMode, QuantType};
 
@@ -26,10 +28,12 @@ fn gates_and_ups_are_near_the_scalar_ones() {
             let mut random = Random(3);
             let x = Activations::new(&stream, mode, &random.activations(n_cols));
             let (host, effective, cpu) = (x.host.token(0), x.effective(quant), scalar(mode));
-            for (ids, relu) in lists(n, &mut random)
+            let kinds = [Gates::Relu, Gates::ReluDense, Gates::Silu];
+            for (ids, kind) in lists(n, &mut random)
                 .into_iter()
-                .flat_map(|ids| [(ids.clone(), true), (ids, false)])
+                .flat_map(|ids| kinds.map(|kind| (ids.clone(), kind)))
             {
+                let relu = kind != Gates::Silu;
                 let (mut gates, mut want) = (vec![0.0; ids.len()], vec![0.0; ids.len()]);
                 ffn_sparse::row_products(cpu, gate.by_row(), host, &ids, &mut gates);
                 let before = gates.clone();
@@ -54,7 +58,7 @@ fn gates_and_ups_are_near_the_scalar_ones() {
                     up_rows,
                     list,
                     &x.device,
-                    relu,
+                    kind,
                     out.view_mut(..),
                 )
                 .unwrap();
@@ -137,14 +141,16 @@ fn sums_of_downs_are_near_the_scalar_ones() {
                 },
             };
             let mut out = device.upload(&vec![f32::NAN; n_cols]).unwrap();
-            let mut run = |add: Add<'_>, scratch: &mut DownScratch| {
-                let (rows, out_view) = (down.view(), out.view_mut(..));
-                down_active(&stream, rows, list, a.view(..), add, scratch, out_view).unwrap();
+            let mut run = |skip: bool, add: Add<'_>| {
+                let (rows, a, out_view) = (down.view(), a.view(..), out.view_mut(..));
+                down_active(&stream, rows, list, a, skip, add, &mut scratch, out_view).unwrap();
                 stream.synchronize().unwrap();
                 out.read().unwrap()
             };
-            let got = run(Add::None, &mut scratch);
-            for c in 0..n_cols {
+            let [skipped, all] = [true, false].map(|skip| run(skip, Add::None));
+            for c in 0..n_cols * 2 {
+                let got = if c < n_cols { &skipped } else { &all };
+                let c = c % n_cols;
                 let what = format!("{quant} [{n}, {n_cols}] {} ids, column {c}", ids.len());
                 let want = if n_cols == whole {
                     want[c]
@@ -154,10 +160,10 @@ fn sums_of_downs_are_near_the_scalar_ones() {
                 assert_near(got[c], want, 1e-6 * sizes[c] + 1e-12, &what);
             }
             let with_base = device.upload(&base).unwrap();
-            let added = run(Add::Values(with_base.view(..)), &mut scratch);
+            let added = run(true, Add::Values(with_base.view(..)));
             let sums: Vec<f32> = base
                 .iter()
-                .zip(&got)
+                .zip(&skipped)
                 .map(|(base, sum)| base + sum)
                 .collect();
             assert_eq!(
@@ -195,7 +201,17 @@ fn a_wide_layer_is_summed_alike_every_time() {
         let mut out = device.upload(&vec![f32::NAN; n_cols]).unwrap();
         let (rows, all, out_view) = (down.view(), NeuronList::All, out.view_mut(..));
         let a = a.view(..);
-        down_active(&stream, rows, all, a, Add::None, &mut scratch, out_view).unwrap();
+        down_active(
+            &stream,
+            rows,
+            all,
+            a,
+            true,
+            Add::None,
+            &mut scratch,
+            out_view,
+        )
+        .unwrap();
         stream.synchronize().unwrap();
         let out = out.read().unwrap();
         for c in 0..n_cols {
@@ -235,6 +251,7 @@ fn what_is_not_finite_and_neurons_that_do_not_exist_surface() {
             rows,
             list,
             a.view(..),
+            true,
             Add::None,
             &mut scratch,
             out_view,

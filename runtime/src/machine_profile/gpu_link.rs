@@ -1,13 +1,14 @@
-//! What passes between host and GPUs: copies from and to pinned memory, and a flag there and back.
+//! What passes between host and GPUs: copies from and to pinned memory, and a flag there and back; and what a GPU does by itself.
 
 use std::time::{Duration, Instant};
 
 use pi_actors::latency::Latency;
-use pi_kernels::KernelError;
 use pi_kernels::cuda::{
-    Device, DeviceBuffer, Event, HandOver, PinnedBuffer, Stream, TakeOver, copy_to_device,
-    copy_to_host, device_count, hand_over, take_over,
+    Add, Device, DeviceAct, DeviceBuffer, DeviceRows, Event, Graph, HandOver, PinnedBuffer,
+    RowsView, Stream, TakeOver, copy_to_device, copy_to_host, device_count, gemv, hand_over,
+    take_over,
 };
+use pi_kernels::{ActivationMode, KernelError, QuantType};
 use serde::{Deserialize, Serialize};
 
 use super::Nanoseconds;
@@ -17,6 +18,13 @@ const COPY_BYTES: usize = 256 << 20;
 
 /// Copies of which the median counts.
 const N_COPIES: usize = 5;
+
+/// Columns of the matrices that are multiplied, and how many share the memory that one is also given.
+const N_COLS: usize = 8192;
+const N_PRODUCTS: usize = 16;
+
+/// The least that a kernel takes beside its bytes, seconds: a measurement cannot give less.
+const LAUNCH_S_MIN: f64 = 1e-7;
 
 /// Flags that are sent, and some before anything counts.
 const N_FLAGS: usize = 1000;
@@ -31,7 +39,7 @@ const SETTLING: Duration = Duration::from_micros(20);
 /// Values that are handed over with a flag.
 const N_VALUES: usize = 4;
 
-/// What passes between the host and a GPU.
+/// What passes between the host and a GPU, and the GPU's own speed.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 pub struct GpuLink {
     /// Number among the driver's GPUs.
@@ -44,6 +52,13 @@ pub struct GpuLink {
     pub to_host_bytes_per_s: f64,
     /// A flag from the host to a kernel that waits for it, and one back from the next kernel; none where one was lost.
     pub flag_round_trip: Option<Nanoseconds>,
+    /// Its own memory, as the product of a large matrix with a token reads it, bytes per second; none in files from before it was
+    /// measured.
+    #[serde(default)]
+    pub memory_bytes_per_s: Option<f64>,
+    /// What a kernel in a graph takes beside the time for its bytes, seconds; likewise.
+    #[serde(default)]
+    pub launch_s: Option<f64>,
 }
 
 impl GpuLink {
@@ -72,36 +87,85 @@ impl GpuLink {
         let stream = device.stream()?;
         let pinned = PinnedBuffer::<u8>::new(&device, COPY_BYTES)?;
         let mut buffer = device.alloc::<u8>(COPY_BYTES)?;
-        let to_device = speed(&stream, || {
-            copy_to_device(&stream, &pinned, buffer.view_mut(..))
-        })?;
-        let to_host = speed(&stream, || copy_to_host(&stream, buffer.view(..), &pinned))?;
+        let copy_s = |copy: &mut dyn FnMut() -> Result<(), KernelError>| median_s(&stream, copy);
+        let to_device_s = copy_s(&mut || copy_to_device(&stream, &pinned, buffer.view_mut(..)))?;
+        let to_host_s = copy_s(&mut || copy_to_host(&stream, buffer.view(..), &pinned))?;
+        let (memory_bytes_per_s, launch_s) = products(&device, &stream, &buffer)?;
         Ok(Self {
             ordinal,
             name: device.info().name.clone(),
-            to_device_bytes_per_s: to_device,
-            to_host_bytes_per_s: to_host,
+            to_device_bytes_per_s: COPY_BYTES as f64 / to_device_s,
+            to_host_bytes_per_s: COPY_BYTES as f64 / to_host_s,
+            memory_bytes_per_s: Some(memory_bytes_per_s),
+            launch_s: Some(launch_s),
             flag_round_trip: Flags::new(&device, &stream)?.round_trips()?.map(Into::into),
         })
     }
 
     /// Whether all numbers are such as a measurement gives.
     pub(super) fn is_sane(&self) -> bool {
-        let speeds = [self.to_device_bytes_per_s, self.to_host_bytes_per_s];
-        speeds.iter().all(|speed| speed.is_finite() && *speed > 0.0)
+        let copies = [self.to_device_bytes_per_s, self.to_host_bytes_per_s];
+        let others = [self.memory_bytes_per_s, self.launch_s];
+        let mut numbers = copies.into_iter().chain(others.into_iter().flatten());
+        numbers.all(|number| number.is_finite() && number > 0.0)
     }
 }
 
-/// Bytes per second of the median copy, after one that does not count.
-fn speed(
+/// Bytes per second at which large matrices are read, and what a kernel takes beside, seconds. `weights` are [`COPY_BYTES`] of zeros.
+fn products(
+    device: &Device,
     stream: &Stream,
-    mut copy: impl FnMut() -> Result<(), KernelError>,
+    weights: &DeviceBuffer<u8>,
+) -> Result<(f64, f64), KernelError> {
+    let act = DeviceAct::new(device, ActivationMode::Q8, N_COLS)?;
+    let row_bytes = DeviceRows {
+        quant: QuantType::Q8_0,
+        n_rows: 1,
+        n_cols: N_COLS,
+    }
+    .row_bytes();
+    let mut out = device.alloc::<f32>(COPY_BYTES / row_bytes)?;
+    // of so many bytes, one after the other
+    let mut time = |bytes: usize, n: usize| {
+        let rows = DeviceRows {
+            quant: QuantType::Q8_0,
+            n_rows: bytes / row_bytes,
+            n_cols: N_COLS,
+        };
+        let of_rows = |k: usize| {
+            RowsView::dense(rows, weights.view(k * rows.bytes()..(k + 1) * rows.bytes()))
+        };
+        let graph = Graph::capture(stream, |stream| {
+            (0..n).try_for_each(|k| {
+                gemv(
+                    stream,
+                    of_rows(k),
+                    &act,
+                    Add::None,
+                    out.view_mut(..rows.n_rows),
+                )
+            })
+        })?;
+        Ok::<_, KernelError>(median_s(stream, &mut || graph.launch(stream))? / n as f64)
+    };
+    let whole = COPY_BYTES / row_bytes * row_bytes;
+    let bytes_per_s = whole as f64 / time(whole, 1)?;
+    // of a layer's size, so that what lies between them counts
+    let part = whole / N_PRODUCTS / row_bytes * row_bytes;
+    let launch_s = time(part, N_PRODUCTS)? - part as f64 / bytes_per_s;
+    Ok((bytes_per_s, launch_s.max(LAUNCH_S_MIN)))
+}
+
+/// Seconds of the median of some runs, after one that does not count.
+fn median_s(
+    stream: &Stream,
+    run: &mut dyn FnMut() -> Result<(), KernelError>,
 ) -> Result<f64, KernelError> {
     let (start, end) = (Event::new(stream.device())?, Event::new(stream.device())?);
     let mut all_ms = Vec::with_capacity(N_COPIES);
     for index in 0..=N_COPIES {
         start.record(stream)?;
-        copy()?;
+        run()?;
         end.record(stream)?;
         stream.synchronize()?;
         if index > 0 {
@@ -109,7 +173,7 @@ fn speed(
         }
     }
     all_ms.sort_by(f32::total_cmp);
-    Ok(COPY_BYTES as f64 / f64::from(all_ms[N_COPIES / 2]) * 1e3)
+    Ok(f64::from(all_ms[N_COPIES / 2]) / 1e3)
 }
 
 /// Where flags and what belongs to them lie.

@@ -37,6 +37,8 @@ impl MachineProfile {
             to_device_bytes_per_s,
             to_host_bytes_per_s,
             flag_round_trip,
+            memory_bytes_per_s,
+            launch_s,
         } in &self.gpus
         {
             let [to_device, to_host] =
@@ -56,6 +58,14 @@ impl MachineProfile {
                     text,
                     "  flags not measured: one did not come within a second"
                 )?,
+            }
+            if let (Some(memory), Some(launch)) = (memory_bytes_per_s, launch_s) {
+                writeln!(
+                    text,
+                    "  its own memory {:.0} GB/s, a kernel in a graph {:.2} µs beside its bytes",
+                    memory / 1e9,
+                    launch * 1e6
+                )?;
             }
         }
         for problem in &self.gpu_problems {
@@ -210,6 +220,8 @@ mod tests {
             to_device_bytes_per_s: 2.5e10,
             to_host_bytes_per_s: 2.6e10,
             flag_round_trip,
+            memory_bytes_per_s: flag_round_trip.map(|_| 3e12),
+            launch_s: flag_round_trip.map(|_| 3.25e-6),
         };
         two.gpus = vec![link(0, Some(two.fork_join[0])), link(1, None)];
         let memory = &mut two.memory;
@@ -243,6 +255,7 @@ mod tests {
             "GPU 1, Some GPU: 25.0 GB/s from pinned memory, 26.0 GB/s to it",
             "a flag there and back, by two kernels, 1.00 µs (median), 2.00 (p99)",
             "flags not measured: one did not come within a second",
+            "its own memory 3000 GB/s, a kernel in a graph 3.25 µs beside its bytes",
         ] {
             assert!(two.iter().any(|found| found == line), "{line}\n{text}");
         }

@@ -15,9 +15,6 @@ use super::link::LinkFigures;
 use crate::model::gpu::{GpuModelError, GpuPart, GpuRoom};
 use crate::session::open_all;
 
-/// Bytes of weights that kernels read from a GPU's memory in a second: nothing measures it.
-pub(super) const ASSUMED_MEMORY_BYTES_PER_S: f64 = 1e12;
-
 /// Tokens of the prompt that is forecast, where the context has room for them.
 const PROMPT_TOKENS: usize = 512;
 
@@ -154,7 +151,15 @@ impl OnGpus<'_> {
         let mut saved_s = 0.0;
         for (index, part) in self.parts.iter().enumerate() {
             let layers = part.layers.clone();
-            let loads = &self.loads[layers.clone()];
+            // predictors are read by every token
+            let predictor_bytes = (part.memory.predictors / layers.len().max(1)) as u64;
+            let loads: Vec<LayerLoad> = (self.loads[layers.clone()].iter())
+                .map(|load| LayerLoad {
+                    fixed_bytes: load.fixed_bytes + predictor_bytes,
+                    ..load.clone()
+                })
+                .collect();
+            let loads = &loads[..];
             let machine = self.machine(index);
             let loaded: Vec<LayerPlacement> = (layers.clone())
                 .map(|layer| placement(&self.cold_ids[layer], loads[0].frequencies.len()))
@@ -204,7 +209,8 @@ impl OnGpus<'_> {
         };
         MachineSpeed {
             devices: vec![DeviceSpeed {
-                bytes_per_s: ASSUMED_MEMORY_BYTES_PER_S,
+                bytes_per_s: self.gpus[index].1.memory_bytes_per_s.value,
+                launch_s: self.gpus[index].1.launch_s.value,
                 budget_bytes: part.memory.room() as u64,
                 // hot neurons are in one arena
                 granule_bytes: 1,
@@ -316,6 +322,8 @@ pub(super) mod tests {
         LinkFigures {
             to_device_bytes_per_s: figure(to_device_bytes_per_s),
             hand_off_s: figure(hand_off_s),
+            memory_bytes_per_s: figure(1e12),
+            launch_s: figure(0.0),
         }
     }
 

@@ -6,7 +6,7 @@ use std::ops::Range;
 use pi_topology::placement::Part;
 use serde_json::{Value, json};
 
-use super::gpu::{ASSUMED_MEMORY_BYTES_PER_S, GpuForecast, PlannedGpu, PromptForecast};
+use super::gpu::{GpuForecast, PlannedGpu, PromptForecast};
 use super::link::LinkFigures;
 use super::report::Report;
 
@@ -15,11 +15,14 @@ impl Report {
         for (gpu, link) in &self.gpus {
             writeln!(
                 text,
-                "GPU {}    {}, {:.1} GiB may be used, reads {:.0} GB/s (assumed)",
+                "GPU {}    {}, {:.1} GiB may be used, reads {:.0} GB/s ({}), a kernel takes {:.2} µs beside ({})",
                 gpu.ordinal,
                 gpu.name,
                 gpu.room.budget as f64 / f64::from(1 << 30),
-                ASSUMED_MEMORY_BYTES_PER_S / 1e9,
+                link.memory_bytes_per_s.value / 1e9,
+                link.memory_bytes_per_s.source(),
+                link.launch_s.value * 1e6,
+                link.launch_s.source(),
             )?;
             let [copies, hand_off] = [&link.to_device_bytes_per_s, &link.hand_off_s];
             writeln!(
@@ -34,7 +37,7 @@ impl Report {
         if !self.gpus.is_empty() {
             writeln!(
                 text,
-                "         tables are of the host alone; lines \"with GPU\" are forecast from bytes over speeds"
+                "         tables are of the host alone; lines \"with GPU\" are forecast from bytes over speeds, and kernels"
             )?;
         }
         Ok(())
@@ -101,7 +104,8 @@ pub(super) fn gpu_json((gpu, link): &(PlannedGpu, LinkFigures)) -> Value {
         "ordinal": gpu.ordinal,
         "name": gpu.name,
         "budget_bytes": gpu.room.budget,
-        "assumed_memory_gb_per_s": ASSUMED_MEMORY_BYTES_PER_S / 1e9,
+        "memory_gb_per_s": link.memory_bytes_per_s.json(1e-9),
+        "launch_us": link.launch_s.json(1e6),
         "to_device_gb_per_s": link.to_device_bytes_per_s.json(1e-9),
         "hand_off_us": link.hand_off_s.json(1e6),
     })

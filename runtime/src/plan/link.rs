@@ -1,10 +1,11 @@
-//! What passes between host and a GPU, as a plan counts it: figures of the machine's profile, or assumed ones.
+//! What passes between host and a GPU, and the GPU's own speed, as a plan counts them: figures of the machine's profile, or assumed
+//! ones.
 
 use pi_topology::GpuSync;
 use serde_json::{Value, json};
 
 use super::gpu::PlannedGpu;
-use crate::machine_profile::MachineProfile;
+use crate::machine_profile::{GpuLink, MachineProfile};
 
 /// Bytes per second from pinned memory to a GPU, where they are not measured: what 16 lanes of PCIe 4.0 give.
 const ASSUMED_BYTES_PER_S: f64 = 25e9;
@@ -15,6 +16,12 @@ const ASSUMED_FLAGS_S: f64 = 5e-6;
 /// What a layer's hand-off takes with events in place of flags, which nothing measures, seconds: a launch and the wait for
 /// it.
 const ASSUMED_EVENTS_S: f64 = 35e-6;
+
+/// Bytes of its own memory that a GPU reads in a second, where that is not measured: about what the largest consumer cards have.
+const ASSUMED_MEMORY_BYTES_PER_S: f64 = 1e12;
+
+/// What a kernel takes beside the time for its bytes, where it is not measured, seconds.
+const ASSUMED_LAUNCH_S: f64 = 4e-6;
 
 /// A figure, and where it is from.
 #[derive(Debug, Clone, PartialEq)]
@@ -54,6 +61,10 @@ pub struct LinkFigures {
     pub to_device_bytes_per_s: Figure,
     /// A layer's hand-off: the hidden state to the host and a sum back, seconds.
     pub hand_off_s: Figure,
+    /// The GPU's own memory, bytes per second.
+    pub memory_bytes_per_s: Figure,
+    /// What each of its kernels takes beside the time for its bytes, seconds.
+    pub launch_s: Figure,
 }
 
 impl LinkFigures {
@@ -84,7 +95,13 @@ impl LinkFigures {
             let time = link.flag_round_trip?;
             Some(measured(time.median_ns as f64 / 1e9, on))
         });
+        let own = |value: fn(&GpuLink) -> Option<f64>, assumed: f64| {
+            let figure = known.and_then(|(link, on)| Some(measured(value(link)?, on)));
+            figure.unwrap_or_else(|| Figure::assumed(assumed))
+        };
         Self {
+            memory_bytes_per_s: own(|link| link.memory_bytes_per_s, ASSUMED_MEMORY_BYTES_PER_S),
+            launch_s: own(|link| link.launch_s, ASSUMED_LAUNCH_S),
             to_device_bytes_per_s: copies.unwrap_or_else(|| Figure::assumed(ASSUMED_BYTES_PER_S)),
             hand_off_s: match gpu.sync {
                 GpuSync::Flags => flags.unwrap_or_else(|| Figure::assumed(ASSUMED_FLAGS_S)),
@@ -98,8 +115,8 @@ impl LinkFigures {
 mod tests {
     use super::super::gpu::tests::gpu;
     use super::*;
+    use crate::machine_profile::Nanoseconds;
     use crate::machine_profile::tests::profile;
-    use crate::machine_profile::{GpuLink, Nanoseconds};
 
     fn with_link(flag_round_trip: Option<Nanoseconds>) -> MachineProfile {
         let link = |ordinal, to_device_bytes_per_s| GpuLink {
@@ -108,6 +125,8 @@ mod tests {
             to_device_bytes_per_s,
             to_host_bytes_per_s: 5e10,
             flag_round_trip,
+            memory_bytes_per_s: flag_round_trip.map(|_| 3e12),
+            launch_s: flag_round_trip.map(|_| 3e-6),
         };
         MachineProfile {
             gpus: vec![link(0, 1e10), link(1, 5.5e10)],
@@ -129,7 +148,14 @@ mod tests {
         let link = LinkFigures::of(&gpu, Some(&with_link(FLAG)));
         assert_eq!(link.to_device_bytes_per_s.value, 5.5e10);
         assert_eq!(link.hand_off_s.value, 6.2e-6);
-        for figure in [&link.to_device_bytes_per_s, &link.hand_off_s] {
+        assert_eq!(link.memory_bytes_per_s.value, 3e12);
+        assert_eq!(link.launch_s.value, 3e-6);
+        for figure in [
+            &link.to_device_bytes_per_s,
+            &link.hand_off_s,
+            &link.memory_bytes_per_s,
+            &link.launch_s,
+        ] {
             assert_eq!(figure.source(), "measured on 2026-01-02T03:04:05Z");
         }
     }
@@ -139,6 +165,8 @@ mod tests {
         let assumed = LinkFigures {
             to_device_bytes_per_s: Figure::assumed(25e9),
             hand_off_s: Figure::assumed(5e-6),
+            memory_bytes_per_s: Figure::assumed(1e12),
+            launch_s: Figure::assumed(4e-6),
         };
         assert_eq!(LinkFigures::of(&gpu(0), None), assumed);
         assert_eq!(LinkFigures::of(&gpu(0), Some(&profile(1e11))), assumed);

@@ -110,6 +110,34 @@ pub(crate) fn bind_area(area: &[u8], numas: &[usize]) -> Result<AreaBinding, Top
     }
 }
 
+/// As [`crate::with_memory_of`].
+pub(crate) fn with_memory_of<T>(numa: usize, allocate: impl FnOnce() -> T) -> T {
+    let prefer = || {
+        let topology = system().map_err(|error| error.to_string())?;
+        let index = BitmapIndex::try_from(numa)
+            .ok()
+            .filter(|_| topology.node_with_os_index(numa).is_some())
+            .ok_or("this process has no such node")?;
+        let (set, policy) = (NodeSet::from(index), MemoryBindingPolicy::Bind);
+        let bound = topology.bind_memory(&set, policy, MemoryBindingFlags::THREAD);
+        bound.map_err(|error| error.to_string())?;
+        Ok::<_, String>(topology)
+    };
+    match prefer() {
+        Ok(topology) => {
+            let result = allocate();
+            if let Err(error) = topology.unbind_memory(MemoryBindingFlags::THREAD) {
+                tracing::debug!("a thread's memory stays on NUMA node {numa}: {error}");
+            }
+            result
+        }
+        Err(problem) => {
+            tracing::debug!("memory is not taken from NUMA node {numa}: {problem}");
+            allocate()
+        }
+    }
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -133,6 +161,28 @@ mod tests {
                 eprintln!("skipped: memory cannot be bound here ({problem})");
             }
         }
+    }
+
+    #[test]
+    fn a_thread_s_memory_is_of_a_node_for_a_while() {
+        let numa = system_machine().unwrap().nodes[0].os_index.unwrap();
+        let of_thread = || {
+            let topology = system().unwrap();
+            topology.memory_binding::<NodeSet>(MemoryBindingFlags::THREAD)
+        };
+        let Ok(before) = of_thread() else {
+            eprintln!("skipped: a thread's memory policy cannot be read here");
+            return;
+        };
+        let wanted = NodeSet::from(BitmapIndex::try_from(numa).unwrap());
+        let (within, result) = with_memory_of(numa, || (of_thread().unwrap(), 7));
+        assert_eq!(
+            (within, result),
+            ((wanted, Some(MemoryBindingPolicy::Bind)), 7)
+        );
+        assert_eq!(of_thread().unwrap(), before);
+        // no such node: as it is
+        assert_eq!(with_memory_of(4000, || of_thread().unwrap()), before);
     }
 
     #[test]

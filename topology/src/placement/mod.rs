@@ -65,7 +65,16 @@ pub struct DeviceSpeed {
     pub budget_bytes: u64,
     /// Allocations are rounded up to a multiple of this.
     pub granule_bytes: u64,
+    /// What each of its kernels takes beside the time for its bytes, seconds.
+    pub launch_s: f64,
 }
+
+/// Kernels of a layer without neurons: norm, projections, attention, output projection, norm.
+const FIXED_LAUNCHES: f64 = 5.0;
+/// Kernels of a layer's hot neurons: gates and ups, downs.
+const HOT_LAUNCHES: f64 = 2.0;
+/// Kernels of the head: norm, product, hand-over.
+const HEAD_LAUNCHES: f64 = 3.0;
 
 /// A node.
 #[derive(Debug, Clone, PartialEq)]
@@ -111,11 +120,11 @@ impl MachineSpeed {
         self.nodes.iter().map(|node| node.bytes_per_s).sum()
     }
 
-    /// Bytes that are read in a second of what is not a neuron: by the first device, or by all nodes.
-    fn fixed_bytes_per_s(&self) -> f64 {
+    /// What is not a neuron takes, seconds: on the first device, in `launches` kernels, or on all nodes.
+    fn fixed_s(&self, bytes: u64, launches: f64) -> f64 {
         match self.devices.first() {
-            Some(device) => device.bytes_per_s,
-            None => self.nodes_bytes_per_s(),
+            Some(device) => bytes as f64 / device.bytes_per_s + launches * device.launch_s,
+            None => bytes as f64 / self.nodes_bytes_per_s(),
         }
     }
 }

@@ -21,6 +21,7 @@ fn device(bytes_per_s: f64, budget_bytes: u64, granule_bytes: u64) -> DeviceSpee
         bytes_per_s,
         budget_bytes,
         granule_bytes,
+        launch_s: 0.0,
     }
 }
 
@@ -355,4 +356,42 @@ proptest! {
             prop_assert_eq!(n_cold + n_hot, n_ff);
         }
     }
+}
+
+/// Every kernel of a device takes its time: five of a layer, two more where it has neurons, three of a head.
+#[test]
+fn kernels_take_time_beside_their_bytes() {
+    let of = |launch_s: f64| {
+        let device = DeviceSpeed {
+            launch_s,
+            ..device(1e9, 1 << 30, 1)
+        };
+        let machine = MachineSpeed {
+            devices: vec![device],
+            nodes: vec![node(1e9)],
+            hand_off_s: 0.0,
+        };
+        let layers = [layer(&[1.0; 4]), layer(&[1.0; 4])];
+        let placement = |hot: &[u32], cold: &[u32]| LayerPlacement {
+            hot_ids: vec![hot.to_vec()],
+            cold: vec![ColdShare::Ids(cold.to_vec())],
+        };
+        // the node is as fast, so that hot neurons are what is waited for in the first layer alone
+        let placements = [placement(&[0, 1, 2, 3], &[]), placement(&[], &[0, 1, 2, 3])];
+        TokenTime::of(&layers, &placements, &machine, &[], 1000)
+    };
+    let (without, with) = (of(0.0), of(1e-3));
+    assert!((with.total_s() - without.total_s() - (2.0 * 5.0 + 2.0 + 3.0) * 1e-3).abs() < 1e-9);
+    assert_eq!(with.layers[1].hot_s, [0.0]);
+    assert_eq!(with.layers[1].neurons_s(), without.layers[1].neurons_s());
+    // there is no head
+    let head_s = |bytes| {
+        let machine = MachineSpeed {
+            devices: vec![device(1e9, 0, 1)],
+            nodes: vec![node(1e9)],
+            hand_off_s: 0.0,
+        };
+        TokenTime::of(&[], &[], &machine, &[], bytes).head_s
+    };
+    assert_eq!(head_s(0), 0.0);
 }

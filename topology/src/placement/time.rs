@@ -2,7 +2,9 @@
 
 use std::fmt;
 
-use super::{ColdShare, LayerLoad, LayerPlacement, MachineSpeed};
+use super::{
+    ColdShare, FIXED_LAUNCHES, HEAD_LAUNCHES, HOT_LAUNCHES, LayerLoad, LayerPlacement, MachineSpeed,
+};
 
 /// A layer's part of a token, seconds.
 #[derive(Debug, Clone, PartialEq)]
@@ -35,10 +37,13 @@ impl LayerTime {
         let shares = placement.cold.iter();
         let n_cold = shares.map(|share| share.n_neurons(group_ends)).sum();
         Self {
-            fixed_s: layer.fixed_bytes as f64 / machine.fixed_bytes_per_s(),
+            fixed_s: machine.fixed_s(layer.fixed_bytes, FIXED_LAUNCHES),
             hand_off_s: machine.hand_off_of(n_cold),
             hot_s: hot
-                .map(|(device, ids)| bytes(ids) / device.bytes_per_s)
+                .map(|(device, ids)| match ids.is_empty() {
+                    true => 0.0,
+                    false => bytes(ids) / device.bytes_per_s + HOT_LAUNCHES * device.launch_s,
+                })
                 .collect(),
             cold_s: cold
                 .map(|(node, share)| {
@@ -141,7 +146,10 @@ impl TokenTime {
             layers: pairs
                 .map(|(layer, placement)| LayerTime::of(layer, placement, machine, group_ends))
                 .collect(),
-            head_s: head_bytes as f64 / machine.fixed_bytes_per_s(),
+            head_s: match head_bytes {
+                0 => 0.0,
+                bytes => machine.fixed_s(bytes, HEAD_LAUNCHES),
+            },
         }
     }
 

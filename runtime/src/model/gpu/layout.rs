@@ -9,7 +9,7 @@ use super::error::GpuModelError;
 use crate::model::ModelTensors;
 use crate::model::predicting::PredictBy;
 use crate::model::shares::neuron_groups;
-use crate::model::sparsity::DownPlan;
+use crate::model::sparsity::{DownPlan, Sparsity};
 use crate::model::tensors::FileMatrix;
 
 /// Every piece starts at a multiple of this.
@@ -49,6 +49,8 @@ pub struct GpuLayout<'a> {
     pub(super) layers: Vec<GpuLayer>,
     pub(super) first_layer: usize,
     pub(super) head: Option<GpuHead>,
+    /// Whether neurons are computed whether or not they fire.
+    pub(super) is_dense: bool,
     /// Bytes of norms, projections and head.
     pub dense_bytes: usize,
     /// Bytes of predictors.
@@ -200,6 +202,7 @@ impl<'a> GpuLayout<'a> {
             pieces: placing.pieces,
             layers,
             first_layer: request.layers.start,
+            is_dense: request.sparsity.mode == Sparsity::Off,
             head,
             dense_bytes: placing.end - predictor_bytes - neuron_bytes,
             predictor_bytes,

@@ -76,6 +76,7 @@ impl GpuLayout<'_> {
             first_layer: self.first_layer,
             head: self.head.clone(),
             sync,
+            dense: self.is_dense,
         })
     }
 
