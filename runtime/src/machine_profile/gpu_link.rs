@@ -3,11 +3,14 @@
 use std::time::{Duration, Instant};
 
 use pi_actors::latency::Latency;
+use pi_kernels::attention::KvType;
 use pi_kernels::cuda::{
-    Add, Device, DeviceAct, DeviceBuffer, DeviceRows, Event, Graph, HandOver, PinnedBuffer,
-    RowsView, Stream, TakeOver, copy_to_device, copy_to_host, device_count, gemv, hand_over,
-    take_over,
+    Add, AttendScratch, AttendToken, Device, DeviceAct, DeviceBuffer, DeviceCache, DeviceRows,
+    DownScratch, Event, Gates, Graph, HandOver, NeuronList, PinnedBuffer, RowsView, Stream,
+    TakeOver, attend_token, copy_to_device, copy_to_host, device_count, down_active, gate_up, gemv,
+    hand_over, rms_norm, take_over,
 };
+use pi_kernels::rope::RopePairs;
 use pi_kernels::{ActivationMode, KernelError, QuantType};
 use serde::{Deserialize, Serialize};
 
@@ -19,9 +22,14 @@ const COPY_BYTES: usize = 256 << 20;
 /// Copies of which the median counts.
 const N_COPIES: usize = 5;
 
-/// Columns of the matrices that are multiplied, and how many share the memory that one is also given.
-const N_COLS: usize = 8192;
-const N_PRODUCTS: usize = 16;
+/// A layer that is run to find what kernels take, of a model of 7 B parameters: its width, neurons, heads, and the token's position.
+const N_EMBD: usize = 4096;
+const N_FF: usize = 11008;
+const HEAD_DIM: usize = 128;
+const N_POSITIONS: usize = 128;
+/// So many times, and its kernels.
+const N_LAYERS: usize = 8;
+const N_LAUNCHES: f64 = 7.0;
 
 /// The least that a kernel takes beside its bytes, seconds: a measurement cannot give less.
 const LAUNCH_S_MIN: f64 = 1e-7;
@@ -56,7 +64,7 @@ pub struct GpuLink {
     /// measured.
     #[serde(default)]
     pub memory_bytes_per_s: Option<f64>,
-    /// What a kernel in a graph takes beside the time for its bytes, seconds; likewise.
+    /// What a layer's kernels, in a graph, take beside the time for their bytes, on average, seconds; likewise.
     #[serde(default)]
     pub launch_s: Option<f64>,
 }
@@ -111,48 +119,106 @@ impl GpuLink {
     }
 }
 
-/// Bytes per second at which large matrices are read, and what a kernel takes beside, seconds. `weights` are [`COPY_BYTES`] of zeros.
+/// Bytes per second at which a large matrix is read, and what a kernel takes beside, seconds: on average over those of a layer.
+/// `weights` are [`COPY_BYTES`] of zeros.
 fn products(
     device: &Device,
     stream: &Stream,
     weights: &DeviceBuffer<u8>,
 ) -> Result<(f64, f64), KernelError> {
-    let act = DeviceAct::new(device, ActivationMode::Q8, N_COLS)?;
-    let row_bytes = DeviceRows {
-        quant: QuantType::Q8_0,
-        n_rows: 1,
-        n_cols: N_COLS,
-    }
-    .row_bytes();
-    let mut out = device.alloc::<f32>(COPY_BYTES / row_bytes)?;
-    // of so many bytes, one after the other
-    let mut time = |bytes: usize, n: usize| {
-        let rows = DeviceRows {
-            quant: QuantType::Q8_0,
-            n_rows: bytes / row_bytes,
-            n_cols: N_COLS,
-        };
-        let of_rows = |k: usize| {
-            RowsView::dense(rows, weights.view(k * rows.bytes()..(k + 1) * rows.bytes()))
-        };
-        let graph = Graph::capture(stream, |stream| {
-            (0..n).try_for_each(|k| {
-                gemv(
-                    stream,
-                    of_rows(k),
-                    &act,
-                    Add::None,
-                    out.view_mut(..rows.n_rows),
-                )
-            })
-        })?;
-        Ok::<_, KernelError>(median_s(stream, &mut || graph.launch(stream))? / n as f64)
+    let rows_of = |n_rows| DeviceRows {
+        quant: QuantType::Q4_0,
+        n_rows,
+        n_cols: N_EMBD,
     };
-    let whole = COPY_BYTES / row_bytes * row_bytes;
-    let bytes_per_s = whole as f64 / time(whole, 1)?;
-    // of a layer's size, so that what lies between them counts
-    let part = whole / N_PRODUCTS / row_bytes * row_bytes;
-    let launch_s = time(part, N_PRODUCTS)? - part as f64 / bytes_per_s;
+    let rows_at = |at: usize, n_rows| {
+        let rows = rows_of(n_rows);
+        RowsView::dense(rows, weights.view(at..at + rows.bytes()))
+    };
+    let act = || DeviceAct::new(device, ActivationMode::Q8, N_EMBD);
+    let (mut normed, mut heads) = (act()?, act()?);
+
+    let n_rows = COPY_BYTES / rows_of(1).bytes();
+    let mut out = device.alloc::<f32>(n_rows)?;
+    let whole = Graph::capture(stream, |stream| {
+        gemv(
+            stream,
+            rows_at(0, n_rows),
+            &normed,
+            Add::None,
+            out.view_mut(..),
+        )
+    })?;
+    let whole_s = median_s(stream, &mut || whole.launch(stream))?;
+    let bytes_per_s = rows_of(n_rows).bytes() as f64 / whole_s;
+
+    let ones = device.upload(&[1.0f32; N_EMBD])?;
+    let mut x = device.upload(&[1.0f32; N_EMBD])?;
+    let mut qkv = device.alloc::<f32>(3 * N_EMBD)?;
+    let mut a = device.alloc::<f32>(N_FF)?;
+    let rotation = device.alloc::<f32>(2 * HEAD_DIM)?;
+    let position = device.upload(&[N_POSITIONS as u32 - 1])?;
+    let n_head = N_EMBD / HEAD_DIM;
+    let mut cache = DeviceCache::new(device, KvType::F16, n_head, N_POSITIONS, HEAD_DIM)?;
+    let mut attention = AttendScratch::new(device, n_head, n_head, HEAD_DIM, N_POSITIONS)?;
+    let mut down = DownScratch::new(device, rows_of(N_FF))?;
+    let sizes = [3 * N_EMBD, N_EMBD, N_FF, N_FF, N_FF].map(|n_rows| rows_of(n_rows).bytes());
+    let layer_bytes: usize = sizes.iter().sum();
+    let layers = Graph::capture(stream, |stream| {
+        for layer in 0..N_LAYERS {
+            // others than the layer before, so that no cache has them
+            let mut at = layer % (COPY_BYTES / layer_bytes) * layer_bytes;
+            let mut next = |n_rows| {
+                let rows = rows_at(at, n_rows);
+                at += rows_of(n_rows).bytes();
+                rows
+            };
+            rms_norm(stream, x.view(..), ones.view(..), 1e-5, &mut normed)?;
+            gemv(
+                stream,
+                next(3 * N_EMBD),
+                &normed,
+                Add::None,
+                qkv.view_mut(..),
+            )?;
+            let of = |k: usize| qkv.view(k * N_EMBD..(k + 1) * N_EMBD);
+            let token = AttendToken {
+                q: of(0),
+                k: of(1),
+                v: of(2),
+                rotation: rotation.view(..),
+                pairs: RopePairs::Halves,
+                position: position.view(..),
+            };
+            attend_token(
+                stream,
+                token,
+                &mut cache,
+                None,
+                1.0,
+                &mut attention,
+                &mut heads,
+            )?;
+            gemv(stream, next(N_EMBD), &heads, Add::Out, x.view_mut(..))?;
+            rms_norm(stream, x.view(..), ones.view(..), 1e-5, &mut normed)?;
+            let (gate, up, all) = (next(N_FF), next(N_FF), NeuronList::All);
+            gate_up(stream, gate, up, all, &normed, Gates::Silu, a.view_mut(..))?;
+            let to = x.view_mut(..);
+            down_active(
+                stream,
+                next(N_FF),
+                all,
+                a.view(..),
+                false,
+                Add::Out,
+                &mut down,
+                to,
+            )?;
+        }
+        Ok(())
+    })?;
+    let layer_s = median_s(stream, &mut || layers.launch(stream))? / N_LAYERS as f64;
+    let launch_s = (layer_s - layer_bytes as f64 / bytes_per_s) / N_LAUNCHES;
     Ok((bytes_per_s, launch_s.max(LAUNCH_S_MIN)))
 }
 

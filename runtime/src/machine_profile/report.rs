@@ -62,7 +62,7 @@ impl MachineProfile {
             if let (Some(memory), Some(launch)) = (memory_bytes_per_s, launch_s) {
                 writeln!(
                     text,
-                    "  its own memory {:.0} GB/s, a kernel in a graph {:.2} µs beside its bytes",
+                    "  its own memory {:.0} GB/s, a kernel of a layer {:.2} µs beside its bytes",
                     memory / 1e9,
                     launch * 1e6
                 )?;
@@ -255,7 +255,7 @@ mod tests {
             "GPU 1, Some GPU: 25.0 GB/s from pinned memory, 26.0 GB/s to it",
             "a flag there and back, by two kernels, 1.00 µs (median), 2.00 (p99)",
             "flags not measured: one did not come within a second",
-            "its own memory 3000 GB/s, a kernel in a graph 3.25 µs beside its bytes",
+            "its own memory 3000 GB/s, a kernel of a layer 3.25 µs beside its bytes",
         ] {
             assert!(two.iter().any(|found| found == line), "{line}\n{text}");
         }

@@ -11,7 +11,8 @@ use super::{Mode, Planning};
 use crate::error::RuntimeError;
 use crate::model::gpu::{GpuPart, GpuRequest, GpuRoom, HotLayer, choose_on};
 use crate::model::load::model_shape;
-use crate::model::sparsity::DownPlan;
+use crate::model::predicting::PredictBy;
+use crate::model::sparsity::{DownPlan, Sparsity};
 use crate::session::N_UBATCH;
 
 impl Planning<'_> {
@@ -92,8 +93,19 @@ impl Planning<'_> {
         let shares = &self.expected.shares;
         let whole = layer_bytes(self.hyper, self.tensors, &mode.sparsity, None, shares);
         let n_layer = loads.len().max(1) as u64;
-        for (load, layer) in loads.iter_mut().zip(whole) {
-            load.bundle_bytes = (layer.gate + layer.neurons) / load.frequencies.len().max(1) as u64;
+        let names_alone = mode.sparsity.mode == Sparsity::Predicted
+            && mode.predicting.by == Some(PredictBy::Ahead);
+        for (index, (load, layer)) in loads.iter_mut().zip(whole).enumerate() {
+            let n = load.frequencies.len().max(1);
+            load.bundle_bytes = (layer.gate + layer.neurons) / n as u64;
+            if names_alone && index > 0 {
+                // gates of those that the GPU's predictor names, who are more than fire; it is counted with the GPU
+                let fire = self.expected.frequencies.active(index) / n as f64;
+                let named = (shares[index].candidates / fire.max(f64::MIN_POSITIVE)).max(1.0);
+                load.scanned_bytes = 0;
+                load.active_bytes =
+                    (layer.neurons as f64 + layer.gate as f64 * named) as u64 / n as u64;
+            }
             load.fixed_bytes += kv_bytes / n_layer;
         }
         loads
