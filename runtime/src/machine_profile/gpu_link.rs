@@ -95,9 +95,10 @@ impl GpuLink {
         let stream = device.stream()?;
         let pinned = PinnedBuffer::<u8>::new(&device, COPY_BYTES)?;
         let mut buffer = device.alloc::<u8>(COPY_BYTES)?;
-        let copy_s = |copy: &mut dyn FnMut() -> Result<(), KernelError>| median_s(&stream, copy);
-        let to_device_s = copy_s(&mut || copy_to_device(&stream, &pinned, buffer.view_mut(..)))?;
-        let to_host_s = copy_s(&mut || copy_to_host(&stream, buffer.view(..), &pinned))?;
+        let to_device_s = median_s(&stream, || {
+            copy_to_device(&stream, &pinned, buffer.view_mut(..))
+        })?;
+        let to_host_s = median_s(&stream, || copy_to_host(&stream, buffer.view(..), &pinned))?;
         let (memory_bytes_per_s, launch_s) = products(&device, &stream, &buffer)?;
         Ok(Self {
             ordinal,
@@ -149,7 +150,7 @@ fn products(
             out.view_mut(..),
         )
     })?;
-    let whole_s = median_s(stream, &mut || whole.launch(stream))?;
+    let whole_s = median_s(stream, || whole.launch(stream))?;
     let bytes_per_s = rows_of(n_rows).bytes() as f64 / whole_s;
 
     let ones = device.upload(&[1.0f32; N_EMBD])?;
@@ -217,7 +218,7 @@ fn products(
         }
         Ok(())
     })?;
-    let layer_s = median_s(stream, &mut || layers.launch(stream))? / N_LAYERS as f64;
+    let layer_s = median_s(stream, || layers.launch(stream))? / N_LAYERS as f64;
     let launch_s = (layer_s - layer_bytes as f64 / bytes_per_s) / N_LAUNCHES;
     Ok((bytes_per_s, launch_s.max(LAUNCH_S_MIN)))
 }
@@ -225,7 +226,7 @@ fn products(
 /// Seconds of the median of some runs, after one that does not count.
 fn median_s(
     stream: &Stream,
-    run: &mut dyn FnMut() -> Result<(), KernelError>,
+    mut run: impl FnMut() -> Result<(), KernelError>,
 ) -> Result<f64, KernelError> {
     let (start, end) = (Event::new(stream.device())?, Event::new(stream.device())?);
     let mut all_ms = Vec::with_capacity(N_COPIES);

@@ -22,7 +22,7 @@ use super::layout::{
     FfnLayout, LayerLayout, MatrixPart, ModelLayout, Placed, RecordsPart, SketchLayout,
 };
 use super::node_memory::{Arena, NodeMemory, NodeThreads};
-use super::predicting::{PredictBy, Predicting};
+use super::predicting::Predicting;
 use super::shares::{Division, NodeShare};
 use super::sparsity::SparsityPlan;
 use super::tensors::{ModelTensors, QkvBias};
@@ -140,7 +140,7 @@ impl<'a> Loader<'a> {
                 predictors,
                 division,
                 hot,
-                hot.is_some() && predicting.by == Some(PredictBy::Ahead),
+                hot.is_some() && predicting.ahead_alone(),
             ),
             on_gpu: hot.is_some(),
             transposed_bytes: plan.transposed_bytes(hyper.n_embd, hyper.n_ff),
@@ -407,7 +407,7 @@ impl Loader<'_> {
             b: matrix(b, arena),
             b_bias: ahead.b_bias.clone(),
             prefetch: self.predicting.prefetch,
-            alone: self.predicting.by == Some(PredictBy::Ahead),
+            alone: self.predicting.ahead_alone(),
         })
     }
 }

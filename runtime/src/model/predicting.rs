@@ -24,6 +24,11 @@ pub struct Predicting {
 }
 
 impl Predicting {
+    /// Whether what is predicted ahead is all that is computed.
+    pub fn ahead_alone(self) -> bool {
+        self.by == Some(PredictBy::Ahead)
+    }
+
     /// Leaves those predictors that shall work.
     pub fn choose(self, layers: &mut [LayerPredictors]) {
         for layer in layers {

@@ -125,7 +125,7 @@ pub(super) struct OnGpus<'a> {
     pub gpus: &'a [(PlannedGpu, LinkFigures)],
     /// What the loader gives each of the first ones.
     pub parts: &'a [GpuPart],
-    /// All layers, with the cache that they read.
+    /// All layers, with the cache and the predictors that they read.
     pub loads: &'a [LayerLoad],
     /// Cold neurons, `[n_layer][n_nodes]`, as the loader has them.
     pub cold_ids: &'a [Vec<Vec<u32>>],
@@ -151,15 +151,7 @@ impl OnGpus<'_> {
         let mut saved_s = 0.0;
         for (index, part) in self.parts.iter().enumerate() {
             let layers = part.layers.clone();
-            // predictors are read by every token
-            let predictor_bytes = (part.memory.predictors / layers.len().max(1)) as u64;
-            let loads: Vec<LayerLoad> = (self.loads[layers.clone()].iter())
-                .map(|load| LayerLoad {
-                    fixed_bytes: load.fixed_bytes + predictor_bytes,
-                    ..load.clone()
-                })
-                .collect();
-            let loads = &loads[..];
+            let loads = &self.loads[layers.clone()];
             let machine = self.machine(index);
             let loaded: Vec<LayerPlacement> = (layers.clone())
                 .map(|layer| placement(&self.cold_ids[layer], loads[0].frequencies.len()))

@@ -11,7 +11,6 @@ use super::{Mode, Planning};
 use crate::error::RuntimeError;
 use crate::model::gpu::{GpuPart, GpuRequest, GpuRoom, HotLayer, choose_on};
 use crate::model::load::model_shape;
-use crate::model::predicting::PredictBy;
 use crate::model::sparsity::{DownPlan, Sparsity};
 use crate::session::N_UBATCH;
 
@@ -74,7 +73,7 @@ impl Planning<'_> {
         let on_gpus = OnGpus {
             gpus: &self.gpus,
             parts,
-            loads: &self.gpu_loads(mode, loads, other.kv),
+            loads: &self.gpu_loads(mode, parts, loads, other.kv),
             cold_ids: &ids.collect::<Vec<_>>(),
             divisible: (mode.sparsity.down.iter()).all(|down| !matches!(down, DownPlan::Dense(_))),
             nodes: &machine.nodes,
@@ -88,25 +87,36 @@ impl Planning<'_> {
         Ok(Some(on_gpus.forecast()?))
     }
 
-    /// The same loads for a GPU, which has all of a neuron and reads the cache.
-    fn gpu_loads(&self, mode: &Mode, mut loads: Vec<LayerLoad>, kv_bytes: u64) -> Vec<LayerLoad> {
+    /// The same loads for GPUs, which have all of a neuron and read the cache and predictors.
+    fn gpu_loads(
+        &self,
+        mode: &Mode,
+        parts: &[GpuPart],
+        mut loads: Vec<LayerLoad>,
+        kv_bytes: u64,
+    ) -> Vec<LayerLoad> {
         let shares = &self.expected.shares;
         let whole = layer_bytes(self.hyper, self.tensors, &mode.sparsity, None, shares);
         let n_layer = loads.len().max(1) as u64;
-        let names_alone = mode.sparsity.mode == Sparsity::Predicted
-            && mode.predicting.by == Some(PredictBy::Ahead);
-        for (index, (load, layer)) in loads.iter_mut().zip(whole).enumerate() {
-            let n = load.frequencies.len().max(1);
-            load.bundle_bytes = (layer.gate + layer.neurons) / n as u64;
-            if names_alone && index > 0 {
-                // gates of those that the GPU's predictor names, who are more than fire; it is counted with the GPU
-                let fire = self.expected.frequencies.active(index) / n as f64;
-                let named = (shares[index].candidates / fire.max(f64::MIN_POSITIVE)).max(1.0);
-                load.scanned_bytes = 0;
-                load.active_bytes =
-                    (layer.neurons as f64 + layer.gate as f64 * named) as u64 / n as u64;
+        let names_alone =
+            mode.sparsity.mode == Sparsity::Predicted && mode.predicting.ahead_alone();
+        for part in parts {
+            let predictor_bytes = part.memory.predictors / part.layers.len().max(1);
+            for index in part.layers.clone() {
+                let (load, layer) = (&mut loads[index], &whole[index]);
+                let n = load.frequencies.len().max(1);
+                load.bundle_bytes = (layer.gate + layer.neurons) / n as u64;
+                load.fixed_bytes += kv_bytes / n_layer + predictor_bytes as u64;
+                // nothing predicts a GPU's first layer
+                if names_alone && index > part.layers.start {
+                    // gates of those that are named, who are more than fire
+                    let fire = self.expected.frequencies.active(index) / n as f64;
+                    let named = (shares[index].candidates / fire.max(f64::MIN_POSITIVE)).max(1.0);
+                    let bytes = layer.neurons as f64 + layer.gate as f64 * named;
+                    load.scanned_bytes = 0;
+                    load.active_bytes = bytes as u64 / n as u64;
+                }
             }
-            load.fixed_bytes += kv_bytes / n_layer;
         }
         loads
     }

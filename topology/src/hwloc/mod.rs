@@ -74,6 +74,14 @@ pub(crate) fn has_several_nodes() -> Result<bool, TopologyError> {
     Ok(system()?.objects_with_type(ObjectType::NUMANode).count() > 1)
 }
 
+/// The node's place in a set of nodes; none where this process has no such node.
+fn node_index(topology: &Topology, numa: usize) -> Result<BitmapIndex, String> {
+    BitmapIndex::try_from(numa)
+        .ok()
+        .filter(|_| topology.node_with_os_index(numa).is_some())
+        .ok_or_else(|| "this process has no such node".to_owned())
+}
+
 /// Has the pages of `area`, which must not have been touched, taken from NUMA nodes `numas` only: in turn, where they
 /// are several.
 ///
@@ -88,11 +96,7 @@ pub(crate) fn bind_area(area: &[u8], numas: &[usize]) -> Result<AreaBinding, Top
     };
     let mut wanted = NodeSet::new();
     for &numa in numas {
-        let index = BitmapIndex::try_from(numa)
-            .ok()
-            .filter(|_| topology.node_with_os_index(numa).is_some())
-            .ok_or_else(|| fail(numa, "this process has no such node".to_owned()))?;
-        wanted.set(index);
+        wanted.set(node_index(topology, numa).map_err(|problem| fail(numa, problem))?);
     }
     let policy = match numas.len() {
         1 => MemoryBindingPolicy::Bind,
@@ -114,11 +118,8 @@ pub(crate) fn bind_area(area: &[u8], numas: &[usize]) -> Result<AreaBinding, Top
 pub(crate) fn with_memory_of<T>(numa: usize, allocate: impl FnOnce() -> T) -> T {
     let prefer = || {
         let topology = system().map_err(|error| error.to_string())?;
-        let index = BitmapIndex::try_from(numa)
-            .ok()
-            .filter(|_| topology.node_with_os_index(numa).is_some())
-            .ok_or("this process has no such node")?;
-        let (set, policy) = (NodeSet::from(index), MemoryBindingPolicy::Bind);
+        let set = NodeSet::from(node_index(topology, numa)?);
+        let policy = MemoryBindingPolicy::Bind;
         let bound = topology.bind_memory(&set, policy, MemoryBindingFlags::THREAD);
         bound.map_err(|error| error.to_string())?;
         Ok::<_, String>(topology)

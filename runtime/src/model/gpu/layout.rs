@@ -7,7 +7,6 @@ use pi_kernels::cuda::{DeviceRows, SUPPORTED, is_supported};
 use super::choice::{GpuRequest, HotLayer};
 use super::error::GpuModelError;
 use crate::model::ModelTensors;
-use crate::model::predicting::PredictBy;
 use crate::model::shares::neuron_groups;
 use crate::model::sparsity::{DownPlan, Sparsity};
 use crate::model::tensors::FileMatrix;
@@ -175,7 +174,7 @@ impl<'a> GpuLayout<'a> {
                         None => ahead.b_bias.clone(),
                         Some(order) => order.iter().map(|&id| ahead.b_bias[id as usize]).collect(),
                     }),
-                    alone: request.predicting.by == Some(PredictBy::Ahead),
+                    alone: request.predicting.ahead_alone(),
                     prefetch: request.predicting.prefetch,
                 });
                 predictor_bytes += placing.end - before;
