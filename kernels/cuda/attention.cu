@@ -41,6 +41,8 @@ constexpr u32 ATTEND_PARTS_MAX = 64;
 constexpr u32 PART_MIN = 32;
 // Positions whose scores are held at a time.
 constexpr u32 TILE = 64;
+// What a thread asks for before it uses the first: values of queries, and states to join.
+constexpr u32 QUERIES_TOGETHER = 4, STATES_TOGETHER = 8;
 // Threads that share a key: each takes 8 of every 64 values.
 constexpr u32 KEY_LANES = 8;
 
@@ -74,21 +76,34 @@ struct CachedF32 {
     }
 };
 
-// Value d of a head, rotated.
+// Value d of a head, rotated. Without branches, so that many can be asked for at a time.
 __device__ __forceinline__ float rotated(const AttendArgs& args, const float* head, u32 d) {
-    if (args.rotation == nullptr || d >= args.n_dims) return head[d];
     const u32 n_pairs = args.n_dims / 2;
+    const bool turns = d < args.n_dims;
     const u32 other = args.halves ? (d < n_pairs ? d + n_pairs : d - n_pairs) : d ^ 1;
+    const float own = head[d], that = turns ? head[other] : 0.0f;
+    const float cosine = turns ? args.rotation[d] : 1.0f, sine = turns ? args.rotation[args.n_dims + d] : 0.0f;
     // as `rope_append` has it
-    return fmaf(head[d], args.rotation[d], __fmul_rn(head[other], args.rotation[args.n_dims + d]));
+    return turns ? fmaf(own, cosine, __fmul_rn(that, sine)) : own;
 }
 
 __device__ __forceinline__ void store(u16* at, float value) { *at = float_to_half(value); }
 __device__ __forceinline__ void store(float* at, float value) { *at = value; }
 
+// Makes activations of `values`, `[n_heads, dim]` in shared memory, when all threads have written them. A warp has a block of 32.
+__device__ __forceinline__ void store_heads(const AttendArgs& args, const float* values, u32 first_head, u32 n_heads) {
+    __syncthreads();
+    const u32 first = first_head * args.head_dim / BLOCK;
+#pragma unroll 4
+    for (u32 block = threadIdx.x / WARP; block < n_heads * args.head_dim / BLOCK; block += ATTEND_THREADS / WARP)
+        store_block(args.act, first + block, values[block * BLOCK + threadIdx.x % WARP]);
+}
+
 // Block (x, y): part x of the positions, group y of at most HEADS query heads of one key/value head.
 template <class C, int HEADS>
 __device__ __forceinline__ void attend(const AttendArgs& args) {
+    // what is asked for at a time, as far as there are registers
+    constexpr u32 KEYS_TOGETHER = HEADS <= 2 ? 2 : 1, VALUES_FIRST = HEADS <= 2 ? 8 : 4;
     // queries [HEADS][dim], later the sums of groups of threads [groups][HEADS][dim]
     extern __shared__ float4 shared[];
     float* buffer = (float*)shared;
@@ -102,12 +117,25 @@ __device__ __forceinline__ void attend(const AttendArgs& args) {
     typename C::Value* const keys = (typename C::Value*)args.k_cache + (u64)kv * args.n_ctx * dim;
     typename C::Value* const values = (typename C::Value*)args.v_cache + (u64)kv * args.n_ctx * dim;
 
+    // that is there: it was written before the launch before this one began
+    const u32 position = load_written(args.position);
     wait_for_launch_before();
+    start_next_launch();
     if (args.rotation != nullptr) {
-        for (u32 h = 0; h < HEADS; h++)
-            for (u32 d = tid; d < dim; d += ATTEND_THREADS)
-                buffer[h * dim + d] =
-                    h < n_heads ? rotated(args, args.q + (first_head + h) * dim, d) * args.scale : 0.0f;
+#pragma unroll 1
+        for (u32 first = tid; first < HEADS * dim; first += QUERIES_TOGETHER * ATTEND_THREADS) {
+            float q[QUERIES_TOGETHER];
+#pragma unroll
+            for (u32 k = 0; k < QUERIES_TOGETHER; k++) {
+                const u32 i = first + k * ATTEND_THREADS, d = i % dim;
+                q[k] = i < n_heads * dim ? rotated(args, args.q + first_head * dim + i - d, d) : 0.0f;
+            }
+#pragma unroll
+            for (u32 k = 0; k < QUERIES_TOGETHER; k++) {
+                const u32 i = first + k * ATTEND_THREADS;
+                if (i < HEADS * dim) buffer[i] = q[k] * args.scale;
+            }
+        }
     } else
 #pragma unroll 4
     for (u32 i = tid * 4; i < HEADS * dim; i += ATTEND_THREADS * 4) {
@@ -115,16 +143,17 @@ __device__ __forceinline__ void attend(const AttendArgs& args) {
         if (i < n_heads * dim) q = *(const float4*)(args.q + first_head * dim + i);
         *(float4*)(buffer + i) = make_float4(q.x * args.scale, q.y * args.scale, q.z * args.scale, q.w * args.scale);
     }
-    const u32 visible_end = min(*args.position, args.n_ctx - 1) + 1;
+    const u32 visible_end = min(position, args.n_ctx - 1) + 1;
     const u32 visible = args.window == 0 ? visible_end : min(visible_end, args.window);
     const u32 visible_start = visible_end - visible;
-    const u32 parts = min(gridDim.x, (visible + PART_MIN - 1) / PART_MIN);
+    // one, which nothing has to be joined with, as long as it is done at once
+    const u32 parts = visible <= (HEADS <= 2 ? 2 : 1) * TILE ? 1 : min(gridDim.x, (visible + PART_MIN - 1) / PART_MIN);
     if (blockIdx.x >= parts) return;
     const u32 begin = visible_start + (u32)((u64)visible * blockIdx.x / parts);
     const u32 end = visible_start + (u32)((u64)visible * (blockIdx.x + 1) / parts);
-    if (args.rotation != nullptr && blockIdx.x + 1 == parts && *args.position < args.n_ctx) {
+    if (args.rotation != nullptr && blockIdx.x + 1 == parts && position < args.n_ctx) {
         // only this part reads the row; other groups of the same key/value head write the same to it
-        const u64 row = (u64)*args.position * dim;
+        const u64 row = (u64)position * dim;
         for (u32 d = tid; d < dim; d += ATTEND_THREADS) {
             store(keys + row + d, rotated(args, args.k + kv * dim, d));
             store(values + row + d, args.v[kv * dim + d]);
@@ -157,13 +186,14 @@ __device__ __forceinline__ void attend(const AttendArgs& args) {
         for (u32 r = 0; r < ROUNDS; r++)
 #pragma unroll
             for (int h = 0; h < HEADS; h++) scores[r][h] = 0.0f;
-#pragma unroll 1
-        for (u32 d = tid % KEY_LANES * 8; d < dim; d += KEY_LANES * 8) {
-            C cached[ROUNDS];
+        const auto load_keys = [&](C(&cached)[ROUNDS], u32 d) {
 #pragma unroll
             for (u32 r = 0; r < ROUNDS; r++)
                 // behind the last position its key again, whose score is not used
-                cached[r].load(tile_keys + min(tid / KEY_LANES + r * STEP, n - 1) * dim + d);
+                if (d < dim) cached[r].load(tile_keys + min(tid / KEY_LANES + r * STEP, n - 1) * dim + d);
+        };
+        const auto add_scores = [&](const C(&cached)[ROUNDS], u32 d) {
+            if (d >= dim) return;
 #pragma unroll
             for (u32 r = 0; r < ROUNDS; r++) {
                 float k[8];
@@ -183,7 +213,21 @@ __device__ __forceinline__ void attend(const AttendArgs& args) {
                     scores[r][h] = fmaf(k[7], high.w, score);
                 }
             }
+        };
+#pragma unroll 1
+        for (u32 d = tid % KEY_LANES * 8; d < dim; d += KEYS_TOGETHER * KEY_LANES * 8) {
+            C cached[KEYS_TOGETHER][ROUNDS];
+#pragma unroll
+            for (u32 k = 0; k < KEYS_TOGETHER; k++) load_keys(cached[k], d + k * KEY_LANES * 8);
+#pragma unroll
+            for (u32 k = 0; k < KEYS_TOGETHER; k++) add_scores(cached[k], d + k * KEY_LANES * 8);
         }
+        // the first values are asked for before the scores are weighed
+        C first_values[VALUES_FIRST];
+        if (group < row_groups)
+#pragma unroll
+            for (u32 r = 0; r < VALUES_FIRST; r++)
+                first_values[r].load(tile_values + min(group + r * row_groups, n - 1) * dim + d_of);
 #pragma unroll
         for (u32 r = 0; r < ROUNDS; r++)
 #pragma unroll
@@ -223,25 +267,27 @@ __device__ __forceinline__ void attend(const AttendArgs& args) {
                 for (int h = 0; h < HEADS; h++)
 #pragma unroll
                     for (int k = 0; k < 8; k++) acc[h][k] *= factors[h];
+            const auto add_value = [&](const C& cached, u32 p) {
+                if (p >= n) return;
+                float v[8];
+                cached.floats(v);
+#pragma unroll
+                for (int h = 0; h < HEADS; h++) {
+                    float weight = weights[h][p];
+#pragma unroll
+                    for (int k = 0; k < 8; k++) acc[h][k] = fmaf(v[k], weight, acc[h][k]);
+                }
+            };
+#pragma unroll
+            for (u32 r = 0; r < VALUES_FIRST; r++) add_value(first_values[r], group + r * row_groups);
 #pragma unroll 1
-            for (u32 first = group; first < n; first += 4 * row_groups) {
+            for (u32 first = group + VALUES_FIRST * row_groups; first < n; first += 4 * row_groups) {
                 C cached[4];
 #pragma unroll
                 for (u32 r = 0; r < 4; r++)
                     cached[r].load(tile_values + min(first + r * row_groups, n - 1) * dim + d_of);
 #pragma unroll
-                for (u32 r = 0; r < 4; r++) {
-                    u32 p = first + r * row_groups;
-                    if (p >= n) break;
-                    float v[8];
-                    cached[r].floats(v);
-#pragma unroll
-                    for (int h = 0; h < HEADS; h++) {
-                        float weight = weights[h][p];
-#pragma unroll
-                        for (int k = 0; k < 8; k++) acc[h][k] = fmaf(v[k], weight, acc[h][k]);
-                    }
-                }
+                for (u32 r = 0; r < 4; r++) add_value(cached[r], first + r * row_groups);
             }
         }
         __syncthreads();
@@ -270,11 +316,22 @@ __device__ __forceinline__ void attend(const AttendArgs& args) {
             sum.z += v.z;
             sum.w += v.w;
         }
-        *(float4*)(state + i) = sum;
+        if (parts > 1) {
+            *(float4*)(state + i) = sum;
+        } else {
+            // as the only state of those that are joined below
+            const float by = __fdiv_rn(1.0f, sums[i / dim]);
+            sum = make_float4(sum.x * by, sum.y * by, sum.z * by, sum.w * by);
+            // of the first group, which only this thread has read
+            *(float4*)((args.out == nullptr ? buffer : args.out + first_head * dim) + i) = sum;
+        }
+    }
+    if (parts == 1) {
+        if (args.out == nullptr) store_heads(args, buffer, first_head, n_heads);
+        return;
     }
     if (tid < n_heads)
         all_weights[(u64)blockIdx.x * args.n_head + first_head + tid] = make_float2(maxima[tid], sums[tid]);
-    start_next_launch();
     if (!is_last_block(args.tickets + blockIdx.y, parts)) return;
 
     // what each part's values are multiplied by
@@ -304,24 +361,29 @@ __device__ __forceinline__ void attend(const AttendArgs& args) {
     for (u32 i = tid * 4; i < n_heads * dim; i += ATTEND_THREADS * 4) {
         const float* share = shares[i / dim];
         float4 sum = make_float4(0.0f, 0.0f, 0.0f, 0.0f);
-#pragma unroll 8
-        for (u32 part = 0; part < parts; part++) {
-            float4 v = __ldcg((const float4*)(all_values + ((u64)part * args.n_head + first_head) * dim + i));
-            float by = share[part];
-            sum.x = fmaf(v.x, by, sum.x);
-            sum.y = fmaf(v.y, by, sum.y);
-            sum.z = fmaf(v.z, by, sum.z);
-            sum.w = fmaf(v.w, by, sum.w);
+#pragma unroll 1
+        for (u32 first = 0; first < parts; first += STATES_TOGETHER) {
+            float4 v[STATES_TOGETHER];
+#pragma unroll
+            for (u32 k = 0; k < STATES_TOGETHER; k++) {
+                // behind the last part it again, which is not used
+                const u64 part = min(first + k, parts - 1);
+                v[k] = __ldcg((const float4*)(all_values + (part * args.n_head + first_head) * dim + i));
+            }
+#pragma unroll
+            for (u32 k = 0; k < STATES_TOGETHER; k++) {
+                if (first + k >= parts) break;
+                float by = share[first + k];
+                sum.x = fmaf(v[k].x, by, sum.x);
+                sum.y = fmaf(v[k].y, by, sum.y);
+                sum.z = fmaf(v[k].z, by, sum.z);
+                sum.w = fmaf(v[k].w, by, sum.w);
+            }
         }
         // other warps have left `buffer`
         *(float4*)((args.out == nullptr ? buffer : args.out + first_head * dim) + i) = sum;
     }
-    if (args.out != nullptr) return;
-    __syncthreads();
-    // a warp has a block of 32 values
-#pragma unroll 2
-    for (u32 block = warp; block < n_heads * dim / BLOCK; block += ATTEND_THREADS / WARP)
-        store_block(args.act, first_head * dim / BLOCK + block, buffer[block * BLOCK + lane]);
+    if (args.out == nullptr) store_heads(args, buffer, first_head, n_heads);
 }
 
 #define ATTEND(C, NAME, HEADS)                                                                            \
@@ -330,8 +392,8 @@ __device__ __forceinline__ void attend(const AttendArgs& args) {
     }
 
 ATTEND(CachedF16, f16, 1)
+ATTEND(CachedF16, f16, 2)
 ATTEND(CachedF16, f16, 4)
-ATTEND(CachedF16, f16, 8)
 ATTEND(CachedF32, f32, 1)
+ATTEND(CachedF32, f32, 2)
 ATTEND(CachedF32, f32, 4)
-ATTEND(CachedF32, f32, 8)

@@ -80,6 +80,10 @@ __device__ __forceinline__ float byte_to_float(u32 bytes, float offset) {
     return __uint_as_float(bits) - (8388608.0f + offset);
 }
 
+// What a launch before the one before this has written: it may be read before `wait_for_launch_before`, but not from the first
+// cache, which may hold what was there earlier.
+__device__ __forceinline__ u32 load_written(const u32* at) { return __ldcg(at); }
+
 // Every kernel calls it before it reads or writes what other launches write or read. From Hopper on a kernel may be started
 // before the one before it has ended: what comes before this call overlaps that one's end, what comes behind it is ordered as
 // usual.
@@ -89,8 +93,9 @@ __device__ __forceinline__ void wait_for_launch_before() {
 #endif
 }
 
-// Every kernel's blocks call it when most of their work is done. The next kernel starts when all have; earlier, its blocks would
-// gather on the multiprocessors that happen to be free.
+// Every kernel's blocks call it, behind `wait_for_launch_before`. The next kernel starts when all have: where it reads weights and
+// this one does not, at once, so that it has asked for its first rows by the time it may go on; else when most of the work is done,
+// or its blocks would gather on the multiprocessors that happen to be free.
 __device__ __forceinline__ void start_next_launch() {
 #if __CUDA_ARCH__ >= 900
     asm volatile("griddepcontrol.launch_dependents;");

@@ -17,6 +17,8 @@ struct CompactArgs {
 static_assert(sizeof(CompactArgs) == 48, "as the launcher has it");
 
 constexpr u32 COMPACT_THREADS = 1024;
+// Values that a thread asks for before it uses the first.
+constexpr u32 COMPACT_TOGETHER = 8;
 
 // Above zero, or larger than its threshold whatever its sign; NaN always is.
 __device__ __forceinline__ bool is_active(const CompactArgs& args, u32 i) {
@@ -38,8 +40,15 @@ extern "C" __global__ void __launch_bounds__(COMPACT_THREADS) compact(CompactArg
     const u32 lane = threadIdx.x % WARP, warp = threadIdx.x / WARP, i = blockIdx.x * COMPACT_THREADS + threadIdx.x;
     wait_for_launch_before();
     u32 before = 0;
-#pragma unroll 8
-    for (u32 block = 0; block < blockIdx.x; block++) before += is_active(args, block * COMPACT_THREADS + threadIdx.x);
+#pragma unroll 1
+    for (u32 first = 0; first < blockIdx.x; first += COMPACT_TOGETHER) {
+        bool are[COMPACT_TOGETHER];
+#pragma unroll
+        for (u32 k = 0; k < COMPACT_TOGETHER; k++)
+            are[k] = first + k < blockIdx.x && is_active(args, (first + k) * COMPACT_THREADS + threadIdx.x);
+#pragma unroll
+        for (u32 k = 0; k < COMPACT_TOGETHER; k++) before += are[k];
+    }
     before = block_sum(before, counts_before);
     const bool active = i < args.n && is_active(args, i);
     const u32 of_warp = __ballot_sync(ALL_LANES, active);

@@ -19,7 +19,7 @@ struct DownArgs {
     const float* add;
     // [n_cols] f32
     float* out;
-    // [gridDim.x, gridDim.y, 32 * values of an item] f32
+    // [gridDim.x, gridDim.y, 8 * values of an item] f32
     float* partials;
     // [gridDim.x], zeros
     u32* tickets;
@@ -28,9 +28,9 @@ struct DownArgs {
 };
 static_assert(sizeof(DownArgs) == 96, "as the launcher has it");
 
-// Two blocks fill a multiprocessor: more warps a block leave fewer parts to join behind, and more steps to join within.
-constexpr u32 DOWN_WARPS = 12;
-constexpr u32 DOWN_ROUNDS = 3;
+// Two blocks fill a multiprocessor.
+constexpr u32 DOWN_WARPS = 8;
+constexpr u32 DOWN_ROUNDS = 4;
 // Places that a block looks through at a time.
 constexpr u32 DOWN_LIST = DOWN_ROUNDS * DOWN_WARPS * WARP;
 
@@ -48,8 +48,9 @@ struct DownPlaces {
 
     // Lists are divided evenly. Of all neurons a block has every gridDim.y-th run, because those that fire often lie together.
     __device__ __forceinline__ DownPlaces(bool is_list, u32 n) {
-        begin = is_list ? (u32)((u64)n * blockIdx.y / gridDim.y) : blockIdx.y * WARP;
-        end = is_list ? (u32)((u64)n * (blockIdx.y + 1) / gridDim.y) : n;
+        // fits: a list has fewer than 2^20 places, a column fewer than 2^12 blocks
+        begin = is_list ? n * blockIdx.y / gridDim.y : blockIdx.y * WARP;
+        end = is_list ? n * (blockIdx.y + 1) / gridDim.y : n;
         step = is_list ? 1 : gridDim.y;
         n_runs = end > begin ? ((end - begin + WARP - 1) / WARP + step - 1) / step : 0;
     }
@@ -65,7 +66,7 @@ __device__ __forceinline__ void find_active(const DownArgs& args, const DownPlac
     for (u32 r = 0; r < DOWN_ROUNDS; r++) {
         u32 j = places.begin + (first + r * DOWN_WARPS + warp) * places.step * WARP + lane;
         a[r] = j < places.end ? args.a[j] : 0.0f;
-        ids[r] = args.n_ids == nullptr || j >= places.end ? j : args.ids[j];
+        ids[r] = args.n_ids == nullptr || j >= places.end ? j : load_written(args.ids + j);
         u32 active = __ballot_sync(ALL_LANES, j < places.end && (a[r] != 0.0f || !args.skip));
         before[r] = __popc(active & ((1u << lane) - 1));
         if (lane == 0) list.counts[r * DOWN_WARPS + warp] = __popc(active);
@@ -108,46 +109,111 @@ __device__ __forceinline__ void find_active(const DownArgs& args, const DownPlac
 }
 static_assert(DOWN_WARPS <= WARP, "a lane for each warp's counts");
 
-// Block (x, y): items 32 x ... 32 x + 31 of the rows, one a lane, of part y of the list; warp w takes active neurons w, w + 12,
-// .... The warps are joined pairwise, the blocks of a column in ascending order by whichever ends last.
-template <class Q>
-__device__ __forceinline__ void down(const DownArgs& args) {
-    constexpr int VALUES = Q::PARTS * Q::PART, TOGETHER = 4;
-    __shared__ DownList list;
-    // values that are joined at a time
-    constexpr int JOINED = VALUES < 16 ? VALUES : 16;
-    __shared__ float halves[DOWN_WARPS / 2][JOINED][WARP];
-    const u32 lane = threadIdx.x % WARP, warp = threadIdx.x / WARP;
-    const u32 item = blockIdx.x * WARP + lane, n_items = Q::items(args.n_cols);
-    wait_for_launch_before();
-    const u32 n = args.n_ids == nullptr ? args.n_neurons : min(*args.n_ids, args.n_a);
-    const DownPlaces places(args.n_ids != nullptr, n);
-    float acc[VALUES];
-#pragma unroll
-    for (int v = 0; v < VALUES; v++) acc[v] = 0.0f;
+// Items of a row that a block has, and neurons that a warp takes at a time.
+constexpr u32 DOWN_ITEMS = 8;
+constexpr u32 DOWN_GROUPS = WARP / DOWN_ITEMS;
+static_assert(DOWN_GROUPS == 4, "two steps join them");
+// Blocks' parts that a thread asks for before it adds the first.
+constexpr u32 DOWN_JOINED = 16;
 
-    for (u32 first = 0; first < places.n_runs; first += DOWN_LIST / WARP) {
-        find_active(args, places, first, list);
-        if (item >= n_items) continue;
+// Adds to this lane's values those of the lane STEP away: each of the two is left with N of them, the lower one with the first ones.
+template <int STEP, int N, int VALUES>
+__device__ __forceinline__ void join_lanes(float (&acc)[VALUES]) {
+    const bool upper = threadIdx.x & STEP;
+#pragma unroll
+    for (int v = 0; v < N; v++) {
+        const float other = __shfl_xor_sync(ALL_LANES, upper ? acc[v] : acc[v + N], STEP);
+        acc[v] = (upper ? acc[v + N] : acc[v]) + other;
+    }
+}
+
+// Neurons of a block that are all read, which are known before the launch before this one has ended.
+template <bool LISTED>
+struct DownGiven {
+    const DownArgs& args;
+    const DownPlaces places;
+
+    __device__ __forceinline__ DownGiven(const DownArgs& args, u32 n) : args(args), places(LISTED, n) {}
+    __device__ __forceinline__ u32 n() const { return places.n_runs * WARP; }
+    __device__ __forceinline__ u32 place(u32 k) const { return places.begin + k / WARP * places.step * WARP + k % WARP; }
+    __device__ __forceinline__ bool has(u32 k) const { return k < n() && place(k) < places.end; }
+    __device__ __forceinline__ u32 listed(u32 k) const { return LISTED ? load_written(args.ids + place(k)) : place(k); }
+    // a neuron that does not exist: NaN times the first row
+    __device__ __forceinline__ u32 id(u32 k) const {
+        const u32 id = listed(k);
+        return !LISTED || id < args.n_neurons ? id : 0;
+    }
+    __device__ __forceinline__ float a(u32 k) const {
+        return !LISTED || listed(k) < args.n_neurons ? args.a[place(k)] : not_a_number();
+    }
+};
+
+// Those of a list that was made.
+struct DownListed {
+    const DownList& list;
+
+    __device__ __forceinline__ u32 n() const { return list.n; }
+    __device__ __forceinline__ u32 id(u32 k) const { return list.ids[k]; }
+    __device__ __forceinline__ bool has(u32 k) const { return k < list.n; }
+    __device__ __forceinline__ float a(u32 k) const { return list.a[k]; }
+};
+
+// Sums over neurons of one item of their rows. A group of 8 lanes has an item each of one neuron; group g of warp w takes neurons
+// 4 w + g, 4 w + g + 32, .... Those of the next step are asked for before those of this one are used.
+template <class Q>
+struct DownSums {
+    static constexpr int VALUES = Q::PARTS * Q::PART, TOGETHER = 4;
+    static constexpr u32 STEP = DOWN_WARPS * DOWN_GROUPS;
+    const DownArgs& args;
+    const u32 item, first;
+    const bool exists;
+    float acc[VALUES];
+    Q next[TOGETHER];
+    float next_a[TOGETHER];
+
+    __device__ __forceinline__ explicit DownSums(const DownArgs& args)
+        : args(args), item(blockIdx.x * DOWN_ITEMS + threadIdx.x % DOWN_ITEMS), first(threadIdx.x / DOWN_ITEMS),
+          exists(item < Q::items(args.n_cols)) {
+#pragma unroll
+        for (int v = 0; v < VALUES; v++) acc[v] = 0.0f;
+    }
+
+    template <class Neurons>
+    __device__ __forceinline__ void load_items(const Neurons& neurons, u32 k) {
+#pragma unroll
+        for (int t = 0; t < TOGETHER; t++)
+            if (exists && neurons.has(k + t * STEP))
+                next[t].load(args.rows + neurons.id(k + t * STEP) * args.stride, args.n_cols, item);
+    }
+
+    template <class Neurons>
+    __device__ __forceinline__ void load_a(const Neurons& neurons, u32 k) {
+#pragma unroll
+        for (int t = 0; t < TOGETHER; t++)
+            next_a[t] = neurons.has(k + t * STEP) ? neurons.a(k + t * STEP) : 0.0f;
+    }
+
+    // When the first step's items and factors have been asked for.
+    template <class Neurons>
+    __device__ __forceinline__ void add(const Neurons& neurons) {
+        if (!exists) return;
 #pragma unroll 1
-        for (u32 k = warp; k < list.n; k += DOWN_WARPS * TOGETHER) {
+        for (u32 k = first; k < neurons.n(); k += STEP * TOGETHER) {
             Q items[TOGETHER];
+            float a[TOGETHER];
+#pragma unroll
+            for (int t = 0; t < TOGETHER; t++) items[t] = next[t], a[t] = next_a[t];
+            load_items(neurons, k + STEP * TOGETHER);
+            load_a(neurons, k + STEP * TOGETHER);
 #pragma unroll
             for (int t = 0; t < TOGETHER; t++) {
-                u32 at = k + t * DOWN_WARPS;
-                if (at < list.n) items[t].load(args.rows + list.ids[at] * args.stride, args.n_cols, item);
-            }
-#pragma unroll
-            for (int t = 0; t < TOGETHER; t++) {
-                u32 at = k + t * DOWN_WARPS;
-                if (at >= list.n) break;
-                float a = list.a[at];
+                if (!neurons.has(k + t * STEP)) break;
 #pragma unroll
                 for (int part = 0; part < Q::PARTS; part++) {
                     float w[Q::PART];
                     if constexpr (Q::QUANTISED && !Q::HAS_MIN) {
                         part_integers(items[t], part, w);
-                        float scale = a * items[t].scale(item, part);
+                        const float scale = a[t] * items[t].scale(item, part);
 #pragma unroll
                         for (int v = 0; v < Q::PART; v++)
                             acc[part * Q::PART + v] = fmaf(w[v], scale, acc[part * Q::PART + v]);
@@ -155,56 +221,82 @@ __device__ __forceinline__ void down(const DownArgs& args) {
                         // scaled value and minimum may nearly cancel: their sum is taken first
                         part_values(items[t], item, part, w);
 #pragma unroll
-                        for (int v = 0; v < Q::PART; v++) acc[v] = fmaf(w[v], a, acc[v]);
+                        for (int v = 0; v < Q::PART; v++) acc[v] = fmaf(w[v], a[t], acc[v]);
                     }
                 }
             }
         }
     }
+};
 
-    // the upper half of the warps is added to the lower one, until one is left
-#pragma unroll
-    for (int first = 0; first < VALUES; first += JOINED)
-#pragma unroll 1
-        for (u32 n_warps = DOWN_WARPS; n_warps > 1; n_warps = (n_warps + 1) / 2) {
-            const u32 lower = (n_warps + 1) / 2;
-            __syncthreads();
-            if (warp >= lower && warp < n_warps)
-#pragma unroll
-                for (int v = 0; v < JOINED; v++) halves[warp - lower][v][lane] = acc[first + v];
-            __syncthreads();
-            if (warp < n_warps - lower)
-#pragma unroll
-                for (int v = 0; v < JOINED; v++) acc[first + v] += halves[warp][v][lane];
-        }
-    constexpr u32 TILE = VALUES * WARP;
-    float* tile = args.partials + (u64)blockIdx.x * gridDim.y * TILE;
-    if (warp == 0)
-#pragma unroll
-        for (int v = 0; v < VALUES; v++) tile[blockIdx.y * TILE + v * WARP + lane] = acc[v];
-    start_next_launch();
-    if (!is_last_block(args.tickets + blockIdx.x, gridDim.y)) return;
-
-#pragma unroll 1
-    for (u32 i = threadIdx.x * 4; i < TILE; i += DOWN_WARPS * WARP * 4) {
-        float sums[4] = {0.0f, 0.0f, 0.0f, 0.0f};
-#pragma unroll 16
-        for (u32 y = 0; y < gridDim.y; y++) {
-            float4 part = __ldcg((const float4*)(tile + y * TILE + i));
-            sums[0] += part.x;
-            sums[1] += part.y;
-            sums[2] += part.z;
-            sums[3] += part.w;
-        }
-#pragma unroll
-        for (u32 k = 0; k < 4; k++) {
-            u32 of = blockIdx.x * WARP + i % WARP + k, v = i / WARP;
-            u32 column = Q::column(of, v / Q::PART) + v % Q::PART;
-            if (of < n_items && column < args.n_cols)
-                args.out[column] = args.add == nullptr ? sums[k] : args.add[column] + sums[k];
+// Block (x, y): items 8 x ... 8 x + 7 of the rows of part y of the list. Groups of lanes are joined, then warps in ascending order,
+// then the blocks of a column in ascending order by whichever ends last.
+template <class Q>
+__device__ __forceinline__ void down(const DownArgs& args) {
+    constexpr int VALUES = Q::PARTS * Q::PART;
+    constexpr u32 TILE = VALUES * DOWN_ITEMS;
+    __shared__ DownList list;
+    __shared__ float sums[DOWN_WARPS][TILE];
+    const u32 lane = threadIdx.x % WARP, warp = threadIdx.x / WARP;
+    DownSums<Q> own(args);
+    const u32 n = args.n_ids == nullptr ? args.n_neurons : min(load_written(args.n_ids), args.n_a);
+    const bool listed = args.n_ids != nullptr;
+    const DownGiven<true> of_list(args, n);
+    const DownGiven<false> of_all(args, n);
+    if (!args.skip && listed) own.load_items(of_list, own.first);
+    if (!args.skip && !listed) own.load_items(of_all, own.first);
+    wait_for_launch_before();
+    // the value that this thread has in the end, and what it is added to
+    const u32 i = threadIdx.x, of_item = blockIdx.x * DOWN_ITEMS + i / VALUES, of_value = i % VALUES;
+    const bool has_column = i < TILE && of_item < Q::items(args.n_cols);
+    const u32 column = has_column ? Q::column(of_item, of_value / Q::PART) + of_value % Q::PART : args.n_cols;
+    const float before = args.add != nullptr && column < args.n_cols ? args.add[column] : 0.0f;
+    if (!args.skip && listed) {
+        own.load_a(of_list, own.first);
+        own.add(of_list);
+    } else if (!args.skip) {
+        own.load_a(of_all, own.first);
+        own.add(of_all);
+    } else {
+        const DownPlaces places(listed, n);
+        for (u32 first = 0; first < places.n_runs; first += DOWN_LIST / WARP) {
+            find_active(args, places, first, list);
+            own.load_items(DownListed{list}, own.first);
+            own.load_a(DownListed{list}, own.first);
+            own.add(DownListed{list});
         }
     }
+
+    join_lanes<16, VALUES / 2>(own.acc);
+    join_lanes<8, VALUES / 4>(own.acc);
+    float* mine = sums[warp] + lane % DOWN_ITEMS * VALUES + lane / 16 * (VALUES / 2) + lane / 8 % 2 * (VALUES / 4);
+#pragma unroll
+    for (int v = 0; v < VALUES / (int)DOWN_GROUPS; v++) mine[v] = own.acc[v];
+    __syncthreads();
+    float* tile = args.partials + (u64)blockIdx.x * gridDim.y * TILE;
+    float sum = 0.0f;
+    if (i < TILE)
+#pragma unroll
+        for (u32 w = 0; w < DOWN_WARPS; w++) sum += sums[w][i];
+    if (gridDim.y > 1) {
+        if (i < TILE) tile[blockIdx.y * TILE + i] = sum;
+        start_next_launch();
+        if (!is_last_block(args.tickets + blockIdx.x, gridDim.y)) return;
+        sum = 0.0f;
+        if (i < TILE)
+#pragma unroll 1
+            for (u32 first = 0; first < gridDim.y; first += DOWN_JOINED) {
+                float parts[DOWN_JOINED];
+#pragma unroll
+                for (u32 k = 0; k < DOWN_JOINED; k++)
+                    parts[k] = first + k < gridDim.y ? __ldcg(tile + (first + k) * TILE + i) : 0.0f;
+#pragma unroll
+                for (u32 k = 0; k < DOWN_JOINED; k++) sum += parts[k];
+            }
+    }
+    if (column < args.n_cols) args.out[column] = sum + before;
 }
+static_assert(32 * DOWN_ITEMS <= DOWN_WARPS * WARP, "a thread for each value of a tile");
 
 #define DOWN(Q) \
     extern "C" __global__ void __launch_bounds__(DOWN_WARPS * WARP, 2) down_##Q(DownArgs args) { down<Q>(args); }

@@ -17,17 +17,27 @@ struct RmsNormArgs {
 };
 static_assert(sizeof(RmsNormArgs) == 144, "as the launcher has it");
 
+// Values that a thread asks for before it uses the first. (The rest of a loop that is merely unrolled waits for each.)
+constexpr u32 NORM_TOGETHER = 8;
+
 // Blocks of 1024 threads: each sums all squares, in the same order, and writes every gridDim.x-th run of 32 activation blocks.
 // Thread t adds squares t, t + 1024, ... in ascending order; then lanes and warps are joined.
 extern "C" __global__ void __launch_bounds__(1024) rms_norm(RmsNormArgs args) {
     __shared__ float sums[WARP];
     const u32 n = args.to.n_cols, lane = threadIdx.x % WARP, warp = threadIdx.x / WARP;
+    const u32 own = (blockIdx.x * WARP + warp) * BLOCK + lane;
+    const float own_weight = own < n ? __ldg(args.weight + own) : 0.0f;
     wait_for_launch_before();
+    start_next_launch();
+    const float own_x = own < n ? args.x[own] : 0.0f;
     float sum = 0.0f;
-#pragma unroll 8
-    for (u32 i = threadIdx.x; i < n; i += 1024) {
-        float x = args.x[i];
-        sum = fmaf(x, x, sum);
+#pragma unroll 1
+    for (u32 first = threadIdx.x; first < n; first += NORM_TOGETHER * 1024) {
+        float x[NORM_TOGETHER];
+#pragma unroll
+        for (u32 k = 0; k < NORM_TOGETHER; k++) x[k] = first + k * 1024 < n ? args.x[first + k * 1024] : 0.0f;
+#pragma unroll
+        for (u32 k = 0; k < NORM_TOGETHER; k++) sum = fmaf(x[k], x[k], sum);
     }
     sum = warp_sum(sum);
     if (lane == 0) sums[warp] = sum;
@@ -36,14 +46,15 @@ extern "C" __global__ void __launch_bounds__(1024) rms_norm(RmsNormArgs args) {
     float scale = __fdiv_rn(1.0f, __fsqrt_rn(mean + args.eps));
 #pragma unroll 1
     for (u32 block = blockIdx.x * WARP + warp; block < args.to.n_blocks; block += gridDim.x * WARP) {
-        u32 column = block * BLOCK + lane;
-        float x = column < n ? args.x[column] : 0.0f;
-        float normed = __fmul_rn(x, scale);
-        float value = column < n ? __fmul_rn(normed, args.weight[column]) : 0.0f;
+        const u32 column = block * BLOCK + lane;
+        const bool first = column == own;
+        const float x = first ? own_x : column < n ? args.x[column] : 0.0f;
+        const float weight = first ? own_weight : column < n ? args.weight[column] : 0.0f;
+        const float normed = __fmul_rn(x, scale);
+        const float value = __fmul_rn(normed, weight);
         if (args.host != nullptr && column < n) args.host[column] = value;
         store_block(args.to, block, value);
         if (args.plain.values != nullptr) store_block(args.plain, block, normed);
     }
-    start_next_launch();
     if (args.host != nullptr) set_flag(args.hand, nullptr, 0);
 }

@@ -387,32 +387,3 @@ __device__ __forceinline__ float add_item_f32(const Q& item, u32 at, const Act& 
     }
     return acc;
 }
-
-// This thread's part of row times x, of a team of `threads` of which it is number `thread`: items thread, thread + threads, ... in
-// ascending order. TOGETHER items are asked for before the first is used.
-template <class Q, bool Q8>
-__device__ __forceinline__ float row_part(const u8* row, const Act& x, u32 thread, u32 threads) {
-    // quantised weights with f32 activations are the oracle, which need not be fast
-    constexpr int TOGETHER = Q8 || !Q::QUANTISED ? Q::TOGETHER : 1;
-    const u32 n = Q::items(x.n_cols);
-    float acc = 0.0f;
-#pragma unroll 1
-    for (u32 first = thread; first < n; first += threads * TOGETHER) {
-        Q items[TOGETHER];
-#pragma unroll
-        for (int k = 0; k < TOGETHER; k++) {
-            u32 at = first + k * threads;
-            if (at < n) items[k].load(row, x.n_cols, at);
-        }
-#pragma unroll
-        for (int k = 0; k < TOGETHER; k++) {
-            u32 at = first + k * threads;
-            if (at >= n) break;
-            if constexpr (Q8)
-                acc = add_item_q8(items[k], at, x, acc);
-            else
-                acc = add_item_f32(items[k], at, x, acc);
-        }
-    }
-    return acc;
-}

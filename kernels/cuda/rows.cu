@@ -31,47 +31,116 @@ __device__ __forceinline__ float silu(float x) { return __fdiv_rn(x, 1.0f + expf
 
 constexpr u32 ROWS_WARPS = 4;
 
-// Warps or whole blocks take rows or neurons in steps of the grid. A row that does not exist gives NaN.
+// Rows times x by a team of `threads`, of which this is thread number `thread`, for 32 rows at most at a time. A thread has items
+// thread, thread + threads, ... of a row; those of the next step are asked for before those of this one are used.
 template <class Q, bool Q8>
-__device__ __forceinline__ void rows(const RowsArgs& args) {
-    // of the product before and of this one
-    __shared__ float sums[2][ROWS_WARPS];
-    wait_for_launch_before();
-    const u32 warp = threadIdx.x / WARP, teams = args.together ? 1 : ROWS_WARPS;
-    const u32 threads = ROWS_WARPS / teams * WARP, thread = threadIdx.x % threads;
-    const u32 n = args.n_ids == nullptr ? args.n_rows : min(*args.n_ids, args.n_out);
-    u32 turn = 0;
+struct RowProducts {
+    // quantised weights with f32 activations are the oracle, which need not be fast
+    static constexpr int TOGETHER = Q8 || !Q::QUANTISED ? Q::TOGETHER : 1;
+    const Act& x;
+    const u32 thread, threads, n_items;
+    Q next[TOGETHER];
+
+    __device__ __forceinline__ RowProducts(const Act& x, u32 thread, u32 threads)
+        : x(x), thread(thread), threads(threads), n_items(Q::items(x.n_cols)) {}
+
+    __device__ __forceinline__ void load(const u8* row, u32 first) {
+#pragma unroll
+        for (int k = 0; k < TOGETHER; k++) {
+            const u32 at = first + k * threads;
+            if (at < n_items) next[k].load(row, x.n_cols, at);
+        }
+    }
+
+    // Lane i gets this warp's part of the product of its row, where bit i of `which` is set, else 0. `loaded`: the first step's items
+    // are there.
+    __device__ __forceinline__ float products(const u8* rows, u64 stride, u32 row, u32 which, bool loaded) {
+        const u32 lane = threadIdx.x % WARP;
+        float mine = 0.0f, acc = 0.0f;
+        if (which == 0) return mine;
+        u32 of = __ffs(which) - 1, first = thread;
+        const u8* at = rows + __shfl_sync(ALL_LANES, row, of) * stride;
+        if (!loaded) load(at, first);
 #pragma unroll 1
-    for (u32 j = blockIdx.x * teams + threadIdx.x / threads; j < n; j += gridDim.x * teams) {
-        const u32 row = args.n_ids == nullptr ? j : args.ids[j];
-        float result = not_a_number();
-        if (row < args.n_rows) {
-            const u8* at = args.rows + row * args.stride;
-            float factor = 1.0f;
-            // the gate, then up, in the same instructions
-#pragma unroll 1
-            for (bool more = args.up != nullptr;; more = false) {
-                float product = warp_sum(row_part<Q, Q8>(at, args.x, thread, threads));
-                if (args.together) {
-                    if (threadIdx.x % WARP == 0) sums[turn][warp] = product;
-                    __syncthreads();
-                    product = (sums[turn][0] + sums[turn][1]) + (sums[turn][2] + sums[turn][3]);
-                    turn ^= 1;
-                }
-                // a closed gate gives 0, never -0
-                result = factor == 0.0f ? 0.0f : factor * product;
-                if (!more) break;
-                // NaN is open
-                const bool closed = args.gates != 0 && product <= 0.0f;
-                if (closed && args.gates == 1) {
-                    result = 0.0f;
-                    break;
-                }
-                factor = closed ? 0.0f : args.gates != 0 ? product : silu(product);
-                at = args.up + row * args.up_stride;
+        for (bool more = true; more;) {
+            Q items[TOGETHER];
+#pragma unroll
+            for (int k = 0; k < TOGETHER; k++) items[k] = next[k];
+            const u32 here = first, this_of = of;
+            first += threads * TOGETHER;
+            // the same in all threads of a team
+            const bool ends = first - thread >= n_items;
+            if (ends) {
+                which &= which - 1;
+                more = which != 0;
+                of = more ? __ffs(which) - 1 : of;
+                at = rows + __shfl_sync(ALL_LANES, row, of) * stride;
+                first = thread;
+            }
+            if (more) load(at, first);
+#pragma unroll
+            for (int k = 0; k < TOGETHER; k++) {
+                const u32 item = here + k * threads;
+                if (item >= n_items) break;
+                if constexpr (Q8)
+                    acc = add_item_q8(items[k], item, x, acc);
+                else
+                    acc = add_item_f32(items[k], item, x, acc);
+            }
+            if (ends) {
+                acc = warp_sum(acc);
+                if (lane == this_of) mine = acc;
+                acc = 0.0f;
             }
         }
-        if (thread == 0) args.out[j] = args.add == nullptr ? result : args.add[j] + result;
+        return mine;
+    }
+};
+
+// The sum of all warps' parts, in their order, where they take rows together.
+__device__ __forceinline__ float of_team(float part, bool together, float (*sums)[WARP]) {
+    if (!together) return part;
+    const u32 lane = threadIdx.x % WARP;
+    __syncthreads();
+    sums[threadIdx.x / WARP][lane] = part;
+    __syncthreads();
+    return (sums[0][lane] + sums[1][lane]) + (sums[2][lane] + sums[3][lane]);
+}
+
+// Warps or whole blocks take rows or neurons in steps of the grid, a lane having the result of one. A row that does not exist gives
+// NaN.
+template <class Q, bool Q8>
+__device__ __forceinline__ void rows(const RowsArgs& args) {
+    __shared__ float sums[ROWS_WARPS][WARP];
+    const u32 warp = threadIdx.x / WARP, lane = threadIdx.x % WARP, teams = args.together ? 1 : ROWS_WARPS;
+    const u32 threads = ROWS_WARPS / teams * WARP, team = blockIdx.x * teams + threadIdx.x / threads;
+    RowProducts<Q, Q8> rows(args.x, threadIdx.x % threads, threads);
+    // lists are there before the launch before this one has ended
+    const u32 n = args.n_ids == nullptr ? args.n_rows : min(load_written(args.n_ids), args.n_out);
+    const u32 first_row = team >= n ? args.n_rows : args.n_ids == nullptr ? team : load_written(args.ids + team);
+    bool loaded = first_row < args.n_rows;
+    if (loaded) rows.load(args.rows + first_row * args.stride, rows.thread);
+    wait_for_launch_before();
+    const u32 step = gridDim.x * teams;
+#pragma unroll 1
+    for (u32 first = team; first < n; first += step * WARP) {
+        const u32 j = first + lane * step;
+        const u32 row = j >= n ? args.n_rows : args.n_ids == nullptr ? j : load_written(args.ids + j);
+        const bool exists = row < args.n_rows;
+        float product = rows.products(args.rows, args.stride, row, __ballot_sync(ALL_LANES, exists), loaded);
+        loaded = false;
+        product = of_team(product, args.together, sums);
+        if (args.up != nullptr) {
+            // NaN is open; a closed gate gives 0, never -0 or NaN
+            const bool closed = args.gates != 0 && product <= 0.0f;
+            const u32 read = __ballot_sync(ALL_LANES, exists && !(closed && args.gates == 1));
+            const float factor = args.gates != 0 ? product : silu(product);
+            product = rows.products(args.up, args.up_stride, row, read, false);
+            product = of_team(product, args.together, sums);
+            product = closed ? 0.0f : factor * product;
+        }
+        const float result = exists ? product : not_a_number();
+        if (j < n && (!args.together || warp == 0)) args.out[j] = args.add == nullptr ? result : args.add[j] + result;
     }
     start_next_launch();
 }

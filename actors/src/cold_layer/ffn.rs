@@ -200,9 +200,13 @@ fn named_token(job: &Job<'_>, rows: &NeuronStore, sketch: &SketchShare, member: 
     let ThreadScratch { all, spans, .. } = mine;
     all.gates.clear();
     all.gates.resize(list.ids.len(), 0.0);
-    let down_rows = rows.down_rows();
-    let ids = &list.ids;
-    let beside = |j: usize| down_rows.prefetch(ids[j] as usize, 0..down_rows.n_embd);
+    let (down_rows, ids) = (rows.down_rows(), &list.ids);
+    let there = predicted::prefetches_down(job, rows, &member);
+    let beside = |j: usize| {
+        if !there {
+            down_rows.prefetch(ids[j] as usize, 0..down_rows.n_embd);
+        }
+    };
     let (gates, out) = (&list.gates, &mut all.gates);
     up_active(model.cpu, up_rows, x, ids, gates, out, beside);
     std::mem::swap(&mut list.gates, &mut all.gates);
@@ -274,7 +278,7 @@ fn open_gates(job: &Job<'_>, member: &Member<'_>) -> usize {
 }
 
 /// Which columns of the sums over neurons are the thread's.
-fn down_columns(job: &Job<'_>, member: &Member<'_>) -> Range<usize> {
+pub(super) fn down_columns(job: &Job<'_>, member: &Member<'_>) -> Range<usize> {
     member.part(job.model.shape().n_embd, BLOCK)
 }
 

@@ -10,18 +10,19 @@
 use std::ops::Range;
 use std::sync::atomic::Ordering;
 
-use pi_kernels::ffn_sparse::row_products;
 use pi_kernels::ffn_sparse::sketch::planes::{plane_gates, sign_sums, two_bit_sums};
 use pi_kernels::ffn_sparse::sketch::{candidates, candidates_of_sums, keep_candidates, keep_open};
+use pi_kernels::ffn_sparse::{NeuronRows, row_products};
 use pi_kernels::gemm::gemv;
 use pi_kernels::{ActivationMode, ROW_GROUP};
 
 use super::Job;
+use super::ffn::down_columns;
 use crate::pieces::{Cut, Piece};
 use crate::scratch::{ActiveList, ThreadScratch};
 use crate::team::{Member, Team};
 use crate::trace::{Scorer, Watch};
-use crate::weights::{Matrix, PlanesStore, SketchKind, SketchShare};
+use crate::weights::{Matrix, NeuronStore, PlanesStore, SketchKind, SketchShare};
 
 /// What the thread's part begins with: for one token, up to the first barrier.
 pub(super) fn prepare(job: &Job<'_>, sketch: &SketchShare, member: &Member<'_>) {
@@ -244,7 +245,8 @@ fn exact_gates(
 /// Bytes that a thread pulls towards its caches at most: more would push out what it has pulled.
 const PREFETCH_BYTES: usize = 1 << 20;
 
-/// Pulls what was predicted towards the team's caches, each thread the first of its part of the neurons.
+/// Pulls what was predicted towards the team's caches: gates and ups, each thread the first of its part of the neurons; and its
+/// columns of all down rows, where there is room for them too.
 pub(super) fn prefetch(job: &Job<'_>, team: &mut Team) {
     let share = job.share;
     let Some(records) = share.ffn.paired() else {
@@ -252,12 +254,10 @@ pub(super) fn prefetch(job: &Job<'_>, team: &mut Team) {
     };
     let up_rows = records.up_rows().expect("records have up rows");
     let all = predicted_ids(job);
-    // gate and up
-    let neuron_bytes = 2 * up_rows.quant.row_bytes(up_rows.n_embd);
+    let n_max = PREFETCH_BYTES / gate_up_bytes(up_rows).max(1);
     team.run(&|member| {
         let mine = &all[member.part(all.len(), 1)];
-        let n = mine.len().min(PREFETCH_BYTES / neuron_bytes.max(1));
-        for &id in &mine[..n] {
+        for &id in &mine[..mine.len().min(n_max)] {
             let id = id as usize;
             match share.sketch.as_ref().map(|sketch| &sketch.kind) {
                 Some(SketchKind::LowRank { .. } | SketchKind::Nothing) => {
@@ -269,7 +269,29 @@ pub(super) fn prefetch(job: &Job<'_>, team: &mut Team) {
             }
             up_rows.prefetch(id, 0..up_rows.n_embd);
         }
+        if prefetches_down(job, records, &member) {
+            let columns = down_columns(job, &member);
+            for &id in all {
+                records.down_rows().prefetch(id as usize, columns.clone());
+            }
+        }
     });
+}
+
+fn gate_up_bytes(up_rows: NeuronRows<'_>) -> usize {
+    2 * up_rows.row_bytes()
+}
+
+/// Whether what was predicted ahead has the thread's columns of all its down rows pulled towards the caches.
+pub(super) fn prefetches_down(job: &Job<'_>, records: &NeuronStore, member: &Member<'_>) -> bool {
+    let Some(up_rows) = records.up_rows() else {
+        return false;
+    };
+    let (n, down_rows) = (predicted_ids(job).len(), records.down_rows());
+    let n_columns = down_columns(job, member).len();
+    let down_bytes = down_rows.row_bytes() * n_columns / down_rows.n_embd.max(1);
+    let bytes = member.part(n, 1).len() * gate_up_bytes(up_rows) + n * down_bytes;
+    job.model.prefetches(job.layer) && bytes <= PREFETCH_BYTES
 }
 
 /// Notes what the sketch's scores of one token have read. Second bits of candidates are theirs, and not the gates'.

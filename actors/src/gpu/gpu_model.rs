@@ -1022,7 +1022,8 @@ impl Capture<'_> {
                     down.view(arena),
                     list,
                     buffers.act.view(..n_hot),
-                    !self.weights.dense,
+                    // named ones are read at once: nearly all fire
+                    matches!(list, NeuronList::All) && !self.weights.dense,
                     Add::Out,
                     scratch,
                     buffers.x.view_mut(..),

@@ -18,6 +18,9 @@ const BLOCKS_PER_MULTIPROCESSOR: usize = 2;
 const PARTS_MAX: usize = 64;
 /// Positions below which dividing a context further gains nothing.
 const POSITIONS_MIN: usize = 32;
+/// Contexts up to which fewer heads share a block: to read keys and values more often takes less time than to compute with them one
+/// head after the other.
+const SHORT_CONTEXT: usize = 4096;
 
 /// Keys and values of one layer, `[n_head_kv, n_ctx, head_dim]` each.
 #[derive(Debug)]
@@ -145,8 +148,12 @@ impl AttendScratch {
             "{n_head} heads share {n_head_kv}"
         );
         let shared_by = n_head / n_head_kv;
+        let most = match n_ctx {
+            0..=SHORT_CONTEXT => ATTEND_HEADS.len() - 2,
+            _ => ATTEND_HEADS.len() - 1,
+        };
         let heads = ATTEND_HEADS.iter().position(|&heads| heads >= shared_by);
-        let heads = heads.unwrap_or(ATTEND_HEADS.len() - 1);
+        let heads = heads.unwrap_or(most).min(most);
         let n_groups = n_head_kv * shared_by.div_ceil(ATTEND_HEADS[heads]);
         let room = device.info().n_multiprocessors * BLOCKS_PER_MULTIPROCESSOR;
         let n_parts = (room / n_groups).clamp(1, n_ctx.div_ceil(POSITIONS_MIN).clamp(1, PARTS_MAX));

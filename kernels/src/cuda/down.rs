@@ -7,10 +7,10 @@ use super::rows::{Add, NeuronList};
 use super::stream::{Grid, Stream};
 use crate::error::KernelError;
 
-/// Items of a row that a block takes, one a lane.
-const TILE_ITEMS: usize = 32;
+/// Items of a row that a block has.
+const TILE_ITEMS: usize = 8;
 /// Threads of a block.
-const THREADS: usize = 384;
+const THREADS: usize = 256;
 /// Blocks that share the work on a multiprocessor.
 const BLOCKS_PER_MULTIPROCESSOR: usize = 2;
 /// Neurons below which dividing a list further gains nothing.

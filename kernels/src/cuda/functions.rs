@@ -15,7 +15,7 @@ use crate::error::KernelError;
 use crate::quant::QuantType;
 
 /// Query heads that share a block in `attend`, ascending: one kernel each.
-pub(super) const ATTEND_HEADS: [usize; 3] = [1, 4, 8];
+pub(super) const ATTEND_HEADS: [usize; 3] = [1, 2, 4];
 
 /// Threads of a block of the `rows` kernels.
 pub(super) const ROWS_THREADS: usize = 128;

@@ -43,7 +43,8 @@ impl Add<'_> {
 pub enum NeuronList<'a> {
     /// All of them.
     All,
-    /// The first `count[0]` of `ids`, read when the kernel runs. A count over the list's length is cut to it.
+    /// The first `count[0]` of `ids`, read when the kernel runs. A count over the list's length is cut to it. Both have to be
+    /// there when the launch before starts: kernels ask for the first rows while that one ends.
     Ids {
         /// `[n_max]` u32.
         ids: View<'a, u32>,
@@ -210,7 +211,6 @@ fn launch(
     if n_out == 0 {
         return Ok(());
     }
-    let is_list = n_ids != 0 || up.is_some();
     let items = shape.n_cols / item_values(shape.quant);
     let together = items >= TOGETHER_ITEMS_MIN * ROWS_THREADS;
     let args = RowsArgs {
@@ -229,17 +229,15 @@ fn launch(
         together: u32::from(together),
     };
     let kernel = stream.functions().rows(shape.quant, x.mode());
-    let mut n_blocks = if together {
+    let n_teams = if together {
         n_out
     } else {
         n_out.div_ceil(WARPS)
     };
-    if is_list {
-        // of a list most may be missing, and neurons differ: no more blocks than there is room for
-        let n_multiprocessors = stream.device().info().n_multiprocessors;
-        let room = n_multiprocessors * kernel.blocks_per_multiprocessor;
-        n_blocks = n_blocks.min(room);
-    }
+    // no more blocks than there is room for: each asks for its next row before it computes one
+    let n_multiprocessors = stream.device().info().n_multiprocessors;
+    let room = n_multiprocessors * kernel.blocks_per_multiprocessor;
+    let n_blocks = n_teams.min(room);
     let grid = Grid {
         blocks: [n_blocks, 1],
         threads: ROWS_THREADS,

@@ -15,14 +15,24 @@ use crate::error::KernelError;
 pub struct Stream {
     device: Device,
     raw: sys::CUstream,
-    /// Whether the next launch cannot start early: it waits for another stream's work, or reads weights that were just written.
+    /// Whether the next launch waits for another stream's work too.
     joined: AtomicBool,
+    /// Whether the next launch cannot start early: it reads weights that were just written.
+    late: AtomicBool,
 }
 
 // SAFETY: the driver's streams may be used from any thread; calls make the context current first.
 unsafe impl Send for Stream {}
 // SAFETY: as above; the driver locks its own state.
 unsafe impl Sync for Stream {}
+
+/// From a kernel that says itself when the next may start.
+const EARLY_EDGE: sys::CUgraphEdgeData = sys::CUgraphEdgeData {
+    from_port: sys::CU_GRAPH_KERNEL_NODE_PORT_PROGRAMMATIC as u8,
+    to_port: 0,
+    type_: sys::CUgraphDependencyType::CU_GRAPH_DEPENDENCY_TYPE_PROGRAMMATIC as u8,
+    reserved: [0; 5],
+};
 
 /// Size of a launch.
 #[derive(Debug, Clone, Copy)]
@@ -43,6 +53,7 @@ impl Stream {
             device,
             raw,
             joined: AtomicBool::new(false),
+            late: AtomicBool::new(false),
         })
     }
 
@@ -68,7 +79,7 @@ impl Stream {
     /// Lets the next launch start when everything before it has ended: for weights that a launch has written, which kernels
     /// read before they wait.
     pub fn start_next_late(&self) {
-        self.joined.store(true, Ordering::Relaxed);
+        self.late.store(true, Ordering::Relaxed);
     }
 
     /// Waits until everything launched so far is done.
@@ -110,6 +121,46 @@ impl Stream {
         self.raw
     }
 
+    /// In a capture, lets the next launch start before what it waits for has ended, on this stream and on others: as the attribute
+    /// does for this stream alone. Outside of one it starts late.
+    fn start_early_after_all(&self) -> Result<(), KernelError> {
+        let (mut status, mut id) = (sys::CUstreamCaptureStatus::CU_STREAM_CAPTURE_STATUS_NONE, 0);
+        let (mut graph, mut n_nodes) = (std::ptr::null_mut(), 0);
+        let (mut nodes, mut edges) = (std::ptr::null(), std::ptr::null());
+        // SAFETY: the stream is alive; everything is written before it is read.
+        let answer = unsafe {
+            sys::cuStreamGetCaptureInfo_v3(
+                self.raw,
+                &raw mut status,
+                &raw mut id,
+                &raw mut graph,
+                &raw mut nodes,
+                &raw mut edges,
+                &raw mut n_nodes,
+            )
+        };
+        call("ask for a capture", answer.result())?;
+        if status != sys::CUstreamCaptureStatus::CU_STREAM_CAPTURE_STATUS_ACTIVE || n_nodes == 0 {
+            return Ok(());
+        }
+        // SAFETY: the driver's array, which lives until the capture goes on.
+        let mut nodes = unsafe { std::slice::from_raw_parts(nodes, n_nodes) }.to_vec();
+        // all are kernels, and all of ours say when the next may start
+        let edges = vec![EARLY_EDGE; n_nodes];
+        let set = sys::CUstreamUpdateCaptureDependencies_flags::CU_STREAM_SET_CAPTURE_DEPENDENCIES;
+        // SAFETY: nodes of this capture, and as many edges.
+        let answer = unsafe {
+            sys::cuStreamUpdateCaptureDependencies_v2(
+                self.raw,
+                nodes.as_mut_ptr(),
+                edges.as_ptr(),
+                n_nodes,
+                set as u32,
+            )
+        };
+        call("let a launch start early", answer.result())
+    }
+
     /// Launches `function` with its one argument, a struct.
     ///
     /// # Safety
@@ -126,6 +177,11 @@ impl Stream {
         let dim = |n: usize| u32::try_from(n).expect("a grid of 32-bit size");
         let [x, y] = grid.blocks.map(dim);
         let joined = self.joined.swap(false, Ordering::Relaxed);
+        let starts_early =
+            !self.late.swap(false, Ordering::Relaxed) && self.device.overlaps_launches();
+        if starts_early && joined {
+            self.start_early_after_all()?;
+        }
         // every kernel waits for the one before it, but may be set up while that one ends
         let mut early = sys::CUlaunchAttribute {
             id: sys::CUlaunchAttributeID::CU_LAUNCH_ATTRIBUTE_PROGRAMMATIC_STREAM_SERIALIZATION,
@@ -144,7 +200,7 @@ impl Stream {
             sharedMemBytes: dim(grid.shared_bytes),
             hStream: self.raw,
             attrs: &raw mut early,
-            numAttrs: u32::from(self.device.overlaps_launches() && !joined),
+            numAttrs: u32::from(starts_early && !joined),
         };
         let mut params = [(&raw mut args).cast::<c_void>()];
         // SAFETY: the caller's contract; the driver copies the argument before it returns.

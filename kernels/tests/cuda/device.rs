@@ -1,8 +1,9 @@
 //! Opening devices, and graphs.
 
 use pi_kernels::cuda::{
-    Add, Device, DeviceAct, DeviceRows, DownScratch, Gates, Graph, NeuronList, PinnedBuffer,
-    copy_to_device, copy_to_host, device_count, down_active, gate_up, rms_norm,
+    Add, Device, DeviceAct, DeviceBuffer, DeviceRows, DownScratch, Event, Gates, Graph, NeuronList,
+    PinnedBuffer, Stream, compact, copy_to_device, copy_to_host, device_count, down_active,
+    gate_up, rms_norm,
 };
 use pi_kernels::{ActivationMode, KernelError, QuantType};
 
@@ -137,6 +138,113 @@ fn a_graph_reads_lists_when_it_runs_and_repeats_every_bit() {
             bits(&run(&values, n)),
             bits(&all),
             "the same bits every time"
+        );
+    }
+}
+
+/// A list is made on another stream beside launches that do not need it, and used behind the join, where launches start early.
+#[test]
+fn a_list_that_is_made_beside_is_there_behind_the_join() {
+    let Some(device) = device() else { return };
+    const N_EMBD: usize = 4096;
+    const N_FF: usize = 3000;
+    let (stream, side) = (device.stream().unwrap(), device.stream().unwrap());
+    let (begin, end) = (Event::new(&device).unwrap(), Event::new(&device).unwrap());
+    let make = |seed| Rows::random(&device, seed, QuantType::Q4_0, N_FF, N_EMBD);
+    let (gate, up, down) = (make(1), make(2), make(3));
+    let mut random = Random(7);
+    let x = device.upload(&random.floats(N_EMBD)).unwrap();
+    let weight = device.upload(&random.floats(N_EMBD)).unwrap();
+    struct Buffers {
+        scores: DeviceBuffer<f32>,
+        ids: DeviceBuffer<u32>,
+        count: DeviceBuffer<u32>,
+        normed: DeviceAct,
+        a: DeviceBuffer<f32>,
+        out: DeviceBuffer<f32>,
+        scratch: DownScratch,
+    }
+    let mut buffers = Buffers {
+        scores: device.alloc(N_FF).unwrap(),
+        ids: device.alloc(N_FF).unwrap(),
+        count: device.alloc(1).unwrap(),
+        normed: DeviceAct::new(&device, ActivationMode::Q8, N_EMBD).unwrap(),
+        a: device.alloc(N_FF).unwrap(),
+        out: device.alloc(N_EMBD).unwrap(),
+        scratch: DownScratch::new(&device, down.view().rows()).unwrap(),
+    };
+    let launches = |stream: &Stream, buffers: &mut Buffers, wait: &dyn Fn()| {
+        let Buffers {
+            scores,
+            ids,
+            count,
+            normed,
+            a,
+            out,
+            scratch,
+        } = buffers;
+        rms_norm(stream, x.view(..), weight.view(..), 1e-5, normed)?;
+        begin.record(stream)?;
+        side.wait_for(&begin)?;
+        wait();
+        compact(
+            &side,
+            scores.view(..),
+            None,
+            0,
+            ids.view_mut(..),
+            None,
+            count.view_mut(..),
+        )?;
+        end.record(&side)?;
+        wait();
+        stream.wait_for(&end)?;
+        rms_norm(stream, x.view(..), weight.view(..), 1e-5, normed)?;
+        wait();
+        let list = NeuronList::Ids {
+            ids: ids.view(..),
+            count: count.view(..),
+        };
+        let (gate, up) = (gate.view(), up.view());
+        let gates = Gates::ReluDense;
+        gate_up(stream, gate, up, list, normed, gates, a.view_mut(..))?;
+        wait();
+        down_active(
+            stream,
+            down.view(),
+            list,
+            a.view(..),
+            false,
+            Add::None,
+            scratch,
+            out.view_mut(..),
+        )
+    };
+    let graph = Graph::capture(&stream, |stream| launches(stream, &mut buffers, &|| ())).unwrap();
+    let inputs: Vec<_> = [1, 2, 9]
+        .map(|share| {
+            let mut score =
+                || random.float().abs() * if random.below(10) < share { 1.0 } else { -1.0 };
+            (0..N_FF).map(|_| score()).collect::<Vec<f32>>()
+        })
+        .into();
+    // launch by launch, nothing beside anything
+    let mut want = Vec::new();
+    for scores_now in &inputs {
+        buffers.scores.write(0, scores_now).unwrap();
+        launches(&stream, &mut buffers, &|| device.synchronize().unwrap()).unwrap();
+        device.synchronize().unwrap();
+        want.push(bits(&buffers.out.read().unwrap()));
+    }
+    assert!(want[0] != want[1] && want[1] != want[2]);
+    for turn in 0..100 {
+        buffers.scores.write(0, &inputs[turn % 3]).unwrap();
+        buffers.out.write(0, &[f32::NAN; N_EMBD]).unwrap();
+        graph.launch(&stream).unwrap();
+        stream.synchronize().unwrap();
+        assert!(
+            bits(&buffers.out.read().unwrap()) == want[turn % 3],
+            "turn {turn}"
         );
     }
 }

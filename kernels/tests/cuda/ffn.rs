@@ -1,7 +1,8 @@
 //! The sparse feed-forward network.
 
 use pi_kernels::cuda::{
-    Add, DownScratch, Gates, NeuronList, SUPPORTED, compact, down_active, gate_up,
+    Add, DeviceRows, DownScratch, Gates, NeuronList, RowsView, SUPPORTED, compact, down_active,
+    gate_up,
 };
 use pi_kernels::ffn_sparse::{self, FFN_GROUPS, GroupSpan};
 use pi_kernels::{ActivationMode, QuantType};
@@ -259,6 +260,46 @@ fn what_is_not_finite_and_neurons_that_do_not_exist_surface() {
         .unwrap();
         stream.synchronize().unwrap();
         assert!(out.read().unwrap().iter().all(|v| v.is_nan()), "{ids:?}");
+    }
+}
+
+/// With SiLU nothing is closed, also where a gate is exactly zero.
+#[test]
+fn a_gate_of_zero_hides_no_nan() {
+    let Some(device) = device() else { return };
+    let stream = device.stream().unwrap();
+    const N: usize = 64;
+    let shape = DeviceRows {
+        quant: QuantType::F32,
+        n_rows: 1,
+        n_cols: N,
+    };
+    let bytes = |value: f32| [value; N].iter().flat_map(|v| v.to_le_bytes()).collect();
+    let upload = |bytes: Vec<u8>| device.upload(&bytes).unwrap();
+    let (gate, up) = (upload(bytes(0.0)), upload(bytes(f32::NAN)));
+    let x = Activations::new(&stream, ActivationMode::F32, &[1.0; N]);
+    for (gates, closed) in [
+        (Gates::Silu, false),
+        (Gates::Relu, true),
+        (Gates::ReluDense, true),
+    ] {
+        let mut out = device.alloc::<f32>(1).unwrap();
+        gate_up(
+            &stream,
+            RowsView::dense(shape, gate.view(..)),
+            RowsView::dense(shape, up.view(..)),
+            NeuronList::All,
+            &x.device,
+            gates,
+            out.view_mut(..),
+        )
+        .unwrap();
+        stream.synchronize().unwrap();
+        let got = out.read().unwrap()[0];
+        assert!(
+            if closed { got == 0.0 } else { got.is_nan() },
+            "{gates:?}: {got}"
+        );
     }
 }
 
