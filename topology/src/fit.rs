@@ -3,7 +3,7 @@
 use std::fmt;
 
 use crate::config::{
-    ByteSize, ColdPolicy, GpuConfig, HostConfig, ListedTeam, MachineNeeds, NodeCount,
+    ByteSize, ColdPolicy, GpuConfig, HostConfig, ListedTeam, MachineNeeds, MemoryConfig, NodeCount,
     ThreadsPerNode, TopologyConfig, VramBudget,
 };
 use crate::machine::{Gpu, Machine, gib};
@@ -29,6 +29,68 @@ impl fmt::Display for Difference {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         write!(f, "{}: {}", self.asked, self.there)
     }
+}
+
+/// `config` changed so that it plans `plan` on `machine` without any flag beside it, with teams listed CPU by CPU where
+/// nothing shorter does. None where nothing does: teams of unequal size that share CPUs.
+pub fn asking_for(
+    config: &TopologyConfig,
+    plan: &Plan,
+    machine: &Machine,
+) -> Option<TopologyConfig> {
+    let with = |host: HostConfig| TopologyConfig {
+        memory: MemoryConfig {
+            cold: plan.cold,
+            huge_pages: plan.huge_pages,
+            strict: plan.strict,
+        },
+        host,
+        ..config.clone()
+    };
+    let is_it = |config: &TopologyConfig| {
+        let found = Plan::quietly(config, machine, None);
+        found.is_ok_and(|found| found.nodes == plan.nodes)
+    };
+    let hosts = divided_hosts(&config.host, plan).into_iter();
+    hosts.chain([listed_host(plan)]).map(with).find(is_it)
+}
+
+/// `host` with a team for each NUMA node, as it is, and with as many teams as `plan` has; each also with its threads.
+fn divided_hosts(host: &HostConfig, plan: &Plan) -> Vec<HostConfig> {
+    let &HostConfig::Divided {
+        nodes,
+        threads,
+        reserved_cores,
+        cores,
+    } = host
+    else {
+        return Vec::new();
+    };
+    let sizes = plan.team_sizes();
+    let mut counts = vec![(threads, reserved_cores)];
+    if sizes.iter().all(|&size| size == sizes[0]) {
+        // a number of threads says how many cores are left to others
+        counts.push((ThreadsPerNode::Number(sizes[0]), 0));
+    }
+    let n_nodes = [NodeCount::All, nodes, NodeCount::Number(sizes.len())];
+    let of_counts = |(threads, reserved_cores)| {
+        n_nodes.map(|nodes| HostConfig::Divided {
+            nodes,
+            threads,
+            reserved_cores,
+            cores,
+        })
+    };
+    counts.into_iter().flat_map(of_counts).collect()
+}
+
+/// The teams of `plan`, CPU by CPU.
+fn listed_host(plan: &Plan) -> HostConfig {
+    let teams = plan.nodes.iter().map(|node| ListedTeam {
+        numa: node.numa,
+        cpus: node.cpus.clone(),
+    });
+    HostConfig::Listed(teams.collect())
 }
 
 /// What becomes of a configuration on a machine.

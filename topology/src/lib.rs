@@ -37,7 +37,7 @@ pub use config::{
 };
 pub use conflicts::{Conflict, ConflictSubject, conflicts};
 pub use error::TopologyError;
-pub use fit::{Backends, Difference, Fit};
+pub use fit::{Backends, Difference, Fit, asking_for};
 pub use gpu::{NvidiaDriver, NvidiaGpu, gpu_node};
 pub use machine::{
     Cache, Core, Gpu, Machine, MachineNode, MachineSource, MemoryNode, NodeDistances, Package,

@@ -1,5 +1,6 @@
 //! Configuration files: what is read, and what an error says about line and key.
 
+use std::collections::BTreeSet;
 use std::path::Path;
 
 use pi_topology::{
@@ -259,6 +260,26 @@ fn every_file_that_comes_along_is_valid() {
             "two-nodes"
         ]
     );
+}
+
+/// Every key that `--print-config` knows stands in the file that explains them all, set or as a comment.
+#[test]
+fn the_default_file_has_every_key() {
+    let path = Path::new(env!("CARGO_MANIFEST_DIR")).join("../configs/cpu-only.toml");
+    let file = std::fs::read_to_string(path).unwrap();
+    let keys = |text: &str| -> BTreeSet<String> {
+        let lines = text.lines().map(|line| line.trim_start_matches("# "));
+        let keys = lines.filter_map(|line| Some(line.split_once(" = ")?.0.to_owned()));
+        keys.collect()
+    };
+    let file = keys(&file);
+    let teams = "[[host.node]]\ncpus = [0]\n[[gpu]]\n";
+    for config in [TopologyConfig::default(), toml::from_str(teams).unwrap()] {
+        let printed = keys(&config.to_toml());
+        let missing: Vec<&String> = printed.difference(&file).collect();
+        assert_eq!(missing, Vec::<&String>::new());
+        assert!(printed.len() > 9, "{printed:?}");
+    }
 }
 
 /// Configurations with about every key at another value than its default.

@@ -6,7 +6,7 @@ use std::path::{Path, PathBuf};
 
 use clap::Args;
 use pi_actors::latency::hop;
-use pi_topology::{ColdPolicy, HugePages, Machine};
+use pi_topology::{ColdPolicy, HugePages, Machine, SystemState};
 use serde::de::value::{Error, StrDeserializer};
 use serde::de::{DeserializeOwned, IntoDeserializer};
 
@@ -104,8 +104,11 @@ pub fn run(args: &NumaBenchArgs) -> Result<(), RuntimeError> {
     let verdict = Verdict::of(&all);
     let mut output = Output::default();
     output.text(&table(&all, &verdict))?;
+    let is_virtual_machine = SystemState::read().is_virtual_machine;
+    if let Some(text) = not_numa(machine.numas().len(), is_virtual_machine) {
+        output.text(text)?;
+    }
     if machine.numas().len() < 2 {
-        output.text(NOT_NUMA)?;
         match single {
             Some(point) => output.text(&predicted(args, &options, &point)?)?,
             None => output.text("no prediction: it takes one team's speed (--teams 1,2)\n")?,
@@ -122,9 +125,23 @@ pub fn run(args: &NumaBenchArgs) -> Result<(), RuntimeError> {
     ))
 }
 
-const NOT_NUMA: &str = "\n\
-    not measured on real NUMA hardware: this machine has one NUMA node. All memory is equally near, so that policies\n\
-    differ here in who computes and in messages alone; teams and pages are measured as they are\n\n";
+/// Why figures of this machine say nothing of real NUMA hardware, where that is so.
+fn not_numa(n_numas: usize, is_virtual_machine: bool) -> Option<&'static str> {
+    match (n_numas, is_virtual_machine) {
+        (0 | 1, _) => Some(
+            "\n\
+             not measured on real NUMA hardware: this machine has one NUMA node. All memory is equally near, so that policies\n\
+             differ here in who computes and in messages alone; teams and pages are measured as they are\n\n",
+        ),
+        (_, true) => Some(
+            "\n\
+             not measured on real NUMA hardware: this is a virtual machine, whose NUMA nodes are what its host makes of them.\n\
+             Only the host knows whether their memory and CPUs lie on sockets of their own; measure there, or have it bind\n\
+             them\n\n",
+        ),
+        (_, false) => None,
+    }
+}
 
 /// The planner's view of two such machines as sockets of one.
 fn predicted(
@@ -215,5 +232,23 @@ impl OutputFiles {
         written
             .and_then(|()| fs::write(&self.svg, svg))
             .map_err(|error| self.failed(error.to_string()))
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn what_is_no_numa_hardware_is_said() {
+        let said = |n_numas, is_virtual_machine| {
+            let text = not_numa(n_numas, is_virtual_machine)?;
+            assert!(text.starts_with("\nnot measured on real NUMA hardware: "));
+            Some(text.contains("virtual machine"))
+        };
+        assert_eq!(said(1, false), Some(false));
+        assert_eq!(said(1, true), Some(false));
+        assert_eq!(said(2, true), Some(true));
+        assert_eq!(said(2, false), None);
     }
 }

@@ -2,8 +2,6 @@
 
 use std::fmt::{self, Write};
 
-use pi_topology::{HugePages, TopologyConfig};
-
 use super::setting::{name, plural};
 use super::{Measured, Verdict, median};
 
@@ -42,6 +40,7 @@ fn write_table(text: &mut String, all: &[Measured], verdict: &Verdict) -> fmt::R
             None => "?".to_owned(),
         };
         let mark = match verdict.alike.contains(&index) {
+            _ if all.len() == 1 => "",
             true if index == verdict.best => "  fastest",
             true => "  within noise of it",
             false => "",
@@ -121,8 +120,9 @@ pub fn csv(all: &[Measured]) -> String {
 /// What the fastest setting is and by how much, and the lines of a topology file that ask for the one to use.
 pub fn winner(all: &[Measured], verdict: &Verdict) -> String {
     let speed = |index: usize| median(all[index].tokens_per_s());
-    let (best, chosen) = (verdict.best, verdict.winner());
+    let (best, chosen) = (verdict.best, verdict.winner);
     let mut text = match (all[0].samples.len(), verdict.alike.len()) {
+        _ if all.len() == 1 => "one setting was measured, and compared with nothing\n".to_owned(),
         (1, _) => "one round tells nothing of noise: measure more with -r\n".to_owned(),
         (_, n) if n == all.len() && n > 1 => format!(
             "no setting differs from another by more than noise ({})\n",
@@ -152,49 +152,25 @@ pub fn winner(all: &[Measured], verdict: &Verdict) -> String {
     text
 }
 
-/// The lines that ask for a setting, without what is the default.
+/// The lines of a file that asks for a setting.
 fn lines(measured: &Measured) -> String {
-    let (setting, plan) = (&measured.point.setting, &measured.point.plan);
-    let defaults = TopologyConfig::default();
-    let mut text = String::from("[memory]\n");
-    let mut push = |line: String, is_default: bool| {
-        let note = if is_default { "  # the default" } else { "" };
-        text.push_str(&format!("{line}{note}\n"));
+    let Some(config) = &measured.point.config else {
+        let threads = measured.point.plan.n_threads();
+        return format!(
+            "# no file says that: the one that it was measured with, and -t {threads}\n"
+        );
     };
-    push(
-        format!("cold = \"{}\"", setting.cold),
-        setting.cold == defaults.memory.cold,
-    );
-    push(
-        format!("huge_pages = \"{}\"", name(setting.huge_pages)),
-        setting.huge_pages == HugePages::default(),
-    );
-    let sizes = plan.team_sizes();
-    let threads = setting.threads.map(|_| sizes[0]);
-    if setting.teams.is_none() && threads.is_none() {
-        return text;
+    match config.to_short_toml() {
+        text if text.is_empty() => "# the default: runs without --topology\n".to_owned(),
+        text => text,
     }
-    if sizes.iter().any(|&size| size != sizes[0]) {
-        text.push_str(&format!(
-            "# and -t {} on the command line\n",
-            plan.n_threads()
-        ));
-    }
-    text.push_str("[host]\n");
-    if let Some(teams) = setting.teams {
-        text.push_str(&format!("nodes = {teams}\n"));
-    }
-    if let Some(threads) = threads.filter(|&threads| sizes.iter().all(|&size| size == threads)) {
-        text.push_str(&format!("threads = {threads}\n"));
-    }
-    text
 }
 
 #[cfg(test)]
 pub(super) mod tests {
     use super::*;
     use crate::numa_bench::{Point, Sample, Setting};
-    use pi_topology::{ColdPolicy, Machine, NodePlan, Plan};
+    use pi_topology::{ColdPolicy, HugePages, MemoryConfig, NodePlan, Plan, TopologyConfig};
 
     /// Two teams whose rounds have these speeds.
     pub(crate) fn measured(cold: ColdPolicy, threads: Option<usize>, speeds: &[f64]) -> Measured {
@@ -218,8 +194,20 @@ pub(super) mod tests {
             teams: Some(2),
             threads,
         };
+        let config = TopologyConfig {
+            memory: MemoryConfig {
+                cold,
+                huge_pages: HugePages::Off,
+                strict: false,
+            },
+            ..TopologyConfig::default()
+        };
         Measured {
-            point: Point { setting, plan },
+            point: Point {
+                setting,
+                plan,
+                config: Some(config),
+            },
             samples: speeds.iter().map(sample).collect(),
         }
     }
@@ -269,24 +257,34 @@ pub(super) mod tests {
         assert!(lines.iter().all(n_fields));
     }
 
-    /// The lines are a topology that plans what won.
     #[test]
-    fn the_lines_that_won_ask_for_what_won() {
-        let all = three();
+    fn the_lines_are_the_configuration_that_won() {
+        let mut all = three();
         let text = winner(&all, &Verdict::of(&all));
         assert!(text.starts_with("fastest: replicate, huge pages off, 2 teams, all threads, beyond noise\n+20.0 % against shard"), "{text}");
         let (_, toml) = text.split_once(":\n\n").unwrap();
-        let config: TopologyConfig = toml::from_str(toml).unwrap();
-        assert_eq!(config.memory.cold, ColdPolicy::Replicate);
-        assert_eq!(config.memory.huge_pages, HugePages::Off);
-        let machine = Machine::synthetic("package:2 [numanode] core:2 pu:1").unwrap();
-        let plan = Plan::new(&config, &machine, None).unwrap();
-        assert_eq!(plan, all[2].point.plan);
+        assert_eq!(
+            toml,
+            "[memory]\ncold = \"replicate\"\nhuge_pages = \"off\"\n"
+        );
+        all[2].point.config = Some(TopologyConfig::default());
+        let text = winner(&all, &Verdict::of(&all));
+        assert!(
+            text.ends_with("\n# the default: runs without --topology\n"),
+            "{text}"
+        );
+    }
 
-        let half = vec![measured(ColdPolicy::Shard, Some(4), &[1.0, 2.0])];
-        let text = winner(&half, &Verdict::of(&half));
-        assert!(text.ends_with("[host]\nnodes = 2\nthreads = 2\n"), "{text}");
-        assert!(text.contains("cold = \"shard\"  # the default\n"), "{text}");
+    #[test]
+    fn one_setting_is_compared_with_nothing() {
+        let one = vec![measured(ColdPolicy::Shard, None, &[100.0, 101.0])];
+        let verdict = Verdict::of(&one);
+        let text = winner(&one, &verdict);
+        assert!(
+            text.starts_with("one setting was measured, and compared with nothing\nto use it"),
+            "{text}"
+        );
+        assert!(!table(&one, &verdict).contains("fastest"));
     }
 
     #[test]
@@ -301,7 +299,7 @@ pub(super) mod tests {
             text.starts_with("no setting differs from another by more than noise"),
             "{text}"
         );
-        assert!(text.contains("cold = \"shard\""), "{text}");
+        assert!(text.contains("to use it (shard"), "{text}");
         let one = vec![
             measured(ColdPolicy::Shard, None, &[100.0]),
             measured(ColdPolicy::Interleave, None, &[110.0]),

@@ -1,8 +1,9 @@
 //! What is tried: the settings of a sweep, each with its plan.
 
+use std::cmp::Reverse;
 use std::fmt;
 
-use pi_topology::{ColdPolicy, HugePages, Machine, Plan};
+use pi_topology::{ColdPolicy, HugePages, Machine, Plan, TopologyConfig, asking_for};
 
 use crate::error::RuntimeError;
 use crate::session::TopologyFile;
@@ -53,6 +54,30 @@ pub struct Point {
     pub setting: Setting,
     /// Threads and memory.
     pub plan: Plan,
+    /// What asks for the plan alone, without a flag beside it; none where nothing does.
+    pub config: Option<TopologyConfig>,
+}
+
+impl Point {
+    /// How far it is from what runs without any configuration: keys that are changed first, then which and how far. No two
+    /// points of a sweep are equally far, in whatever order they were asked for.
+    pub(super) fn distance(&self) -> impl Ord + use<> {
+        let n_changed = (self.config.as_ref()).map_or(usize::MAX, TopologyConfig::n_changed);
+        let cold = match self.setting.cold {
+            ColdPolicy::Shard => 0,
+            ColdPolicy::Replicate => 1,
+            ColdPolicy::Interleave => 2,
+            ColdPolicy::Single(node) => 3 + node,
+        };
+        let pages = match self.setting.huge_pages {
+            HugePages::Try => 0,
+            HugePages::Off => 1,
+            // does not run at all where there are none
+            HugePages::Require => 2,
+        };
+        let n_threads = Reverse(self.plan.n_threads());
+        (n_changed, cold, pages, self.plan.nodes.len(), n_threads)
+    }
 }
 
 /// What to try; where a list is empty, what makes sense on the machine.
@@ -103,8 +128,20 @@ impl Sweep {
                     for cold in self.policies(whole.nodes.len()) {
                         let setting = setting(cold, huge_pages, threads);
                         let varied = file.varied(cold, huge_pages, teams);
-                        match varied.plan_on(machine, threads) {
-                            Ok(plan) => points.push(Point { setting, plan }),
+                        match varied.planned(machine, threads) {
+                            Ok((config, plan)) => points.push(Point {
+                                setting,
+                                // the name is the file's, which this is not
+                                config: asking_for(
+                                    &TopologyConfig {
+                                        name: None,
+                                        ..config
+                                    },
+                                    &plan,
+                                    machine,
+                                ),
+                                plan,
+                            }),
                             Err(error) if index == 0 => return Err(error),
                             Err(error) => tracing::info!("{setting}: left out, for {error}"),
                         }
@@ -197,6 +234,73 @@ mod tests {
             (0..n_nodes).map(node).collect(),
             MachineSource::AffinityMask,
         )
+    }
+
+    /// Every setting's printed lines are a file that plans the same alone, whatever file it was a variation of.
+    #[test]
+    fn lines_plan_their_setting_without_a_flag() {
+        let folder = tempfile::tempdir().unwrap();
+        let path = folder.path().join("x.toml");
+        let files = [
+            "",
+            "name = \"x\"\n[memory]\nstrict = true\n[host]\nnodes = 2\nreserved_cores = 1\n",
+            "[host]\nnodes = 3\nthreads = 1\n[[gpu]]\n",
+            "[memory]\nstrict = true\n[[host.node]]\nnuma = 1\ncpus = [5, 4]\n[[host.node]]\ncpus = [0, 3]\n",
+        ];
+        let mut n_points = 0;
+        for text in files {
+            std::fs::write(&path, text).unwrap();
+            let file = TopologyFile::read(Some(&path)).unwrap();
+            for threads in [vec![], vec![3, 4]] {
+                let machine = machine(2, 4);
+                let sweep = Sweep {
+                    threads,
+                    ..Sweep::default()
+                };
+                for point in sweep.points(&file, &machine).unwrap() {
+                    let lines = point.config.as_ref().unwrap().to_short_toml();
+                    std::fs::write(&path, &lines).unwrap();
+                    let read = TopologyFile::read(Some(&path)).unwrap();
+                    let plan = read.plan_on(&machine, None).unwrap();
+                    assert_eq!(plan, point.plan, "{text}\n{}\n{lines}", point.setting);
+                    n_points += 1;
+                }
+            }
+        }
+        assert!(n_points > 40, "{n_points}");
+    }
+
+    #[test]
+    fn the_nearest_to_the_default_does_not_depend_on_the_order_of_flags() {
+        use HugePages::{Off, Require, Try};
+        let nearest = |huge_pages: &[HugePages], cold: &[ColdPolicy], threads: &[usize]| {
+            let sweep = Sweep {
+                cold: cold.to_vec(),
+                huge_pages: huge_pages.to_vec(),
+                threads: threads.to_vec(),
+                teams: vec![2, 1],
+            };
+            let points = sweep.points(&TopologyFile::default(), &machine(2, 4));
+            let points = points.unwrap();
+            let nearest = points.iter().min_by_key(|point| point.distance()).unwrap();
+            nearest.setting.to_string()
+        };
+        let (shard, single) = (ColdPolicy::Shard, ColdPolicy::Single(0));
+        let default = "shard, huge pages try, 2 teams, 8 threads";
+        assert_eq!(
+            nearest(&[Require, Try, Off], &[single, shard], &[2, 8]),
+            default
+        );
+        assert_eq!(
+            nearest(&[Off, Try, Require], &[shard, single], &[8, 2]),
+            default
+        );
+        for pages in [[Require, Off], [Off, Require]] {
+            assert_eq!(
+                nearest(&pages, &[shard], &[2, 8]),
+                "shard, huge pages off, 2 teams, 8 threads"
+            );
+        }
     }
 
     fn texts(sweep: &Sweep, machine: &Machine) -> Vec<String> {

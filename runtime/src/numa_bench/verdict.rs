@@ -2,8 +2,12 @@
 
 use super::{Measured, median};
 
-/// Student's t, two-sided, 95 %, by degrees of freedom from 1; 2 beyond.
-const T: [f64; 10] = [12.71, 4.30, 3.18, 2.78, 2.57, 2.45, 2.36, 2.31, 2.26, 2.23];
+/// Student's t, two-sided, 95 %, by degrees of freedom from 1.
+const T: [f64; 10] = [
+    12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228,
+];
+/// The same of infinitely many: the normal distribution's.
+const Z: f64 = 1.959_964;
 
 /// What the samples say.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -12,6 +16,8 @@ pub struct Verdict {
     pub best: usize,
     /// Settings that cannot be told from it, itself included, in the order of the sweep.
     pub alike: Vec<usize>,
+    /// Of these the one nearest to what runs without any configuration.
+    pub winner: usize,
 }
 
 impl Verdict {
@@ -21,10 +27,10 @@ impl Verdict {
     /// Without settings, or with one that has no sample.
     pub fn of(all: &[Measured]) -> Self {
         let speeds: Vec<Vec<f64>> = all.iter().map(Measured::tokens_per_s).collect();
-        Self::of_speeds(&speeds)
+        Self::of_speeds(&speeds, |index| all[index].point.distance())
     }
 
-    fn of_speeds(speeds: &[Vec<f64>]) -> Self {
+    fn of_speeds<D: Ord>(speeds: &[Vec<f64>], distance: impl Fn(usize) -> D) -> Self {
         let medians: Vec<f64> = speeds.iter().map(|speeds| median(speeds.clone())).collect();
         let indices = 0..speeds.len();
         let best = indices
@@ -32,16 +38,31 @@ impl Verdict {
             .rev()
             .max_by(|&a, &b| medians[a].total_cmp(&medians[b]))
             .expect("a setting");
-        let alike = indices
+        let alike: Vec<usize> = indices
             .filter(|&index| index == best || is_noise(&speeds[best], &speeds[index]))
             .collect();
-        Self { best, alike }
+        let winner = alike.iter().copied().min_by_key(|&index| distance(index));
+        Self {
+            best,
+            winner: winner.unwrap_or(best),
+            alike,
+        }
     }
+}
 
-    /// The first of the sweep that is as fast as the fastest: later ones are further from what runs without any setting.
-    pub fn winner(&self) -> usize {
-        self.alike[0]
+/// Student's t, two-sided, 95 %. Beyond the table it is the series in 1 / degrees of freedom around the normal
+/// distribution's: exact to 0.0002.
+///
+/// Source: Abramowitz and Stegun, Handbook of Mathematical Functions, 26.7.5.
+fn student(degrees_of_freedom: usize) -> f64 {
+    if let Some(t) = T.get(degrees_of_freedom - 1) {
+        return *t;
     }
+    let v = degrees_of_freedom as f64;
+    let z = |power| Z.powi(power);
+    Z + (z(3) + Z) / (4.0 * v)
+        + (5.0 * z(5) + 16.0 * z(3) + 3.0 * Z) / (96.0 * v * v)
+        + (3.0 * z(7) + 19.0 * z(5) + 17.0 * z(3) - 15.0 * Z) / (384.0 * v * v * v)
 }
 
 /// Whether the mean difference between two settings in the same rounds could as well be none.
@@ -59,8 +80,7 @@ fn is_noise(fast: &[f64], slow: &[f64]) -> bool {
     let mean = differences.iter().sum::<f64>() / n;
     let squares = differences.iter().map(|d| (d - mean) * (d - mean));
     let error = (squares.sum::<f64>() / (n - 1.0) / n).sqrt();
-    let t = T.get(differences.len() - 2).copied().unwrap_or(2.0);
-    mean <= t * error
+    mean <= student(differences.len() - 1) * error
 }
 
 #[cfg(test)]
@@ -73,8 +93,8 @@ mod tests {
             vec![100.0, 110.0, 90.0, 105.0],
             vec![102.1, 112.0, 91.9, 107.0],
         ];
-        let verdict = Verdict::of_speeds(&speeds);
-        assert_eq!((verdict.best, verdict.winner()), (1, 1));
+        let verdict = Verdict::of_speeds(&speeds, |index| index);
+        assert_eq!((verdict.best, verdict.winner), (1, 1));
         assert_eq!(verdict.alike, [1]);
     }
 
@@ -85,17 +105,39 @@ mod tests {
             vec![120.0, 100.0, 100.0, 104.0],
             vec![50.0, 51.0, 49.0, 50.0],
         ];
-        let verdict = Verdict::of_speeds(&speeds);
+        let verdict = Verdict::of_speeds(&speeds, |index| index);
         assert_eq!(verdict.alike, [0, 1]);
-        assert_eq!(verdict.winner(), 0, "the one that needs no setting");
+        assert_eq!(verdict.winner, 0, "the one that needs no setting");
+        let backwards = Verdict::of_speeds(&speeds, |index| 3 - index);
+        assert_eq!(backwards.winner, 1, "wherever in the sweep it is");
     }
 
     #[test]
     fn one_round_tells_nothing() {
-        let verdict = Verdict::of_speeds(&[vec![1.0], vec![100.0]]);
+        let verdict = Verdict::of_speeds(&[vec![1.0], vec![100.0]], |index| index);
         assert_eq!(verdict.best, 1);
         assert_eq!(verdict.alike, [0, 1]);
         // of two that are equal the first
-        assert_eq!(Verdict::of_speeds(&[vec![1.0; 3], vec![1.0; 3]]).best, 0);
+        let equal = Verdict::of_speeds(&[vec![1.0; 3], vec![1.0; 3]], |index| index);
+        assert_eq!(equal.best, 0);
+    }
+
+    /// Values of Abramowitz and Stegun, table 26.10.
+    #[test]
+    fn students_t_is_that_of_the_tables() {
+        for (degrees_of_freedom, expected) in [
+            (1, 12.706),
+            (10, 2.228),
+            (11, 2.201),
+            (15, 2.131),
+            (20, 2.086),
+            (30, 2.042),
+            (60, 2.000),
+            (120, 1.980),
+            (100_000, 1.960),
+        ] {
+            let t = student(degrees_of_freedom);
+            assert!((t - expected).abs() < 6e-4, "{degrees_of_freedom}: {t}");
+        }
     }
 }

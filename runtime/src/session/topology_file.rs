@@ -92,6 +92,18 @@ impl TopologyFile {
     /// # Errors
     /// As [`TopologyFile::plan`].
     pub fn plan_on(&self, machine: &Machine, threads: Option<usize>) -> Result<Plan, RuntimeError> {
+        Ok(self.planned(machine, threads)?.1)
+    }
+
+    /// The same beside what is asked, as far as the machine has it.
+    ///
+    /// # Errors
+    /// As [`TopologyFile::plan`].
+    pub fn planned(
+        &self,
+        machine: &Machine,
+        threads: Option<usize>,
+    ) -> Result<(TopologyConfig, Plan), RuntimeError> {
         let config = self.fitting(machine)?;
         let plan = Plan::new(&config, machine, threads).map_err(|source| match &self.path {
             Some(path) if !source.is_environment() => RuntimeError::TopologyOf {
@@ -106,7 +118,7 @@ impl TopologyFile {
             threads = plan.n_threads(),
             "planned"
         );
-        Ok(plan)
+        Ok((config, plan))
     }
 
     /// What is asked, as far as the machine has it; says (in the log) what the host does in a GPU's place.

@@ -3,7 +3,7 @@
 use std::fmt::Write;
 
 use super::{
-    CoreChoice, GpuConfig, GpuSync, HostConfig, HugePages, NodeCount, ThreadsPerNode,
+    CoreChoice, GpuConfig, GpuSync, HostConfig, HugePages, ListedTeam, NodeCount, ThreadsPerNode,
     TopologyConfig, VramBudget,
 };
 
@@ -16,6 +16,33 @@ impl TopologyConfig {
             text.push_str(&entry.explained());
         }
         text
+    }
+
+    /// Every key that there is, each with its table as a file writes it; the tables are in the order of a file.
+    pub fn keys() -> Vec<(&'static str, &'static str)> {
+        let mut entries = Self::default().entries();
+        let team = ListedTeam {
+            numa: None,
+            cpus: Vec::new(),
+        };
+        entries.extend(host_entries(&HostConfig::Listed(vec![team])));
+        entries.extend(gpu_entries(&GpuConfig::default()));
+        let mut table = "";
+        let mut keys = Vec::new();
+        for entry in entries {
+            match entry {
+                Entry::Table { name, .. } => table = name,
+                Entry::Key { name, .. } => keys.push((table, name)),
+                Entry::Remark(_) => {}
+            }
+        }
+        keys
+    }
+
+    /// Keys with another value than they have without a file.
+    pub fn n_changed(&self) -> usize {
+        let short = self.to_short_toml();
+        short.lines().filter(|line| !line.starts_with('[')).count()
     }
 
     /// The shortest file that means the same.
