@@ -267,6 +267,27 @@ fn unknown_keys_are_named_with_line_and_suggestion() {
 }
 
 #[test]
+fn keys_that_are_given_as_flags_are_led_to_their_table() {
+    for (args, hint) in [
+        (
+            &["--nodes", "2"][..],
+            "`nodes` is a key of [host] in a topology file (--topology FILE)",
+        ),
+        (&["--nodes=2", "-p", "x"], "`nodes` is a key of [host]"),
+        (
+            &["bench", "--huge-pages", "off"],
+            "`huge_pages` is a key of [memory]",
+        ),
+        (&["topology", "--strict"], "`strict` is a key of [memory]"),
+    ] {
+        let ran = run(args);
+        assert_refused(&ran, &["unexpected argument", hint]);
+        assert!(!ran.err.contains("--model"), "{}", ran.err);
+    }
+    assert_refused(&run(&["--topolgy", "x"]), &["'--topology'"]);
+}
+
+#[test]
 fn nothing_can_be_simulated_without_a_topology() {
     for args in [
         &["--simulate", "-p", "x"][..],

@@ -144,19 +144,22 @@ fn values_are_refused_where_they_stand() {
     assert_error("[host]\nthreads = 0\n", 2, 11, threads);
     assert_error("[host]\nthreads = \"all\"\n", 2, 11, threads);
     assert_error("[host]\nthreads = true\n", 2, 11, threads);
-    assert_error("[host]\nreserved_cores = -1\n", 2, 18, "expected usize");
+    let number = "expected a whole number from 0";
+    assert_error("[host]\nreserved_cores = -1\n", 2, 18, number);
+    assert_error("[machine]\nnuma_nodes = \"two\"\n", 2, 14, number);
+    assert_error("[machine]\ncores_per_node = 1.5\n", 2, 18, number);
+    assert_error("[[host.node]]\nnuma = -1\n", 2, 8, number);
+    for value in ["\"yes\"", "true", "1"] {
+        let text = format!("[memory]\nhuge_pages = {value}\n");
+        assert_error(&text, 2, 14, "expected \"try\", \"require\" or \"off\"");
+    }
     assert_error(
-        "[memory]\nhuge_pages = \"yes\"\n",
+        "[host]\ncores = 2\n",
         2,
-        14,
-        "expected one of `try`, `require`, `off`",
+        9,
+        "expected \"fastest\" or \"all\"",
     );
-    assert_error(
-        "[[host.node]]\nnuma = 0\ncpus = [0, -1]\n",
-        3,
-        12,
-        "expected usize",
-    );
+    assert_error("[[host.node]]\nnuma = 0\ncpus = [0, -1]\n", 3, 12, number);
     assert_error(
         "[[host.node]]\ncpus = \"3-1\"\n",
         2,
@@ -166,6 +169,7 @@ fn values_are_refused_where_they_stand() {
     let policy = "expected \"shard\", \"replicate\", \"interleave\" or \"single:N\" with N a node from 0 to 15";
     assert_error("[memory]\ncold = \"single\"\n", 2, 8, policy);
     assert_error("[memory]\ncold = \"single:16\"\n", 2, 8, policy);
+    assert_error("[memory]\ncold = \"single:+1\"\n", 2, 8, policy);
     assert_error("[memory]\ncold = 1\n", 2, 8, policy);
     let size = "expected a size with its unit, such as \"22GiB\" or \"512 MB\"";
     assert_error("[machine]\nmemory_per_node = 64\n", 2, 19, size);
@@ -176,9 +180,13 @@ fn values_are_refused_where_they_stand() {
         "[[gpu]]\nsync = \"spin\"\n",
         2,
         8,
-        "expected `flags` or `events`",
+        "expected \"flags\" or \"events\"",
     );
-    assert_error("[[host.node]]\nnuma = 0\n", 1, 1, "missing field `cpus`");
+    for address in ["banana", "01:00.0", "00000000:01:00.0", "0000.01:00:0", ""] {
+        let text = format!("[[gpu]]\npci_address = \"{address}\"\n");
+        assert_error(&text, 2, 15, "such as \"0000:01:00.0\"");
+    }
+    assert_error("memory = 3\n", 1, 10, "expected a table");
     assert_error("name = 3\n", 1, 8, "expected a string");
 }
 
@@ -207,6 +215,12 @@ fn contradictions_are_refused_in_their_table() {
     );
     assert_error(
         "[[host.node]]\ncpus = []\n",
+        1,
+        3,
+        "host.node 0 lists no CPU: name at least one in cpus = […]",
+    );
+    assert_error(
+        "[[host.node]]\nnuma = 0\n",
         1,
         3,
         "host.node 0 lists no CPU: name at least one in cpus = […]",

@@ -3,8 +3,10 @@
 use std::ffi::OsString;
 use std::path::PathBuf;
 
+use clap::error::{ContextKind, ContextValue, ErrorKind};
 use clap::{Args, Parser, Subcommand, ValueEnum};
 use pi_kernels::{ActivationMode, Tier};
+use pi_topology::TopologyConfig;
 
 use super::answer_args::{AnswerArgs, ChatArgs};
 use super::doctor::DoctorArgs;
@@ -454,6 +456,29 @@ const TAKES_ANY_TEXT: [&str; 7] = [
     "-r",
     "--reverse-prompt",
 ];
+
+/// The same error, and for an unknown flag that a topology file has a key for, where that is.
+pub fn led_to_a_key(mut error: clap::Error) -> clap::Error {
+    let key = match (error.kind(), error.get(ContextKind::InvalidArg)) {
+        (ErrorKind::UnknownArgument, Some(ContextValue::String(flag))) => {
+            let name = flag.split('=').next().unwrap_or_default();
+            name.trim_start_matches('-').replace('-', "_")
+        }
+        _ => return error,
+    };
+    let keys = TopologyConfig::keys();
+    let found = keys
+        .iter()
+        .find(|(table, known)| *known == key && !table.is_empty());
+    if let Some((table, key)) = found {
+        let hint = format!("`{key}` is a key of {table} in a topology file (--topology FILE)");
+        // clap would guess at a flag that has nothing to do with it
+        error.remove(ContextKind::SuggestedArg);
+        let hints = ContextValue::StyledStrs(vec![hint.into()]);
+        error.insert(ContextKind::Suggested, hints);
+    }
+    error
+}
 
 #[cfg(test)]
 mod tests {

@@ -54,6 +54,7 @@ pub fn main(arguments: impl Iterator<Item = OsString>) -> ExitCode {
     let cli = match Cli::try_parse_from(args::normalise(arguments)) {
         Ok(cli) => cli,
         Err(error) => {
+            let error = args::led_to_a_key(error);
             // a closed stderr or stdout leaves nothing to say
             let _ = error.print();
             return ExitCode::from(error.exit_code() as u8);

@@ -7,6 +7,7 @@ mod opening;
 mod sparsity;
 mod stop_texts;
 mod topology_file;
+mod topology_syntax;
 
 pub use answer::{Answer, AnswerOptions, Session};
 pub use generation::{

@@ -7,6 +7,7 @@ use pi_topology::{
     SystemState, TopologyConfig, conflicts,
 };
 
+use super::topology_syntax::parse;
 use crate::error::RuntimeError;
 
 /// What is asked of the machine, and the file that asks.
@@ -156,89 +157,9 @@ impl TopologyFile {
     }
 }
 
-/// Parses a topology; an error is a line, counted from 1, and what is wrong with which key there.
-fn parse(text: &str) -> Result<TopologyConfig, (usize, String)> {
-    toml::from_str(text).map_err(|error| {
-        let start = error.span().map_or(0, |span| span.start).min(text.len());
-        let line = 1 + text.as_bytes()[..start]
-            .iter()
-            .filter(|byte| **byte == b'\n')
-            .count();
-        let message = error.message().trim().replace('\n', ", ");
-        let message = match suggestion(&message) {
-            Some(key) => format!("{message}; did you mean `{key}`?"),
-            None => message,
-        };
-        let problem = match key_on(text.lines().nth(line - 1).unwrap_or_default()) {
-            Some(key) if !message.contains(&format!("`{key}`")) => format!("{key}: {message}"),
-            _ => message,
-        };
-        (line, problem)
-    })
-}
-
-/// The known key that is most like the unknown one of `message`, if one is.
-///
-/// serde names both: "unknown field `a`, expected one of `b`, `c`".
-fn suggestion(message: &str) -> Option<&str> {
-    let names = message.strip_prefix("unknown field `")?;
-    let mut names = names.split('`').step_by(2);
-    let unknown = names.next()?;
-    let alike = |key: &&str| strsim::jaro_winkler(unknown, key);
-    let best = names.max_by(|a, b| alike(a).total_cmp(&alike(b)))?;
-    (alike(&best) > LIKENESS_MIN).then_some(best)
-}
-
-/// Likeness from which on a key is meant: 1 for the same, 0 for nothing in common.
-const LIKENESS_MIN: f64 = 0.75;
-
-/// The key or table that a line of TOML is about.
-fn key_on(line: &str) -> Option<&str> {
-    let line = line.trim();
-    let key = if line.starts_with('[') {
-        line.split(['#', ']'])
-            .next()?
-            .trim_start_matches('[')
-            .trim()
-    } else {
-        line.split_once('=')?.0.trim()
-    };
-    (!key.is_empty()).then_some(key)
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
-
-    fn problem(text: &str) -> (usize, String) {
-        parse(text).unwrap_err()
-    }
-
-    #[test]
-    fn errors_carry_line_and_key() {
-        let (line, text) = problem("name = \"x\"\n\n[host]\nthreads = \"many\"\n");
-        assert_eq!(line, 4);
-        assert!(text.contains("threads") && text.contains("many"), "{text}");
-        let (line, text) = problem("[memory]\nhuge_page = \"try\"\n");
-        assert_eq!(line, 2);
-        assert!(text.contains("`huge_page`"), "{text}");
-        assert!(text.ends_with("; did you mean `huge_pages`?"), "{text}");
-        let (line, text) = problem("[memory]\n\nstrictly = true\n");
-        assert!(
-            line == 3 && text.ends_with("; did you mean `strict`?"),
-            "{text}"
-        );
-        let (_, text) = problem("[gpus]\n");
-        assert!(text.ends_with("; did you mean `gpu`?"), "{text}");
-        let (_, text) = problem("[[gpu]]\nvram = \"1GiB\"\n");
-        assert!(text.ends_with("; did you mean `vram_budget`?"), "{text}");
-        let (_, text) = problem("[host]\nxyz = 1\n");
-        assert!(!text.contains("did you mean"), "{text}");
-        let (line, text) = problem("[host]\nthreads = 0\n");
-        assert!(line == 2 && text.contains("threads"), "{line} {text}");
-        let (line, text) = problem("name = \n");
-        assert!(line == 1 && text.starts_with("name"), "{line} {text}");
-    }
 
     #[test]
     fn shipped_topologies_are_read() {

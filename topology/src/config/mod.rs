@@ -18,7 +18,7 @@ pub use size::ByteSize;
 
 /// A whole file; the default uses the cores and memory that the machine has, and no GPU.
 #[derive(Debug, Clone, PartialEq, Eq, Default, Deserialize)]
-#[serde(deny_unknown_fields, default)]
+#[serde(deny_unknown_fields, default, expecting = "a table")]
 pub struct TopologyConfig {
     /// Name for logs.
     pub name: Option<String>,
@@ -35,11 +35,13 @@ pub struct TopologyConfig {
 
 /// `[machine]`: the least that a machine must have for the configuration to make sense on it.
 #[derive(Debug, Clone, PartialEq, Eq, Default, Deserialize)]
-#[serde(deny_unknown_fields, default)]
+#[serde(deny_unknown_fields, default, expecting = "a table")]
 pub struct MachineNeeds {
     /// NUMA nodes with cores.
+    #[serde(deserialize_with = "reading::count")]
     pub numa_nodes: Option<usize>,
     /// Physical cores of each of them.
+    #[serde(deserialize_with = "reading::count")]
     pub cores_per_node: Option<usize>,
     /// Memory of each of them, used or not.
     pub memory_per_node: Option<ByteSize>,
@@ -47,7 +49,7 @@ pub struct MachineNeeds {
 
 /// `[memory]`.
 #[derive(Debug, Clone, PartialEq, Eq, Default, Deserialize)]
-#[serde(deny_unknown_fields, default)]
+#[serde(deny_unknown_fields, default, expecting = "a table")]
 pub struct MemoryConfig {
     /// Where cold neurons' bundles lie, and so which node computes them.
     pub cold: ColdPolicy,
@@ -57,7 +59,8 @@ pub struct MemoryConfig {
     pub strict: bool,
 }
 
-/// `memory.cold`: where the bundles of cold neurons lie. The results do not depend on it.
+/// `memory.cold`: where the bundles of cold neurons lie. The results do not depend on it, but where an `ffn_down` is read
+/// whole as files store it: there each node has one sum.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
 pub enum ColdPolicy {
     /// Each node has whole groups of neurons, in number by its bandwidth where it was measured, else by its threads, in its
@@ -91,9 +94,10 @@ impl Serialize for ColdPolicy {
 
 /// `[[gpu]]`.
 #[derive(Debug, Clone, PartialEq, Eq, Deserialize)]
-#[serde(deny_unknown_fields, default)]
+#[serde(deny_unknown_fields, default, expecting = "a table")]
 pub struct GpuConfig {
     /// Its address on the PCI bus; none: the first that no other entry has.
+    #[serde(deserialize_with = "reading::pci_address")]
     pub pci_address: Option<String>,
     /// Its memory that may be used.
     pub vram_budget: VramBudget,
@@ -129,8 +133,7 @@ pub enum VramBudget {
 }
 
 /// `gpu.sync`.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Deserialize)]
-#[serde(rename_all = "lowercase")]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
 pub enum GpuSync {
     /// By flags in memory that both see: a few microseconds less per layer.
     #[default]
@@ -140,7 +143,7 @@ pub enum GpuSync {
 }
 
 /// Whether memory is asked for in huge pages.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Deserialize, Serialize)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize)]
 #[serde(rename_all = "lowercase")]
 pub enum HugePages {
     /// Where the system gives them.
@@ -183,8 +186,7 @@ impl Default for HostConfig {
 }
 
 /// `host.cores`.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Deserialize)]
-#[serde(rename_all = "lowercase")]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
 pub enum CoreChoice {
     /// The fastest of each NUMA node; slower ones only where more threads are asked for.
     #[default]
@@ -215,21 +217,23 @@ pub enum ThreadsPerNode {
 
 /// `[[host.node]]`.
 #[derive(Debug, Clone, PartialEq, Eq, Deserialize)]
-#[serde(deny_unknown_fields)]
+#[serde(deny_unknown_fields, expecting = "a table")]
 pub struct ListedTeam {
     /// NUMA node of its memory and CPUs; none: memory where the system puts it.
+    #[serde(default, deserialize_with = "reading::count")]
     pub numa: Option<usize>,
-    /// A logical CPU per thread, the leader's first: `[0, 1]`, or `"0-15,32-47"`.
-    #[serde(deserialize_with = "reading::cpus")]
+    /// A logical CPU per thread, the leader's first: `[0, 1]`, or `"0-15,32-47"`; left out is as wrong as none.
+    #[serde(default, deserialize_with = "reading::cpus")]
     pub cpus: Vec<usize>,
 }
 
 /// `[host]` as it is written.
 #[derive(Deserialize)]
-#[serde(deny_unknown_fields)]
+#[serde(deny_unknown_fields, expecting = "a table")]
 struct HostTable {
     nodes: Option<NodeCount>,
     threads: Option<ThreadsPerNode>,
+    #[serde(default, deserialize_with = "reading::count")]
     reserved_cores: Option<usize>,
     cores: Option<CoreChoice>,
     node: Option<Vec<ListedTeam>>,

@@ -5,7 +5,9 @@ use std::fmt;
 use serde::Deserialize;
 use serde::de::{self, Deserializer, SeqAccess, Visitor};
 
-use super::{ByteSize, ColdPolicy, NodeCount, ThreadsPerNode, VramBudget};
+use super::{
+    ByteSize, ColdPolicy, CoreChoice, GpuSync, HugePages, NodeCount, ThreadsPerNode, VramBudget,
+};
 use crate::machine::numbers;
 use crate::plan::N_NODES_MAX;
 
@@ -30,6 +32,138 @@ impl<'de> Deserialize<'de> for ThreadsPerNode {
             number: Self::Number,
         };
         deserializer.deserialize_any(visitor)
+    }
+}
+
+impl<'de> Deserialize<'de> for HugePages {
+    fn deserialize<D: Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
+        deserializer.deserialize_any(Word(&[
+            ("try", Self::Try),
+            ("require", Self::Require),
+            ("off", Self::Off),
+        ]))
+    }
+}
+
+impl<'de> Deserialize<'de> for CoreChoice {
+    fn deserialize<D: Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
+        deserializer.deserialize_any(Word(&[("fastest", Self::Fastest), ("all", Self::All)]))
+    }
+}
+
+impl<'de> Deserialize<'de> for GpuSync {
+    fn deserialize<D: Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
+        deserializer.deserialize_any(Word(&[("flags", Self::Flags), ("events", Self::Events)]))
+    }
+}
+
+/// Reads one of some words.
+struct Word<T: 'static>(&'static [(&'static str, T)]);
+
+impl<T: Copy> Visitor<'_> for Word<T> {
+    type Value = T;
+
+    fn expecting(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        for (index, (word, _)) in self.0.iter().enumerate() {
+            let before = match index {
+                0 => "",
+                _ if index + 1 == self.0.len() => " or ",
+                _ => ", ",
+            };
+            write!(f, "{before}\"{word}\"")?;
+        }
+        Ok(())
+    }
+
+    fn visit_str<E: de::Error>(self, text: &str) -> Result<T, E> {
+        let found = self.0.iter().find(|(word, _)| *word == text);
+        found
+            .map(|(_, value)| *value)
+            .ok_or_else(|| E::invalid_value(de::Unexpected::Str(text), &self))
+    }
+}
+
+/// Reads a whole number from 0 to so many.
+struct UpTo(usize);
+
+impl Visitor<'_> for UpTo {
+    type Value = usize;
+
+    fn expecting(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str("a whole number from 0")?;
+        match self.0 {
+            usize::MAX => Ok(()),
+            number_max => write!(f, " to {number_max}"),
+        }
+    }
+
+    fn visit_i64<E: de::Error>(self, number: i64) -> Result<usize, E> {
+        let found = usize::try_from(number).ok();
+        found
+            .filter(|number| *number <= self.0)
+            .ok_or_else(|| E::invalid_value(de::Unexpected::Signed(number), &self))
+    }
+
+    fn visit_u64<E: de::Error>(self, number: u64) -> Result<usize, E> {
+        let found = usize::try_from(number).ok();
+        found
+            .filter(|number| *number <= self.0)
+            .ok_or_else(|| E::invalid_value(de::Unexpected::Unsigned(number), &self))
+    }
+}
+
+/// Reads a whole number from 0.
+pub(super) fn count<'de, D: Deserializer<'de>>(deserializer: D) -> Result<Option<usize>, D::Error> {
+    deserializer.deserialize_any(UpTo(usize::MAX)).map(Some)
+}
+
+/// A logical CPU.
+struct CpuNumber(usize);
+
+impl<'de> Deserialize<'de> for CpuNumber {
+    fn deserialize<D: Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
+        deserializer.deserialize_any(UpTo(usize::MAX)).map(Self)
+    }
+}
+
+/// Reads a GPU's place on the PCI bus, as the system writes it.
+pub(super) fn pci_address<'de, D: Deserializer<'de>>(
+    deserializer: D,
+) -> Result<Option<String>, D::Error> {
+    deserializer.deserialize_any(PciAddress).map(Some)
+}
+
+struct PciAddress;
+
+impl Visitor<'_> for PciAddress {
+    type Value = String;
+
+    fn expecting(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(
+            "domain, bus, device and function on the PCI bus, such as \"0000:01:00.0\" (`pi-runtime topology` lists them)",
+        )
+    }
+
+    fn visit_str<E: de::Error>(self, text: &str) -> Result<String, E> {
+        let is_hex = |text: &str, n_digits: &[usize]| {
+            n_digits.contains(&text.len()) && text.bytes().all(|byte| byte.is_ascii_hexdigit())
+        };
+        let parts: Vec<&str> = text.split([':', '.']).collect();
+        let is_address = match parts[..] {
+            // domains behind Intel's volume management have five digits
+            [domain, bus, device, function] => {
+                is_hex(domain, &[4, 5])
+                    && is_hex(bus, &[2])
+                    && is_hex(device, &[2])
+                    && is_hex(function, &[1])
+                    && text.ends_with(&format!("{bus}:{device}.{function}"))
+            }
+            _ => false,
+        };
+        match is_address {
+            true => Ok(text.to_owned()),
+            false => Err(E::invalid_value(de::Unexpected::Str(text), &self)),
+        }
     }
 }
 
@@ -97,7 +231,11 @@ impl Visitor<'_> for PolicyText {
 
     fn visit_str<E: de::Error>(self, text: &str) -> Result<ColdPolicy, E> {
         let single = || {
-            let node: usize = text.strip_prefix("single:")?.parse().ok()?;
+            let digits = text.strip_prefix("single:")?;
+            // Rust reads "+1" as a number too
+            let node: usize = digits
+                .starts_with(|c: char| c.is_ascii_digit())
+                .then(|| digits.parse().ok())??;
             (node < N_NODES_MAX).then_some(ColdPolicy::Single(node))
         };
         match text {
@@ -158,14 +296,8 @@ pub(super) fn cpus<'de, D: Deserializer<'de>>(deserializer: D) -> Result<Vec<usi
 
 /// Reads a whole number from 0 to 100.
 pub(super) fn percent<'de, D: Deserializer<'de>>(deserializer: D) -> Result<u8, D::Error> {
-    let number = i64::deserialize(deserializer)?;
-    match u8::try_from(number) {
-        Ok(percent @ 0..=100) => Ok(percent),
-        _ => Err(de::Error::invalid_value(
-            de::Unexpected::Signed(number),
-            &"a number from 0 to 100",
-        )),
-    }
+    let percent = deserializer.deserialize_any(UpTo(100))?;
+    Ok(percent as u8)
 }
 
 struct CpuList;
@@ -183,7 +315,7 @@ impl<'de> Visitor<'de> for CpuList {
 
     fn visit_seq<A: SeqAccess<'de>>(self, mut list: A) -> Result<Vec<usize>, A::Error> {
         let mut cpus = Vec::new();
-        while let Some(cpu) = list.next_element()? {
+        while let Some(CpuNumber(cpu)) = list.next_element()? {
             cpus.push(cpu);
         }
         Ok(cpus)

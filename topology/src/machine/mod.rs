@@ -230,6 +230,10 @@ pub(crate) fn cpus_of(cores: &[Core]) -> Vec<usize> {
 /// The numbers of a list such as `0-3,8`; none where it is not one, or names more CPUs than there can be.
 pub(crate) fn numbers(list: &str) -> Option<Vec<usize>> {
     const N_CPUS_MAX: usize = 1 << 16;
+    // Rust reads "+1" as a number too
+    if list.contains('+') {
+        return None;
+    }
     let mut numbers = Vec::new();
     for range in list.split(',') {
         let (first, last) = range.split_once('-').unwrap_or((range, range));
