@@ -715,4 +715,18 @@ fn an_affinity_mask_is_named_as_the_cause() {
         &refused,
         &["host.node 0 wants CPU", "start it with taskset -c"],
     );
+    // and a run that goes on with what there is says it in the log, once
+    let model = folder.name("m.gguf");
+    let ran = limited(&["-m", &model, "-p", "x", "-n", "1"]);
+    assert_eq!(ran.code, 0, "{}", ran.err);
+    let said = ran.err.lines().filter(|line| kept_away(line));
+    let said: Vec<&str> = said.collect();
+    assert_eq!(said.len(), 1, "{}", ran.err);
+    assert!(
+        said[0].contains(" WARN ") && said[0].contains("start it with taskset -c"),
+        "{}",
+        ran.err
+    );
+    let quiet = limited(&["-m", &model, "-p", "x", "-n", "1", "--log-level", "error"]);
+    assert!(!kept_away(&quiet.err), "{}", quiet.err);
 }

@@ -3,6 +3,8 @@
 //!
 //! Facts in, sentences out: everything is read by [`SystemState`], so that tests make systems up.
 
+use std::collections::BTreeSet;
+
 use serde::Serialize;
 
 use crate::machine::{Machine, ranges};
@@ -136,16 +138,19 @@ fn shared_cores(plan: &Plan, system: &SystemState) -> Option<Conflict> {
     })
 }
 
-/// Planned CPUs that other processes have bound threads to.
+/// Planned CPUs that other processes have bound threads to: to one, or to several of which none is left to go to.
 fn bound_neighbours(plan: &Plan, system: &SystemState) -> Vec<Conflict> {
     let planned = |cpu: &usize| plan.nodes.iter().any(|node| node.cpus.contains(cpu));
     let conflict = |process: &BoundProcess| {
-        let cpus: Vec<usize> = process.cpus.iter().copied().filter(planned).collect();
+        let masks = process.masks.iter();
+        let inside = masks.filter(|mask| mask.iter().all(planned)).flatten();
+        let single = process.cpus.iter().filter(|cpu| planned(cpu));
+        let cpus: BTreeSet<usize> = single.chain(inside).copied().collect();
         (!cpus.is_empty()).then(|| Conflict {
             subject: ConflictSubject::Cpus,
             problem: format!(
                 "CPU {}: {} (process {}) has bound threads to it too, and where both work each waits for the other",
-                ranges(cpus),
+                ranges(cpus.into_iter().collect()),
                 process.program,
                 process.pid
             ),
@@ -275,15 +280,27 @@ mod tests {
             pid,
             program: "poller".to_owned(),
             cpus: cpus.to_vec(),
+            masks: vec![],
+        };
+        let round = |pid, mask: &[usize]| BoundProcess {
+            masks: vec![mask.to_vec()],
+            ..process(pid, &[])
         };
         let system = SystemState {
-            bound_processes: vec![process(7, &[1, 2, 3]), process(8, &[6])],
+            bound_processes: vec![
+                process(7, &[1, 2, 3]),
+                process(8, &[6]),
+                round(9, &[0, 1]),
+                // has a CPU to itself
+                round(10, &[2, 3]),
+            ],
             ..system()
         };
         assert_eq!(
             found(&system, &[0, 1, 2]),
             [
                 "CPU 1-2: poller (process 7) has bound threads to it too, and where both work each waits for the other => end process 7, or give each its own CPUs: [[host.node]] cpus in a topology file, or taskset -c",
+                "CPU 0-1: poller (process 9) has bound threads to it too, and where both work each waits for the other => end process 9, or give each its own CPUs: [[host.node]] cpus in a topology file, or taskset -c",
             ]
         );
     }

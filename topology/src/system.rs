@@ -43,7 +43,7 @@ pub struct SystemState {
     pub memory_numas: Vec<usize>,
     /// Logical CPUs of each core that has several, by the core's first CPU.
     pub core_cpus: BTreeMap<usize, Vec<usize>>,
-    /// Other processes whose threads are bound to single CPUs, and work.
+    /// Other processes whose threads are bound to a few CPUs, and work.
     pub bound_processes: Vec<BoundProcess>,
     /// How many CPUs have which frequency governor.
     pub governors: BTreeMap<String, usize>,
@@ -104,6 +104,7 @@ impl SystemState {
         let status = text("proc/self/status");
         let membership = text("proc/self/cgroup");
         let groups = root.join(CGROUP_ROOT);
+        let n_cpus_online = list("sys/devices/system/cpu/online").map(|cpus| cpus.len());
         Self {
             kernel: word("proc/sys/kernel/osrelease"),
             distribution: distribution(&text("etc/os-release")),
@@ -113,7 +114,7 @@ impl SystemState {
                 .find(|line| line.starts_with("flags"))
                 .is_some_and(|line| line.split(' ').any(|flag| flag == "hypervisor")),
             cpu_name: cpu_name(&cpu_info),
-            n_cpus_online: list("sys/devices/system/cpu/online").map(|cpus| cpus.len()),
+            n_cpus_online,
             online_cpus: list("sys/devices/system/cpu/online").unwrap_or_default(),
             present_cpus: list("sys/devices/system/cpu/present").unwrap_or_default(),
             isolated_cpus: list("sys/devices/system/cpu/isolated").unwrap_or_default(),
@@ -121,7 +122,7 @@ impl SystemState {
             affinity_cpus: listed(&status, "Cpus_allowed_list:"),
             memory_numas: listed(&status, "Mems_allowed_list:"),
             core_cpus: core_cpus(root),
-            bound_processes: bound_processes(root, std::process::id()),
+            bound_processes: bound_processes(root, std::process::id(), n_cpus_online.unwrap_or(0)),
             cpu_limit: cpu_limit(&groups, &membership),
             load: first_number(&text("proc/loadavg")),
             governors: governors(root),

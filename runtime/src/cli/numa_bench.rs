@@ -19,7 +19,7 @@ use crate::error::RuntimeError;
 use crate::machine_profile::{Join, MachineProfile};
 use crate::numa_bench::{Point, Prediction, Sweep, Verdict, csv, measure, svg, table, winner};
 use crate::plan::{PlanRequest, plan};
-use crate::session::ModelOptions;
+use crate::session::{ModelOptions, warn_of_conflicts};
 use crate::unfinished_file::UnfinishedFile;
 
 /// Messages that are timed where the machine has not been measured.
@@ -89,6 +89,9 @@ pub fn run(args: &NumaBenchArgs) -> Result<(), RuntimeError> {
             Ok(Point { plan, ..point })
         })
         .collect::<Result<Vec<Point>, RuntimeError>>()?;
+    if let Some(widest) = points.iter().max_by_key(|point| point.plan.n_threads()) {
+        warn_of_conflicts(&machine, &widest.plan);
+    }
     let n_gen = args.n_gen as usize;
     let options = args.model.options(n_gen + 1)?;
     // Ctrl-C takes the unfinished file along

@@ -1,6 +1,7 @@
 //! A conversation with a model: prompts in, text out, the key-value cache kept in between.
 
 mod answer;
+mod conflict_log;
 mod generation;
 mod gpu;
 mod opening;
@@ -10,6 +11,7 @@ mod topology_file;
 mod topology_syntax;
 
 pub use answer::{Answer, AnswerOptions, Session};
+pub(crate) use conflict_log::warn_of_conflicts;
 pub use generation::{
     ContextShift, Finished, Generation, GenerationOptions, Stop, TextSink, hash_floats,
 };

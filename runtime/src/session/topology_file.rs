@@ -7,6 +7,7 @@ use pi_topology::{
     SystemState, TopologyConfig, conflicts,
 };
 
+use super::conflict_log::warn_of_conflicts;
 use super::topology_syntax::parse;
 use crate::error::RuntimeError;
 
@@ -76,7 +77,8 @@ impl TopologyFile {
         &self.config
     }
 
-    /// Fits it to the machine that this runs on, with `threads` over all nodes in place of the file's.
+    /// Fits it to the machine that this runs on, with `threads` over all nodes in place of the file's; the log has what
+    /// disturbs the plan.
     ///
     /// # Errors
     /// The machine lacks what is asked for.
@@ -85,7 +87,9 @@ impl TopologyFile {
         if !self.config.gpus.is_empty() {
             machine.ask_gpu_driver();
         }
-        self.plan_on(&machine, threads)
+        let plan = self.plan_on(&machine, threads)?;
+        warn_of_conflicts(&machine, &plan);
+        Ok(plan)
     }
 
     /// The same for any machine.

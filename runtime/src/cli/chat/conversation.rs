@@ -70,7 +70,8 @@ impl<'a> Conversation<'a> {
     /// Answers a message.
     ///
     /// # Errors
-    /// It does not fit into the context, the template refuses it, or what [`Session::answer`] refuses.
+    /// It does not fit into the context, the template refuses it, what [`Session::answer`] refuses, or weights that are
+    /// elsewhere than a strict plan has them.
     pub fn say(&mut self, text: String, interrupt: &Interrupt) -> Result<(), RuntimeError> {
         let mut messages = self.messages.clone();
         messages.push(Message::new(Role::User, format!("{}{text}", self.read)));
@@ -161,6 +162,7 @@ impl<'a> Conversation<'a> {
         drop(answering);
         self.tracer.answered(&answer);
         Output::default().line("")?;
+        self.session.model().verify_again()?;
         tell_stop(answer.finished.stop, self.session.model());
         let lossy = self.session.model().lossy();
         let timings = Timings::of(&answer, self.start, self.load, lossy);
