@@ -155,8 +155,19 @@ pub(super) fn locked(system: &SystemState) -> Finding {
     match system.memlock_bytes {
         Limit::Unknown => Finding::ok(SUBJECT, "the system does not tell the limit"),
         Limit::Unlimited => Finding::ok(SUBJECT, "not limited"),
+        Limit::Bytes(bytes) if system.nvidia_gpus.is_empty() => {
+            let text = format!(
+                "limited to {}; nothing is locked without a GPU",
+                size(bytes)
+            );
+            Finding::ok(SUBJECT, text)
+        }
         Limit::Bytes(bytes) => {
-            let text = format!("limited to {}; this version locks none", size(bytes));
+            let text = format!(
+                "limited to {}; prompts on a GPU lock the weights of the host that they read, and copy them more slowly where \
+                 that is refused",
+                size(bytes)
+            );
             match bytes < MEMLOCK_DEFAULT_BYTES {
                 true => Finding::note(SUBJECT, text).cure("ulimit -l unlimited"),
                 false => Finding::ok(SUBJECT, text),

@@ -241,8 +241,26 @@ pub(super) fn numa_memory(facts: &Facts) -> Vec<Finding> {
     }];
     findings.extend(conflicting(facts, ConflictSubject::Memory, SUBJECT));
     if facts.system.numa_balancing == Some(true) {
-        let text = "the kernel balances pages over nodes by itself, and stops threads to see what they read";
-        findings.push(Finding::note(SUBJECT, text).cure("sudo sysctl kernel.numa_balancing=0"));
+        findings.push(balanced(
+            plan.memory_binding.as_ref().is_ok_and(Option::is_none),
+        ));
     }
     findings
+}
+
+/// What the kernel's own moving of pages means where weights can be bound, and where not.
+fn balanced(can_bind: bool) -> Finding {
+    const SUBJECT: &str = "NUMA memory";
+    match can_bind {
+        true => Finding::ok(
+            SUBJECT,
+            "the kernel balances pages over nodes by itself, and leaves weights alone, which are bound",
+        ),
+        false => Finding::note(
+            SUBJECT,
+            "the kernel balances pages over nodes by itself: what cannot be bound is moved, and threads are stopped to see \
+             what they read",
+        )
+        .cure("sudo sysctl kernel.numa_balancing=0"),
+    }
 }

@@ -149,10 +149,22 @@ fn huge_pages_that_are_off_cost_speed() {
     );
 }
 
+fn a_gpu() -> NvidiaGpu {
+    NvidiaGpu {
+        pci_address: "0000:41:00.0".to_owned(),
+        pci_device: 0x2330,
+        numa: Some(1),
+    }
+}
+
 #[test]
 fn little_memory_may_be_locked() {
     let mut facts = one_node();
     facts.system.memlock_bytes = Limit::Bytes(64 << 10);
+    let finding = the(&facts, "locked memory");
+    assert_eq!(finding.state, State::Ok);
+    assert!(finding.text.ends_with("nothing is locked without a GPU"));
+    facts.system.nvidia_gpus = vec![a_gpu()];
     let finding = the(&facts, "locked memory");
     assert_cured(&finding, State::Note, "64.0 KiB", "ulimit -l unlimited");
     facts.system.memlock_bytes = Limit::Bytes(8 << 20);
@@ -200,16 +212,18 @@ fn four_nodes_are_named_one_by_one() {
     assert_eq!(the(&facts, "NUMA memory").state, State::Ok);
     facts.system.numa_balancing = Some(true);
     let found = about(&facts, "NUMA memory");
+    assert_eq!(found[1].state, State::Ok, "bound memory is left alone");
+    assert!(found[1].text.contains("balances") && found[1].cure.is_none());
+    if let Some(Ok(plan)) = &mut facts.plan {
+        plan.memory_binding = Ok(Some("Operation not permitted".to_owned()));
+    }
+    let found = about(&facts, "NUMA memory");
     assert_cured(
         &found[1],
         State::Note,
         "balances",
         "sudo sysctl kernel.numa_balancing=0",
     );
-    if let Some(Ok(plan)) = &mut facts.plan {
-        plan.memory_binding = Ok(Some("Operation not permitted".to_owned()));
-    }
-    let found = about(&facts, "NUMA memory");
     assert_cured(
         &found[0],
         State::Problem,
@@ -250,11 +264,7 @@ fn without_cpus_or_bindings_nothing_runs() {
 fn a_gpu_is_named_with_what_keeps_it_from_being_used() {
     let mut facts = one_node();
     assert_eq!(the(&facts, "GPU").state, State::Ok);
-    facts.system.nvidia_gpus = vec![NvidiaGpu {
-        pci_address: "0000:41:00.0".to_owned(),
-        pci_device: 0x2330,
-        numa: Some(1),
-    }];
+    facts.system.nvidia_gpus = vec![a_gpu()];
     let finding = the(&facts, "GPU");
     assert_cured(
         &finding,
@@ -391,6 +401,7 @@ fn a_measured_bandwidth_bounds_the_speed() {
 fn json_has_the_same_findings() {
     let mut facts = one_node();
     facts.system.memlock_bytes = Limit::Bytes(64 << 10);
+    facts.system.nvidia_gpus = vec![a_gpu()];
     let found = findings(&facts);
     let json: serde_json::Value = serde_json::from_str(&report::json(&found).unwrap()).unwrap();
     assert_eq!(json["can_run"], true);
