@@ -321,7 +321,10 @@ fn lacking(path: &Path, differences: &[String], nearest: &str) -> String {
     for line in nearest.lines() {
         text.push_str(&format!("\n    {line}"));
     }
-    text.push_str("\nor run it on what there is, slower, with the same results: --simulate");
+    text.push_str(
+        "\nor run it on what there is, slower: --simulate. Results are the same, but for rounding where the host computes in \
+         a GPU's place, and in mode `off` where ffn_down is not packed: there they depend on the teams",
+    );
     text
 }
 
