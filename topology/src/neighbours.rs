@@ -10,6 +10,9 @@ use crate::machine::numbers;
 /// not take as much.
 const TICKS_MIN: u64 = 100;
 
+/// Threads that are looked at: at 20 µs each, more would hold up the start of a run.
+const N_THREADS_MAX: usize = 8192;
+
 /// A process with threads that are bound to CPUs.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct BoundProcess {
@@ -52,6 +55,7 @@ impl BoundProcess {
 /// Processes other than `own` with such threads, of a machine with `n_cpus`; the kernel's own threads left out.
 pub(crate) fn bound_processes(root: &Path, own: u32, n_cpus: usize) -> Vec<BoundProcess> {
     let mut processes = BTreeMap::new();
+    let mut n_left = N_THREADS_MAX;
     for (pid, folder) in numbered(&root.join("proc")) {
         // threads of the kernel have no command line
         let is_kernel = fs::read(folder.join("cmdline")).map_or(true, |line| line.is_empty());
@@ -64,7 +68,10 @@ pub(crate) fn bound_processes(root: &Path, own: u32, n_cpus: usize) -> Vec<Bound
             cpus: Vec::new(),
             masks: Vec::new(),
         };
-        for (_, thread) in numbered(&folder.join("task")) {
+        let threads = numbered(&folder.join("task"));
+        let n_looked_at = threads.len().min(n_left);
+        n_left -= n_looked_at;
+        for (_, thread) in threads.into_iter().take(n_looked_at) {
             if let Some(cpus) = allowed_cpus(&thread) {
                 process.add(&thread, cpus, n_cpus);
             }
