@@ -20,8 +20,9 @@ fn text_goes_to_stdout_and_the_rest_to_stderr() {
         ran.out.trim_end_matches('\n'),
         json["text"].as_str().unwrap().trim_end_matches('\n')
     );
+    let lines = ran.own_lines();
     assert!(
-        ran.err.lines().count() == 1 && ran.err.starts_with("load "),
+        lines.len() == 1 && lines[0].starts_with("load "),
         "{}",
         ran.err
     );

@@ -105,6 +105,22 @@ fn chat_takes_a_system_prompt_and_reports_a_template_that_refuses() {
     assert!(broken.err.contains("template:1"), "{}", broken.err);
 }
 
+/// Where memory lies is found out after loading and after each answer.
+#[test]
+fn weights_are_verified_after_each_answer() {
+    if pi_topology::Machine::discover().unwrap().numas().is_empty() {
+        eprintln!("skipped: the system does not number its memory");
+        return;
+    }
+    let (folder, args) = plain_chat();
+    let strict = folder.file("strict.toml", "[memory]\nstrict = true\n");
+    let more = ["--topology", &strict, "--log-level", "info"];
+    let ran = chat(&args, &more, "Hello\nHi\n");
+    assert_eq!(ran.code, 0, "{}", ran.err);
+    let verified = ran.err.matches("after decoding weights lie: ");
+    assert_eq!(verified.count(), 2, "{}", ran.err);
+}
+
 #[test]
 fn a_turn_that_does_not_fit_is_refused_and_the_chat_goes_on() {
     let (folder, args) = plain_chat();

@@ -17,6 +17,16 @@ pub struct Ran {
     pub err: String,
 }
 
+impl Ran {
+    /// What it said, without being disturbed by tests beside it: their threads are bound to the same CPUs.
+    pub fn own_lines(&self) -> Vec<&str> {
+        let lines = self.err.lines();
+        lines
+            .filter(|line| !line.contains(" has bound threads to it too"))
+            .collect()
+    }
+}
+
 pub fn run_with(args: &[&str], stdin: &str) -> Ran {
     let output = program().args(args).write_stdin(stdin).output().unwrap();
     Ran {
