@@ -436,3 +436,24 @@ fn missing_nodes_are_simulated_as_extra_teams() {
         "[memory]\ncold = \"single:1\"\n[host]\nnodes = 2\n"
     );
 }
+
+/// Not written by `make.py`: by lstopo 2.9, of a virtual machine and of `package:2 [numa] l3:1 core:4 pu:2`.
+#[test]
+fn what_lstopo_itself_wrote_is_read() {
+    let one = machine("lstopo-one-node");
+    assert_eq!(
+        one.to_string(),
+        "1 NUMA node, 2 cores, 2 logical CPUs (0-1), 23.5 GiB of memory, saved in lstopo-one-node.xml"
+    );
+    assert_eq!(teams(&plan("", &one, None)), [(Some(0), vec![0, 1])]);
+    let two = machine("lstopo-two-nodes");
+    assert_eq!(
+        two.to_string(),
+        "2 NUMA nodes, 8 cores, 16 logical CPUs (0-15), 64.0 GiB of memory, saved in lstopo-two-nodes.xml"
+    );
+    let teams = teams(&plan("", &two, None));
+    assert_eq!(
+        teams,
+        [(Some(0), vec![0, 2, 4, 6]), (Some(1), vec![8, 10, 12, 14])]
+    );
+}
