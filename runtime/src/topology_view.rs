@@ -3,12 +3,13 @@
 use std::path::Path;
 
 use pi_kernels::attention::KvType;
-use pi_topology::{Conflict, Limit, Machine, Plan, SystemState, conflicts};
+use pi_topology::{Conflict, Limit, Machine, NodeRooms, Plan, SystemState, conflicts};
 use serde_json::json;
 
 use crate::error::RuntimeError;
 use crate::gguf::GgufFile;
 use crate::model::predicting::Predicting;
+use crate::model::room::fitting_loader;
 use crate::model::shares::{Division, neurons_by_threads};
 use crate::model::sparsity::SparsityPlan;
 use crate::model::{Hyperparameters, Loader, ModelTensors};
@@ -31,15 +32,22 @@ pub struct ModelBytes {
     pub weights_bytes: Vec<u64>,
     /// Keys and values of a full context, by node.
     pub cache_bytes: Vec<u64>,
+    /// The NUMA node that it does not fit into, and what would do.
+    pub too_much: Option<String>,
 }
 
 impl ModelBytes {
     /// Reads a file's header and divides its tensors as `plan` has it, for a context of `n_ctx` tokens (0: the model's
-    /// own, at most 4096).
+    /// own, at most 4096) and nodes with `rooms`.
     ///
     /// # Errors
     /// The file cannot be run: the message names it.
-    pub fn of(path: &Path, plan: &Plan, n_ctx: usize) -> Result<Self, RuntimeError> {
+    pub fn of(
+        path: &Path,
+        plan: &Plan,
+        rooms: &NodeRooms,
+        n_ctx: usize,
+    ) -> Result<Self, RuntimeError> {
         let file = GgufFile::open(path)?;
         let in_file = |source| RuntimeError::Model {
             path: path.to_path_buf(),
@@ -53,24 +61,23 @@ impl ModelBytes {
             0 => hyper.n_ctx_max.min(N_CTX_DEFAULT_MAX),
             n_ctx => n_ctx,
         };
-        let division = Division::new(plan, &sparsity);
         let nobody = Predicting::default();
-        let loader = Loader::predicted(
-            &file, &hyper, &tensors, &sparsity, None, nobody, &division, None, n_ctx,
-        )
-        .map_err(in_file)?;
-        let rows = 2 * n_ctx * hyper.n_layer;
-        let row_bytes = KvType::F16.row_bytes(hyper.head_dim);
-        let weights = loader.node_bytes().into_iter();
-        let shares = loader.shares().into_iter();
+        let loader_of = |division: &Division| {
+            Loader::predicted(
+                &file, &hyper, &tensors, &sparsity, None, nobody, division, None, n_ctx,
+            )
+            .map_err(in_file)
+        };
+        let loader = fitting_loader(plan, &sparsity, rooms, KvType::F16, loader_of)?;
+        let held = loader.held_bytes(KvType::F16);
+        let too_much = held.check(plan, rooms).err();
         Ok(Self {
             sparsity: sparsity.mode.name(),
             neurons_by_threads: neurons_by_threads(plan, &sparsity),
             n_ctx,
-            weights_bytes: weights.map(|bytes| bytes as u64).collect(),
-            cache_bytes: shares
-                .map(|share| (rows * row_bytes * share.kv_heads.len()) as u64)
-                .collect(),
+            weights_bytes: held.weights,
+            cache_bytes: held.cache,
+            too_much: too_much.map(|error| error.to_string()),
         })
     }
 }
@@ -117,6 +124,9 @@ impl TopologyView {
             ));
             if model.neurons_by_threads {
                 text.push_str(&format!("  {NEURONS_BY_THREADS}\n"));
+            }
+            if let Some(problem) = &model.too_much {
+                text.push_str(&format!("\nDoes not fit: {problem}\n"));
             }
         }
         for limit in self.limits() {
@@ -195,6 +205,7 @@ impl TopologyView {
                 "sparsity": model.sparsity,
                 "n_ctx": model.n_ctx,
                 "neurons_by_threads": model.neurons_by_threads,
+                "too_much": model.too_much,
             })),
             "conflicts": self.conflicts,
         }))

@@ -209,6 +209,32 @@ pub enum TopologyError {
         /// Bytes that could be had.
         available_bytes: u64,
     },
+    /// More bound to a NUMA node than it has free.
+    #[error(
+        "NUMA node {numa} would have to hold {bytes} bytes of weights and cache, but {free_bytes} can be had there: {cure}"
+    )]
+    NodeFull {
+        /// The node.
+        numa: usize,
+        /// Bytes that would be bound to it.
+        bytes: u64,
+        /// Bytes that can be had there.
+        free_bytes: u64,
+        /// What would do.
+        cure: String,
+    },
+    /// A NUMA node without room for a measurement.
+    #[error(
+        "measuring NUMA node {numa} needs {bytes} bytes there, but {free_bytes} can be had: free memory there (numactl -H shows it), or leave the node out ([[host.node]] lists those that are used)"
+    )]
+    NodeUnmeasured {
+        /// The node.
+        numa: usize,
+        /// Fewest bytes that say something.
+        bytes: u64,
+        /// Bytes that can be had there.
+        free_bytes: u64,
+    },
     /// Memory that the system refuses.
     #[error(
         "the system refuses {bytes} bytes of memory: {source}; close other programs, or raise the limit (ulimit -v)"
@@ -282,6 +308,8 @@ impl TopologyError {
             | TopologyError::ReservedFromNumber { .. }
             | TopologyError::ReservedCores { .. }
             | TopologyError::NoColdNode { .. }
+            | TopologyError::NodeFull { .. }
+            | TopologyError::NodeUnmeasured { .. }
             | TopologyError::FewThreads { .. }
             | TopologyError::ManyThreads { .. }
             | TopologyError::NoTeamCpus { .. }

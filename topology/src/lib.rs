@@ -19,6 +19,7 @@ mod machine;
 mod measure;
 mod memory;
 mod neighbours;
+mod node_room;
 mod pin;
 pub mod placement;
 mod plan;
@@ -46,6 +47,7 @@ pub use machine::{
 pub use measure::{AcrossSpeed, MemorySpeeds, RowsSpeed, TeamSpeeds, ThreadsSpeed, read_bandwidth};
 pub use memory::{available_memory_bytes, current_rss_bytes, peak_rss_bytes};
 pub use neighbours::BoundProcess;
+pub use node_room::{NodeBalance, NodeRooms};
 pub use pin::{pin_thread, with_memory_of};
 pub use plan::{N_NODES_MAX, NodePlan, Plan};
 pub use probe::{memory_binding_problem, try_pinning};

@@ -10,17 +10,21 @@ pub(crate) const HUGE_PAGE_BYTES: usize = 2 << 20;
 /// Whether `bytes` fit into those that are free below `root`, spread evenly over NUMA nodes `numas`; over any without.
 pub(crate) fn have_room(root: &Path, numas: &[usize], bytes: usize) -> bool {
     let n_pages = bytes.div_ceil(HUGE_PAGE_BYTES);
-    let has = |folder: &str, n_needed: usize| {
-        let path = root.join(folder).join("hugepages-2048kB/free_hugepages");
-        let free = fs::read_to_string(path).ok();
-        let free = free.and_then(|text| text.trim().parse::<usize>().ok());
-        free.is_some_and(|free| free >= n_needed)
-    };
-    let on_node = |numa: &usize| {
-        let folder = format!("sys/devices/system/node/node{numa}/hugepages");
-        has(&folder, n_pages.div_ceil(numas.len()))
-    };
-    n_pages > 0 && has("sys/kernel/mm/hugepages", n_pages) && numas.iter().all(on_node)
+    let on_node = |numa: &usize| free_pages(root, *numa) >= n_pages.div_ceil(numas.len());
+    let anywhere = free_in(&root.join("sys/kernel/mm/hugepages"));
+    n_pages > 0 && anywhere >= n_pages && numas.iter().all(on_node)
+}
+
+/// Those that are free on NUMA node `numa`.
+pub(crate) fn free_pages(root: &Path, numa: usize) -> usize {
+    free_in(&root.join(format!("sys/devices/system/node/node{numa}/hugepages")))
+}
+
+fn free_in(folder: &Path) -> usize {
+    let path = folder.join("hugepages-2048kB/free_hugepages");
+    let free = fs::read_to_string(path).ok();
+    let free = free.and_then(|text| text.trim().parse().ok());
+    free.unwrap_or(0)
 }
 
 #[cfg(test)]

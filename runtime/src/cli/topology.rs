@@ -3,7 +3,7 @@
 use std::path::{Path, PathBuf};
 
 use clap::{Args, Subcommand};
-use pi_topology::Machine;
+use pi_topology::{Machine, NodeRooms};
 
 use super::output::Output;
 use super::topology_measure::{self, MeasureArgs};
@@ -69,12 +69,15 @@ pub fn run(args: &TopologyArgs) -> Result<(), RuntimeError> {
     }
     let machine = args.machine()?;
     let plan = file.plan_on(&machine, args.threads.map(usize::from))?;
-    let plan = match machine.is_this_system() {
-        true => topology_measure::by_bandwidth(plan)?,
-        false => plan,
+    let (plan, rooms) = match machine.is_this_system() {
+        true => {
+            let rooms = NodeRooms::read(&plan)?;
+            (topology_measure::by_bandwidth(plan)?, rooms)
+        }
+        false => (plan, NodeRooms::of_machine(&machine)),
     };
     let model = match &args.model {
-        Some(path) => Some(ModelBytes::of(path, &plan, args.n_ctx as usize)?),
+        Some(path) => Some(ModelBytes::of(path, &plan, &rooms, args.n_ctx as usize)?),
         None => None,
     };
     let view = TopologyView::new(machine, plan, model);

@@ -68,12 +68,9 @@ impl Facts {
             Some(Ok(plan)) if measure => Some(read_bandwidth(plan)),
             _ => None,
         };
-        let threads = match &plan {
-            Some(Ok(plan)) => plan.nodes.iter().map(|node| node.cpus.len()).collect(),
-            _ => vec![1],
-        };
+        let planned = plan.as_ref().and_then(|plan| plan.as_ref().ok());
         let model = match model {
-            Ok(path) => ModelNeeds::of(path, &threads).map_or_else(
+            Ok(path) => ModelNeeds::of(path, planned).map_or_else(
                 |error| ModelFacts::Unusable(error.to_string()),
                 ModelFacts::Usable,
             ),

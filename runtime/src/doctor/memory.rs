@@ -56,6 +56,10 @@ pub(super) fn model(facts: &Facts) -> Finding {
         );
         return Finding::problem(SUBJECT, text, shorter_context(needs, available_bytes));
     }
+    if let Some(problem) = &needs.full_node {
+        let cure = "pi-runtime topology -m FILE --topology FILE.toml shows what each node would hold with another policy";
+        return Finding::problem(SUBJECT, format!("{text}: {problem}"), cure).preventing();
+    }
     match &needs.hint {
         Some(hint) => Finding::note(SUBJECT, format!("{text}; {hint}"))
             .cure(format!("pi-runtime pack {} -o OUT.gguf", needs.path)),

@@ -3,11 +3,15 @@
 use std::path::Path;
 
 use pi_kernels::attention::KvType;
+use pi_topology::{HugePages, NodePlan, NodeRooms, Plan};
 
 use crate::error::RuntimeError;
 use crate::gguf::GgufFile;
 use crate::model::description::Description;
 use crate::model::footprint::Footprint;
+use crate::model::predicting::Predicting;
+use crate::model::room::fitting_loader;
+use crate::model::shares::Division;
 use crate::model::sparsity::SparsityPlan;
 use crate::model::{Hyperparameters, Loader, ModelTensors};
 use crate::session::N_CTX_DEFAULT_MAX;
@@ -28,6 +32,8 @@ pub struct ModelNeeds {
     pub weights_bytes: u64,
     /// Key/value cache, once the context is full.
     pub cache_bytes: u64,
+    /// The NUMA node whose memory does not take its part, and what would do.
+    pub full_node: Option<String>,
     /// Tokens of the context.
     pub n_ctx: usize,
     /// Weights that a token reads when every neuron is active.
@@ -35,11 +41,11 @@ pub struct ModelNeeds {
 }
 
 impl ModelNeeds {
-    /// Reads a file's header, tensors and vocabulary, for teams of so many threads.
+    /// Reads a file's header, tensors and vocabulary, for the threads of `plan`; of one without it.
     ///
     /// # Errors
     /// The file cannot be run: the message names it.
-    pub fn of(path: &Path, threads: &[usize]) -> Result<Self, RuntimeError> {
+    pub fn of(path: &Path, plan: Option<&Plan>) -> Result<Self, RuntimeError> {
         let file = GgufFile::open(path)?;
         let in_file = |source| RuntimeError::Model {
             path: path.to_path_buf(),
@@ -50,24 +56,37 @@ impl ModelNeeds {
         let sparsity =
             SparsityPlan::resolve(None, hyper.gate, &tensors.stored_downs()).map_err(in_file)?;
         let n_ctx = hyper.n_ctx_max.min(N_CTX_DEFAULT_MAX);
-        let loader =
-            Loader::new(&file, &hyper, &tensors, &sparsity, threads, n_ctx).map_err(in_file)?;
+        let one_thread = NodePlan {
+            numa: None,
+            cpus: vec![0],
+        };
+        let one_thread = Plan::of_nodes(vec![one_thread], HugePages::Off);
+        let plan = plan.unwrap_or(&one_thread);
+        let rooms = NodeRooms::read(plan)?;
+        let loader_of = |division: &Division| {
+            let nobody = Predicting::default();
+            Loader::predicted(
+                &file, &hyper, &tensors, &sparsity, None, nobody, division, None, n_ctx,
+            )
+            .map_err(in_file)
+        };
+        let loader = fitting_loader(plan, &sparsity, &rooms, KvType::F16, loader_of)?;
+        let held = loader.held_bytes(KvType::F16);
         Tokenizer::from_metadata(file.metadata()).map_err(|source| RuntimeError::TokenizerOf {
             path: path.to_path_buf(),
             source,
         })?;
-        let row_bytes = KvType::F16.row_bytes(hyper.head_dim);
         Ok(Self {
             path: path.display().to_string(),
             name: Description::of(&file).name,
             sparsity: sparsity.mode.name(),
             hint: sparsity.hint.clone(),
-            weights_bytes: loader
-                .node_bytes()
-                .into_iter()
-                .map(|bytes| bytes as u64)
-                .sum(),
-            cache_bytes: (2 * row_bytes * hyper.n_head_kv * hyper.n_layer * n_ctx) as u64,
+            weights_bytes: held.weights.iter().sum(),
+            cache_bytes: held.cache.iter().sum(),
+            full_node: held
+                .check(plan, &rooms)
+                .err()
+                .map(|error| error.to_string()),
             n_ctx,
             token_bytes: Footprint::of(&hyper, &tensors, &sparsity).bytes(1.0),
         })

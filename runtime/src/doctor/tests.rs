@@ -56,6 +56,7 @@ fn model(weights_bytes: u64, cache_bytes: u64) -> ModelFacts {
         hint: None,
         weights_bytes,
         cache_bytes,
+        full_node: None,
         n_ctx: 4096,
         token_bytes: weights_bytes,
     })
@@ -119,6 +120,23 @@ fn a_good_machine_has_nothing_to_mend() {
         "can run here: {} ok, 0 to note, 0 to mend\n",
         found.len()
     )));
+}
+
+#[test]
+fn a_model_that_fits_the_machine_may_not_fit_a_node() {
+    let mut facts = one_node();
+    facts.model = model(4 * GIB, GIB);
+    if let ModelFacts::Usable(needs) = &mut facts.model {
+        needs.full_node = Some("NUMA node 1 would have to hold 5".to_owned());
+    }
+    let words = "NUMA node 1 would have to hold 5";
+    assert_cured(
+        &the(&facts, "model"),
+        State::Problem,
+        words,
+        "pi-runtime topology -m",
+    );
+    assert!(!report::can_run(&findings(&facts)));
 }
 
 #[test]

@@ -13,6 +13,7 @@ use pi_actors::weights::{
     HeadSketchShare, LayerShare, LayerWeights, Matrix, ModelShape, ModelWeights, NeuronStore,
     PlanesStore, SketchKind, SketchShare, UpRows,
 };
+use pi_kernels::attention::KvType;
 
 use super::copy_task::{CopyTask, PageDrop, copy_tasks};
 use super::error::ModelError;
@@ -153,6 +154,16 @@ impl<'a> Loader<'a> {
     /// Bytes of each node's arena.
     pub fn node_bytes(&self) -> Vec<usize> {
         self.layout.nodes.iter().map(|node| node.bytes).collect()
+    }
+
+    /// Bytes of each node's keys and values of a full context, in the format `kv_type`.
+    pub fn cache_bytes(&self, kv_type: KvType) -> Vec<u64> {
+        let shape = &self.shape;
+        let head_bytes = 2 * shape.n_ctx * shape.n_layer * kv_type.row_bytes(shape.head_dim);
+        let shares = self.shares().into_iter();
+        shares
+            .map(|share| (head_bytes * share.kv_heads.len()) as u64)
+            .collect()
     }
 
     /// Each node's part of every layer.

@@ -13,6 +13,7 @@ pub mod node_memory;
 pub mod predicting;
 pub mod quantize;
 pub mod requantize;
+pub mod room;
 pub mod rope;
 pub mod shares;
 pub mod sparsity;

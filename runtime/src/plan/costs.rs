@@ -5,7 +5,7 @@ use std::time::Duration;
 use pi_actors::faults::Faults;
 use pi_actors::trace::TraceBounds;
 use pi_actors::{ActorError, Engine, EngineOptions, Feed, Feeder, LogitsWanted, Next, Teams};
-use pi_topology::Plan;
+use pi_topology::{NodeRooms, Plan};
 use serde::Serialize;
 
 use super::rehearsal::{Class, Rehearsal};
@@ -13,6 +13,7 @@ use super::rows::N_TOKENS;
 use super::samples::{LayerSample, TokenSample, token_samples};
 use crate::error::RuntimeError;
 use crate::gguf::GgufFile;
+use crate::model::room::fitting_loader;
 use crate::model::shares::Division;
 use crate::model::{Loader, ModelError};
 use crate::session::ModelOptions;
@@ -88,7 +89,7 @@ pub(super) fn measure(
     rehearsal: &Rehearsal,
     file: &GgufFile,
     options: &ModelOptions,
-    plan: &Plan,
+    (plan, rooms): (&Plan, &NodeRooms),
     depth: usize,
 ) -> Result<Costs, RuntimeError> {
     let in_model = |source: ModelError| RuntimeError::Model {
@@ -104,18 +105,22 @@ pub(super) fn measure(
     } = rehearsal;
     let n_ctx = options.n_ctx;
     let predictors = predictors.as_deref();
-    let loader = Loader::predicted(
-        file,
-        hyper,
-        tensors,
-        sparsity,
-        predictors,
-        options.predicting,
-        &Division::new(plan, sparsity),
-        None,
-        n_ctx,
-    )
-    .map_err(in_model)?;
+    let loader_of = |division: &Division| {
+        Loader::predicted(
+            file,
+            hyper,
+            tensors,
+            sparsity,
+            predictors,
+            options.predicting,
+            division,
+            None,
+            n_ctx,
+        )
+        .map_err(in_model)
+    };
+    let loader = fitting_loader(plan, sparsity, rooms, options.kv_type, loader_of)?;
+    loader.held_bytes(options.kv_type).check(plan, rooms)?;
     let teams = Teams::start(plan)?;
     let weights = loader.load(&teams, plan, &|_| {}).map_err(in_model)?;
     let engine = Engine::start(

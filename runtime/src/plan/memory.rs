@@ -1,6 +1,6 @@
 //! What each node's memory has to hold, to the byte, and what there is.
 
-use pi_topology::{HugePages, Machine, Plan, TopologyError, available_memory_bytes};
+use pi_topology::{HugePages, Machine, NodeRooms, Plan, TopologyError, available_memory_bytes};
 use serde::Serialize;
 
 use crate::error::RuntimeError;
@@ -56,11 +56,12 @@ fn granule_bytes(huge_pages: HugePages, bytes: u64) -> u64 {
     }
 }
 
-/// What each node may use: its NUMA node's memory, or what is available if that is less, divided by the teams there.
+/// What each node may use: what is free on its NUMA node, where `rooms` says it, else that node's memory; or what is
+/// available if that is less; divided by the teams there.
 ///
 /// # Errors
 /// The machine cannot be discovered.
-pub(super) fn budgets(plan: &Plan) -> Result<Vec<Option<u64>>, TopologyError> {
+pub(super) fn budgets(plan: &Plan, rooms: &NodeRooms) -> Result<Vec<Option<u64>>, TopologyError> {
     let machine = Machine::discover()?;
     let available = available_memory_bytes();
     let budget = |numa: Option<usize>| {
@@ -68,6 +69,7 @@ pub(super) fn budgets(plan: &Plan) -> Result<Vec<Option<u64>>, TopologyError> {
         let there = there
             .map(|node| node.memory_bytes)
             .filter(|&bytes| bytes > 0);
+        let there = numa.and_then(|numa| rooms.free_bytes(numa)).or(there);
         let sharing = plan.nodes.iter().filter(|node| node.numa == numa).count() as u64;
         let bytes = match (there, available) {
             (Some(there), Some(available)) => Some(there.min(available)),
@@ -102,6 +104,20 @@ pub(super) fn check(nodes: &[NodeMemory]) -> Result<(), RuntimeError> {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn what_is_free_on_a_node_bounds_it_and_not_what_it_has() {
+        let machine = Machine::discover().unwrap();
+        let plan = Plan::new(&pi_topology::TopologyConfig::default(), &machine, None).unwrap();
+        let Some(numa) = plan.nodes[0].numa else {
+            eprintln!("skipped: this system numbers no NUMA nodes");
+            return;
+        };
+        let full = NodeRooms::new([(numa, 4096)]);
+        assert_eq!(budgets(&plan, &full).unwrap()[0], Some(4096));
+        let unknown = budgets(&plan, &NodeRooms::default()).unwrap()[0];
+        assert!(unknown.is_none_or(|bytes| bytes > 1 << 20), "{unknown:?}");
+    }
 
     #[test]
     fn arenas_are_counted_in_the_pages_that_they_take() {

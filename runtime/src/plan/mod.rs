@@ -25,7 +25,7 @@ mod sketches;
 use pi_topology::placement::{
     ColdShare, LayerLoad, LayerPlacement, LayerTime, MachineSpeed, NodeSpeed, solve,
 };
-use pi_topology::{Plan, available_memory_bytes, read_bandwidth};
+use pi_topology::{NodeRooms, Plan, available_memory_bytes, read_bandwidth};
 
 pub use costs::{Costs, LayerCost};
 pub use forecast::{Part, PartForecast};
@@ -42,6 +42,7 @@ use crate::machine_profile::MachineProfile;
 use crate::model::description::Description;
 use crate::model::gpu::{GpuPart, HotLayer};
 use crate::model::predicting::{PredictBy, Predicting};
+use crate::model::room::fitting_loader;
 use crate::model::shares::{Division, NodeShare, neurons_by_threads};
 use crate::model::sparsity::SparsityPlan;
 use crate::model::{Hyperparameters, Loader, ModelError, ModelTensors, Sparsity};
@@ -110,12 +111,13 @@ pub fn plan(request: &PlanRequest) -> Result<Report, RuntimeError> {
             _ => None,
         },
         gpus: LinkFigures::of_all(&request.gpus, request.profile.as_ref()),
+        rooms: NodeRooms::read(&request.plan)?,
     };
     planning.check_depth()?;
     planning.check_parts()?;
     let (modes, hint) = planning.modes(sidecar.as_ref())?;
     // what does not fit is refused before anything is measured
-    let budgets = budgets(&request.plan)?;
+    let budgets = budgets(&request.plan, &planning.rooms)?;
     for mode in &modes {
         check(&planning.memory(mode, &budgets, None)?)?;
     }
@@ -160,6 +162,8 @@ struct Planning<'a> {
     /// How often neurons fired, where there are GPUs.
     profile: Option<Profile>,
     gpus: Vec<(PlannedGpu, LinkFigures)>,
+    /// What is free on NUMA nodes.
+    rooms: NodeRooms,
 }
 
 /// A mode, and who predicts in it.
@@ -289,39 +293,43 @@ impl Planning<'_> {
         mode: &'t Mode,
         hot: Option<&'t [HotLayer]>,
     ) -> Result<Loader<'t>, RuntimeError> {
-        Loader::predicted(
-            self.file,
-            self.hyper,
-            self.tensors,
-            &mode.sparsity,
-            mode.predictors.as_deref(),
-            mode.predicting,
-            &Division::new(&self.request.plan, &mode.sparsity),
-            hot,
-            self.options.n_ctx,
-        )
-        .map_err(|source| self.in_model(source))
+        let loader_of = |division: &Division| {
+            Loader::predicted(
+                self.file,
+                self.hyper,
+                self.tensors,
+                &mode.sparsity,
+                mode.predictors.as_deref(),
+                mode.predicting,
+                division,
+                hot,
+                self.options.n_ctx,
+            )
+            .map_err(|source| self.in_model(source))
+        };
+        let (plan, kv_type) = (&self.request.plan, self.options.kv_type);
+        fitting_loader(plan, &mode.sparsity, &self.rooms, kv_type, loader_of)
     }
 
     /// What each node holds; without `costs` without its working memory.
+    ///
+    /// # Errors
+    /// A NUMA node without room for it.
     fn memory(
         &self,
         mode: &Mode,
         budgets: &[Option<u64>],
         costs: Option<&Costs>,
     ) -> Result<Vec<NodeMemory>, RuntimeError> {
-        let loader = self.loader(mode, None)?;
-        let row_bytes = self.options.kv_type.row_bytes(self.hyper.head_dim);
-        let rows = 2 * self.options.n_ctx * self.hyper.n_layer;
-        let nodes = loader.node_bytes().into_iter().zip(loader.shares());
+        let held = self.loader(mode, None)?.held_bytes(self.options.kv_type);
+        held.check(&self.request.plan, &self.rooms)?;
+        let nodes = held.weights.into_iter().zip(held.cache).zip(budgets);
         Ok(nodes
-            .zip(budgets)
             .enumerate()
-            .map(|(node, ((weights, share), &budget))| {
-                let cache = rows * row_bytes * share.kv_heads.len();
+            .map(|(node, ((weights, cache), &budget))| {
                 let working = costs.map_or(0, |costs| costs.working_bytes[node]);
                 let huge_pages = self.request.plan.huge_pages;
-                NodeMemory::new(huge_pages, weights as u64, cache as u64, working, budget)
+                NodeMemory::new(huge_pages, weights, cache, working, budget)
             })
             .collect())
     }
@@ -357,7 +365,7 @@ impl Planning<'_> {
             ..self.options.clone()
         };
         let (plan, depth) = (&self.request.plan, self.request.depth);
-        let costs = costs::measure(&rehearsal, self.file, &options, plan, depth)?;
+        let costs = costs::measure(&rehearsal, self.file, &options, (plan, &self.rooms), depth)?;
         let memory = self.memory(mode, budgets, Some(&costs))?;
         check(&memory)?;
         let layers = layer_bytes(
@@ -391,8 +399,13 @@ impl Planning<'_> {
     fn rehearsed_bytes(&self) -> usize {
         let wanted = REHEARSED_BYTES_A_THREAD * self.request.plan.n_threads();
         // what is rehearsed is there twice for a moment
-        available_memory_bytes().map_or(wanted, |available| {
+        let wanted = available_memory_bytes().map_or(wanted, |available| {
             wanted.min(usize::try_from(available / 4).unwrap_or(wanted))
+        });
+        // it is divided over the nodes as the model is, or lies on one of them
+        let smallest = self.rooms.iter().map(|(_, free_bytes)| free_bytes).min();
+        smallest.map_or(wanted, |free_bytes| {
+            wanted.min(usize::try_from(free_bytes / 2).unwrap_or(wanted))
         })
     }
 

@@ -10,7 +10,7 @@ use pi_actors::{ActorError, Engine, EngineOptions, LayerTap, Teams};
 use pi_kernels::attention::KvType;
 use pi_kernels::ffn_sparse::FFN_GROUPS;
 use pi_kernels::{ActivationMode, Cpu};
-use pi_topology::{Plan, Residence, TopologyError};
+use pi_topology::{NodeRooms, Plan, Residence, TopologyError};
 
 use super::gpu::OnGpus;
 use super::sparsity::{self, ThresholdSource};
@@ -24,6 +24,7 @@ use crate::model::gpu::GpuRequest;
 use crate::model::load::model_shape;
 use crate::model::node_memory::{PlacedWeights, VerifiedMemory};
 use crate::model::predicting::Predicting;
+use crate::model::room::fitting_loader;
 use crate::model::shares::Division;
 use crate::model::sparsity::SparsityPlan;
 use crate::model::{Hyperparameters, Loader, ModelError, ModelTensors, Sparsity};
@@ -335,18 +336,24 @@ fn start_engine(
     };
     let on_gpus = OnGpus::choose(options, plan, &request).map_err(in_file)?;
     let hot = on_gpus.as_ref().map(OnGpus::hot);
-    let loader = Loader::predicted(
-        file,
-        hyper,
-        &tensors,
-        &sparsity,
-        predictors.as_deref(),
-        options.predicting,
-        &Division::new(plan, &sparsity),
-        hot.as_deref(),
-        n_ctx,
-    )
-    .map_err(in_file)?;
+    let loader_of = |division: &Division| {
+        Loader::predicted(
+            file,
+            hyper,
+            &tensors,
+            &sparsity,
+            predictors.as_deref(),
+            options.predicting,
+            division,
+            hot.as_deref(),
+            n_ctx,
+        )
+        .map_err(in_file)
+    };
+    let rooms = NodeRooms::read(plan)?;
+    let loader = fitting_loader(plan, &sparsity, &rooms, options.kv_type, loader_of)?;
+    // a full node would end the program without a word
+    loader.held_bytes(options.kv_type).check(plan, &rooms)?;
     let teams = Teams::start(plan)?;
     let memory = VerifiedMemory::new(plan);
     let layouts = on_gpus.as_ref().map(|gpus| gpus.layouts(&request));

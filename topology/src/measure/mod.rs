@@ -8,6 +8,7 @@ use crate::config::HugePages;
 use crate::error::TopologyError;
 use crate::machine::Machine;
 use crate::memory::available_memory_bytes;
+use crate::node_room::NodeRooms;
 use crate::plan::{NodePlan, Plan};
 use readers::{Pattern, Reader, speeds};
 
@@ -91,8 +92,12 @@ impl MemorySpeeds {
     ) -> Result<Self, TopologyError> {
         machine.require_this_system()?;
         let bytes = buffer_bytes(available_memory_bytes())?;
+        let bytes = bytes.min(bytes_of_one_node(machine)?);
+        let rooms = NodeRooms::of(&machine.numas());
+        let bytes = bytes_within(&rooms, bytes, |_| 1.0)?;
+        // all teams together have as much as one alone, so that no node has more than that
         let measuring = Measuring {
-            bytes: bytes.min(bytes_of_one_node(machine)?),
+            bytes,
             huge_pages: plan.huge_pages,
             n_passes: N_PASSES,
         };
@@ -218,10 +223,15 @@ fn thread_counts(n_threads: usize) -> Vec<usize> {
 /// Takes about half a second, and needs the optimisation of a release build to say something.
 ///
 /// # Errors
-/// There is not even 256 MiB of memory, or a thread cannot be started or pinned.
+/// There is not even 256 MiB of memory, or 64 on one of several NUMA nodes, or a thread cannot be started or pinned.
 pub fn read_bandwidth(plan: &Plan) -> Result<f64, TopologyError> {
     let bytes = buffer_bytes(available_memory_bytes())?;
     let readers = Reader::of_plan(plan);
+    let part = |numa: usize| {
+        let there = readers.iter().filter(|reader| reader.numa == Some(numa));
+        there.count() as f64 / readers.len().max(1) as f64
+    };
+    let bytes = bytes_within(&NodeRooms::read(plan)?, bytes, part)?;
     let found = speeds(
         &readers,
         plan.huge_pages,
@@ -230,6 +240,32 @@ pub fn read_bandwidth(plan: &Plan) -> Result<f64, TopologyError> {
         N_PASSES,
     )?;
     Ok(found[0])
+}
+
+/// At most `bytes`, of which each NUMA node has `part`: so many that three quarters of what is free there do. Memory that is
+/// bound to a node without room ends the program.
+fn bytes_within(
+    rooms: &NodeRooms,
+    bytes: usize,
+    part: impl Fn(usize) -> f64,
+) -> Result<usize, TopologyError> {
+    let mut fitting = bytes;
+    for (numa, free_bytes) in rooms.iter() {
+        let part = part(numa);
+        let room = free_bytes / 4 * 3;
+        let own = (bytes as f64 * part) as u64;
+        if own > room && room < NODE_BYTES_MIN as u64 {
+            return Err(TopologyError::NodeUnmeasured {
+                numa,
+                bytes: NODE_BYTES_MIN as u64 / 3 * 4,
+                free_bytes,
+            });
+        }
+        if own > room {
+            fitting = fitting.min((room as f64 / part) as usize);
+        }
+    }
+    Ok(fitting)
 }
 
 /// Bytes to read of one NUMA node's memory: a quarter of the smallest, as nobody knows how much of it is in use. Memory
@@ -334,6 +370,34 @@ mod tests {
         assert_eq!(bytes(&[64 << 20]).unwrap(), BUFFER_BYTES);
         let error = bytes(&[64 << 30, 128 << 20]).unwrap_err().to_string();
         assert!(error.contains("the smallest NUMA node"), "{error}");
+    }
+
+    /// Buffers of 256 MiB, half of them bound to a node of 64, ended the program.
+    #[test]
+    fn a_small_node_bounds_what_is_read_of_all() {
+        let within = |free: [u64; 2], part: [f64; 2]| {
+            let rooms = NodeRooms::new([(0, free[0]), (1, free[1])]);
+            bytes_within(&rooms, BUFFER_BYTES, |numa| part[numa])
+        };
+        assert_eq!(
+            within([64 << 30, 64 << 30], [0.5, 0.5]).unwrap(),
+            BUFFER_BYTES
+        );
+        assert_eq!(
+            within([64 << 30, 400 << 20], [0.5, 0.5]).unwrap(),
+            600 << 20
+        );
+        assert_eq!(
+            within([64 << 30, 400 << 20], [0.75, 0.25]).unwrap(),
+            BUFFER_BYTES
+        );
+        assert_eq!(within([64 << 30, 0], [1.0, 0.0]).unwrap(), BUFFER_BYTES);
+        let error = within([64 << 30, 40 << 20], [0.5, 0.5]).unwrap_err();
+        assert!(!error.is_environment());
+        assert_eq!(
+            error.to_string(),
+            "measuring NUMA node 1 needs 89478484 bytes there, but 41943040 can be had: free memory there (numactl -H shows it), or leave the node out ([[host.node]] lists those that are used)"
+        );
     }
 
     #[test]
