@@ -297,8 +297,7 @@ impl TopologyError {
             | TopologyError::Map { .. }
             | TopologyError::BindMemory { .. }
             | TopologyError::NotBound { .. }
-            | TopologyError::Misplaced { .. }
-            | TopologyError::HugePages { .. } => true,
+            | TopologyError::Misplaced { .. } => true,
             TopologyError::NotThisSystem
             | TopologyError::Synthetic { .. }
             | TopologyError::Description { .. }
@@ -309,6 +308,7 @@ impl TopologyError {
             | TopologyError::ReservedCores { .. }
             | TopologyError::NoColdNode { .. }
             | TopologyError::NodeFull { .. }
+            | TopologyError::HugePages { .. }
             | TopologyError::NodeUnmeasured { .. }
             | TopologyError::FewThreads { .. }
             | TopologyError::ManyThreads { .. }

@@ -13,6 +13,7 @@ mod cuda;
 mod error;
 mod fit;
 mod gpu;
+mod huge_share;
 #[cfg(feature = "hwloc")]
 mod hwloc;
 mod machine;
@@ -40,6 +41,7 @@ pub use conflicts::{Conflict, ConflictSubject, conflicts};
 pub use error::TopologyError;
 pub use fit::{Backends, Difference, Fit, asking_for};
 pub use gpu::{NvidiaDriver, NvidiaGpu, gpu_node};
+pub use huge_share::HugeShare;
 pub use machine::{
     Cache, Core, Gpu, Machine, MachineNode, MachineSource, MemoryNode, NodeDistances, Package,
     Withheld, ranges,

@@ -10,6 +10,7 @@ use tracing::warn;
 use crate::arena::Arena;
 use crate::config::{ColdPolicy, HugePages};
 use crate::error::TopologyError;
+use crate::huge_share::{HUGE_PERCENT_MIN, HugeShare, huge_share};
 use crate::plan::Plan;
 
 /// Bytes of a page, or of what the kernel is asked for at a time.
@@ -21,11 +22,16 @@ const PAGES_A_CALL: usize = 16 << 10;
 /// Bytes from which interleaved memory is expected to be spread evenly: a page each decides nothing.
 const EVEN_BYTES: usize = 64 << 20;
 
+/// Of an even part one in so many may be missing: huge pages take turns too, and where some cannot be had small ones do.
+const SHORT_PART: usize = 8;
+
 /// Where all nodes' memory lies.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize)]
 pub struct Residence {
     /// Each node's, by node; none where the system does not tell.
     pub nodes: Option<Vec<NodeResidence>>,
+    /// What of the weights lies in huge pages; none where they are too small, and where the system does not tell.
+    pub huge_pages: Option<HugeShare>,
     /// What is not as planned, or why nobody knows.
     pub problem: Option<String>,
 }
@@ -58,7 +64,11 @@ impl fmt::Display for Residence {
             }
             format!("node {node}: {}", parts.join(", "))
         });
-        f.write_str(&words.collect::<Vec<String>>().join("; "))
+        f.write_str(&words.collect::<Vec<String>>().join("; "))?;
+        match &self.huge_pages {
+            Some(huge) => write!(f, "; {huge} in huge pages"),
+            None => Ok(()),
+        }
     }
 }
 
@@ -99,13 +109,30 @@ impl Plan {
     /// as planned.
     ///
     /// # Errors
-    /// Something is not as planned, or the kernel does not tell, and the plan is strict.
+    /// Something is not as planned, or the kernel does not tell, and the plan is strict; or huge pages are required, and
+    /// less than 90 % of the weights lie in some.
     pub fn verify(&self, areas: &[&[u8]]) -> Result<Residence, TopologyError> {
         let areas = areas.iter().map(|area| {
             let start = area.as_ptr().addr();
             start..start + area.len()
         });
-        self.verify_pages(areas, |node| self.homes(node))
+        let areas: Vec<Range<usize>> = areas.collect();
+        let huge_pages = huge_share(&areas);
+        if let Some(huge) = huge_pages
+            && self.huge_pages == HugePages::Require
+            && huge.percent() < HUGE_PERCENT_MIN
+        {
+            return Err(TopologyError::HugePages {
+                problem: format!(
+                    "only {huge} of the weights lie in some, and {HUGE_PERCENT_MIN} % have to"
+                ),
+            });
+        }
+        let residence = self.verify_pages(areas.into_iter(), |node| self.homes(node))?;
+        Ok(Residence {
+            huge_pages,
+            ..residence
+        })
     }
 
     /// The same for the teams' caches, whose addresses these are; nothing is read there.
@@ -133,7 +160,11 @@ impl Plan {
                 (None, Some(problem))
             }
         };
-        let residence = Residence { nodes, problem };
+        let residence = Residence {
+            nodes,
+            huge_pages: None,
+            problem,
+        };
         match &residence.problem {
             Some(problem) if self.strict => Err(TopologyError::Misplaced {
                 problem: problem.clone(),
@@ -171,9 +202,9 @@ fn misplaced(found: &[NodeResidence], homes: impl Fn(usize) -> Vec<usize>) -> Op
                 crate::machine::ranges(homes.clone()),
             ));
         }
-        // every home has its turn: less than half of an even part is no turn
+        // pages take turns, small ones to the page: what is missing of an even part went to another home, as this one is full
         let fair = total / homes.len();
-        let short = homes.iter().find(|numa| at_home(numa) < fair / 2);
+        let short = (homes.iter()).find(|numa| at_home(numa) < fair - fair / SHORT_PART);
         if let Some(numa) = short.filter(|_| total >= EVEN_BYTES && strayed == 0) {
             problems.push(format!(
                 "only {} of node {node}'s {}, which are spread over NUMA nodes {}, lie on {numa}",
@@ -299,6 +330,12 @@ mod tests {
             misplaced_on(&plan, &[even, on(&[(0, 100 * MB), (2, 10 * MB)])]).unwrap(),
             "only 10.0 MB of node 1's 110.0 MB, which are spread over NUMA nodes 0,2, lie on 2"
         );
+        // a full node, whose pages went to the other
+        let uneven = on(&[(0, 55_100_000), (2, 30_400_000)]);
+        assert_eq!(
+            misplaced_on(&plan, &[uneven]).unwrap(),
+            "only 30.4 MB of node 0's 85.5 MB, which are spread over NUMA nodes 0,2, lie on 2"
+        );
         assert_eq!(
             misplaced_on(&plan, &[on(&[(0, MB)]), on(&[(0, MB)])]),
             None,
@@ -361,6 +398,33 @@ mod tests {
         // team 1's would have to be elsewhere
         let error = planned.verify_caches(&[0..0, area]).unwrap_err();
         assert!(error.to_string().contains("of node 1's"), "{error}");
+    }
+
+    /// Pages that were asked for and did not come: here as the arena is made with small ones.
+    #[cfg(target_os = "linux")]
+    #[test]
+    fn required_huge_pages_have_to_be_there() {
+        let mut arena = Arena::new(16 << 20, None, HugePages::Off).unwrap();
+        arena.as_mut_slice().fill(1);
+        let tried = plan(&[None], ColdPolicy::Shard, false);
+        let areas = [arena.as_slice()];
+        if tried.verify(&areas).unwrap().huge_pages.is_none() {
+            eprintln!("skipped: this system does not tell");
+            return;
+        }
+        let required = Plan {
+            huge_pages: HugePages::Require,
+            ..tried
+        };
+        let error = required.verify(&areas).unwrap_err();
+        assert!(!error.is_environment(), "a file asks for what there is not");
+        let text = error.to_string();
+        assert!(
+            text.starts_with(
+                "huge_pages = \"require\", but only 0.0 of 16.8 MB (0 %) of the weights lie in some, and 90 % have to: "
+            ),
+            "{text}"
+        );
     }
 
     /// A plan for a node that is not the one where the pages are.

@@ -134,6 +134,7 @@ mod tests {
         };
         let found = |nodes| Residence {
             nodes: Some(nodes),
+            huge_pages: None,
             problem: None,
         };
         let two = plan(&[Some(0), Some(1)]);
@@ -146,6 +147,7 @@ mod tests {
         assert_eq!(remote_share(&home, &plan(&[None, Some(1)])), None);
         let unknown = Residence {
             nodes: None,
+            huge_pages: None,
             problem: Some(String::new()),
         };
         assert_eq!(remote_share(&unknown, &two), None);
