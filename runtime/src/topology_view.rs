@@ -3,7 +3,7 @@
 use std::path::Path;
 
 use pi_kernels::attention::KvType;
-use pi_topology::{Conflict, Limit, Machine, NodeRooms, Plan, SystemState, conflicts};
+use pi_topology::{Conflict, Limit, Machine, NodeRooms, Plan, SystemState, VramBudget, conflicts};
 use serde_json::json;
 
 use crate::error::RuntimeError;
@@ -182,6 +182,17 @@ impl TopologyView {
                 value
             })
             .collect();
+        let gpus = &self.machine.gpus;
+        let gpus = gpus.iter().zip(self.plan.gpu_entries(gpus));
+        let gpus: Vec<serde_json::Value> = gpus
+            .filter_map(|(gpu, entry)| {
+                let budget = match entry?.vram_budget {
+                    VramBudget::All => gpu.memory_bytes,
+                    VramBudget::Bytes(size) => Some(size.0),
+                };
+                Some(json!({ "pci_address": gpu.pci_address, "vram_budget_bytes": budget }))
+            })
+            .collect();
         let system = self.system.as_ref();
         serde_json::to_string(&json!({
             "machine": self.machine,
@@ -196,6 +207,7 @@ impl TopologyView {
             })),
             "plan": {
                 "nodes": teams,
+                "gpus": gpus,
                 "cold": self.plan.cold,
                 "shares": self.plan.proportion,
                 "huge_pages": self.plan.huge_pages,

@@ -164,6 +164,72 @@ Teams (letters beside CPUs above; a capital where the leader runs)
     assert_eq!(bytes(&json, "cache_bytes"), halves_of_cache);
 }
 
+/// The loader's own division where one node has less memory than half of the model.
+#[test]
+fn neurons_go_where_there_is_memory_for_them() {
+    let folder = tiny();
+    let model = folder.name("m.gguf");
+    let xml = std::fs::read_to_string(fixture("unequal-memory")).unwrap();
+    let with_memory = |bytes: u64| {
+        let xml = xml.replace("25769803776", &bytes.to_string());
+        folder.file("machine.xml", &xml)
+    };
+    let shown = |bytes: u64, more: &[&str]| {
+        let xml = with_memory(bytes);
+        let args = ["topology", "--json", "--xml", &xml, "-m", &model, "-t", "4"];
+        let json = json_of(&[&args[..], more].concat());
+        let nodes = json["plan"]["nodes"].as_array().unwrap().clone();
+        let held = |node: &Value| {
+            let of = |key: &str| node[key].as_u64().unwrap();
+            of("weights_bytes") + of("cache_bytes")
+        };
+        let held: Vec<u64> = nodes.iter().map(held).collect();
+        (held, json["model"]["too_much"].clone())
+    };
+    let (halves, problem) = shown(24 << 30, &[]);
+    assert_eq!(problem, Value::Null);
+    let (held, problem) = shown(halves[1] - 1, &[]);
+    assert_eq!(problem, Value::Null);
+    assert!(held[1] < halves[1] && held[0] > halves[0], "{held:?}");
+    // whole groups move: nearly as much as before is in memory
+    let (sum, before) = (held[0] + held[1], halves[0] + halves[1]);
+    assert!(sum.abs_diff(before) < 64 * 100, "{sum} for {before}");
+
+    // heads and rows do not fit either
+    let (_, problem) = shown(1000, &[]);
+    let problem = problem.as_str().unwrap();
+    assert!(
+        problem.starts_with("NUMA node 1 would have to hold ")
+            && problem.contains("but 1000 can be had there: set memory.cold = \"single:0\""),
+        "{problem}"
+    );
+    // copies are what the policy is for
+    for cold in ["replicate", "interleave", "single:1"] {
+        let policy = folder.file("policy.toml", &format!("[memory]\ncold = \"{cold}\"\n"));
+        let (_, problem) = shown(halves[1] / 4, &["--topology", &policy]);
+        assert!(problem.is_string(), "{cold}");
+        let xml = with_memory(halves[1] / 4);
+        let args = ["topology", "--xml", &xml, "-m", &model, "-t", "4"];
+        let text = text_of(&[&args[..], &["--topology", &policy]].concat());
+        assert!(text.contains("\nDoes not fit: NUMA node 1 would"), "{text}");
+    }
+}
+
+#[test]
+fn a_gpus_budget_is_in_the_json() {
+    let folder = tiny();
+    let gpus = |toml: &str| {
+        let toml = folder.file("gpu.toml", toml);
+        let xml = fixture("two-nodes");
+        let args = ["topology", "--json", "--xml", &xml, "--topology", &toml];
+        json_of(&args)["plan"]["gpus"].clone()
+    };
+    let entry = |bytes: u64| json!([{ "pci_address": "0000:41:00.0", "vram_budget_bytes": bytes }]);
+    assert_eq!(gpus(""), json!([]));
+    assert_eq!(gpus("[[gpu]]\n"), entry(24 << 30));
+    assert_eq!(gpus("[[gpu]]\nvram_budget = \"2GiB\"\n"), entry(2 << 30));
+}
+
 #[test]
 fn every_saved_machine_is_drawn() {
     for (name, line) in [

@@ -15,6 +15,9 @@ use crate::plan::Plan;
 use crate::probe::memory_binding_problem;
 use crate::reserved_pages::{HUGE_PAGE_BYTES, free_pages};
 
+/// Bytes of a page, as the kernel counts them.
+const PAGE_BYTES: u64 = 4096;
+
 /// What can be taken of each NUMA node's memory, where memory is bound to nodes.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
 pub struct NodeRooms {
@@ -54,9 +57,13 @@ impl NodeRooms {
     }
 
     fn read_below(root: &Path, numas: &[usize]) -> Self {
+        let zones = fs::read_to_string(root.join("proc/zoneinfo")).unwrap_or_default();
         let free = |numa: usize| {
             let path = root.join(format!("sys/devices/system/node/node{numa}/meminfo"));
-            free_bytes(&fs::read_to_string(path).ok()?)
+            free_bytes(
+                &fs::read_to_string(path).ok()?,
+                watermark_bytes(&zones, numa),
+            )
         };
         let numas = || numas.iter().copied();
         Self {
@@ -221,8 +228,8 @@ fn take_pages(pages: &mut BTreeMap<usize, usize>, homes: &[usize], bytes: u64) -
 }
 
 /// What can be taken of a NUMA node, by its `meminfo`: free pages, and pages of files and of the kernel's caches that it
-/// gives up for them; less what the kernel keeps for itself. `Shmem` is not among the files' lists, and cannot be had.
-fn free_bytes(meminfo: &str) -> Option<u64> {
+/// gives up for them; less its `watermark_bytes`, which the kernel keeps for itself. `Shmem` is not among the files' lists, and cannot be had.
+fn free_bytes(meminfo: &str, watermark_bytes: u64) -> Option<u64> {
     // "Node 0 MemFree:  17452112 kB"
     let entry = |key: &str| {
         let mut lines = meminfo.lines();
@@ -235,14 +242,25 @@ fn free_bytes(meminfo: &str) -> Option<u64> {
     let files = entry("Active(file):").unwrap_or(0) + entry("Inactive(file):").unwrap_or(0);
     // as in the kernel's own MemAvailable, half of the slabs may be in use
     let slabs = entry("SReclaimable:").unwrap_or(0) / 2;
-    let kept = kept_bytes(entry("MemTotal:")?);
-    Some((free + files + slabs).saturating_sub(kept))
+    // page tables, stacks and working memory lie beside what is bound
+    let beside = (entry("MemTotal:")? / 64).min(16 << 20);
+    Some((free + files + slabs).saturating_sub(watermark_bytes + beside))
 }
 
-/// What the kernel keeps free of a node's `total` memory, and what page tables and stacks take beside bound memory: the
-/// watermarks are 0.1 to 0.3 % of a large node, and relatively more of a small one.
-fn kept_bytes(total: u64) -> u64 {
-    total / 512 + (total / 32).min(64 << 20)
+/// What the kernel wants to have free on a NUMA node, by the text of `zoneinfo`: below it pages are looked for elsewhere, and
+/// somewhat below that, where they are bound here, a process is ended. With transparent huge pages it is tens of MB.
+fn watermark_bytes(zoneinfo: &str, numa: usize) -> u64 {
+    let node = format!("Node {numa},");
+    let mut is_ours = false;
+    let mut n_pages = 0;
+    for line in zoneinfo.lines() {
+        if line.starts_with("Node ") {
+            is_ours = line.starts_with(&node);
+        } else if is_ours && let Some(pages) = line.trim_start().strip_prefix("high ") {
+            n_pages += pages.trim().parse::<u64>().unwrap_or(0);
+        }
+    }
+    n_pages * PAGE_BYTES
 }
 
 #[cfg(test)]
@@ -284,18 +302,34 @@ Node 1 SReclaimable:       2048 kB
 
     #[test]
     fn what_is_free_is_what_the_kernel_would_give() {
-        // 40 MiB free, 4 of files, half of 2 of slabs, less 2 MiB + 1/512
-        let expected = 45 * MIB - (2 * MIB + 64 * MIB / 512);
-        assert_eq!(free_bytes(SMALL), Some(expected));
+        // 40 MiB free, 4 of files, half of 2 of slabs, less a 64th and what the kernel keeps
+        assert_eq!(free_bytes(SMALL, 3 * MIB), Some((45 - 1 - 3) * MIB));
+        assert_eq!(free_bytes(SMALL, 60 * MIB), Some(0));
         let large = "Node 0 MemTotal: 536870912 kB\nNode 0 MemFree: 536870912 kB\n";
-        let kept = (512u64 << 30) - free_bytes(large).unwrap();
-        assert_eq!(kept, (1 << 30) + 64 * MIB);
-        assert_eq!(
-            free_bytes("Node 0 MemTotal: 100 kB\nNode 0 MemFree: 1 kB\n"),
-            Some(0)
-        );
+        assert_eq!(free_bytes(large, 0), Some((512 << 30) - 16 * MIB));
+        let zones = "\
+Node 0, zone      DMA
+  per-node stats
+      nr_inactive_anon 1021
+  pages free     3840
+        boost    0
+        min      10
+        low      12
+        high     14
+        spanned  4095
+    cpu: 0
+              high:  63
+Node 0, zone   Normal
+        high     1000
+Node 1, zone   Normal
+        high     2560
+";
+        assert_eq!(watermark_bytes(zones, 0), 1014 * 4096);
+        assert_eq!(watermark_bytes(zones, 1), 10 * MIB);
+        assert_eq!(watermark_bytes(zones, 2), 0);
+        assert_eq!(watermark_bytes("", 0), 0);
         for text in ["", "MemFree: 5 kB\n", "Node 0 MemFree: 5 kB\n", "Node x"] {
-            assert_eq!(free_bytes(text), None, "{text:?}");
+            assert_eq!(free_bytes(text, 0), None, "{text:?}");
         }
     }
 
@@ -316,10 +350,15 @@ Node 1 SReclaimable:       2048 kB
         write("node1/hugepages/hugepages-2048kB/free_hugepages", "3\n");
         let rooms = NodeRooms::read_below(root.path(), &[0, 1]);
         assert_eq!(rooms.free_bytes(0), None, "a node that tells nothing");
-        assert_eq!(rooms.free_bytes(1), free_bytes(SMALL));
+        assert_eq!(rooms.free_bytes(1), free_bytes(SMALL, 0));
+        let zones = root.path().join("proc/zoneinfo");
+        fs::create_dir_all(zones.parent().unwrap()).unwrap();
+        fs::write(zones, "Node 1, zone Normal\n  high 256\n").unwrap();
+        let rooms = NodeRooms::read_below(root.path(), &[0, 1]);
+        assert_eq!(rooms.free_bytes(1), free_bytes(SMALL, MIB));
         assert_eq!(rooms.reserved_pages, [(0, 0), (1, 3)].into());
         let known: Vec<(usize, u64)> = rooms.iter().collect();
-        assert_eq!(known, [(1, free_bytes(SMALL).unwrap())]);
+        assert_eq!(known, [(1, free_bytes(SMALL, MIB).unwrap())]);
     }
 
     #[test]

@@ -10,7 +10,7 @@ use crate::config::{
     ThreadsPerNode, TopologyConfig, check_node_count,
 };
 use crate::error::TopologyError;
-use crate::machine::{Core, Machine, MachineNode, cpus_of, ranges};
+use crate::machine::{Core, Gpu, Machine, MachineNode, cpus_of, ranges};
 use crate::proportion::Proportion;
 
 /// Most nodes that a plan can have: a layer's neurons are in so many groups, and a node has at
@@ -136,6 +136,21 @@ impl Plan {
         numas.sort_unstable();
         numas.dedup();
         numas
+    }
+
+    /// The entry that uses each of `gpus`, none where no entry does: those with an address first, the others in order.
+    pub fn gpu_entries(&self, gpus: &[Gpu]) -> Vec<Option<&GpuConfig>> {
+        let named = |gpu: &Gpu| {
+            let mut entries = self.gpus.iter();
+            entries.find(|entry| {
+                let address = entry.pci_address.as_deref();
+                address.is_some_and(|address| address.eq_ignore_ascii_case(&gpu.pci_address))
+            })
+        };
+        let mut others = self.gpus.iter().filter(|entry| entry.pci_address.is_none());
+        gpus.iter()
+            .map(|gpu| named(gpu).or_else(|| others.next()))
+            .collect()
     }
 
     /// Threads of each team.

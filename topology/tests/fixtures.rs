@@ -79,6 +79,26 @@ fn two_nodes_with_a_gpu_on_the_second() {
 }
 
 #[test]
+fn what_is_used_of_a_gpu_stands_on_its_line() {
+    let machine = machine("two-nodes");
+    let line = |toml: &str| {
+        let text = machine.draw(Some(&plan(toml, &machine, None)), &[]);
+        let line = text.lines().find(|line| line.contains("GPU ")).unwrap();
+        line.to_owned()
+    };
+    assert!(!line("").contains("used"), "{}", line(""));
+    let all = line("[[gpu]]\n");
+    assert!(all.ends_with("  used: all that is free"), "{all}");
+    let some = line("[[gpu]]\nvram_budget = \"22GiB\"\n");
+    assert!(some.ends_with("  used: at most 22GiB"), "{some}");
+    let address = &machine.gpus[0].pci_address;
+    let named = line(&format!(
+        "[[gpu]]\nvram_budget = \"1GiB\"\npci_address = \"{address}\"\n"
+    ));
+    assert!(named.ends_with("  used: at most 1GiB"), "{named}");
+}
+
+#[test]
 fn four_and_eight_nodes() {
     let quarters = machine("four-nodes");
     let quarter = |n: usize| (Some(n), range(4 * n, 4 * n + 4));

@@ -1,6 +1,7 @@
 //! Why a model cannot be loaded.
 
 use pi_actors::ActorError;
+use pi_topology::TopologyError;
 use thiserror::Error;
 
 use super::gpu::GpuModelError;
@@ -132,7 +133,7 @@ pub enum ModelError {
     },
     /// Memory that the machine does not give.
     #[error("cannot place the weights: {0}")]
-    Memory(String),
+    Memory(#[source] TopologyError),
     /// A thread that failed while it copied weights.
     #[error("cannot load the weights: {0}")]
     Threads(#[from] ActorError),
@@ -143,7 +144,8 @@ impl ModelError {
     pub fn is_environment(&self) -> bool {
         match self {
             ModelError::Gguf(error) => error.is_environment(),
-            ModelError::Memory(_) | ModelError::Threads(_) => true,
+            ModelError::Memory(error) => error.is_environment(),
+            ModelError::Threads(_) => true,
             _ => false,
         }
     }

@@ -59,9 +59,7 @@ impl NodeThreads for Teams {
 /// Each node's own memory, in huge pages as planned.
 impl NodeMemory for Plan {
     fn allocate(&self, node: usize, bytes: usize) -> Result<Box<dyn Arena>, ModelError> {
-        let arena = self
-            .arena(node, bytes)
-            .map_err(|error| ModelError::Memory(error.to_string()))?;
+        let arena = self.arena(node, bytes).map_err(ModelError::Memory)?;
         Ok(Box::new(arena))
     }
 }

@@ -48,7 +48,7 @@ impl OnGpus {
         if plan.gpus.is_empty() {
             return Ok(None);
         }
-        match Self::try_choose(options, &plan.gpus, request) {
+        match Self::try_choose(options, plan, request) {
             Ok(gpus) => Ok(Some(gpus)),
             Err(error) if plan.gpus.iter().any(|gpu| gpu.required) => Err(error.into()),
             Err(error) => {
@@ -60,9 +60,10 @@ impl OnGpus {
 
     fn try_choose(
         options: &ModelOptions,
-        configs: &[GpuConfig],
+        plan: &Plan,
         request: &GpuRequest<'_>,
     ) -> Result<Self, GpuModelError> {
+        let configs = &plan.gpus;
         let refusal = if request.sparsity.mode == Sparsity::Threshold {
             Some(("--sparsity threshold", "take --sparsity off"))
         } else if options.head == Head::Sparse {
@@ -81,6 +82,13 @@ impl OnGpus {
         let unused = configs.len() - parts.len();
         if unused > 0 {
             tracing::info!("{unused} of {} GPUs are not needed", configs.len());
+        }
+        for gpu in opened.iter().take(parts.len()) {
+            let address = &gpu.device.info().pci_address;
+            let numa = pi_topology::gpu_node(address);
+            if let Some(problem) = far_team(address, numa, plan) {
+                tracing::warn!("{problem}");
+            }
         }
         let gpus = opened.into_iter().zip(parts);
         Ok(Self {
@@ -152,6 +160,23 @@ impl OnGpus {
     }
 }
 
+/// What to do where a GPU hangs on another NUMA node than the team that drives it, of which its flags would cross the
+/// link between them.
+fn far_team(address: &str, numa: Option<usize>, plan: &Plan) -> Option<String> {
+    let (gpu, team) = numa.zip(plan.nodes.first()?.numa)?;
+    if gpu == team {
+        return None;
+    }
+    let has_team = plan.nodes.iter().any(|node| node.numa == Some(gpu));
+    let cure = match has_team {
+        true => format!("list the team of NUMA node {gpu} first ([[host.node]])"),
+        false => format!("give NUMA node {gpu} a team, the first ([[host.node]])"),
+    };
+    Some(format!(
+        "GPU {address} hangs on NUMA node {gpu}, but the team that drives it is on NUMA node {team}: {cure}"
+    ))
+}
+
 /// Opens the GPUs that configs name.
 ///
 /// # Errors
@@ -185,4 +210,33 @@ fn open(n: usize, config: &GpuConfig) -> Result<OpenGpu, GpuModelError> {
             groups_max: FFN_GROUPS * usize::from(config.hot_percent_max) / 100,
         },
     })
+}
+
+#[cfg(test)]
+mod tests {
+    use pi_topology::{HugePages, NodePlan};
+
+    use super::*;
+
+    #[test]
+    fn a_gpu_on_another_node_than_its_team_is_named() {
+        let plan = |numas: &[Option<usize>]| {
+            let team = |&numa: &Option<usize>| NodePlan {
+                numa,
+                cpus: vec![0],
+            };
+            Plan::of_nodes(numas.iter().map(team).collect(), HugePages::Off)
+        };
+        let far = |numa, numas: &[Option<usize>]| far_team("0000:41:00.0", numa, &plan(numas));
+        assert_eq!(far(Some(0), &[Some(0), Some(1)]), None);
+        assert_eq!(
+            far(Some(1), &[Some(0), Some(1)]).unwrap(),
+            "GPU 0000:41:00.0 hangs on NUMA node 1, but the team that drives it is on NUMA node 0: list the team of NUMA node \
+             1 first ([[host.node]])"
+        );
+        let text = far(Some(1), &[Some(0)]).unwrap();
+        assert!(text.contains("give NUMA node 1 a team"), "{text}");
+        assert_eq!(far(None, &[Some(0)]), None, "nobody knows");
+        assert_eq!(far(Some(1), &[None]), None);
+    }
 }

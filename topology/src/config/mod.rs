@@ -132,6 +132,15 @@ pub enum VramBudget {
     Bytes(ByteSize),
 }
 
+impl fmt::Display for VramBudget {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::All => f.write_str("all"),
+            Self::Bytes(size) => size.fmt(f),
+        }
+    }
+}
+
 /// `gpu.sync`.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
 pub enum GpuSync {

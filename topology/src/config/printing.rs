@@ -4,7 +4,7 @@ use std::fmt::Write;
 
 use super::{
     CoreChoice, GpuConfig, GpuSync, HostConfig, HugePages, ListedTeam, NodeCount, ThreadsPerNode,
-    TopologyConfig, VramBudget,
+    TopologyConfig,
 };
 
 impl TopologyConfig {
@@ -219,10 +219,7 @@ fn host_entries(host: &HostConfig) -> Vec<Entry> {
 }
 
 fn gpu_entries(gpu: &GpuConfig) -> [Entry; 6] {
-    let budget = match gpu.vram_budget {
-        VramBudget::All => "all".to_owned(),
-        VramBudget::Bytes(size) => size.to_string(),
-    };
+    let budget = gpu.vram_budget.to_string();
     let sync = match gpu.sync {
         GpuSync::Flags => "flags",
         GpuSync::Events => "events",

@@ -1,6 +1,7 @@
 //! A machine, and the plan for it, as a tree in the terminal.
 
 use super::{Cache, Core, Gpu, Machine, MachineNode, cpus_of, gib, ranges};
+use crate::config::VramBudget;
 use crate::plan::Plan;
 
 /// Columns that lines of cores are wrapped to.
@@ -212,7 +213,7 @@ impl View<'_> {
             gpu.numa.is_some() && nodes.any(|node| node.os_index == gpu.numa)
         };
         let lone = machine.gpus.iter().filter(|gpu| !has_node(gpu));
-        roots.extend(lone.map(gpu));
+        roots.extend(lone.map(|gpu| self.gpu(gpu)));
         roots
     }
 
@@ -271,7 +272,7 @@ impl View<'_> {
             .gpus
             .iter()
             .filter(|gpu| gpu.numa.is_some() && gpu.numa == node.os_index);
-        branch.children.extend(gpus.map(gpu));
+        branch.children.extend(gpus.map(|gpu| self.gpu(gpu)));
         branch
     }
 
@@ -319,6 +320,24 @@ impl View<'_> {
         format!("[{}]", cpus.collect::<Vec<String>>().join(" "))
     }
 
+    fn gpu(&self, gpu: &Gpu) -> Branch {
+        let name = gpu.name.clone();
+        let name = name.unwrap_or_else(|| format!("NVIDIA 10de:{:04x}", gpu.pci_device));
+        let memory = match gpu.memory_bytes {
+            Some(bytes) => gib(bytes),
+            None => "memory unknown without its driver".to_owned(),
+        };
+        let gpus = &self.machine.gpus;
+        let index = gpus.iter().position(|other| std::ptr::eq(other, gpu));
+        let entry = (self.plan.zip(index)).and_then(|(plan, index)| plan.gpu_entries(gpus)[index]);
+        let budget = match entry.map(|entry| entry.vram_budget) {
+            None => String::new(),
+            Some(VramBudget::All) => "  used: all that is free".to_owned(),
+            Some(VramBudget::Bytes(size)) => format!("  used: at most {size}"),
+        };
+        Branch::new(format!("GPU {}  {name}  {memory}{budget}", gpu.pci_address))
+    }
+
     /// Letters of the teams that run on a CPU; a blank where a plan leaves it free.
     fn marks(&self, cpu: usize) -> String {
         let Some(plan) = self.plan else {
@@ -337,16 +356,6 @@ impl View<'_> {
             false => marks,
         }
     }
-}
-
-fn gpu(gpu: &Gpu) -> Branch {
-    let name = gpu.name.clone();
-    let name = name.unwrap_or_else(|| format!("NVIDIA 10de:{:04x}", gpu.pci_device));
-    let memory = match gpu.memory_bytes {
-        Some(bytes) => gib(bytes),
-        None => "memory unknown without its driver".to_owned(),
-    };
-    Branch::new(format!("GPU {}  {name}  {memory}", gpu.pci_address))
 }
 
 fn numa_name(os_index: Option<usize>) -> String {

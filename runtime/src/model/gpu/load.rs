@@ -45,10 +45,16 @@ impl GpuLayout<'_> {
         let arena = Mutex::new(arena);
         let (next, copied) = (AtomicUsize::new(0), AtomicU64::new(0));
         let failure: Mutex<Option<KernelError>> = Mutex::default();
+        let node = pi_topology::gpu_node(&device.info().pci_address);
         let largest = tasks.iter().map(|task| task.bytes).max().unwrap_or(0);
         threads.run(&|_| {
             let fill = || {
-                let staging = PinnedBuffer::<u8>::new(device, largest)?;
+                // on the GPU's own NUMA node, whichever the thread is on: the link reads it from there
+                let new = || PinnedBuffer::<u8>::new(device, largest);
+                let staging = match node {
+                    Some(numa) => pi_topology::with_memory_of(numa, new),
+                    None => new(),
+                }?;
                 while let Some(task) = tasks.get(next.fetch_add(1, Ordering::Relaxed)) {
                     // SAFETY: the thread's own, and the copy before has ended.
                     let packed = unsafe { staging.write(0..task.bytes) };
