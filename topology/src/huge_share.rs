@@ -114,11 +114,13 @@ AnonHugePages:      4096 kB
             Some((4, 8))
         );
         // an area that ends in the middle of a page
-        assert_eq!(share(&[0xa0_0000..0xd0_1000]), Some((2, 2)));
+        let odd = 0xa0_0000..0xd0_1000;
+        assert_eq!(share(std::slice::from_ref(&odd)), Some((2, 2)));
         for nothing in [0x20_0000..0x30_0000, 0x4000_0000..0x5000_0000] {
-            assert_eq!(share(&[nothing]), None);
+            assert_eq!(share(std::slice::from_ref(&nothing)), None);
         }
-        assert_eq!(share_in("no such text", &[0..8 * MIB]), None);
+        let any = 0..8 * MIB;
+        assert_eq!(share_in("no such text", std::slice::from_ref(&any)), None);
     }
 
     #[test]
@@ -138,7 +140,8 @@ AnonHugePages:      4096 kB
         let mut arena = Arena::new(8 * HUGE_PAGE_BYTES, None, HugePages::Off).unwrap();
         arena.as_mut_slice().fill(1);
         let start = arena.as_slice().as_ptr().addr();
-        let Some(share) = huge_share(&[start..start + arena.len()]) else {
+        let area = start..start + arena.len();
+        let Some(share) = huge_share(std::slice::from_ref(&area)) else {
             eprintln!("skipped: this system does not tell");
             return;
         };
