@@ -340,6 +340,22 @@ impl RuntimeError {
         }
     }
 
+    /// Whether a NUMA node, or what it has of huge pages, is too small for how a model was to lie.
+    pub(crate) fn is_lack_of_room(&self) -> bool {
+        let error = match self {
+            RuntimeError::Topology(error) => error,
+            RuntimeError::Model {
+                source: ModelError::Memory(error),
+                ..
+            } => error,
+            _ => return false,
+        };
+        matches!(
+            error,
+            TopologyError::NodeFull { .. } | TopologyError::HugePages { .. }
+        )
+    }
+
     fn is_environment(&self) -> bool {
         match self {
             RuntimeError::Gguf(error) => error.is_environment(),

@@ -43,10 +43,11 @@ impl Measured {
     }
 }
 
-/// Measures every point in each of `n_rounds` rounds, decoding `n_gen` tokens; `said` is told of each before it is.
+/// Measures every point in each of `n_rounds` rounds, decoding `n_gen` tokens; `said` is told of each before it is. A setting
+/// that the first round finds no room for is left out, and the log says so.
 ///
 /// # Errors
-/// The model, or what the machine refuses.
+/// The model, or what the machine refuses; or there is no room for any setting.
 pub fn measure(
     options: &ModelOptions,
     points: Vec<Point>,
@@ -61,6 +62,7 @@ pub fn measure(
         })
         .collect();
     for round in 0..n_rounds {
+        let mut refused = Vec::new();
         for index in order(all.len(), round) {
             let measured = &mut all[index];
             said(&format!(
@@ -68,9 +70,32 @@ pub fn measure(
                 round + 1,
                 measured.point.setting
             ));
-            let sample = Sample::measure(options, &measured.point.plan, n_gen)?;
-            measured.samples.push(sample);
+            match Sample::measure(options, &measured.point.plan, n_gen) {
+                Ok(sample) => measured.samples.push(sample),
+                // a copy on every node may be too much where shares are not
+                Err(error) if round == 0 && error.is_lack_of_room() => refused.push((index, error)),
+                Err(error) => return Err(error),
+            }
         }
+        all = without_refused(all, refused)?;
+    }
+    Ok(all)
+}
+
+/// All that there is room for, and the log has what not; the last error where that is none.
+fn without_refused(
+    mut all: Vec<Measured>,
+    mut refused: Vec<(usize, RuntimeError)>,
+) -> Result<Vec<Measured>, RuntimeError> {
+    if refused.len() == all.len()
+        && let Some((_, error)) = refused.pop()
+    {
+        return Err(error);
+    }
+    // from the last one, so that the others keep their places
+    for (index, error) in refused.into_iter().rev() {
+        let left_out = all.remove(index);
+        tracing::warn!("{}: left out, for {error}", left_out.point.setting);
     }
     Ok(all)
 }
@@ -103,6 +128,32 @@ mod tests {
         assert_eq!(order(3, 0), [0, 1, 2]);
         assert_eq!(order(3, 1), [2, 1, 0]);
         assert_eq!(order(3, 2), [0, 1, 2]);
+    }
+
+    #[test]
+    fn settings_without_room_are_left_out_but_not_all() {
+        use pi_topology::{ColdPolicy, TopologyError};
+        let full = || {
+            RuntimeError::from(TopologyError::NodeFull {
+                numa: 1,
+                bytes: 2,
+                free_bytes: 1,
+                cure: "less".to_owned(),
+            })
+        };
+        assert!(full().is_lack_of_room());
+        let of = |cold| report::tests::measured(cold, None, &[1.0]);
+        let policies = [
+            ColdPolicy::Shard,
+            ColdPolicy::Replicate,
+            ColdPolicy::Single(1),
+        ];
+        let three = || policies.map(of).to_vec();
+        let left = without_refused(three(), vec![(1, full()), (2, full())]).unwrap();
+        assert_eq!(left, [of(ColdPolicy::Shard)]);
+        assert_eq!(without_refused(three(), vec![]).unwrap().len(), 3);
+        let all = vec![(0, full()), (1, full()), (2, full())];
+        assert!(without_refused(three(), all).unwrap_err().is_lack_of_room());
     }
 
     #[test]
