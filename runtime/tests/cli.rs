@@ -20,7 +20,7 @@ fn text_goes_to_stdout_and_the_rest_to_stderr() {
         ran.out.trim_end_matches('\n'),
         json["text"].as_str().unwrap().trim_end_matches('\n')
     );
-    let lines = ran.own_lines();
+    let lines = ran.err.lines().collect::<Vec<_>>();
     assert!(
         lines.len() == 1 && lines[0].starts_with("load "),
         "{}",

@@ -134,7 +134,7 @@ fn refused(file: &Path, words: &[&str]) {
             "{args:?}: {}",
             ran.err
         );
-        assert_eq!(ran.own_lines().len(), 1, "{}", ran.err);
+        assert_eq!(ran.err.lines().count(), 1, "{}", ran.err);
         for word in words {
             assert!(ran.err.contains(word), "{:?} lacks {word:?}", ran.err);
         }

@@ -39,9 +39,14 @@ pub struct Conflict {
 ///
 /// Only for this system: a made-up or saved machine has none.
 pub fn conflicts(machine: &Machine, plan: Option<&Plan>, system: &SystemState) -> Vec<Conflict> {
-    if !machine.is_this_system() {
-        return Vec::new();
+    match machine.is_this_system() {
+        true => conflicts_here(plan, system),
+        false => Vec::new(),
     }
+}
+
+/// The same of a `plan` that was made for this system.
+pub fn conflicts_here(plan: Option<&Plan>, system: &SystemState) -> Vec<Conflict> {
     let mut conflicts = missing_cpus(system);
     if let Some(plan) = plan {
         conflicts.extend(shared_cores(plan, system));

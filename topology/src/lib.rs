@@ -37,7 +37,7 @@ pub use config::{
     ByteSize, ColdPolicy, CoreChoice, GpuConfig, GpuSync, HostConfig, HugePages, ListedTeam,
     MachineNeeds, MemoryConfig, NodeCount, ThreadsPerNode, TopologyConfig, VramBudget,
 };
-pub use conflicts::{Conflict, ConflictSubject, conflicts};
+pub use conflicts::{Conflict, ConflictSubject, conflicts, conflicts_here};
 pub use error::TopologyError;
 pub use fit::{Backends, Difference, Fit, asking_for};
 pub use gpu::{NvidiaDriver, NvidiaGpu, gpu_node};

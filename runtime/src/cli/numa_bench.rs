@@ -90,7 +90,7 @@ pub fn run(args: &NumaBenchArgs) -> Result<(), RuntimeError> {
         })
         .collect::<Result<Vec<Point>, RuntimeError>>()?;
     if let Some(widest) = points.iter().max_by_key(|point| point.plan.n_threads()) {
-        warn_of_conflicts(&machine, &widest.plan);
+        warn_of_conflicts(&widest.plan);
     }
     let n_gen = args.n_gen as usize;
     let options = args.model.options(n_gen + 1)?;

@@ -2,26 +2,27 @@
 
 use std::sync::Once;
 
-use pi_topology::{Machine, Plan, SystemState, conflicts};
+use pi_topology::{Plan, SystemState, conflicts_here};
 
 static SAID: Once = Once::new();
 
-/// Logs, once in a process, what keeps the threads of `plan` from their CPUs and memory or shares them, with the cure.
-pub fn warn_of_conflicts(machine: &Machine, plan: &Plan) {
+/// Logs, once in a process, what keeps the threads of `plan`, which is for this system, from their CPUs and memory or shares
+/// them, with the cure.
+pub fn warn_of_conflicts(plan: &Plan) {
     SAID.call_once(|| {
-        for line in lines(machine, plan, SystemState::read()) {
+        for line in lines(plan, SystemState::read()) {
             tracing::warn!("{line}");
         }
     });
 }
 
-fn lines(machine: &Machine, plan: &Plan, system: SystemState) -> Vec<String> {
+fn lines(plan: &Plan, system: SystemState) -> Vec<String> {
     // CPUs that are switched off, such as hyper-threads, are so for all programs: `topology` names them
     let system = SystemState {
         present_cpus: system.online_cpus.clone(),
         ..system
     };
-    let conflicts = conflicts(machine, Some(plan), &system).into_iter();
+    let conflicts = conflicts_here(Some(plan), &system).into_iter();
     conflicts
         .map(|conflict| format!("{}: {}", conflict.problem, conflict.cure))
         .collect()
@@ -30,11 +31,10 @@ fn lines(machine: &Machine, plan: &Plan, system: SystemState) -> Vec<String> {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use pi_topology::{HugePages, MachineSource, NodePlan};
+    use pi_topology::{HugePages, NodePlan};
 
     #[test]
     fn what_disturbs_the_plan_is_a_line_and_what_does_not_is_none() {
-        let machine = Machine::of_nodes(vec![], MachineSource::AffinityMask);
         let team = NodePlan {
             numa: Some(0),
             cpus: vec![0, 1],
@@ -47,13 +47,13 @@ mod tests {
             affinity_cpus: (0..4).collect(),
             ..SystemState::default()
         };
-        assert_eq!(lines(&machine, &plan, clean.clone()), [""; 0]);
+        assert_eq!(lines(&plan, clean.clone()), [""; 0]);
         let limited = SystemState {
             affinity_cpus: vec![0, 1],
             cpu_limit: Some(1.0),
             ..clean
         };
-        let lines = lines(&machine, &plan, limited);
+        let lines = lines(&plan, limited);
         assert_eq!(lines.len(), 2, "{lines:?}");
         assert!(
             lines[0].starts_with("CPU 2-3: the affinity mask"),

@@ -12,6 +12,7 @@ use pi_kernels::ffn_sparse::FFN_GROUPS;
 use pi_kernels::{ActivationMode, Cpu};
 use pi_topology::{NodeRooms, Plan, Residence, TopologyError};
 
+use super::conflict_log::warn_of_conflicts;
 use super::gpu::OnGpus;
 use super::sparsity::{self, ThresholdSource};
 use crate::chat::SpecialTexts;
@@ -354,6 +355,7 @@ fn start_engine(
     let loader = fitting_loader(plan, &sparsity, &rooms, options.kv_type, loader_of)?;
     // a full node would end the program without a word
     loader.held_bytes(options.kv_type).check(plan, &rooms)?;
+    warn_of_conflicts(plan);
     let teams = Teams::start(plan)?;
     let memory = VerifiedMemory::new(plan);
     let layouts = on_gpus.as_ref().map(|gpus| gpus.layouts(&request));

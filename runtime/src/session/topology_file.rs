@@ -7,7 +7,6 @@ use pi_topology::{
     SystemState, TopologyConfig, conflicts,
 };
 
-use super::conflict_log::warn_of_conflicts;
 use super::topology_syntax::parse;
 use crate::error::RuntimeError;
 
@@ -77,8 +76,7 @@ impl TopologyFile {
         &self.config
     }
 
-    /// Fits it to the machine that this runs on, with `threads` over all nodes in place of the file's; the log has what
-    /// disturbs the plan.
+    /// Fits it to the machine that this runs on, with `threads` over all nodes in place of the file's.
     ///
     /// # Errors
     /// The machine lacks what is asked for.
@@ -87,9 +85,7 @@ impl TopologyFile {
         if !self.config.gpus.is_empty() {
             machine.ask_gpu_driver();
         }
-        let plan = self.plan_on(&machine, threads)?;
-        warn_of_conflicts(&machine, &plan);
-        Ok(plan)
+        self.plan_on(&machine, threads)
     }
 
     /// The same for any machine.

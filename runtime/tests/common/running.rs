@@ -14,17 +14,15 @@ pub const TEXT: &str = "The quick brown fox jumps over the lazy dog, and the dog
 pub struct Ran {
     pub code: i32,
     pub out: String,
+    /// Without what it said of tests beside it, whose threads are bound to the same CPUs.
     pub err: String,
 }
 
-impl Ran {
-    /// What it said, without being disturbed by tests beside it: their threads are bound to the same CPUs.
-    pub fn own_lines(&self) -> Vec<&str> {
-        let lines = self.err.lines();
-        lines
-            .filter(|line| !line.contains(" has bound threads to it too"))
-            .collect()
-    }
+fn own_lines(err: &str) -> String {
+    let lines = err.split_inclusive('\n');
+    lines
+        .filter(|line| !line.contains(" has bound threads to it too"))
+        .collect()
 }
 
 pub fn run_with(args: &[&str], stdin: &str) -> Ran {
@@ -32,7 +30,7 @@ pub fn run_with(args: &[&str], stdin: &str) -> Ran {
     Ran {
         code: output.status.code().unwrap_or(-1),
         out: String::from_utf8(output.stdout).unwrap(),
-        err: String::from_utf8(output.stderr).unwrap(),
+        err: own_lines(std::str::from_utf8(&output.stderr).unwrap()),
     }
 }
 
