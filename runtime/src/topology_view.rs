@@ -2,17 +2,15 @@
 
 use std::path::Path;
 
-use pi_kernels::attention::KvType;
 use pi_topology::{Conflict, Limit, Machine, NodeRooms, Plan, SystemState, VramBudget, conflicts};
 use serde_json::json;
 
 use crate::error::RuntimeError;
 use crate::gguf::GgufFile;
-use crate::model::predicting::Predicting;
-use crate::model::room::fitting_loader;
-use crate::model::shares::{Division, neurons_by_threads};
+use crate::model::room::held_in;
+use crate::model::shares::neurons_by_threads;
 use crate::model::sparsity::SparsityPlan;
-use crate::model::{Hyperparameters, Loader, ModelTensors};
+use crate::model::{Hyperparameters, ModelTensors};
 use crate::session::N_CTX_DEFAULT_MAX;
 
 /// Why a model's neurons are not divided as the rest is.
@@ -61,23 +59,15 @@ impl ModelBytes {
             0 => hyper.n_ctx_max.min(N_CTX_DEFAULT_MAX),
             n_ctx => n_ctx,
         };
-        let nobody = Predicting::default();
-        let loader_of = |division: &Division| {
-            Loader::predicted(
-                &file, &hyper, &tensors, &sparsity, None, nobody, division, None, n_ctx,
-            )
-            .map_err(in_file)
-        };
-        let loader = fitting_loader(plan, &sparsity, rooms, KvType::F16, loader_of)?;
-        let held = loader.held_bytes(KvType::F16);
-        let too_much = held.check(plan, rooms).err();
+        let (held, too_much) =
+            held_in(plan, rooms, &file, &hyper, &tensors, &sparsity, n_ctx).map_err(in_file)?;
         Ok(Self {
             sparsity: sparsity.mode.name(),
             neurons_by_threads: neurons_by_threads(plan, &sparsity),
             n_ctx,
             weights_bytes: held.weights,
             cache_bytes: held.cache,
-            too_much: too_much.map(|error| error.to_string()),
+            too_much,
         })
     }
 }

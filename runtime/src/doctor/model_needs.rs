@@ -2,18 +2,15 @@
 
 use std::path::Path;
 
-use pi_kernels::attention::KvType;
 use pi_topology::{HugePages, NodePlan, NodeRooms, Plan};
 
 use crate::error::RuntimeError;
 use crate::gguf::GgufFile;
 use crate::model::description::Description;
 use crate::model::footprint::Footprint;
-use crate::model::predicting::Predicting;
-use crate::model::room::fitting_loader;
-use crate::model::shares::Division;
+use crate::model::room::held_in;
 use crate::model::sparsity::SparsityPlan;
-use crate::model::{Hyperparameters, Loader, ModelTensors};
+use crate::model::{Hyperparameters, ModelTensors};
 use crate::session::N_CTX_DEFAULT_MAX;
 use crate::tokenizer::Tokenizer;
 
@@ -63,15 +60,8 @@ impl ModelNeeds {
         let one_thread = Plan::of_nodes(vec![one_thread], HugePages::Off);
         let plan = plan.unwrap_or(&one_thread);
         let rooms = NodeRooms::read(plan)?;
-        let loader_of = |division: &Division| {
-            let nobody = Predicting::default();
-            Loader::predicted(
-                &file, &hyper, &tensors, &sparsity, None, nobody, division, None, n_ctx,
-            )
-            .map_err(in_file)
-        };
-        let loader = fitting_loader(plan, &sparsity, &rooms, KvType::F16, loader_of)?;
-        let held = loader.held_bytes(KvType::F16);
+        let (held, full_node) =
+            held_in(plan, &rooms, &file, &hyper, &tensors, &sparsity, n_ctx).map_err(in_file)?;
         Tokenizer::from_metadata(file.metadata()).map_err(|source| RuntimeError::TokenizerOf {
             path: path.to_path_buf(),
             source,
@@ -83,10 +73,7 @@ impl ModelNeeds {
             hint: sparsity.hint.clone(),
             weights_bytes: held.weights.iter().sum(),
             cache_bytes: held.cache.iter().sum(),
-            full_node: held
-                .check(plan, &rooms)
-                .err()
-                .map(|error| error.to_string()),
+            full_node,
             n_ctx,
             token_bytes: Footprint::of(&hyper, &tensors, &sparsity).bytes(1.0),
         })

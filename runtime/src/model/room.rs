@@ -4,9 +4,13 @@ use pi_kernels::attention::KvType;
 use pi_kernels::ffn_sparse::FFN_GROUPS;
 use pi_topology::{ColdPolicy, NodeBalance, NodeRooms, Plan, TopologyError};
 
+use super::error::ModelError;
 use super::load::Loader;
+use super::predicting::Predicting;
 use super::shares::{Division, cold_groups};
 use super::sparsity::SparsityPlan;
+use super::{Hyperparameters, ModelTensors};
+use crate::gguf::GgufFile;
 
 /// What each node is to hold, bytes.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -59,6 +63,32 @@ pub fn fitting_loader<'a, E>(
         Ok(loader_of(division)?.held_bytes(kv_type))
     })?;
     loader_of(&division)
+}
+
+/// What each node of `plan` is to hold of a model without predictors and GPUs, with a cache of f16 for `n_ctx` tokens; and the
+/// NUMA node that it does not fit into, with what would do.
+///
+/// # Errors
+/// As [`Loader::new`].
+pub fn held_in(
+    plan: &Plan,
+    rooms: &NodeRooms,
+    file: &GgufFile,
+    hyper: &Hyperparameters,
+    tensors: &ModelTensors,
+    sparsity: &SparsityPlan,
+    n_ctx: usize,
+) -> Result<(HeldBytes, Option<String>), ModelError> {
+    let loader_of = |division: &Division| {
+        let nobody = Predicting::default();
+        Loader::predicted(
+            file, hyper, tensors, sparsity, None, nobody, division, None, n_ctx,
+        )
+    };
+    let held = fitting_loader(plan, sparsity, rooms, KvType::F16, loader_of)?;
+    let held = held.held_bytes(KvType::F16);
+    let too_much = held.check(plan, rooms).err();
+    Ok((held, too_much.map(|error| error.to_string())))
 }
 
 /// `division`, with whole groups of neurons moved from nodes whose memory they do not fit into to those with most room
