@@ -81,8 +81,13 @@ __device__ __forceinline__ float byte_to_float(u32 bytes, float offset) {
 }
 
 // What a launch before the one before this has written: it may be read before `wait_for_launch_before`, but not from the first
-// cache, which may hold what was there earlier.
-__device__ __forceinline__ u32 load_written(const u32* at) { return __ldcg(at); }
+// cache, which may hold what was there earlier. Several such loads are under way at a time: unlike `__ldcg` it lets the compiler move
+// other memory accesses past it.
+__device__ __forceinline__ u32 load_written(const u32* at) {
+    u32 v;
+    asm volatile("ld.global.cg.u32 %0, [%1];" : "=r"(v) : "l"(at));
+    return v;
+}
 
 // Every kernel calls it before it reads or writes what other launches write or read. From Hopper on a kernel may be started
 // before the one before it has ended: what comes before this call overlaps that one's end, what comes behind it is ordered as

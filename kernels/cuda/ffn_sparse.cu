@@ -100,9 +100,8 @@ __device__ __forceinline__ void find_active(const DownArgs& args, const DownPlac
         u32 j = places.begin + (first + r * DOWN_WARPS + warp) * places.step * WARP + lane;
         if (j < places.end && (a[r] != 0.0f || !args.skip)) {
             u32 at = list.counts[r * DOWN_WARPS + warp] + before[r];
-            // a neuron that does not exist: NaN times the first row
-            list.ids[at] = ids[r] < args.n_neurons ? ids[r] : 0;
-            list.a[at] = ids[r] < args.n_neurons ? a[r] : not_a_number();
+            list.ids[at] = ids[r];
+            list.a[at] = a[r];
         }
     }
     __syncthreads();
@@ -133,19 +132,12 @@ struct DownGiven {
     const DownArgs& args;
     const DownPlaces places;
 
-    __device__ __forceinline__ DownGiven(const DownArgs& args, u32 n) : args(args), places(LISTED, n) {}
+    __device__ __forceinline__ DownGiven(const DownArgs& args, const DownPlaces& places) : args(args), places(places) {}
     __device__ __forceinline__ u32 n() const { return places.n_runs * WARP; }
     __device__ __forceinline__ u32 place(u32 k) const { return places.begin + k / WARP * places.step * WARP + k % WARP; }
     __device__ __forceinline__ bool has(u32 k) const { return k < n() && place(k) < places.end; }
-    __device__ __forceinline__ u32 listed(u32 k) const { return LISTED ? load_written(args.ids + place(k)) : place(k); }
-    // a neuron that does not exist: NaN times the first row
-    __device__ __forceinline__ u32 id(u32 k) const {
-        const u32 id = listed(k);
-        return !LISTED || id < args.n_neurons ? id : 0;
-    }
-    __device__ __forceinline__ float a(u32 k) const {
-        return !LISTED || listed(k) < args.n_neurons ? args.a[place(k)] : not_a_number();
-    }
+    __device__ __forceinline__ u32 id(u32 k) const { return LISTED ? load_written(args.ids + place(k)) : place(k); }
+    __device__ __forceinline__ float a(u32 k) const { return args.a[place(k)]; }
 };
 
 // Those of a list that was made.
@@ -168,6 +160,7 @@ struct DownSums {
     const u32 item, first;
     const bool exists;
     float acc[VALUES];
+    u32 ids[TOGETHER];
     Q next[TOGETHER];
     float next_a[TOGETHER];
 
@@ -178,19 +171,23 @@ struct DownSums {
         for (int v = 0; v < VALUES; v++) acc[v] = 0.0f;
     }
 
+    // All ids are asked for before the first item. Of a neuron that does not exist the first row is taken, times NaN.
     template <class Neurons>
     __device__ __forceinline__ void load_items(const Neurons& neurons, u32 k) {
 #pragma unroll
+        for (int t = 0; t < TOGETHER; t++) ids[t] = neurons.has(k + t * STEP) ? neurons.id(k + t * STEP) : 0;
+#pragma unroll
         for (int t = 0; t < TOGETHER; t++)
             if (exists && neurons.has(k + t * STEP))
-                next[t].load(args.rows + neurons.id(k + t * STEP) * args.stride, args.n_cols, item);
+                next[t].load(args.rows + (ids[t] < args.n_neurons ? ids[t] : 0) * args.stride, args.n_cols, item);
     }
 
+    // Behind `load_items`.
     template <class Neurons>
     __device__ __forceinline__ void load_a(const Neurons& neurons, u32 k) {
 #pragma unroll
         for (int t = 0; t < TOGETHER; t++)
-            next_a[t] = neurons.has(k + t * STEP) ? neurons.a(k + t * STEP) : 0.0f;
+            next_a[t] = !neurons.has(k + t * STEP) ? 0.0f : ids[t] < args.n_neurons ? neurons.a(k + t * STEP) : not_a_number();
     }
 
     // When the first step's items and factors have been asked for.
@@ -241,8 +238,9 @@ __device__ __forceinline__ void down(const DownArgs& args) {
     DownSums<Q> own(args);
     const u32 n = args.n_ids == nullptr ? args.n_neurons : min(load_written(args.n_ids), args.n_a);
     const bool listed = args.n_ids != nullptr;
-    const DownGiven<true> of_list(args, n);
-    const DownGiven<false> of_all(args, n);
+    const DownPlaces places(listed, n);
+    const DownGiven<true> of_list(args, places);
+    const DownGiven<false> of_all(args, places);
     if (!args.skip && listed) own.load_items(of_list, own.first);
     if (!args.skip && !listed) own.load_items(of_all, own.first);
     wait_for_launch_before();
@@ -258,7 +256,6 @@ __device__ __forceinline__ void down(const DownArgs& args) {
         own.load_a(of_all, own.first);
         own.add(of_all);
     } else {
-        const DownPlaces places(listed, n);
         for (u32 first = 0; first < places.n_runs; first += DOWN_LIST / WARP) {
             find_active(args, places, first, list);
             own.load_items(DownListed{list}, own.first);
