@@ -223,8 +223,11 @@ impl<'a> CopyTask<'a, '_> {
 
 /// Rows of a matrix one after the other.
 fn gathered(source: &FileMatrix, rows: &[u32]) -> Vec<u8> {
-    let row = |&row: &u32| source.rows(row as usize..row as usize + 1);
-    rows.iter().flat_map(row).copied().collect()
+    let mut gathered = Vec::with_capacity(rows.len() * source.row_bytes());
+    for &row in rows {
+        gathered.extend_from_slice(source.rows(row as usize..row as usize + 1));
+    }
+    gathered
 }
 
 fn copy_matrix(part: &MatrixPart<'_>, to: &mut [u8]) {
