@@ -31,6 +31,16 @@ pub(super) fn runs(ids: &[u32], span: Range<usize>) -> impl Iterator<Item = Rang
     })
 }
 
+/// Neurons whose rows are asked for ahead, at least: where few are active, a run has one or two.
+const AHEAD: usize = 12;
+
+/// Places of a list of `n` whose rows to ask for before `run` is added, where the first `asked` have been.
+pub(super) fn to_ask(run: &Range<usize>, asked: &mut usize, n: usize) -> Range<usize> {
+    let from = (*asked).max(run.start);
+    *asked = (run.end + run.len().max(AHEAD)).min(n);
+    from..*asked
+}
+
 /// The specification: adds the neurons of `span` to `y`, columns `cols`.
 pub(super) fn add_group(
     down: &NeuronRows<'_>,
@@ -94,7 +104,7 @@ pub(super) mod x86 {
     use super::super::DownScratch;
     use super::super::strips::{STRIP, strips, sum_groups};
     use super::super::x86::{Active, Batch, TOKENS_ROUNDED};
-    use super::{ROUNDED, runs};
+    use super::{ROUNDED, runs, to_ask};
     use crate::dot::row::{self, RowPlanes};
     use crate::matrix::StridedOut;
     use crate::quant::{BLOCK, QuantType};
@@ -143,9 +153,10 @@ pub(super) mod x86 {
         let mut rounded = Rounded::default();
         let mut done = [[0.0f32; STRIP * BLOCK]; SUBTREES_MAX + 1];
         let flat = done.as_flattened_mut();
+        let mut asked = 0;
         sum_groups(list.groups, flat, STRIP * BLOCK, width, |span, y| {
             for run in runs(list.ids, span.clone()) {
-                for j in run.end..(run.end + run.len()).min(list.ids.len()) {
+                for j in to_ask(&run, &mut asked, list.ids.len()) {
                     planes(j).prefetch(QuantType::Q4_0, blocks.clone());
                 }
                 let mut rows = [RowPlanes::none(); ROUNDED];

@@ -13,7 +13,7 @@ use std::ops::Range;
 
 use super::super::NeuronRows;
 use super::super::tree::SUBTREES_MAX;
-use super::rounded::{ROUNDED, runs};
+use super::rounded::{ROUNDED, runs, to_ask};
 use super::strips::{strips, sum_groups};
 use super::x86::Active;
 use crate::dot::prefetch_bytes;
@@ -102,9 +102,10 @@ vnni_fn! {
         let mut rounded = MaybeUninit::<Rounded>::uninit();
         let mut done = [[0.0f32; STRIP * BLOCK]; SUBTREES_MAX + 1];
         let flat = done.as_flattened_mut();
+        let mut asked = 0;
         sum_groups(list.groups, flat, STRIP * BLOCK, width, |span, y| {
             for run in runs(list.ids, span.clone()) {
-                for j in run.end..(run.end + run.len()).min(list.ids.len()) {
+                for j in to_ask(&run, &mut asked, list.ids.len()) {
                     columns.prefetch(row(j));
                 }
                 let mut rows = [std::ptr::null(); ROUNDED];
