@@ -2,11 +2,17 @@
 #pragma once
 #include "common.cuh"
 
-__device__ __forceinline__ void store_block(const Act& to, u32 block, float value) {
+// A block's scale and this lane's 8-bit value; zeros where there is no 8-bit arithmetic.
+struct Rounded {
+    float scale;
+    int q;
+};
+
+__device__ __forceinline__ Rounded store_block(const Act& to, u32 block, float value) {
     const u32 lane = threadIdx.x % WARP;
     to.values[block * BLOCK + lane] = value;
     if (to.quads != nullptr) ((float*)(to.quads + lane / 4 * to.n_blocks + block))[lane % 4] = value;
-    if (to.halves == nullptr) return;
+    if (to.halves == nullptr) return Rounded{0.0f, 0};
     float amax = warp_max(fabsf(value));
     // false for NaN too, which fmaxf leaves out
     bool finite = __all_sync(ALL_LANES, fabsf(value) < infinity());
@@ -20,4 +26,5 @@ __device__ __forceinline__ void store_block(const Act& to, u32 block, float valu
     for (int step = 8; step > 0; step /= 2) sum += __shfl_xor_sync(ALL_LANES, sum, step);
     int second = __shfl_sync(ALL_LANES, sum, 16);
     if (lane == 0) to.meta[block] = make_int4(__float_as_int(scale), sum, second, 0);
+    return Rounded{scale, q};
 }

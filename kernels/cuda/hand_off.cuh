@@ -48,10 +48,12 @@ __device__ __forceinline__ void set_flag(const HandOver& hand, u32* to_count, u3
     }
 }
 
-// How something is taken over from the host.
+// How f32 values are taken over from the host.
 struct TakeOver {
-    // in host memory: f32, and the flag behind which they are there
-    const float* from;
+    // in host memory, 8 bytes a value: its bits, and the tag of what it belongs to, the token's number + `plus`. Both are written
+    // and read as one word, so that a value with its tag is there, whatever else is.
+    const uint2* from;
+    // set when all are there, or nothing more will come
     const u32* flag;
     const u32* number;
     // set when the host is late, on the device and in host memory
@@ -60,27 +62,43 @@ struct TakeOver {
     // [2] in host memory: when the wait began and ended
     u64* stamps;
     u64 limit_ns;
+    u32 plus;
 };
 
-// Waits for the host, but not for ever. Once the host was late nothing waits any more: the token is lost, and its results are
-// not used. Called by whole blocks, each of which waits for itself.
-__device__ __forceinline__ void wait_for_host(const TakeOver& take) {
-    if (threadIdx.x == 0) {
-        const u32 number = *take.number;
-        const u64 start = time_ns();
-        while (load_acquire(take.flag) != number) {
-            if (*(volatile const u32*)take.late != 0) break;
-            if (time_ns() - start > take.limit_ns) {
+// Looks at values between looks at the flag and the clock.
+constexpr u32 LOOKS = 64;
+
+// Values i and i + 1 with their tags, as they are now; `i` is even.
+__device__ __forceinline__ uint4 look(const TakeOver& take, u32 i) {
+    uint4 v;
+    asm volatile("ld.volatile.global.v4.u32 {%0, %1, %2, %3}, [%4];"
+                 : "=r"(v.x), "=r"(v.y), "=r"(v.z), "=r"(v.w)
+                 : "l"(take.from + i)
+                 : "memory");
+    return v;
+}
+
+// Waits for values i and i + 1, but not for ever. Once the host was late nothing waits any more: the token is lost, and its
+// results are not used.
+__device__ __forceinline__ float2 wait_for_host(const TakeOver& take, u32 i) {
+    const u32 number = *take.number, tag = number + take.plus;
+    const u64 start = time_ns();
+    uint4 v = look(take, i);
+    for (u32 n = 1; v.y != tag || v.w != tag; n++) {
+        if (n % LOOKS == 0) {
+            const bool told = load_acquire(take.flag) == number;
+            const bool late = time_ns() - start > take.limit_ns;
+            if (late) {
                 *(volatile u32*)take.late = 1;
                 *(volatile u32*)take.late_host = 1;
                 __threadfence_system();
+            }
+            if (told || late || *(volatile const u32*)take.late != 0) {
+                v = look(take, i);
                 break;
             }
         }
-        if (blockIdx.x == 0) {
-            take.stamps[0] = start;
-            take.stamps[1] = time_ns();
-        }
+        v = look(take, i);
     }
-    __syncthreads();
+    return make_float2(__uint_as_float(v.x), __uint_as_float(v.z));
 }

@@ -10,10 +10,12 @@ struct RmsNormArgs {
     Act to;
     // the same without the weight; none where `values` is null
     Act plain;
-    // where the normed values go in the host's memory, [n_cols] f32; nowhere where null
+    // where the normed values go in the host's memory, [n_cols] f32, or [n_blocks * 32] i8 and [n_blocks] f32, the scales, behind
+    // them; nowhere where null
     float* host;
     HandOver hand;
     float eps;
+    u32 host_q8;
 };
 static_assert(sizeof(RmsNormArgs) == 144, "as the launcher has it");
 
@@ -52,8 +54,13 @@ extern "C" __global__ void __launch_bounds__(1024) rms_norm(RmsNormArgs args) {
         const float weight = first ? own_weight : column < n ? args.weight[column] : 0.0f;
         const float normed = __fmul_rn(x, scale);
         const float value = __fmul_rn(normed, weight);
-        if (args.host != nullptr && column < n) args.host[column] = value;
-        store_block(args.to, block, value);
+        const Rounded rounded = store_block(args.to, block, value);
+        if (args.host != nullptr && args.host_q8) {
+            ((i8*)args.host)[column] = (i8)rounded.q;
+            if (lane == 0) args.host[args.to.n_blocks * (BLOCK / 4) + block] = rounded.scale;
+        } else if (args.host != nullptr && column < n) {
+            args.host[column] = value;
+        }
         if (args.plain.values != nullptr) store_block(args.plain, block, normed);
     }
     if (args.host != nullptr) set_flag(args.hand, nullptr, 0);

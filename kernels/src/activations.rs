@@ -263,6 +263,50 @@ impl ActWriter<'_> {
         unsafe { self.set_columns(cpu, token, 0..self.n_cols, fill) }
     }
 
+    /// Sets some columns of row `token`, whole blocks, from their 8-bit blocks: `q` are the values of these columns, `scales` one for
+    /// each block. Their f32 values are NaN: only 8-bit arithmetic may follow.
+    ///
+    /// # Safety
+    /// As [`Self::set_columns`].
+    ///
+    /// # Panics
+    /// When the batch is not of 8-bit blocks, there is no such row or column, or lengths differ.
+    pub unsafe fn set_rounded(
+        &self,
+        token: usize,
+        columns: Range<usize>,
+        q: &[i8],
+        scales: &[f32],
+    ) {
+        assert_eq!(self.mode, ActivationMode::Q8, "8-bit blocks");
+        assert!(token < self.capacity, "row {token} of {}", self.capacity);
+        let Range { start, end } = columns;
+        assert!(
+            start <= end && end <= self.n_cols && start % BLOCK + end % BLOCK == 0,
+            "whole blocks: columns {start}..{end} of {}",
+            self.n_cols
+        );
+        let n = (end - start) / BLOCK;
+        assert!(q.len() == n * BLOCK && scales.len() == n, "{n} blocks");
+        let first = token * self.n_cols.div_ceil(BLOCK) + start / BLOCK;
+        // SAFETY: as in `set_columns`.
+        unsafe {
+            from_raw_parts_mut(self.values.add(first * BLOCK), n * BLOCK).fill(f32::NAN);
+            from_raw_parts_mut(self.q.add(first * BLOCK), n * BLOCK).copy_from_slice(q);
+            from_raw_parts_mut(self.scales.add(first), n).copy_from_slice(scales);
+            let sums = from_raw_parts_mut(self.sums.add(first), n);
+            let block_sums = from_raw_parts_mut(self.block_sums.add(first), n);
+            let half_sums = from_raw_parts_mut(self.half_sums.add(first * 2), n * 2);
+            for (half, q) in half_sums.iter_mut().zip(q.chunks_exact(BLOCK / 2)) {
+                *half = q.iter().map(|&q| i32::from(q)).sum();
+            }
+            for (n, half) in half_sums.chunks_exact(2).enumerate() {
+                block_sums[n] = half[0] + half[1];
+                sums[n] = scales[n] * block_sums[n] as f32;
+            }
+        }
+    }
+
     /// Sets some columns of row `token`, from a whole block of 32 on to another or to the last column: `fill` writes the
     /// values.
     ///

@@ -84,8 +84,12 @@ impl Model {
         run(&args)
     }
 
-    /// Perplexity of the text.
+    /// Perplexity of the text, with f32 activations.
     fn perplexity(&self, keys: Option<&str>, flags: &[&str]) -> f64 {
+        self.perplexity_of("f32", keys, flags)
+    }
+
+    fn perplexity_of(&self, activations: &str, keys: Option<&str>, flags: &[&str]) -> f64 {
         let text = self.path("t.txt");
         let fixed = [
             "-f",
@@ -95,7 +99,7 @@ impl Model {
             "--chunks",
             "2",
             "--activations",
-            "f32",
+            activations,
         ];
         let ran = self.run(&["perplexity"], keys, &[&fixed[..], flags].concat());
         assert_eq!(ran.code, 0, "{}", ran.err);
@@ -155,6 +159,30 @@ fn every_split_gives_the_host_s_perplexity() {
             (got / host - 1.0).abs() < 0.05,
             "{percent} %: {got}, not {host}"
         );
+    }
+}
+
+/// 8-bit activations, of which the host gets blocks in place of values where it needs no more.
+#[test]
+fn every_split_gives_the_host_s_perplexity_with_8_bits() {
+    if !has_gpu() {
+        return;
+    }
+    let model = Model::new();
+    let modes: [(&[&str], f64); 3] = [
+        (&["--sparsity", "off"], 0.005),
+        (&["--sparsity", "exact"], 0.005),
+        (&["--sparsity", "predicted", "--predictor", "ahead"], 0.05),
+    ];
+    for (mode, limit) in modes {
+        let flags = [mode, &["-b", "1"]].concat();
+        let host = model.perplexity_of("q8", None, &flags);
+        for percent in [50, 0] {
+            let keys = format!("required = true\nhot_percent_max = {percent}");
+            let got = model.perplexity_of("q8", Some(&keys), &flags);
+            let change = (got / host - 1.0).abs();
+            assert!(change < limit, "{mode:?}, {percent} %: {got}, not {host}");
+        }
     }
 }
 

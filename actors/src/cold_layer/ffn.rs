@@ -10,7 +10,7 @@
 use std::ops::Range;
 use std::sync::atomic::Ordering;
 
-use pi_kernels::elementwise::{relu_mul, silu_mul};
+use pi_kernels::elementwise::{add_assign, relu_mul, silu_mul};
 use pi_kernels::ffn_sparse::{
     GroupSpan, SUBTREES_MAX, ask_for_down, down_active, down_tokens, up_active, up_tokens,
 };
@@ -21,7 +21,6 @@ use pi_kernels::{ActWriter, Cpu, ROW_GROUP, StridedOut};
 use super::rows::multiply;
 use super::{Job, predicted, threshold, weights_read};
 use crate::counters::Counters;
-use crate::gpu::sum_into;
 use crate::model::group_neurons;
 use crate::pieces::{Cut, Piece};
 use crate::scratch::{ActiveList, NEURON_CHUNK, NodeScratch, ThreadScratch};
@@ -314,11 +313,13 @@ pub(super) fn sum_token(
         &mut sums[..n_sums],
     );
     if let Some(gpu) = model.answers_in_place(job.layer) {
-        // SAFETY: the columns are this thread's until the node's `Partial` is sent.
-        let to = unsafe { gpu.partial_columns(job.layer, columns) };
-        let n_columns = to.len();
-        let sums = sums[..n_sums].iter().map(|sum| &sum[..n_columns]);
-        sum_into(model.cpu, to, sums);
+        let [first, others @ ..] = &mut sums[..n_sums] else {
+            return;
+        };
+        for other in others {
+            add_assign(model.cpu, first, other);
+        }
+        gpu.give(job.layer, columns.start, first);
     }
 }
 

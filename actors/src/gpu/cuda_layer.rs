@@ -7,7 +7,7 @@ use std::sync::Arc;
 use pi_kernels::quant::BLOCK;
 
 use super::error::GpuError;
-use super::gpu_model::GpuModel;
+use super::gpu_model::{GpuModel, HiddenState};
 use super::sum_into;
 use crate::counters::{Cell, Counters};
 use crate::messages::{
@@ -18,6 +18,9 @@ use crate::model::{Model, sums_of};
 use crate::posts::Posts;
 use crate::slots::StepInfo;
 use crate::team::Team;
+
+/// Columns that are joined at a time.
+const JOINED: usize = 1024;
 
 /// The actor's state: nothing that another incarnation could not build again.
 #[derive(Debug)]
@@ -195,10 +198,20 @@ impl CudaLayer {
         // SAFETY: all nodes have answered what they read it for.
         let writer = unsafe { model.slots.normed.get_mut() }.writer();
         team.run(&|member| {
-            let part = member.part(hidden.len(), BLOCK);
-            let fill = |out: &mut [f32]| out.copy_from_slice(&hidden[part.clone()]);
+            let part = member.part(model.shape().n_embd, BLOCK);
             // SAFETY: the columns are this thread's.
-            unsafe { writer.set_columns(model.cpu, 0, part.clone(), fill) };
+            unsafe {
+                match hidden {
+                    HiddenState::F32(values) => {
+                        let fill = |out: &mut [f32]| out.copy_from_slice(&values[part.clone()]);
+                        writer.set_columns(model.cpu, 0, part.clone(), fill);
+                    }
+                    HiddenState::Q8 { q, scales } => {
+                        let blocks = part.start / BLOCK..part.end / BLOCK;
+                        writer.set_rounded(0, part.clone(), &q[part], &scales[blocks]);
+                    }
+                }
+            }
         });
         Ok(())
     }
@@ -217,21 +230,24 @@ impl CudaLayer {
         }
     }
 
-    /// Adds all nodes' sums, in their order, into the GPU's slot.
+    /// Adds all nodes' sums, in their order, and gives them to the GPU.
     fn answer(&self) -> Result<(), GpuError> {
         let model = &*self.model;
         let n_embd = model.shape().n_embd;
-        if model.answers_in_place(self.layer).is_some() {
-            return self.gpu().answer(self.layer, |_| ());
+        if model.answers_in_place(self.layer).is_none() {
+            let mut joined = [0.0; JOINED];
+            for first in (0..n_embd).step_by(JOINED) {
+                let n = JOINED.min(n_embd - first);
+                let sums = self.sums.iter().map(|&(node, sum)| {
+                    let at = model.partial_offset(sum) + first;
+                    // SAFETY: the nodes have written their sums.
+                    unsafe { model.slots.partials[node].read(at..at + n) }
+                });
+                sum_into(model.cpu, &mut joined[..n], sums);
+                self.gpu().give(self.layer, first, &joined[..n]);
+            }
         }
-        self.gpu().answer(self.layer, |y| {
-            let sums = self.sums.iter().map(|&(node, sum)| {
-                let at = model.partial_offset(sum);
-                // SAFETY: the nodes have written their sums.
-                unsafe { model.slots.partials[node].read(at..at + n_embd) }
-            });
-            sum_into(model.cpu, y, sums);
-        })
+        self.gpu().answer(self.layer)
     }
 
     /// Ends the layer; after a GPU's last one it has ended the token, and the next GPU's first one finds it where the host

@@ -7,7 +7,7 @@
 //! | `x`, `rotation`, `words` | host | (launch of the graph) | GPU | end of the token |
 //! | `hidden`, that of even or odd layers | GPU | `hidden[layer]` | host | it sets `partial[layer]` |
 //! | `ids`, `n_ids`, likewise | GPU | `ids[layer]` | host | it sets `partial[layer]` |
-//! | `partial`, likewise | host | `partial[layer]` | GPU | `hidden[layer + 1]`, or the end |
+//! | `partial`, likewise | host | each value's tag | GPU | `hidden[layer + 1]`, or the end |
 //! | `x_out` | GPU, where another one goes on | `token` | host | the next launch |
 //! | `logits` | GPU | `logits` | host | the next launch |
 //!
@@ -20,7 +20,8 @@
 use std::time::{Duration, Instant};
 
 use pi_kernels::KernelError;
-use pi_kernels::cuda::{Device, PinnedBuffer, Stream, View};
+use pi_kernels::cuda::{Device, PinnedBuffer, Stream, View, tagged};
+use pi_kernels::quant::BLOCK;
 
 use super::error::GpuError;
 
@@ -40,7 +41,7 @@ pub(super) enum Flag {
     Hidden(usize),
     /// The ids that were predicted for the layer are there.
     Ids(usize),
-    /// The host's part of the layer is there.
+    /// The host's part of the layer is there, or none will come.
     Partial(usize),
     /// All layers are done.
     Token,
@@ -64,7 +65,7 @@ pub(super) struct Exchange {
     /// Position and number of the token.
     pub words: PinnedBuffer<u32>,
     hidden: PinnedBuffer<f32>,
-    partial: PinnedBuffer<f32>,
+    partial: PinnedBuffer<u64>,
     ids: PinnedBuffer<u32>,
     n_ids: PinnedBuffer<u32>,
     pub logits: PinnedBuffer<f32>,
@@ -185,7 +186,7 @@ impl Exchange {
     }
 
     /// The host's part of a layer as the GPU sees it, `[n_embd]`.
-    pub fn partial_view(&self, layer: usize) -> View<'_, f32> {
+    pub fn partial_view(&self, layer: usize) -> View<'_, u64> {
         self.partial.view(self.slot(layer))
     }
 
@@ -203,6 +204,19 @@ impl Exchange {
         unsafe { self.hidden.read(self.slot(layer)) }
     }
 
+    /// The same as 8-bit blocks: `[n_embd]` values, and `[n_embd / 32]` scales.
+    ///
+    /// # Safety
+    /// As [`Self::hidden`]; they were handed over so, and `n_embd` is a multiple of 32.
+    pub unsafe fn hidden_q8(&self, layer: usize) -> (&[i8], &[f32]) {
+        // SAFETY: this function's contract.
+        let words = unsafe { self.hidden(layer) };
+        let (q, scales) = words.split_at(self.n_embd / 4);
+        // SAFETY: four values in each word; any byte is one.
+        let q = unsafe { std::slice::from_raw_parts(q.as_ptr().cast(), self.n_embd) };
+        (q, &scales[..self.n_embd / BLOCK])
+    }
+
     /// # Safety
     /// As [`Self::hidden`], with `ids[layer]`.
     pub unsafe fn ids(&self, layer: usize) -> &[u32] {
@@ -214,27 +228,18 @@ impl Exchange {
         }
     }
 
-    /// # Safety
-    /// `hidden[layer]` was seen, `partial[layer]` is not set yet, and nobody else of the host touches it.
-    #[allow(clippy::mut_from_ref)]
-    pub unsafe fn partial(&self, layer: usize) -> &mut [f32] {
-        // SAFETY: this function's contract.
-        unsafe { self.partial.write(self.slot(layer)) }
-    }
-
-    /// # Safety
-    /// As [`Self::partial`], of these columns.
-    #[allow(clippy::mut_from_ref)]
-    pub unsafe fn partial_columns(
-        &self,
-        layer: usize,
-        columns: std::ops::Range<usize>,
-    ) -> &mut [f32] {
-        let slot = self.slot(layer);
-        assert!(columns.end <= slot.len(), "columns of a layer's part");
-        let at = slot.start + columns.start..slot.start + columns.end;
-        // SAFETY: this function's contract.
-        unsafe { self.partial.write(at) }
+    /// Writes columns of the host's part of a layer, from the `first` on. `hidden[layer]` was seen, and `partial[layer]` is not set yet.
+    ///
+    /// # Panics
+    /// When the layer has no such columns.
+    pub fn write_partial(&self, layer: usize, first: usize, values: &[f32], number: u32) {
+        let (slot, tag) = (self.slot(layer), number.wrapping_add(layer as u32));
+        assert!(
+            first + values.len() <= slot.len(),
+            "columns of a layer's part"
+        );
+        let words = values.iter().map(|&value| tagged(value, tag));
+        self.partial.store_words(slot.start + first, words);
     }
 
     fn slot(&self, layer: usize) -> std::ops::Range<usize> {

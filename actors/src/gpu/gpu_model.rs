@@ -13,7 +13,7 @@ use pi_kernels::cuda::{
     begin_token, can_attend_token, compact, copy, down_active, gate_up, gemv, hand_over, prepare,
     prepare_relu, rms_norm, rms_norm_with, rope_append, take_over, trap,
 };
-use pi_kernels::{ActivationMode, KernelError};
+use pi_kernels::{ActivationMode, KernelError, QuantType};
 
 use super::buffers::Buffers;
 use super::clock::ClockBounds;
@@ -24,7 +24,10 @@ use super::times::{GpuTimes, LayerTimes};
 use super::weights::{GpuAhead, GpuDown, GpuFfn, GpuHead, GpuLayer, GpuSync, GpuWeights, values};
 use crate::messages::Step;
 use crate::trace::{GpuEvent, GpuPart, Recorder};
-use crate::weights::{GateActivation, ModelShape, ModelWeights};
+use crate::weights::{
+    FfnShare, GateActivation, LayerShare, LayerWeights, ModelShape, ModelWeights, SketchKind,
+    UpRows,
+};
 
 /// See the module. Only the thread of node 0's executor calls its functions while a run is under way.
 #[derive(Debug)]
@@ -43,6 +46,44 @@ pub(crate) struct GpuModel {
     under_way: AtomicBool,
     times: Mutex<TokenTimes>,
     limit: Duration,
+    /// Whether a layer's hidden state is handed over as 8-bit blocks.
+    hidden_q8: Vec<bool>,
+}
+
+/// A layer's hidden state as the GPU hands it over.
+#[derive(Debug, Clone, Copy)]
+pub(crate) enum HiddenState<'a> {
+    /// `[n_embd]`
+    F32(&'a [f32]),
+    /// In 8-bit blocks of 32, where the host computes with nothing else.
+    Q8 {
+        /// `[n_embd]`
+        q: &'a [i8],
+        /// `[n_embd / 32]`
+        scales: &'a [f32],
+    },
+}
+
+/// Whether a layer's nodes take the hidden state as 8-bit blocks alone.
+fn takes_q8(layer: &LayerWeights, mode: ActivationMode) -> bool {
+    let of_share = |share: &LayerShare| {
+        let up = match &share.ffn {
+            FfnShare::Neurons {
+                up: UpRows::Paired,
+                rows,
+            } => rows.up_rows().map(|up| up.quant),
+            FfnShare::Neurons {
+                up: UpRows::Interleaved(up),
+                ..
+            }
+            | FfnShare::Dense { up, .. } => Some(up.shape.quant),
+        };
+        let sketch = share.sketch.as_ref().map(|sketch| &sketch.kind);
+        share.gate.shape.quant.is_quantised()
+            && up.is_some_and(QuantType::is_quantised)
+            && matches!(sketch, None | Some(SketchKind::Nothing))
+    };
+    mode == ActivationMode::Q8 && layer.shares.iter().all(of_share)
 }
 
 /// A token's launches.
@@ -148,7 +189,11 @@ impl GpuModel {
         }
         let (stream, side) = (device.stream()?, device.stream()?);
         let events = [Event::new(&device)?, Event::new(&device)?];
+        let layers = &host.layers[weights.range()];
+        let takes = |layer| takes_q8(layer, mode);
+        let hidden_q8: Vec<bool> = layers.iter().map(takes).collect();
         let mut capture = Capture {
+            hidden_q8: &hidden_q8,
             shape,
             weights: &weights,
             exchange: &exchange,
@@ -181,6 +226,7 @@ impl GpuModel {
             under_way: AtomicBool::new(false),
             times: Mutex::new(TokenTimes::new(n_layer)),
             limit,
+            hidden_q8,
         })
     }
 
@@ -357,9 +403,9 @@ impl GpuModel {
         locked(prefill.expect("prompts are computed several tokens at a time"))
     }
 
+    /// A number that flags have never been, and one for each layer: the host's part of layer l is tagged with the number + l.
     fn next_number(&self) -> u32 {
-        // 0 is what flags are at first
-        let number = self.number().wrapping_add(1).max(1);
+        let number = self.number().wrapping_add(self.weights.layers.len() as u32);
         self.number.store(number, Ordering::Relaxed);
         number
     }
@@ -429,29 +475,31 @@ impl GpuModel {
         Ok(unsafe { self.exchange.ids(own) })
     }
 
-    /// The normed hidden state of a layer, `[n_embd]`.
+    /// The normed hidden state of a layer.
     ///
     /// # Errors
     /// [`GpuError`].
-    pub fn wait_hidden(&self, layer: usize) -> Result<&[f32], GpuError> {
+    pub fn wait_hidden(&self, layer: usize) -> Result<HiddenState<'_>, GpuError> {
         let own = self.own(layer);
         self.wait(Flag::Hidden(own))?;
         self.times().host[own].0 = Some(Instant::now());
         // SAFETY: as above.
-        Ok(unsafe { self.exchange.hidden(own) })
+        Ok(unsafe {
+            if self.hidden_q8[own] {
+                let (q, scales) = self.exchange.hidden_q8(own);
+                HiddenState::Q8 { q, scales }
+            } else {
+                HiddenState::F32(self.exchange.hidden(own))
+            }
+        })
     }
 
-    /// Gives the host's part of a layer to the GPU: `join` writes the sum, `[n_embd]`.
+    /// Ends the host's part of a layer, all columns of which were given to the GPU.
     ///
     /// # Errors
     /// The driver's.
-    pub fn answer(&self, layer: usize, join: impl FnOnce(&mut [f32])) -> Result<(), GpuError> {
+    pub fn answer(&self, layer: usize) -> Result<(), GpuError> {
         let own = self.own(layer);
-        // SAFETY: the layer's hidden state was seen, and this is the thread that answers.
-        join(unsafe { self.exchange.partial(own) });
-        let mut times = self.times();
-        times.host[own].1 = Some(Instant::now());
-        drop(times);
         self.exchange.store(Flag::Partial(own), self.number());
         let next = match &*locked(&self.token) {
             TokenGraphs::Whole(_) => return Ok(()),
@@ -462,15 +510,16 @@ impl GpuModel {
         self.launch_part(next)
     }
 
-    /// Columns of the host's part of a layer, for nodes that write it themselves.
-    ///
-    /// # Safety
-    /// The layer's hidden state was seen, [`Self::answer`] is not called before the slice is gone, and nobody else touches
-    /// the columns.
-    #[allow(clippy::mut_from_ref)]
-    pub unsafe fn partial_columns(&self, layer: usize, columns: Range<usize>) -> &mut [f32] {
-        // SAFETY: this function's contract.
-        unsafe { self.exchange.partial_columns(self.own(layer), columns) }
+    /// Gives columns of the host's part of a layer to the GPU, from the `first` on: each may be taken over at once. The layer's
+    /// hidden state was seen, and [`Self::answer`] comes behind all columns.
+    pub fn give(&self, layer: usize, first: usize, values: &[f32]) {
+        let own = self.own(layer);
+        if first == 0 {
+            // the GPU notes when it has these
+            self.times().host[own].1 = Some(Instant::now());
+        }
+        self.exchange
+            .write_partial(own, first, values, self.number());
     }
 
     /// The residual stream behind the GPU's last layer, `[n_embd]`, where another GPU goes on.
@@ -631,7 +680,7 @@ fn locked<T>(what: &Mutex<T>) -> MutexGuard<'_, T> {
     what.lock().unwrap_or_else(|broken| broken.into_inner())
 }
 
-/// When the host saw and answered each layer of the token under way; and all that is known of tokens before.
+/// When the host saw each layer of the token under way, and began to answer; and all that is known of tokens before.
 #[derive(Debug)]
 struct TokenTimes {
     host: Vec<(Option<Instant>, Option<Instant>)>,
@@ -654,6 +703,7 @@ impl TokenTimes {
 
 /// What the launches of a token are made from.
 struct Capture<'a> {
+    hidden_q8: &'a [bool],
     shape: &'a ModelShape,
     weights: &'a GpuWeights,
     exchange: &'a Exchange,
@@ -893,6 +943,7 @@ impl Capture<'_> {
         let [ticket, _, _] = &mut buffers.tickets;
         let after = layer.has_cold.then(|| HandOverNormed {
             to: exchange.hidden_view(index),
+            q8: self.hidden_q8[index],
             flag: exchange.flag(Flag::Hidden(index)),
             number: buffers.words.view(1..2),
             stamp: exchange.stamps(Stamp::Hidden(index), 1),
@@ -1046,6 +1097,7 @@ impl Capture<'_> {
             from: exchange.partial_view(index),
             flag: exchange.flag(Flag::Partial(index)),
             number: buffers.words.view(1..2),
+            plus: index as u32,
             late: (buffers.late.view(..), exchange.flag(Flag::Late)),
             stamps: exchange.stamps(Stamp::Wait(index), 2),
             limit: self.limit,

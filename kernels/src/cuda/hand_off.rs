@@ -5,10 +5,11 @@ use std::time::Duration;
 use super::buffer::{DeviceBuffer, View, ViewMut};
 use super::stream::{Grid, Stream};
 use crate::error::KernelError;
+use crate::quant::BLOCK;
 
 /// Words that a block of `hand_over` takes, about.
 const WORDS_PER_BLOCK: usize = 4096;
-/// Threads of a block of `take_over`.
+/// Threads of a block of `take_over`, each of which takes two values.
 const THREADS: usize = 256;
 /// Most blocks of it: a few keep the link busy.
 const BLOCKS_MAX: usize = 32;
@@ -178,12 +179,14 @@ pub fn hand_over(
 /// What [`take_over`] waits for.
 #[derive(Debug)]
 pub struct TakeOver<'a> {
-    /// `[n]` f32 in the host's memory.
-    pub from: View<'a, f32>,
-    /// `[1]` u32 in the host's memory: the token's number when they are there.
+    /// `[n]` [`tagged`] f32 in the host's memory.
+    pub from: View<'a, u64>,
+    /// `[1]` u32 in the host's memory: the token's number when they are there, or nothing more will come.
     pub flag: View<'a, u32>,
     /// `[1]` u32 on the device: the token's number.
     pub number: View<'a, u32>,
+    /// What is added to the number to get the values' tag.
+    pub plus: u32,
     /// `[1]` u32 on the device and `[1]` u32 in the host's memory: set when the host was late.
     pub late: (View<'a, u32>, View<'a, u32>),
     /// `[2]` u64 in the host's memory: get the device's times, in ns, between which it waited.
@@ -203,6 +206,12 @@ pub(super) struct RawTakeOver {
     late_host: u64,
     stamps: u64,
     limit_ns: u64,
+    plus: u32,
+}
+
+/// A value as [`take_over`] takes it: with the tag that says what it belongs to, in one word, which is written as a whole.
+pub fn tagged(value: f32, tag: u32) -> u64 {
+    u64::from(tag) << 32 | u64::from(value.to_bits())
 }
 
 impl TakeOver<'_> {
@@ -223,6 +232,7 @@ impl TakeOver<'_> {
             late_host: self.late.1.address(),
             stamps: self.stamps.address(),
             limit_ns: u64::try_from(self.limit.as_nanos()).unwrap_or(u64::MAX),
+            plus: self.plus,
         }
     }
 }
@@ -230,8 +240,11 @@ impl TakeOver<'_> {
 /// How normed values are handed over to the host.
 #[derive(Debug)]
 pub struct HandOverNormed<'a> {
-    /// `[n]` f32 in the host's memory.
+    /// `[n]` f32 in the host's memory; as 8-bit blocks its first bytes are `[n_blocks · 32]` i8, and behind them are `[n_blocks]`
+    /// f32, the scales.
     pub to: View<'a, f32>,
+    /// Whether the values are handed over as 8-bit blocks: a quarter of the lines that the host has to fetch.
+    pub q8: bool,
     /// `[1]` u32 in the host's memory: gets the number when the rest is there.
     pub flag: View<'a, u32>,
     /// `[1]` u32 on the device: the token's number.
@@ -246,6 +259,10 @@ impl HandOverNormed<'_> {
     /// As the kernels take it; asserts the shapes.
     pub(super) fn raw(&self, stream: &Stream, n: usize) -> (u64, RawHandOver) {
         assert_eq!(self.to.len(), n, "room for all values");
+        assert!(
+            !self.q8 || n.is_multiple_of(BLOCK) && n.is_multiple_of(4),
+            "whole blocks of 8 bits"
+        );
         let words = [self.flag.len(), self.number.len(), self.ticket.len()];
         assert_eq!(words, [1; 3], "one word each");
         assert_eq!(self.stamp.len(), 1, "one stamp");
@@ -268,16 +285,16 @@ struct TakeOverArgs {
     n: u32,
 }
 
-const _: () = assert!(size_of::<TakeOverArgs>() == 72);
+const _: () = assert!(size_of::<TakeOverArgs>() == 80);
 
-/// Waits until the host has set the flag, and adds what it wrote to `x` (`[n]` f32). A host that is later than the limit
+/// Waits until the host has written each value, and adds them to `x` (`[n]` f32). A host that is later than the limit
 /// is noted, and neither this nor any later launch with the same note waits for it.
 ///
 /// # Errors
 /// The driver's.
 ///
 /// # Panics
-/// When lengths or devices do not fit.
+/// When lengths or devices do not fit, or `n` is odd.
 pub fn take_over(
     stream: &Stream,
     what: TakeOver<'_>,
@@ -288,13 +305,14 @@ pub fn take_over(
         what.from.address().is_multiple_of(16) && x.address().is_multiple_of(16),
         "aligned values"
     );
+    assert!(x.len().is_multiple_of(2), "pairs of values");
     let args = TakeOverArgs {
         take: what.raw(stream, x.len()),
         x: x.address(),
         n: x.len() as u32,
     };
     let grid = Grid {
-        blocks: [x.len().div_ceil(4 * THREADS).max(1), 1],
+        blocks: [x.len().div_ceil(2 * THREADS).max(1), 1],
         threads: THREADS,
         shared_bytes: 0,
     };

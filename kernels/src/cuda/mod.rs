@@ -48,7 +48,7 @@ pub use embed::embed;
 pub use gemm::{GemmScratch, gemm};
 pub use graph::Graph;
 pub use hand_off::{
-    BeginToken, HandOver, HandOverNormed, TakeOver, begin_token, hand_over, take_over,
+    BeginToken, HandOver, HandOverNormed, TakeOver, begin_token, hand_over, tagged, take_over,
 };
 pub use images::Capability;
 pub use layout::{DeviceRows, RowsView, SUPPORTED, is_supported};

@@ -4,6 +4,7 @@ use super::activations::{DeviceAct, RawAct};
 use super::buffer::View;
 use super::hand_off::{HandOverNormed, RawHandOver};
 use super::stream::{Grid, Stream};
+use crate::activations::ActivationMode;
 use crate::error::KernelError;
 
 #[repr(C)]
@@ -15,6 +16,7 @@ struct RmsNormArgs {
     host: u64,
     hand: RawHandOver,
     eps: f32,
+    host_q8: u32,
 }
 
 const _: () = assert!(size_of::<RmsNormArgs>() == 144);
@@ -72,7 +74,13 @@ pub fn rms_norm_with(
         plain.raw()
     });
     let (host, hand) = match &around.after {
-        Some(after) => after.raw(stream, n),
+        Some(after) => {
+            assert!(
+                !after.q8 || to.mode() == ActivationMode::Q8,
+                "8-bit blocks are of 8-bit activations"
+            );
+            after.raw(stream, n)
+        }
         None => Default::default(),
     };
     let args = RmsNormArgs {
@@ -83,6 +91,7 @@ pub fn rms_norm_with(
         host,
         hand,
         eps,
+        host_q8: around.after.is_some_and(|after| after.q8).into(),
     };
     let grid = Grid {
         blocks: [n.div_ceil(1024), 1],

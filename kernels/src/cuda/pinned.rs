@@ -1,7 +1,7 @@
 //! Memory of the host that a device sees as well.
 
 use std::ops::Range;
-use std::sync::atomic::{AtomicU32, Ordering};
+use std::sync::atomic::{AtomicU32, AtomicU64, Ordering};
 
 use cudarc::driver::{result, sys};
 
@@ -123,6 +123,22 @@ impl PinnedBuffer<u32> {
         assert!(n < self.len, "flag {n} of {}", self.len);
         // SAFETY: inside the allocation, aligned, and only used as a flag.
         unsafe { AtomicU32::from_ptr(self.host.add(n)) }
+    }
+}
+
+impl PinnedBuffer<u64> {
+    /// Writes words from the `first` on, each as a whole: the device may read them meanwhile.
+    ///
+    /// # Panics
+    /// When there is no room for them.
+    pub fn store_words(&self, first: usize, words: impl ExactSizeIterator<Item = u64>) {
+        self.check(&(first..first + words.len()));
+        for (n, word) in words.enumerate() {
+            // SAFETY: inside the allocation (checked; an iterator that gives more than it says stops here), aligned, and written
+            // as whole words alone.
+            let at = unsafe { AtomicU64::from_ptr(self.host.add((first + n).min(self.len - 1))) };
+            at.store(word, Ordering::Relaxed);
+        }
     }
 }
 

@@ -2,11 +2,13 @@
 
 use std::time::Duration;
 
+use pi_kernels::ActivationMode;
 use pi_kernels::attention::KvType;
 use pi_kernels::cuda::{
     AroundNorm, AttendScratch, AttendToken, BeginToken, Device, DeviceAct, DeviceCache, Event,
     Graph, HandOver, HandOverNormed, PinnedBuffer, RopeAppend, TakeOver, attend, attend_token,
-    begin_token, hand_over, prepare, prepare_relu, rms_norm, rms_norm_with, rope_append, take_over,
+    begin_token, hand_over, prepare, prepare_relu, rms_norm, rms_norm_with, rope_append, tagged,
+    take_over,
 };
 use pi_kernels::rope::{RopePairs, RopeScaling, RopeSpec, RopeTable};
 
@@ -116,6 +118,7 @@ fn a_norm_gives_its_values_without_the_weight_and_to_the_host() {
             let (mut want, mut want_plain) = (act(), act());
             rms_norm(&stream, x.view(..), weight.view(..), 1e-5, &mut want).unwrap();
             rms_norm(&stream, x.view(..), ones.view(..), 1e-5, &mut want_plain).unwrap();
+            let q8 = mode == ActivationMode::Q8 && n % 32 == 0;
             let host = PinnedBuffer::<f32>::new(&device, n).unwrap();
             let flags = PinnedBuffer::<u32>::new(&device, 1).unwrap();
             let stamps = PinnedBuffer::<u64>::new(&device, 1).unwrap();
@@ -125,6 +128,7 @@ fn a_norm_gives_its_values_without_the_weight_and_to_the_host() {
                 plain: Some(&mut plain),
                 after: Some(HandOverNormed {
                     to: host.view(0..n),
+                    q8,
                     flag: flags.view(0..1),
                     number: number.view(..),
                     stamp: stamps.view(0..1),
@@ -145,7 +149,17 @@ fn a_norm_gives_its_values_without_the_weight_and_to_the_host() {
                 read(&to) == read(&want) && read(&plain) == read(&want_plain),
                 "{n}"
             );
-            assert_eq!(bits(&values), read(&want).0, "what the host sees");
+            let (want_values, want_q8) = read(&want);
+            if q8 {
+                let bytes = values.iter().flat_map(|word| word.to_le_bytes());
+                let bytes: Vec<u8> = bytes.take(n).collect();
+                let want_bytes: Vec<u8> = want_q8.q.iter().map(|&q| q as u8).collect();
+                assert_eq!(bytes, want_bytes, "8-bit values that the host sees");
+                let scales = &values[n / 4..][..n / 32];
+                assert_eq!(bits(scales), bits(&want_q8.scales), "and their scales");
+            } else {
+                assert_eq!(bits(&values), want_values, "what the host sees");
+            }
             assert!(stamp > 0, "a time");
             assert_eq!(ticket.read().unwrap(), [0], "the ticket is left zero");
         }
@@ -180,7 +194,7 @@ struct Exchange {
     words: PinnedBuffer<u32>,
     flags: PinnedBuffer<u32>,
     out: PinnedBuffer<f32>,
-    back: PinnedBuffer<f32>,
+    back: PinnedBuffer<u64>,
     stamps: PinnedBuffer<u64>,
 }
 
@@ -193,7 +207,7 @@ impl Exchange {
             words: words(2),
             flags: words(4),
             out: floats(n),
-            back: floats(n),
+            back: PinnedBuffer::new(device, n).unwrap(),
             stamps: PinnedBuffer::new(device, 8).unwrap(),
         }
     }
@@ -259,6 +273,7 @@ fn a_graph_waits_for_the_host_but_not_for_ever() {
             from: exchange.back.view(0..N),
             flag: exchange.flags.view(2..3),
             number: words.view(1..2),
+            plus: 7,
             late: (late.view(..), exchange.flags.view(3..4)),
             stamps: exchange.stamps.view(3..5),
             limit,
@@ -291,10 +306,17 @@ fn a_graph_waits_for_the_host_but_not_for_ever() {
             assert_eq!(ids_out.read(0..3), [5, 6, 7]);
             assert_eq!(ids_out.read(4..5), [3], "as many as were counted");
             assert_eq!(bits(exchange.out.read(0..N)), bits(&values));
-            exchange.back.write(0..N).copy_from_slice(&back);
         }
-        exchange.flags.store(2, number);
+        // in pieces, the last ones first, and the flag long after: each value is taken when it has its tag
+        for (n, part) in back.chunks(999).enumerate().rev() {
+            let words = part.iter().map(|&value| tagged(value, number + 7));
+            exchange.back.store_words(999 * n, words);
+        }
+        if number % 2 == 0 {
+            exchange.flags.store(2, number);
+        }
         stream.synchronize().unwrap();
+        exchange.flags.store(2, number);
         let want: Vec<f32> = values.iter().zip(&back).map(|(x, y)| x + y).collect();
         assert_eq!(bits(&x.read().unwrap()), bits(&want));
         // SAFETY: the graph has ended.
@@ -302,6 +324,16 @@ fn a_graph_waits_for_the_host_but_not_for_ever() {
         assert!(times[0] <= times[2] && times[2] <= times[3] && times[3] <= times[4]);
     }
     assert_eq!(exchange.flags.load(3), 0, "nobody was late");
+    // SAFETY: no graph runs.
+    unsafe { exchange.words.write(0..2).copy_from_slice(&[3, 98]) };
+    exchange.flags.store(2, 98);
+    graph.launch(&stream).unwrap();
+    stream.synchronize().unwrap();
+    assert_eq!(
+        exchange.flags.load(3),
+        0,
+        "who is told that nothing more comes is not late"
+    );
     // SAFETY: no graph runs.
     unsafe { exchange.words.write(0..2).copy_from_slice(&[3, 99]) };
     graph.launch(&stream).unwrap();

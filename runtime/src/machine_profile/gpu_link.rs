@@ -8,7 +8,7 @@ use pi_kernels::cuda::{
     Add, AttendScratch, AttendToken, Device, DeviceAct, DeviceBuffer, DeviceCache, DeviceRows,
     DownScratch, Event, Gates, Graph, HandOver, NeuronList, PinnedBuffer, RowsView, Stream,
     TakeOver, attend_token, copy_to_device, copy_to_host, device_count, down_active, gate_up, gemv,
-    hand_over, rms_norm, take_over,
+    hand_over, rms_norm, tagged, take_over,
 };
 use pi_kernels::rope::RopePairs;
 use pi_kernels::{ActivationMode, KernelError, QuantType};
@@ -250,7 +250,7 @@ struct Flags<'a> {
     flags: PinnedBuffer<u32>,
     late_host: PinnedBuffer<u32>,
     words: PinnedBuffer<u32>,
-    values: PinnedBuffer<f32>,
+    values: PinnedBuffer<u64>,
     stamps: PinnedBuffer<u64>,
     number: DeviceBuffer<u32>,
     late: DeviceBuffer<u32>,
@@ -302,6 +302,7 @@ impl<'a> Flags<'a> {
             from: self.values.view(0..N_VALUES),
             flag: self.flags.view(Self::GO..Self::GO + 1),
             number: self.number.view(..),
+            plus: 0,
             late: (self.late.view(..), self.late_host.view(0..1)),
             stamps: self.stamps.view(0..2),
             limit: FLAG_LIMIT,
@@ -314,6 +315,8 @@ impl<'a> Flags<'a> {
             std::hint::spin_loop();
         }
         let start = Instant::now();
+        let words = [tagged(1.0, number); N_VALUES];
+        self.values.store_words(0, words.into_iter());
         self.flags.store(Self::GO, number);
         let back = self.wait_for(Self::BACK, number);
         let took = start.elapsed();
