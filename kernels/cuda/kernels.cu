@@ -9,6 +9,7 @@
 #include "gemm.cu"
 #include "hand_off.cu"
 #include "norm.cu"
+#include "replan.cu"
 #include "rope.cu"
 #include "rows.cu"
 #include "sample.cu"

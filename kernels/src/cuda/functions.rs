@@ -67,6 +67,9 @@ pub(super) struct Functions {
     pub(super) rope_append: Function,
     pub(super) argmax: Function,
     pub(super) top_k: Function,
+    pub(super) mark_active: Function,
+    pub(super) count_marks: Function,
+    pub(super) scatter: Function,
     /// For tests.
     pub(super) trap: Function,
 }
@@ -127,6 +130,9 @@ impl Functions {
             rope_append: get("rope_append".to_owned())?,
             argmax: get("argmax".to_owned())?,
             top_k: get("top_k".to_owned())?,
+            mark_active: get("mark_active".to_owned())?,
+            count_marks: get("count_marks".to_owned())?,
+            scatter: get("scatter".to_owned())?,
             trap: get("trap".to_owned())?,
         })
     }
