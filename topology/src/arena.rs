@@ -9,6 +9,7 @@ use bytes::Bytes;
 use memmap2::{MmapMut, MmapOptions};
 use tracing::{debug, warn};
 
+use crate::arena_writer::ArenaWriter;
 use crate::config::HugePages;
 use crate::error::TopologyError;
 use crate::memory::available_memory_bytes;
@@ -191,6 +192,11 @@ impl Arena {
     /// them.
     pub fn freeze(self) -> Bytes {
         Bytes::from_owner(FrozenArena(self))
+    }
+
+    /// The same, and what writes to it again while nobody reads it.
+    pub fn freeze_with_writer(self) -> (Bytes, ArenaWriter) {
+        ArenaWriter::new(self.map.into(), self.range)
     }
 }
 

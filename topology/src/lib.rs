@@ -6,6 +6,7 @@
 //! [`SystemState`] what limits and settings of the system stand in their way.
 
 mod arena;
+mod arena_writer;
 mod config;
 mod conflicts;
 mod control_group;
@@ -33,6 +34,7 @@ mod system;
 mod udev;
 
 pub use arena::Arena;
+pub use arena_writer::ArenaWriter;
 pub use config::{
     ByteSize, ColdPolicy, CoreChoice, GpuConfig, GpuSync, HostConfig, HugePages, ListedTeam,
     MachineNeeds, MemoryConfig, NodeCount, ThreadsPerNode, TopologyConfig, VramBudget,
