@@ -4,6 +4,7 @@ use std::ops::{Add, AddAssign, Sub};
 use std::sync::atomic::{AtomicU32, AtomicU64, Ordering};
 
 use crate::messages::ActorId;
+use crate::replan::Replans;
 
 /// Work that has been done: by one actor, or by all of them in some steps.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
@@ -151,4 +152,6 @@ pub struct RunTotals {
     pub decode_tokens: usize,
     /// Their work.
     pub decode: Counters,
+    /// Neurons that changed between GPU and host.
+    pub replans: Replans,
 }

@@ -195,7 +195,10 @@ impl Host {
                 if let Some(recorder) = posts.recorder() {
                     recorder.end_step();
                 }
-                if pipeline.finish_step(run, &mut self.cached) {
+                let complete = pipeline.finish_step(run, &mut self.cached);
+                if let Err(error) = pipeline.replan(run, self.step + 1, team, posts) {
+                    self.end(Err(error), false);
+                } else if complete {
                     self.next_feed(pipeline, team, posts);
                 } else {
                     self.start_step(pipeline, team, posts);

@@ -28,6 +28,7 @@ mod pieces;
 mod pipeline;
 mod posts;
 mod predictor;
+pub mod replan;
 mod scratch;
 #[doc(hidden)]
 pub mod slots;

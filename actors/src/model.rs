@@ -9,6 +9,7 @@ use pi_kernels::ffn_sparse::{FFN_GROUPS, subtrees};
 use pi_kernels::rope::RopeTable;
 
 use crate::gpu::{GpuError, GpuModel};
+use crate::replan::ColdCounts;
 use crate::slots::{SlotSizes, Slots};
 use crate::tap::LayerTap;
 use crate::weights::{
@@ -36,6 +37,8 @@ pub(crate) struct Model {
     pub gpus: Vec<GpuModel>,
     /// Why the last token on it has no result.
     gpu_failure: Mutex<Option<GpuError>>,
+    /// How often the host's neurons fired, where a GPU re-plans.
+    pub cold_counts: Option<ColdCounts>,
 }
 
 impl Model {
@@ -76,12 +79,19 @@ impl Model {
             tap: None,
             gpus: vec![],
             gpu_failure: Mutex::default(),
+            cold_counts: None,
         }
     }
 
     /// Lets GPUs be the device, where there are some.
     pub fn with_gpus(self, gpus: Vec<GpuModel>) -> Self {
-        Self { gpus, ..self }
+        let replans = gpus.iter().any(GpuModel::replans);
+        let cold_counts = replans.then(|| ColdCounts::new(&self.weights.layers));
+        Self {
+            gpus,
+            cold_counts,
+            ..self
+        }
     }
 
     /// The GPU of a layer, where GPUs are the device.

@@ -438,6 +438,40 @@ impl Pipeline {
         }
     }
 
+    /// After a token that went alone, of which [`Pipeline::finish_step`] took note: where GPUs re-plan, it is counted, and neurons may
+    /// change places. `next` is the number of the step that comes after it.
+    ///
+    /// # Errors
+    /// The GPU's driver.
+    pub fn replan(
+        &self,
+        run: &mut RunState,
+        next: Step,
+        team: &mut Team,
+        posts: &mut Posts<'_>,
+    ) -> Result<(), ActorError> {
+        let model = &*self.model;
+        let Some(cold) = model.cold_counts.as_ref() else {
+            return Ok(());
+        };
+        if self.in_step.len() != 1 {
+            return Ok(());
+        }
+        cold.end_token();
+        let position = run.position + self.in_step.start;
+        for gpu in &model.gpus {
+            let start = posts.recorder().map(|recorder| recorder.now());
+            let done = gpu.end_token(position, model, cold, team);
+            let done = done.map_err(|source| ActorError::Gpu { position, source })?;
+            let Some(done) = done else { continue };
+            run.totals.replans += done;
+            if let (Some(recorder), Some(start)) = (posts.recorder(), start) {
+                recorder.phase(Phase::Replan, next, start);
+            }
+        }
+        Ok(())
+    }
+
     /// Notes a complete step; true when the feed is complete too.
     pub fn finish_step(&mut self, run: &mut RunState, cached: &mut usize) -> bool {
         run.done = self.in_step.end;

@@ -1,8 +1,8 @@
 //! A model's weights as the actors hold them: one share of every layer and of the head per node.
 //!
 //! The loader fills these; each share's bytes lie in its node's arena. Everything here is read-only
-//! once the engine has started, so shares are cheap to hand out and actors can be restarted from
-//! them.
+//! while a step is under way, so shares are cheap to hand out and actors can be restarted from
+//! them. Between steps re-planning may have neurons of a layer change places ([`crate::replan`]).
 
 use std::ops::Range;
 
@@ -11,6 +11,8 @@ use pi_kernels::ffn_sparse::sketch::planes::{GatePlanes, PlanesShape};
 use pi_kernels::ffn_sparse::{FFN_GROUPS, NeuronRows};
 use pi_kernels::rope::RopeSpec;
 use pi_kernels::{MatrixRef, MatrixShape, QuantType};
+
+use crate::replan::NeuronValues;
 
 /// The activation of the FFN's gate.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
@@ -141,9 +143,9 @@ pub struct SketchShare {
     /// What scores neurons.
     pub kind: SketchKind,
     /// `[neurons.len()]`: a neuron is a candidate when score and bias are together above zero. Empty without scores.
-    pub bias: Vec<f32>,
+    pub bias: NeuronValues,
     /// `[neurons.len()]`: a candidate is active when its gate is above that and above zero.
-    pub floor: Option<Vec<f32>>,
+    pub floor: Option<NeuronValues>,
 }
 
 impl SketchShare {
@@ -175,7 +177,7 @@ pub enum SketchKind {
         planes: PlanesStore,
         /// `[neurons.len()]`: of the neurons that their signs name, those stay candidates whose score by two bits
         /// and this are together above zero. All without.
-        two_bit_bias: Option<Vec<f32>>,
+        two_bit_bias: Option<NeuronValues>,
     },
 }
 

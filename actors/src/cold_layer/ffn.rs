@@ -174,6 +174,7 @@ fn sparse_token(job: &Job<'_>, rows: &NeuronStore, member: Member<'_>) {
     if member.thread == 0 {
         scratch.active.store(n_active as u64, Ordering::Relaxed);
         scratch.rows_read.store(n_active as u64, Ordering::Relaxed);
+        count_fired(job, &all.ids);
     }
     member.barrier();
     divide(job, &all.ids, spans);
@@ -217,8 +218,18 @@ fn named_token(job: &Job<'_>, rows: &NeuronStore, sketch: &SketchShare, member: 
         .note(member.thread, member.thread, 0..list.ids.len());
     member.barrier();
     gather(scratch, member.n_threads, all);
+    if member.thread == 0 {
+        count_fired(job, &all.ids);
+    }
     divide(job, &all.ids, spans);
     sum_token(job, rows, &all.ids, &all.gates, spans, &member);
+}
+
+/// Counts the node's neurons that fired, where re-planning wants to know.
+fn count_fired(job: &Job<'_>, ids: &[u32]) {
+    if let Some(counts) = &job.model.cold_counts {
+        counts.note(job.layer, job.node, job.share.neurons.start, ids);
+    }
 }
 
 /// What was found in all pieces of the neurons, in order of these, in `all`.

@@ -15,6 +15,11 @@ pub enum GpuError {
         /// How long.
         seconds: f64,
     },
+    /// Re-planning ended in the middle.
+    #[error(
+        "moving neurons between GPU and host was broken off: start the program again, or leave --replan out"
+    )]
+    HalfMoved,
     /// Nothing came from the GPU.
     #[error("nothing came from the GPU within {seconds} s, and its driver reports no error")]
     GpuLate {

@@ -8,10 +8,10 @@ use std::time::{Duration, Instant};
 
 use pi_kernels::attention::KvType;
 use pi_kernels::cuda::{
-    Add, AroundNorm, AttendToken, BeginToken, DeviceAct, DownScratch, Event, Gates, Graph,
-    HandOver, HandOverNormed, NeuronList, RopeAppend, Stream, TakeOver, attend, attend_token,
-    begin_token, can_attend_token, compact, copy, down_active, gate_up, gemv, hand_over, prepare,
-    prepare_relu, rms_norm, rms_norm_with, rope_append, take_over, trap,
+    Add, AroundNorm, AttendToken, BeginToken, DeviceAct, DeviceBuffer, DownScratch, Event, Gates,
+    Graph, HandOver, HandOverNormed, NeuronList, RopeAppend, Stream, TakeOver, attend,
+    attend_token, begin_token, can_attend_token, compact, copy, down_active, gate_up, gemv,
+    hand_over, prepare, prepare_relu, rms_norm, rms_norm_with, rope_append, take_over, trap,
 };
 use pi_kernels::{ActivationMode, KernelError, QuantType};
 
@@ -19,6 +19,8 @@ use super::buffers::Buffers;
 use super::clock::ClockBounds;
 use super::error::GpuError;
 use super::exchange::{Exchange, ExchangeSizes, Flag, Stamp};
+use super::hot_counts::HotCounts;
+use super::moving::Moving;
 use super::prefill::{Prefill, PrefillSizes};
 use super::times::{GpuTimes, LayerTimes};
 use super::weights::{GpuAhead, GpuDown, GpuFfn, GpuHead, GpuLayer, GpuSync, GpuWeights, values};
@@ -35,11 +37,16 @@ pub(crate) struct GpuModel {
     // graphs first: they are dropped before the memory that they use
     token: Mutex<TokenGraphs>,
     head: Option<Mutex<Graph>>,
-    stream: Stream,
+    pub(super) stream: Stream,
     prefill: Option<Mutex<Prefill>>,
     exchange: Exchange,
     buffers: Mutex<Buffers>,
+    /// Where all weights lie.
+    pub(super) arena: Mutex<DeviceBuffer<u8>>,
+    /// What lies where; their own arena is empty.
     weights: GpuWeights,
+    /// Where neurons change places with the host's.
+    pub(super) moving: Option<Mutex<Moving>>,
     /// Number of the token under way.
     number: AtomicU32,
     /// Whether the GPU still works on it.
@@ -151,7 +158,7 @@ impl GpuModel {
     /// # Errors
     /// The driver's.
     pub fn new(
-        weights: GpuWeights,
+        mut weights: GpuWeights,
         host: &ModelWeights,
         options: GpuOptions,
     ) -> Result<Self, GpuError> {
@@ -192,12 +199,16 @@ impl GpuModel {
         let layers = &host.layers[weights.range()];
         let takes = |layer| takes_q8(layer, mode);
         let hidden_q8: Vec<bool> = layers.iter().map(takes).collect();
+        let moving = weights.replan.take();
+        let moving = moving.map(|replan| Moving::new(&device, &weights.layers, shape.n_ff, replan));
+        let mut moving = moving.transpose()?;
         let mut capture = Capture {
             hidden_q8: &hidden_q8,
             shape,
             weights: &weights,
             exchange: &exchange,
             buffers: &mut buffers,
+            counts: moving.as_mut().map(|moving| &mut moving.hot),
             side: &side,
             events: &events,
             limit,
@@ -214,6 +225,7 @@ impl GpuModel {
             })?),
             None => None,
         };
+        let empty = device.alloc(0)?;
         Ok(Self {
             token: Mutex::new(token),
             head: head.map(Mutex::new),
@@ -221,7 +233,9 @@ impl GpuModel {
             prefill: prefill.map(Mutex::new),
             exchange,
             buffers: Mutex::new(buffers),
+            arena: Mutex::new(std::mem::replace(&mut weights.arena, empty)),
             weights,
+            moving: moving.map(Mutex::new),
             number: AtomicU32::new(0),
             under_way: AtomicBool::new(false),
             times: Mutex::new(TokenTimes::new(n_layer)),
@@ -248,7 +262,9 @@ impl GpuModel {
     pub fn bytes(&self) -> usize {
         let prefill = self.prefill.as_ref();
         let prefill = prefill.map_or(0, |prefill| locked(prefill).bytes());
-        self.weights.arena.bytes() + locked(&self.buffers).bytes() + prefill
+        let moving = self.moving.as_ref();
+        let moving = moving.map_or(0, |moving| locked(moving).bytes());
+        locked(&self.arena).bytes() + locked(&self.buffers).bytes() + prefill + moving
     }
 
     /// Tokens from which a prompt is computed several at a time; none where it never is.
@@ -290,6 +306,7 @@ impl GpuModel {
     /// The driver's, or the token before hangs.
     pub fn begin(&self, x: &[f32], rotation: &[f32], position: usize) -> Result<(), GpuError> {
         self.give_up()?;
+        self.before_token(position)?;
         let number = self.next_number();
         let exchange = &self.exchange;
         // SAFETY: no token is under way, and no other thread of the host touches these.
@@ -359,6 +376,7 @@ impl GpuModel {
         position: usize,
     ) -> Result<(), GpuError> {
         self.give_up()?;
+        self.check_whole()?;
         self.wait_batch()?;
         let number = self.next_number();
         let buffers = &mut *locked(&self.buffers);
@@ -377,7 +395,7 @@ impl GpuModel {
         let layer = (own, &weights.layers[own]);
         Ok(self
             .prefill()
-            .layer(&self.stream, layer, &weights.arena, shape, cache)?)
+            .layer(&self.stream, layer, &locked(&self.arena), shape, cache)?)
     }
 
     /// Waits for the end of what was launched.
@@ -676,7 +694,7 @@ impl GpuModel {
 /// Between questions whether a prompt's tokens are done.
 const ASK_BATCH_EVERY: Duration = Duration::from_micros(50);
 
-fn locked<T>(what: &Mutex<T>) -> MutexGuard<'_, T> {
+pub(super) fn locked<T>(what: &Mutex<T>) -> MutexGuard<'_, T> {
     what.lock().unwrap_or_else(|broken| broken.into_inner())
 }
 
@@ -708,6 +726,8 @@ struct Capture<'a> {
     weights: &'a GpuWeights,
     exchange: &'a Exchange,
     buffers: &'a mut Buffers,
+    /// Where it is counted which hot neurons fire.
+    counts: Option<&'a mut HotCounts>,
     /// Where predictors run beside the hot neurons of the layer before, and what marks beginnings and ends there.
     side: &'a Stream,
     events: &'a [Event; 2],
@@ -1078,16 +1098,21 @@ impl Capture<'_> {
                     Add::Out,
                     scratch,
                     buffers.x.view_mut(..),
-                )
+                )?
             }
             GpuDown::Plain(down) => {
                 let rows = buffers.act_rows.as_mut();
                 let rows = rows.expect("there are some where a down projection is plain");
                 prepare(stream, buffers.act.view(..n_hot), rows)?;
                 let to = buffers.x.view_mut(..);
-                gemv(stream, down.view(arena), rows, Add::Out, to)
+                gemv(stream, down.view(arena), rows, Add::Out, to)?
             }
         }
+        if let Some(counts) = &mut self.counts {
+            let fired = (buffers.act.view(..n_hot), list);
+            counts.mark(stream, index, fired, buffers.words.view(0..1))?;
+        }
+        Ok(())
     }
 
     /// Waits for the host's part, and adds it.

@@ -9,6 +9,8 @@ mod cuda_layer;
 mod error;
 mod exchange;
 mod gpu_model;
+mod hot_counts;
+mod moving;
 mod prefill;
 mod times;
 pub mod weights;
@@ -20,6 +22,7 @@ pub(crate) use cuda_layer::CudaLayer;
 pub use error::GpuError;
 pub use gpu_model::working_bytes;
 pub(crate) use gpu_model::{GpuModel, GpuOptions};
+pub use moving::replan_bytes;
 pub use prefill::{PrefillSizes, STREAMED_TOKENS_MIN};
 pub use times::{GpuTimes, LayerTimes};
 

@@ -545,7 +545,8 @@ impl Prefill {
         self.copies.wait_for(&stage.used)?;
         for (bytes, at) in &self.cold[layer][part].copies {
             let to = stage.bytes.view_mut(*at..at + bytes.len());
-            // SAFETY: the bytes are never written, and this holds them; streams end before it does.
+            // SAFETY: the bytes are written between steps alone, when streams have ended (`moving`), and this holds them;
+            // streams end before it does.
             unsafe { copy_in(&self.copies, bytes, to)? };
         }
         stage.copied.record(&self.copies)

@@ -4,6 +4,8 @@ use std::ops::Range;
 
 use pi_kernels::cuda::{Device, DeviceBuffer, DeviceRows, RowsView, View};
 
+use crate::replan::Replan;
+
 /// Rows in the arena, one behind the other.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct GpuRows {
@@ -56,6 +58,8 @@ pub struct GpuWeights {
     pub sync: GpuSync,
     /// Whether neurons are computed whether or not they fire.
     pub dense: bool,
+    /// How neurons change places with the host's; none: never.
+    pub replan: Option<Replan>,
 }
 
 impl GpuWeights {

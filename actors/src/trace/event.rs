@@ -244,11 +244,19 @@ pub enum Phase {
     Embed,
     /// The feeder takes logits: it samples, and gives text out.
     Sample,
+    /// Neurons change between GPU and host.
+    Replan,
 }
 
 impl Phase {
     /// All of them, in the order of their codes.
-    pub const ALL: [Phase; 4] = [Phase::Start, Phase::Feed, Phase::Embed, Phase::Sample];
+    pub const ALL: [Phase; 5] = [
+        Phase::Start,
+        Phase::Feed,
+        Phase::Embed,
+        Phase::Sample,
+        Phase::Replan,
+    ];
 
     /// Its name.
     pub fn name(self) -> &'static str {
@@ -257,6 +265,7 @@ impl Phase {
             Phase::Feed => "feed",
             Phase::Embed => "embed",
             Phase::Sample => "sample",
+            Phase::Replan => "replan",
         }
     }
 }

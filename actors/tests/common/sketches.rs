@@ -131,8 +131,8 @@ pub fn sketch(layer: &PlainLayer, neurons: Range<usize>, form: Form) -> Option<S
                 a: interleaved(&plain.sketch_a, N_EMBD),
                 b: interleaved(rows(&plain.sketch_b, RANK, neurons), RANK),
             },
-            bias,
-            floor: Some(floor),
+            bias: bias.into(),
+            floor: Some(floor.into()),
         }),
         SketchForm::Signs | SketchForm::TwoBits | SketchForm::TwoBitsOfAll => {
             let all = sketch == SketchForm::TwoBitsOfAll;
@@ -141,10 +141,10 @@ pub fn sketch(layer: &PlainLayer, neurons: Range<usize>, form: Form) -> Option<S
             Some(SketchShare {
                 kind: SketchKind::Bits {
                     planes: planes(rows(&layer.gate, N_EMBD, neurons)),
-                    two_bit_bias: (sketch != SketchForm::Signs).then(|| or_all(two)),
+                    two_bit_bias: (sketch != SketchForm::Signs).then(|| or_all(two).into()),
                 },
-                bias: or_all(bias),
-                floor: (!all).then_some(floor),
+                bias: or_all(bias).into(),
+                floor: (!all).then(|| floor.into()),
             })
         }
     }

@@ -372,7 +372,7 @@ impl Loader<'_> {
         if let Some(SketchLayout::Nothing) = layer.cold.sketch {
             return Some(SketchShare {
                 kind: SketchKind::Nothing,
-                bias: Vec::new(),
+                bias: Vec::new().into(),
                 floor: None,
             });
         }
@@ -398,14 +398,14 @@ impl Loader<'_> {
                 };
                 SketchKind::Bits {
                     planes,
-                    two_bit_bias: two_bit_bias.map(mine),
+                    two_bit_bias: two_bit_bias.map(|values| mine(values).into()),
                 }
             }
         };
         Some(SketchShare {
             kind,
-            bias: mine(&sketch.bias),
-            floor: sketch.floor.as_ref().map(mine),
+            bias: mine(&sketch.bias).into(),
+            floor: sketch.floor.as_ref().map(|floors| mine(floors).into()),
         })
     }
 

@@ -82,6 +82,7 @@ impl GpuLayout<'_> {
             first_layer: self.first_layer,
             head: self.head.clone(),
             sync,
+            replan: None,
             dense: self.is_dense,
         })
     }
