@@ -109,6 +109,14 @@ pub enum RuntimeError {
         /// The nearest file that would do.
         nearest: String,
     },
+    /// Re-planning that would never change anything.
+    #[error("--replan: {problem}: {cure}, or leave it out")]
+    Replan {
+        /// Why.
+        problem: &'static str,
+        /// What to do instead.
+        cure: &'static str,
+    },
     /// A saved machine that cannot be read.
     #[error("{}: cannot read the machine: {source}", path.display())]
     ReadMachine {

@@ -5,30 +5,18 @@ mod common;
 use std::collections::VecDeque;
 use std::path::PathBuf;
 
+use common::gpu::has_gpu;
 use common::running::{Ran, run};
 use common::tiny_synth;
 use common::trace_file::TraceFile;
 use pi_actors::faults::{Fault, FaultPlace, Faults};
 use pi_actors::messages::ActorId;
 use pi_actors::{ActorError, Feed, Feeder, LogitsWanted, Next};
-use pi_kernels::KernelError;
 use pi_kernels::cuda::Device;
 use pi_runtime::session::{LoadedModel, ModelOptions, Silent};
 use pi_runtime::synth::Synthesis;
 use pi_topology::{GpuConfig, Machine, Plan, TopologyConfig};
 use serde_json::Value;
-
-/// Whether there is a GPU; a line that says so where there is none.
-fn has_gpu() -> bool {
-    match Device::open(0) {
-        Ok(_) => true,
-        Err(KernelError::CudaNoDriver | KernelError::CudaNoDevice { .. }) => {
-            println!("skipped: no CUDA driver");
-            false
-        }
-        Err(error) => panic!("{error}"),
-    }
-}
 
 /// A synthetic model with its sidecar, a text and topologies in a folder.
 struct Model {

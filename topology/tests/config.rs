@@ -71,7 +71,7 @@ fn every_key_is_read() {
             cores: CoreChoice::Fastest,
         }
     );
-    let text = "[machine]\nnuma_nodes = 2\nmemory_per_node = \"64GiB\"\n[memory]\ncold = \"single:1\"\nstrict = true\n[host]\ncores = \"all\"\n[[gpu]]\n[[gpu]]\npci_address = \"0000:01:00.0\"\nvram_budget = \"22GiB\"\nhot_percent_max = 50\nsync = \"events\"\nrequired = true\n";
+    let text = "[machine]\nnuma_nodes = 2\nmemory_per_node = \"64GiB\"\n[memory]\ncold = \"single:1\"\nstrict = true\n[host]\ncores = \"all\"\n[[gpu]]\n[[gpu]]\npci_address = \"0000:01:00.0\"\nvram_budget = \"22GiB\"\nhot_percent_max = 50\nsync = \"events\"\nreplan = 64\nrequired = true\n";
     let config: TopologyConfig = toml::from_str(text).unwrap();
     let needs = MachineNeeds {
         numa_nodes: Some(2),
@@ -90,6 +90,7 @@ fn every_key_is_read() {
         vram_budget: VramBudget::Bytes(ByteSize(22 << 30)),
         hot_percent_max: 50,
         sync: GpuSync::Events,
+        replan: 64,
         required: true,
     };
     assert_eq!(config.gpus, [GpuConfig::default(), gpu]);
@@ -176,6 +177,7 @@ fn values_are_refused_where_they_stand() {
     assert_error("[machine]\nmemory_per_node = \"all\"\n", 2, 19, size);
     assert_error("[[gpu]]\nvram_budget = \"22G\"\n", 2, 15, size);
     assert_error("[[gpu]]\nhot_percent_max = 101\n", 2, 19, "from 0 to 100");
+    assert_error("[[gpu]]\nreplan = -1\n", 2, 10, "from 0");
     assert_error(
         "[[gpu]]\nsync = \"spin\"\n",
         2,
@@ -303,7 +305,7 @@ fn odd_configs() -> Vec<TopologyConfig> {
         "name = \"a \\\"b\\\" \\\\ \\n\"\n",
         "[machine]\ncores_per_node = 3\n[memory]\nhuge_pages = \"off\"\n",
         "[machine]\nnuma_nodes = 2\nmemory_per_node = \"1.5GiB\"\n[memory]\ncold = \"interleave\"\nstrict = true\n[host]\nnodes = 2\nthreads = \"hyperthreads\"\nreserved_cores = 1\ncores = \"all\"\n",
-        "[host]\nthreads = 3\n[[gpu]]\n[[gpu]]\nvram_budget = \"512MB\"\nhot_percent_max = 0\nsync = \"events\"\nrequired = true\npci_address = \"0000:01:00.0\"\n",
+        "[host]\nthreads = 3\n[[gpu]]\n[[gpu]]\nvram_budget = \"512MB\"\nhot_percent_max = 0\nsync = \"events\"\nreplan = 7\nrequired = true\npci_address = \"0000:01:00.0\"\n",
         "[memory]\ncold = \"single:3\"\n[[host.node]]\nnuma = 1\ncpus = [4, 2]\n[[host.node]]\ncpus = [0]\n[[gpu]]\nrequired = true\n",
     ]
     .into_iter()

@@ -1,7 +1,8 @@
 //! Runs tests on one loaded model: fills the context, warms up, repeats.
 
 use pi_actors::ActorError;
-use pi_actors::counters::Counters;
+use pi_actors::counters::{Counters, RunTotals};
+use pi_actors::replan::Replans;
 
 use super::feeder::BenchFeeder;
 use super::row::{BenchTest, Samples};
@@ -27,6 +28,8 @@ pub struct Measured {
     pub work: Counters,
     /// Tokens of all repetitions.
     pub n_tokens: usize,
+    /// Neurons that changed between GPU and host in them.
+    pub replans: Replans,
 }
 
 impl<'a> Runner<'a> {
@@ -53,15 +56,18 @@ impl<'a> Runner<'a> {
         self.once(test, measured.clone())?;
         let mut samples_ns = Vec::with_capacity(repetitions);
         let mut work = Counters::default();
+        let mut replans = Replans::default();
         for _ in 0..repetitions {
-            let (ns, counters) = self.once(test, measured.clone())?;
+            let (ns, totals) = self.once(test, measured.clone())?;
             samples_ns.push(ns);
-            work += counters;
+            work += totals.prefill + totals.decode;
+            replans += totals.replans;
         }
         Ok(Measured {
             samples: Samples::new(n_tokens, samples_ns),
             work,
             n_tokens: n_tokens * repetitions,
+            replans,
         })
     }
 
@@ -76,7 +82,7 @@ impl<'a> Runner<'a> {
     }
 
     /// One repetition: its time in ns, and its work.
-    fn once(&self, test: BenchTest, tokens: Vec<u32>) -> Result<(u64, Counters), ActorError> {
+    fn once(&self, test: BenchTest, tokens: Vec<u32>) -> Result<(u64, RunTotals), ActorError> {
         let feeder = if test.n_gen == 0 {
             BenchFeeder::prefill(tokens, test.n_depth)
         } else {
@@ -86,6 +92,6 @@ impl<'a> Runner<'a> {
         let run = self.model.engine.run(feeder.with_sparse_head(sparse))?;
         run.outcome?;
         let ns = u64::try_from(run.feeder.elapsed().as_nanos()).unwrap_or(u64::MAX);
-        Ok((ns, run.totals.prefill + run.totals.decode))
+        Ok((ns, run.totals))
     }
 }

@@ -160,6 +160,10 @@ pub struct ModelArgs {
     /// Whether what is predicted one layer ahead is prefetched
     #[arg(long, value_enum, value_name = "on|off", default_value_t = PrefetchArg::On)]
     pub prefetch: PrefetchArg,
+    /// With a GPU: after every N decoded tokens neurons that fired most lately become hot, in exchange for hot ones that fired
+    /// less; 0: never [default: the topology's gpu.replan]
+    #[arg(long, value_name = "N")]
+    pub replan: Option<u32>,
     /// Precision of the activations in dot products
     #[arg(long, value_name = "f32|q8", default_value_t = ActivationMode::Q8)]
     pub activations: ActivationMode,

@@ -74,6 +74,9 @@ fn run_tests(args: &BenchArgs, tracer: &Tracer) -> Result<(), RuntimeError> {
             tracer.span("test", start);
             let row = bench.row(test, &measured, time);
             writer.row(out.stream(), &row).map_err(output_error)?;
+            if measured.replans.times > 0 {
+                eprintln!("{}: {}", test.name(), measured.replans);
+            }
         }
         bench.model.verify_again()?;
         for times in bench.model.engine.gpu_times() {

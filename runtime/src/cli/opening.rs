@@ -57,7 +57,23 @@ impl ModelArgs {
                 prefetch: self.prefetch == PrefetchArg::On,
             },
             n_batch: usize::from(self.batch_size).min(N_UBATCH),
+            replan: self.replan()?,
         })
+    }
+
+    /// What `--replan` asks for.
+    ///
+    /// # Errors
+    /// It asks for re-planning, and there is no GPU in the topology.
+    fn replan(&self) -> Result<Option<usize>, RuntimeError> {
+        let every = self.replan.map(|every| every as usize);
+        if every.is_some_and(|every| every > 0) && self.topology_file()?.config().gpus.is_empty() {
+            return Err(RuntimeError::Replan {
+                problem: "there is no GPU whose neurons could change places with the host's",
+                cure: "name a topology with a [[gpu]] (--topology FILE)",
+            });
+        }
+        Ok(every)
     }
 
     /// The topology file's plan, or the discovered machine's, for `threads`, with shares by bandwidth where it was measured.

@@ -205,6 +205,7 @@ impl Packing<'_> {
             sidecar: None,
             thresholds: ThresholdSource::default(),
             predicting: Predicting::default(),
+            replan: None,
             n_batch: N_UBATCH,
         };
         LoadedModel::open(&options, &self.plan, &LoadBar::default())

@@ -76,6 +76,9 @@ pub fn score(
         .engine
         .run(ChunkScorer::new(chunks, report, Arc::clone(interrupt)))?;
     eprintln!();
+    if run.totals.replans.times > 0 {
+        eprintln!("{}", run.totals.replans);
+    }
     run.outcome.map_err(|error| model.step_error(error))?;
     if interrupt.load(std::sync::atomic::Ordering::Acquire) {
         return Err(RuntimeError::Interrupted);

@@ -4,6 +4,7 @@ use std::fmt;
 use std::time::{Duration, Instant};
 
 use pi_actors::counters::RunTotals;
+use pi_actors::replan::Replans;
 use serde_json::{Value, json};
 
 use crate::session::Answer;
@@ -33,6 +34,8 @@ pub struct Timings {
     pub bytes_per_token: Option<u64>,
     /// Bytes of cached keys and values read for a decoded token; none when nothing was decoded.
     pub kv_bytes_per_token: Option<u64>,
+    /// Neurons that changed between GPU and host.
+    pub replans: Replans,
     /// Every part that changes the output, in words.
     pub lossy: Vec<String>,
 }
@@ -44,6 +47,7 @@ impl Timings {
         let RunTotals {
             decode,
             decode_tokens,
+            replans,
             ..
         } = answer.totals;
         let per_token = |bytes: u64| bytes.checked_div(decode_tokens as u64);
@@ -59,6 +63,7 @@ impl Timings {
             candidate_share: decode.candidate_share(),
             bytes_per_token: per_token(decode.weight_bytes),
             kv_bytes_per_token: per_token(decode.kv_bytes),
+            replans,
             lossy,
         }
     }
@@ -83,6 +88,7 @@ impl Timings {
         self.n_decoded += other.n_decoded;
         self.decode += other.decode;
         self.n_refed += other.n_refed;
+        self.replans += other.replans;
     }
 
     /// `timings` of `--json`, with llama.cpp's server's names where it has them.
@@ -101,6 +107,7 @@ impl Timings {
             "candidate_share": self.candidate_share,
             "bytes_per_token": self.bytes_per_token,
             "kv_bytes_per_token": self.kv_bytes_per_token,
+            "replans": replans_json(&self.replans),
             "lossy": self.lossy,
         })
     }
@@ -133,6 +140,9 @@ impl fmt::Display for Timings {
         if let Some(bytes) = self.kv_bytes_per_token {
             write!(f, " and {:.1} MB of cache", bytes as f64 / 1e6)?;
         }
+        if self.replans.times > 0 {
+            write!(f, " | {}", self.replans)?;
+        }
         let lossy = if self.lossy.is_empty() {
             "none".into()
         } else {
@@ -140,6 +150,20 @@ impl fmt::Display for Timings {
         };
         write!(f, " | lossy: {lossy}")
     }
+}
+
+/// What moved; null where it was never asked what should.
+fn replans_json(replans: &Replans) -> Value {
+    if replans.times == 0 {
+        return Value::Null;
+    }
+    json!({
+        "times": replans.times,
+        "moved": replans.moved,
+        "mib": replans.bytes as f64 / f64::from(1 << 20),
+        "ms": ms(Duration::from_nanos(replans.ns)),
+        "hot_share": replans.hot_share(),
+    })
 }
 
 fn ms(time: Duration) -> f64 {
@@ -167,6 +191,7 @@ mod tests {
             candidate_share: Some(1.0),
             bytes_per_token: Some(60_000_000),
             kv_bytes_per_token: Some(1_200_000),
+            replans: Replans::default(),
             lossy: vec![],
         }
     }
@@ -196,6 +221,24 @@ mod tests {
             line.contains("| candidates 20.0 % | active 10.0 % |"),
             "{line}"
         );
+        let moved = Timings {
+            replans: Replans {
+                times: 2,
+                moved: 30,
+                bytes: 3 << 19,
+                ns: 1_250_000,
+                fired: 1000,
+                fired_hot: 820,
+            },
+            ..timings()
+        };
+        let line = moved.to_string();
+        assert!(
+            line.contains(
+                "| re-planned 2 times: 30 neurons, 1.5 MiB, 1.2 ms, 82.0 % of firings hot | lossy"
+            ),
+            "{line}"
+        );
         let nothing = Timings {
             lossy: vec!["down re-quantised Q4_0 -> Q5_0".into()],
             ..Timings::default()
@@ -222,6 +265,7 @@ mod tests {
     #[test]
     fn json_has_null_where_nothing_was_measured() {
         let value = Timings::default().to_json();
+        assert!(value["replans"].is_null());
         assert!(value["predicted_per_second"].is_null() && value["active_share"].is_null());
         assert_eq!(timings().to_json()["predicted_per_second"], 100.0);
     }

@@ -183,16 +183,7 @@ impl<'a> CopyTask<'a, '_> {
         match &self.source {
             Source::Matrix(part) => copy_matrix(part, self.to),
             Source::Records(part) => copy_records(part, self.to),
-            Source::Planes(part) => {
-                let rows = part.neurons.clone();
-                match part.order {
-                    None => (part.shape()).pack(part.source.rows(rows), 0, self.to, self.rest),
-                    Some(order) => {
-                        let rows = gathered(part.source, &order[rows]);
-                        part.shape().pack(&rows, 0, self.to, self.rest);
-                    }
-                }
-            }
+            Source::Planes(part) => copy_planes(part, self.to, self.rest),
         }
         self.to.len() + self.rest.len()
     }
@@ -230,7 +221,19 @@ fn gathered(source: &FileMatrix, rows: &[u32]) -> Vec<u8> {
     gathered
 }
 
-fn copy_matrix(part: &MatrixPart<'_>, to: &mut [u8]) {
+/// The planes of some gates: their signs, and the rest.
+pub(super) fn copy_planes(part: &PlanesPart<'_>, top: &mut [u8], rest: &mut [u8]) {
+    let rows = part.neurons.clone();
+    match part.order {
+        None => (part.shape()).pack(part.source.rows(rows), 0, top, rest),
+        Some(order) => {
+            let rows = gathered(part.source, &order[rows]);
+            part.shape().pack(&rows, 0, top, rest);
+        }
+    }
+}
+
+pub(super) fn copy_matrix(part: &MatrixPart<'_>, to: &mut [u8]) {
     let (source, shape) = (part.source, part.shape());
     if part.cols.len() == source.n_cols() {
         match part.order {
@@ -251,7 +254,7 @@ fn copy_matrix(part: &MatrixPart<'_>, to: &mut [u8]) {
     }
 }
 
-fn copy_records(part: &RecordsPart<'_>, to: &mut [u8]) {
+pub(super) fn copy_records(part: &RecordsPart<'_>, to: &mut [u8]) {
     let (up_bytes, record_bytes) = (part.up_row_bytes(), part.record_bytes());
     let row = |quant: QuantType| MatrixShape {
         quant,

@@ -8,12 +8,14 @@ use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex};
 
 use bytes::Bytes;
+use pi_actors::gpu::weights::GpuLayer;
 use pi_actors::weights::{
     AheadWeights, Embedding, EmbeddingRows, FfnShare, GateActivation, HeadShare, HeadSketch,
     HeadSketchShare, LayerShare, LayerWeights, Matrix, ModelShape, ModelWeights, NeuronStore,
     PlanesStore, SketchKind, SketchShare, UpRows,
 };
 use pi_kernels::attention::KvType;
+use pi_topology::ArenaWriter;
 
 use super::copy_task::{CopyTask, PageDrop, copy_tasks};
 use super::error::ModelError;
@@ -22,6 +24,7 @@ use super::hyperparameters::{GateKind, Hyperparameters};
 use super::layout::{
     FfnLayout, LayerLayout, MatrixPart, ModelLayout, Placed, RecordsPart, SketchLayout,
 };
+use super::moves::{LayerMoves, NeuronMoves};
 use super::node_memory::{Arena, NodeMemory, NodeThreads};
 use super::predicting::Predicting;
 use super::shares::{Division, NodeShare};
@@ -196,6 +199,22 @@ impl<'a> Loader<'a> {
         layers.map(LayerLayout::streamed_bytes).sum()
     }
 
+    /// What lets neurons change places with those that GPUs have, as `gpus` has all layers.
+    ///
+    /// # Panics
+    /// When these are not as many.
+    pub fn moves<'g>(&self, gpus: impl IntoIterator<Item = &'g GpuLayer>) -> NeuronMoves {
+        let gpus: Vec<&GpuLayer> = gpus.into_iter().collect();
+        assert_eq!(gpus.len(), self.tensors.layers.len(), "all layers");
+        NeuronMoves::new(gpus.into_iter().enumerate().map(|(index, gpu)| {
+            let nodes: Vec<&LayerLayout<'_>> = (self.layout.nodes.iter())
+                .map(|node| &node.layers[index])
+                .collect();
+            let predictors = self.predictors.map(|all| &all[index]);
+            LayerMoves::new(&self.tensors.layers[index], &nodes, predictors, gpu)
+        }))
+    }
+
     /// Bytes of all arenas but the gaps between matrices: what the progress counts up to.
     pub fn copied_bytes(&self) -> u64 {
         let nodes = self.layout.nodes.iter();
@@ -219,6 +238,19 @@ impl<'a> Loader<'a> {
         memory: &dyn NodeMemory,
         progress: &(dyn Fn(u64) + Sync),
     ) -> Result<ModelWeights, ModelError> {
+        Ok(self.load_with_writers(threads, memory, progress)?.0)
+    }
+
+    /// The same, and what writes again to each node's arena; none where the memory cannot be had so.
+    ///
+    /// # Errors
+    /// As [`Loader::load`].
+    pub fn load_with_writers(
+        self,
+        threads: &dyn NodeThreads,
+        memory: &dyn NodeMemory,
+        progress: &(dyn Fn(u64) + Sync),
+    ) -> Result<(ModelWeights, Option<Vec<ArenaWriter>>), ModelError> {
         let nodes = &self.layout.nodes;
         assert_eq!(threads.n_threads().len(), nodes.len(), "a team per node");
         if self.transposed_bytes > 0 {
@@ -231,9 +263,10 @@ impl<'a> Loader<'a> {
             .map(|(node, layout)| memory.allocate(node, layout.bytes))
             .collect::<Result<_, _>>()?;
         self.fill(&mut arenas, threads, progress)?;
-        let arenas: Vec<Bytes> = arenas.into_iter().map(|arena| arena.freeze()).collect();
+        let frozen = arenas.into_iter().map(|arena| arena.freeze_with_writer());
+        let (arenas, writers): (Vec<Bytes>, Vec<Option<ArenaWriter>>) = frozen.unzip();
         memory.filled(&arenas)?;
-        Ok(self.weights(&arenas))
+        Ok((self.weights(&arenas), writers.into_iter().collect()))
     }
 
     fn fill(

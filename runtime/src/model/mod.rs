@@ -9,6 +9,7 @@ pub mod gpu;
 pub mod hyperparameters;
 mod layout;
 pub mod load;
+pub mod moves;
 pub mod node_memory;
 pub mod predicting;
 pub mod quantize;

@@ -4,7 +4,7 @@ use std::sync::{Mutex, PoisonError};
 
 use bytes::Bytes;
 use pi_actors::{ActorError, TeamThread, Teams};
-use pi_topology::{Plan, Residence, TopologyError};
+use pi_topology::{ArenaWriter, Plan, Residence, TopologyError};
 
 use super::error::ModelError;
 
@@ -15,6 +15,11 @@ pub trait Arena: Send {
 
     /// Ends the filling; the bytes stay where they are.
     fn freeze(self: Box<Self>) -> Bytes;
+
+    /// The same, with what writes to them again, where that is possible.
+    fn freeze_with_writer(self: Box<Self>) -> (Bytes, Option<ArenaWriter>) {
+        (self.freeze(), None)
+    }
 }
 
 /// Gives each node its memory.
@@ -25,7 +30,7 @@ pub trait NodeMemory {
     /// The machine does not give it.
     fn allocate(&self, node: usize, bytes: usize) -> Result<Box<dyn Arena>, ModelError>;
 
-    /// Takes note of what each node's memory holds now; nothing is written to it any more.
+    /// Takes note of what each node's memory holds now; where it lies does not change any more.
     ///
     /// # Errors
     /// It does not lie where it has to.
@@ -127,6 +132,11 @@ impl Arena for pi_topology::Arena {
 
     fn freeze(self: Box<Self>) -> Bytes {
         pi_topology::Arena::freeze(*self)
+    }
+
+    fn freeze_with_writer(self: Box<Self>) -> (Bytes, Option<ArenaWriter>) {
+        let (bytes, writer) = pi_topology::Arena::freeze_with_writer(*self);
+        (bytes, Some(writer))
     }
 }
 

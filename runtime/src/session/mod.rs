@@ -5,6 +5,7 @@ mod conflict_log;
 mod generation;
 mod gpu;
 mod opening;
+mod replanning;
 mod sparsity;
 mod stop_texts;
 mod topology_file;

@@ -14,6 +14,7 @@ use pi_topology::{NodeRooms, Plan, Residence, TopologyError};
 
 use super::conflict_log::warn_of_conflicts;
 use super::gpu::OnGpus;
+use super::replanning;
 use super::sparsity::{self, ThresholdSource};
 use crate::chat::SpecialTexts;
 use crate::error::RuntimeError;
@@ -70,6 +71,8 @@ pub struct ModelOptions {
     pub predicting: Predicting,
     /// Where the thresholds of `threshold` come from.
     pub thresholds: ThresholdSource,
+    /// Tokens after which neurons change places between GPU and host, 0: never; none: as the topology has it.
+    pub replan: Option<usize>,
 }
 
 impl ModelOptions {
@@ -89,6 +92,7 @@ impl ModelOptions {
             head: Head::Full,
             predicting: Predicting::default(),
             thresholds: ThresholdSource::default(),
+            replan: None,
         }
     }
 }
@@ -322,6 +326,7 @@ fn start_engine(
         }
         _ => None,
     };
+    let every = replanning::intervals(options, plan, &sparsity)?;
     let request = GpuRequest {
         shape: &shape,
         tensors: &tensors,
@@ -334,6 +339,7 @@ fn start_engine(
         mode: options.cpu.mode(),
         groups_max: FFN_GROUPS,
         layers: 0..hyper.n_layer,
+        replans: every.iter().any(|every| *every > 0),
     };
     let on_gpus = OnGpus::choose(options, plan, &request).map_err(in_file)?;
     let hot = on_gpus.as_ref().map(OnGpus::hot);
@@ -368,7 +374,14 @@ fn start_engine(
     };
     let loaded = gpus.and_then(|gpus| {
         let copied = |bytes| observer.copied(gpu_bytes + bytes);
-        Ok((gpus, loader.load(&teams, &memory, &copied)?))
+        let moves =
+            (!gpus.is_empty()).then(|| loader.moves(gpus.iter().flat_map(|gpu| &gpu.layers)));
+        let (weights, writers) = loader.load_with_writers(&teams, &memory, &copied)?;
+        let mut gpus = gpus;
+        if let Some(moves) = moves {
+            replanning::set(&mut gpus, &every, moves, writers);
+        }
+        Ok((gpus, weights))
     });
     observer.end();
     let (gpus, weights) = loaded.map_err(in_file)?;

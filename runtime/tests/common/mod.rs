@@ -4,6 +4,7 @@
 pub mod all_candidates;
 pub mod engine;
 pub mod gguf_parts;
+pub mod gpu;
 pub mod plain_twin;
 pub mod reference;
 pub mod running;

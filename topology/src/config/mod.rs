@@ -106,6 +106,9 @@ pub struct GpuConfig {
     pub hot_percent_max: u8,
     /// How host and GPU wait for each other.
     pub sync: GpuSync,
+    /// Decoded tokens after which neurons that fired most become hot, in exchange for others; 0: never.
+    #[serde(deserialize_with = "reading::tokens")]
+    pub replan: usize,
     /// Whether its absence is an error; else the host computes in its place.
     pub required: bool,
 }
@@ -117,6 +120,7 @@ impl Default for GpuConfig {
             vram_budget: VramBudget::default(),
             hot_percent_max: 100,
             sync: GpuSync::default(),
+            replan: 0,
             required: false,
         }
     }

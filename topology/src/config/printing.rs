@@ -218,7 +218,7 @@ fn host_entries(host: &HostConfig) -> Vec<Entry> {
     }
 }
 
-fn gpu_entries(gpu: &GpuConfig) -> [Entry; 6] {
+fn gpu_entries(gpu: &GpuConfig) -> [Entry; 7] {
     let budget = gpu.vram_budget.to_string();
     let sync = match gpu.sync {
         GpuSync::Flags => "flags",
@@ -250,6 +250,12 @@ fn gpu_entries(gpu: &GpuConfig) -> [Entry; 6] {
             Some(quoted(sync)),
             "",
             "how host and GPU wait for each other: flags or events",
+        ),
+        key(
+            "replan",
+            text(Some(gpu.replan)),
+            "",
+            "tokens after which neurons change between GPU and host; 0: never",
         ),
         key(
             "required",

@@ -117,6 +117,11 @@ pub(super) fn count<'de, D: Deserializer<'de>>(deserializer: D) -> Result<Option
     deserializer.deserialize_any(UpTo(usize::MAX)).map(Some)
 }
 
+/// Reads a number of tokens.
+pub(super) fn tokens<'de, D: Deserializer<'de>>(deserializer: D) -> Result<usize, D::Error> {
+    deserializer.deserialize_any(UpTo(usize::MAX))
+}
+
 /// A logical CPU.
 struct CpuNumber(usize);
 

@@ -51,6 +51,8 @@ pub struct GpuRequest<'a> {
     pub groups_max: usize,
     /// The GPU's layers; the last one's has the head.
     pub layers: Range<usize>,
+    /// Whether neurons change places while the model runs.
+    pub replans: bool,
 }
 
 impl<'a> GpuRequest<'a> {
@@ -208,6 +210,10 @@ fn choose(
         bundle_bytes: bundle_bytes.iter().copied().max().unwrap_or(0),
         plain: request.sparsity.down.iter().any(|down| whole(*down)),
     };
+    let replan_bytes = match request.replans {
+        true => pi_actors::gpu::replan_bytes(request.layers.len(), shape.n_ff),
+        false => 0,
+    };
     let mut memory = GpuMemory {
         budget,
         overhead,
@@ -218,7 +224,7 @@ fn choose(
             request.layers.len(),
             request.kv_type,
             prefill,
-        ),
+        ) + replan_bytes,
         hot: 0,
         neurons: 0,
     };

@@ -45,7 +45,7 @@ pub(super) enum PieceSource<'a> {
 #[derive(Debug)]
 pub struct GpuLayout<'a> {
     pub(super) pieces: Vec<Piece<'a>>,
-    pub(super) layers: Vec<GpuLayer>,
+    pub(in crate::model) layers: Vec<GpuLayer>,
     pub(super) first_layer: usize,
     pub(super) head: Option<GpuHead>,
     /// Whether neurons are computed whether or not they fire.

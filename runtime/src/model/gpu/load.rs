@@ -87,6 +87,16 @@ impl GpuLayout<'_> {
         })
     }
 
+    /// All bytes of the arena, as they would be copied.
+    #[cfg(test)]
+    pub(in crate::model) fn image(&self) -> Vec<u8> {
+        let mut image = vec![0; self.bytes];
+        for task in self.tasks() {
+            task.pack(&mut image[task.at..task.at + task.bytes]);
+        }
+        image
+    }
+
     fn tasks(&self) -> Vec<Task<'_, '_>> {
         let mut tasks = Vec::new();
         for piece in &self.pieces {
@@ -157,7 +167,13 @@ impl Task<'_, '_> {
     }
 }
 
-fn pack_rows(matrix: &FileMatrix, order: &[u32], format: DeviceRows, to: &mut [u8]) {
+/// Packs the rows that `order` names one behind the other, as a device has them.
+pub(in crate::model) fn pack_rows(
+    matrix: &FileMatrix,
+    order: &[u32],
+    format: DeviceRows,
+    to: &mut [u8],
+) {
     let row_bytes = format.row_bytes();
     for (&row, to) in order.iter().zip(to.chunks_exact_mut(row_bytes)) {
         let row = row as usize;

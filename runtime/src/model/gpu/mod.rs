@@ -8,3 +8,4 @@ mod load;
 pub use choice::{GpuMemory, GpuPart, GpuRequest, GpuRoom, HotLayer, choose_on};
 pub use error::GpuModelError;
 pub use layout::GpuLayout;
+pub(super) use load::pack_rows;
