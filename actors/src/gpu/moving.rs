@@ -18,6 +18,10 @@ use crate::replan::{
 };
 use crate::team::Team;
 
+/// Counts are halved after so many tokens, or after each time where that is longer: enough to tell who fires more often, also where
+/// neurons move every few tokens.
+const REMEMBERED_TOKENS: usize = 64;
+
 /// Bytes that go to the device together, and in how many pieces.
 const SCATTER_BYTES: usize = 8 << 20;
 const SCATTER_PIECES: usize = 16 << 10;
@@ -49,9 +53,10 @@ pub(super) struct Moving {
     replan: Replan,
     pub hot: HotCounts,
     scatter: Scatter,
-    /// Tokens since the last time.
+    /// Tokens since the last time, and since counts were halved.
     n_tokens: usize,
-    /// By layer how often each neuron fired, `[n_ff]` in the layer's order: what is longer ago counts less, half as much after each time.
+    n_remembered: usize,
+    /// By layer how often each neuron fired, `[n_ff]` in the layer's order: what is longer ago counts less.
     fired: Vec<Vec<u32>>,
     /// Whether moving was broken off: nobody knows which weights are where.
     broken: bool,
@@ -70,6 +75,7 @@ impl Moving {
             hot: HotCounts::new(device, layers)?,
             scatter: Scatter::new(device, SCATTER_BYTES, SCATTER_PIECES)?,
             n_tokens: 0,
+            n_remembered: 0,
             fired: vec![vec![0; n_ff]; layers.len()],
             broken: false,
         })
@@ -117,13 +123,20 @@ impl Moving {
         bounded(&wished, &bytes, MOVED_BYTES_MAX)
     }
 
-    /// Neurons are where their counts say, and what was counted counts half from now on.
+    /// Neurons are where their counts say; and what was counted counts half where that was long enough ago.
     fn age(&mut self, swaps: &[Vec<Swap>]) {
+        self.n_remembered += self.replan.every;
+        let halves = self.n_remembered >= REMEMBERED_TOKENS;
+        if halves {
+            self.n_remembered = 0;
+        }
         for (fired, swaps) in self.fired.iter_mut().zip(swaps) {
             for swap in swaps {
                 fired.swap(swap.hot as usize, swap.cold as usize);
             }
-            fired.iter_mut().for_each(|count| *count /= 2);
+            if halves {
+                fired.iter_mut().for_each(|count| *count /= 2);
+            }
         }
     }
 }

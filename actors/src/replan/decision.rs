@@ -2,11 +2,12 @@
 
 use super::Swap;
 
-/// What a cold neuron has to have fired more often than a hot one to take its place: a quarter, and two times. Of two neurons that
-/// fire equally often either is ahead by chance, by about the root of the count; moving them would cost something every time, and
-/// gain nothing.
+/// Whether a cold neuron fired so much more often than a hot one that they should change places: by more than three times what the
+/// difference varies by chance, the root of both counts together. Of two neurons that fire equally often either is ahead at times;
+/// moving them costs something, and gains nothing.
 fn is_worth(cold: u32, hot: u32) -> bool {
-    u64::from(cold) >= u64::from(hot) + u64::from(hot / 4) + 2
+    let ahead = u64::from(cold.saturating_sub(hot));
+    ahead * ahead > 9 * (u64::from(cold) + u64::from(hot))
 }
 
 /// Two neurons of a layer that should change places.
@@ -50,8 +51,8 @@ fn places(counts: &[u32], pass: impl Fn(u32) -> bool) -> Vec<(u32, u32)> {
     passing.map(|(count, place)| (*count, place)).collect()
 }
 
-/// What is done of these wishes, by layer, of which a swap in layer l moves `swap_bytes[l]`: those that gain most a byte, as many as
-/// `bytes_max` allow. Of equal ones the first layer's come first.
+/// What is done of these wishes, by layer, of which a swap in layer l moves `swap_bytes[l]`: those that gain most a byte, as many
+/// as `bytes_max` allow. Of equal ones the first layer's come first.
 pub(crate) fn bounded(
     wishes: &[Vec<Wish>],
     swap_bytes: &[usize],
@@ -128,7 +129,7 @@ mod tests {
             swap: Swap { hot, cold },
             gain,
         };
-        // 7 in place of 5 is no quarter more
+        // 7 in place of 5 may be chance
         let want = [swap(1, 5, 40), swap(3, 7, 40)];
         assert_eq!(wishes, want, "of equal ones those at the front");
     }
@@ -136,7 +137,7 @@ mod tests {
     #[test]
     fn what_may_be_chance_moves_nothing() {
         assert_eq!(wishes(&[10, 100, 11], &[11, 13, 1]), []);
-        for (hot, cold) in [(0, 1), (1, 2), (4, 6), (8, 11), (100, 126)] {
+        for (hot, cold) in [(0, 9), (1, 11), (4, 18), (100, 147)] {
             assert_eq!(wishes(&[hot], &[cold]), [], "{cold} for {hot}");
             assert_eq!(wishes(&[hot], &[cold + 1]).len(), 1, "{cold} + 1 for {hot}");
         }

@@ -1,7 +1,7 @@
 //! Re-planning: every so many tokens neurons that fired most lately become hot, in exchange for hot ones that fired less.
 //!
-//! Two neurons of a layer change places: sizes, shares, lists and graphs stay, and only the contents of rows change. Both sides count
-//! which neurons fire (`counts` on the host, `gpu/hot_counts` on a GPU), token by token; `decision` says which are worth it; a
+//! Two neurons of a layer change places: sizes, shares, lists and graphs stay, and only the contents of rows change. Both sides
+//! count which neurons fire (`counts` on the host, `gpu/hot_counts` on a GPU), token by token; `decision` says which are worth it; a
 //! [`NeuronSource`] has their weights; `gpu/moving` puts these in place, between two tokens, when nobody reads them.
 
 mod counts;
