@@ -7,7 +7,7 @@ use std::path::{Path, PathBuf};
 
 use pi_runtime::bench::{BenchTest, Runner, TokenSource};
 use pi_runtime::model::Sparsity;
-use pi_runtime::model::predicting::{PredictBy, Predicting};
+use pi_runtime::model::predicting::{Predict, PredictBy, Predicting};
 use pi_runtime::plan::{FrequencySource, PlanRequest, plan};
 use pi_runtime::session::{LoadedModel, ModelOptions, Silent, TopologyFile};
 use pi_runtime::tokenizer::EncodeOptions;
@@ -61,7 +61,7 @@ fn compare(model: &Path, threads: usize, mode: Sparsity) -> bool {
         sparsity: Some(mode),
         // as the program runs it where nothing is said
         predicting: Predicting {
-            by: (mode == Sparsity::Predicted).then_some(PredictBy::InLayer),
+            by: Predict::All(PredictBy::InLayer),
             prefetch: true,
         },
         ..ModelOptions::new(model.to_path_buf())

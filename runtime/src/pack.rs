@@ -106,6 +106,7 @@ impl<'a> Packer<'a> {
         SparsityPlan {
             mode: Sparsity::Exact,
             down: self.tensors.layers.iter().map(transposed).collect(),
+            predicts: false,
             thresholds: None,
             hint: None,
         }

@@ -6,14 +6,16 @@ use std::path::Path;
 
 use common::running::{Folder, json_of, run, text_of, tiny};
 use common::tiny_model::TinyModel;
+use common::tiny_synth;
 use pi_runtime::gguf::{GgmlType, GgufFile};
 use pi_runtime::machine_profile::MachineProfile;
 use pi_runtime::model::gpu::GpuRoom;
 use pi_runtime::model::{Hyperparameters, Sparsity};
 use pi_runtime::plan::{PlanRequest, PlannedGpu, PromptForecast, Report};
-use pi_runtime::session::{ModelOptions, TopologyFile};
+use pi_runtime::session::{ModelOptions, Silent, TopologyFile};
 use pi_runtime::sidecar::sidecar_header;
-use pi_topology::GpuSync;
+use pi_runtime::synth::Synthesis;
+use pi_topology::{GpuSync, Predict, TopologyConfig};
 use serde_json::{Value, json};
 
 /// Writes a sidecar whose profile of 8 tokens has `count` for every neuron.
@@ -125,6 +127,62 @@ fn the_text_names_the_bottleneck_and_what_was_assumed() {
     ] {
         assert!(text.contains(expected), "no {expected:?} in\n{text}");
     }
+}
+
+/// What the plan prints is what a run takes, whatever was found fastest.
+#[test]
+fn what_is_decided_is_printed_as_runs_take_it() {
+    let folder = Folder(tempfile::tempdir().unwrap());
+    let (model, n_layer) = (folder.name("m.gguf"), 4);
+    let synthesis = Synthesis::new(&tiny_synth::options()).unwrap();
+    let written = synthesis.write(Path::new(&model), 1, &Silent, &|| false);
+    assert!(written.unwrap());
+    let args = ["plan", "-m", &model, "-t", "1", "--sparsity", "predicted"];
+    let plan = json_of(&[&args[..], &["-o", "json"]].concat());
+    let decision = &plan["modes"][0]["decision"];
+    let ways = decision["ways"].as_array().unwrap();
+    let names: Vec<&str> = ways.iter().map(|way| way["by"].as_str().unwrap()).collect();
+    assert_eq!(names, ["exact", "in-layer", "both"]);
+    let layer_ms = |way: usize, layer: usize| ways[way]["ms_per_layer"][layer].as_f64();
+    assert_eq!(layer_ms(2, 0), None, "nothing lies before layer 0");
+    // of each layer the fastest, up to what a way has to save
+    let list = decision["predict"].as_str().unwrap();
+    let Ok(Predict::Layers(kinds)) = list.parse() else {
+        panic!("{list}")
+    };
+    for (layer, by) in kinds.of_model(n_layer).unwrap().into_iter().enumerate() {
+        let taken = names.iter().position(|name| *name == by.name()).unwrap();
+        let taken_ms = layer_ms(taken, layer).unwrap();
+        let least = (0..3).filter_map(|way| layer_ms(way, layer));
+        assert!(
+            least.fold(f64::MAX, f64::min) >= taken_ms * 0.96,
+            "{decision}"
+        );
+    }
+    let toml = decision["toml"].as_str().unwrap();
+    let topology = folder.file("x.toml", toml);
+    let answer = |more: &[&str]| {
+        let args = [
+            "-m", &model, "-p", "a b c", "-n", "8", "--temp", "0", "--json",
+        ];
+        let predicted = ["-t", "1", "--sparsity", "predicted"];
+        json_of(&[&args[..], &predicted, more].concat())["logits_hash"].clone()
+    };
+    let by_file = answer(&["--topology", &topology]);
+    assert!(by_file.is_string());
+    assert_eq!(by_file, answer(&["--predictor", list]));
+
+    // the text has the same lines; what is asked for is not decided
+    let text = text_of(&args);
+    let (_, printed) = text.split_once("\n[sparsity]\n").unwrap();
+    let printed = format!("[sparsity]\n{}\n", printed.lines().next().unwrap());
+    let config: TopologyConfig = toml::from_str(&printed).unwrap();
+    assert!(
+        matches!(config.sparsity.predict, Predict::Layers(_)),
+        "{printed}"
+    );
+    let asked = [&args[..], &["--predictor", list, "-o", "json"]].concat();
+    assert_eq!(json_of(&asked)["modes"][0]["decision"], Value::Null);
 }
 
 /// The gates of the rehearsal are the model's own kernels' work: as many open as the profile says, for every type.

@@ -15,7 +15,7 @@ use pi_actors::messages::ActorId;
 use pi_actors::replan::Replans;
 use pi_actors::{Feed, Feeder, LogitsWanted, Next};
 use pi_runtime::gguf::GgufFile;
-use pi_runtime::model::predicting::{PredictBy, Predicting};
+use pi_runtime::model::predicting::{Predict, PredictBy, Predicting};
 use pi_runtime::model::{Hyperparameters, Sparsity};
 use pi_runtime::session::{LoadedModel, ModelOptions, Silent, hash_floats};
 use pi_runtime::sidecar::{Profile, Sidecar, default_path};
@@ -132,7 +132,10 @@ impl Model {
                 Some(_) => Sparsity::Predicted,
                 None => Sparsity::Exact,
             }),
-            predicting: Predicting { by, prefetch: true },
+            predicting: Predicting {
+                by: by.map_or(Predict::Auto, Predict::All),
+                prefetch: true,
+            },
             ..ModelOptions::new(self.file.clone())
         };
         LoadedModel::open(&options, &plan, &Silent).unwrap()

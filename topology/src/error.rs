@@ -51,6 +51,14 @@ pub enum TopologyError {
     /// A machine without CPUs.
     #[error("the machine has no CPU that this process may use: widen its affinity mask or cpuset")]
     NoCpus,
+    /// Layers of which it is not clear who predicts them.
+    #[error("who predicts ({text:?}): {problem}")]
+    Predict {
+        /// As given.
+        text: String,
+        /// What is wrong, and what would do.
+        problem: String,
+    },
     /// Teams beyond the neuron groups of a layer, or none.
     #[error(
         "{n_nodes} nodes: a layer's neurons are divided over 1 to {n_nodes_max} nodes; set host.nodes to a number in that range"
@@ -302,6 +310,7 @@ impl TopologyError {
             | TopologyError::Synthetic { .. }
             | TopologyError::Description { .. }
             | TopologyError::Xml { .. }
+            | TopologyError::Predict { .. }
             | TopologyError::NodeCount { .. }
             | TopologyError::TwoWays { .. }
             | TopologyError::ReservedFromNumber { .. }

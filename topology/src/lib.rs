@@ -36,8 +36,9 @@ mod udev;
 pub use arena::Arena;
 pub use arena_writer::ArenaWriter;
 pub use config::{
-    ByteSize, ColdPolicy, CoreChoice, GpuConfig, GpuSync, HostConfig, HugePages, ListedTeam,
-    MachineNeeds, MemoryConfig, NodeCount, ThreadsPerNode, TopologyConfig, VramBudget,
+    ByteSize, ColdPolicy, CoreChoice, GpuConfig, GpuSync, HostConfig, HugePages, LayerList,
+    ListedTeam, MachineNeeds, MemoryConfig, NodeCount, Predict, PredictBy, SparsityConfig,
+    ThreadsPerNode, TopologyConfig, VramBudget,
 };
 pub use conflicts::{Conflict, ConflictSubject, conflicts, conflicts_here};
 pub use error::TopologyError;

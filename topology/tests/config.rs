@@ -5,7 +5,8 @@ use std::path::Path;
 
 use pi_topology::{
     ByteSize, ColdPolicy, CoreChoice, GpuConfig, GpuSync, HostConfig, HugePages, ListedTeam,
-    MachineNeeds, MemoryConfig, NodeCount, ThreadsPerNode, TopologyConfig, VramBudget,
+    MachineNeeds, MemoryConfig, NodeCount, SparsityConfig, ThreadsPerNode, TopologyConfig,
+    VramBudget,
 };
 
 /// The error that a file gives.
@@ -32,6 +33,7 @@ fn an_empty_file_is_the_default() {
     let config: TopologyConfig = toml::from_str("").unwrap();
     assert_eq!(config, TopologyConfig::default());
     let default = TopologyConfig {
+        sparsity: SparsityConfig::default(),
         name: None,
         machine: MachineNeeds {
             numa_nodes: None,
@@ -304,7 +306,7 @@ fn odd_configs() -> Vec<TopologyConfig> {
         "",
         "name = \"a \\\"b\\\" \\\\ \\n\"\n",
         "[machine]\ncores_per_node = 3\n[memory]\nhuge_pages = \"off\"\n",
-        "[machine]\nnuma_nodes = 2\nmemory_per_node = \"1.5GiB\"\n[memory]\ncold = \"interleave\"\nstrict = true\n[host]\nnodes = 2\nthreads = \"hyperthreads\"\nreserved_cores = 1\ncores = \"all\"\n",
+        "[machine]\nnuma_nodes = 2\nmemory_per_node = \"1.5GiB\"\n[memory]\ncold = \"interleave\"\nstrict = true\n[sparsity]\npredict = \"0-3: exact, 4: both\"\n[host]\nnodes = 2\nthreads = \"hyperthreads\"\nreserved_cores = 1\ncores = \"all\"\n",
         "[host]\nthreads = 3\n[[gpu]]\n[[gpu]]\nvram_budget = \"512MB\"\nhot_percent_max = 0\nsync = \"events\"\nreplan = 7\nrequired = true\npci_address = \"0000:01:00.0\"\n",
         "[memory]\ncold = \"single:3\"\n[[host.node]]\nnuma = 1\ncpus = [4, 2]\n[[host.node]]\ncpus = [0]\n[[gpu]]\nrequired = true\n",
     ]
@@ -334,6 +336,7 @@ fn every_default_is_printed_and_explained() {
         "cold = \"shard\"                  # cold neurons: shard, replicate, interleave or single:N",
         "huge_pages = \"try\"              # try, require or off",
         "strict = false                  # whether memory elsewhere than planned is an error",
+        "predict = \"auto\"                # with --sparsity predicted: auto, or who predicts in which layer, as `plan` prints it",
         "nodes = \"all\"                   # teams: all (one per NUMA node), or 1 to 16",
         "threads = \"cores\"               # of each team: cores, hyperthreads, or a number",
         "reserved_cores = 0              # cores of each team left to others",

@@ -6,7 +6,7 @@ use std::path::PathBuf;
 use clap::error::{ContextKind, ContextValue, ErrorKind};
 use clap::{Args, Parser, Subcommand, ValueEnum};
 use pi_kernels::{ActivationMode, Tier};
-use pi_topology::TopologyConfig;
+use pi_topology::{Predict, TopologyConfig};
 
 use super::answer_args::{AnswerArgs, ChatArgs};
 use super::doctor::DoctorArgs;
@@ -154,9 +154,10 @@ pub struct ModelArgs {
     /// Run --sparsity threshold also where `prepare` found that it gains nothing
     #[arg(long, hide_short_help = true)]
     pub force_threshold: bool,
-    /// Who predicts with --sparsity predicted
-    #[arg(long, value_enum, value_name = "WHO", default_value_t = PredictorArg::Auto)]
-    pub predictor: PredictorArg,
+    /// Who predicts with --sparsity predicted: auto, exact (nobody: all gates are computed), in-layer, ahead or both; or layer
+    /// by layer, as in "0-3: exact, 4-29: in-layer", which `plan` prints [default: the topology file's, else auto]
+    #[arg(long, value_name = "WHO")]
+    pub predictor: Option<Predict>,
     /// Whether what is predicted one layer ahead is prefetched
     #[arg(long, value_enum, value_name = "on|off", default_value_t = PrefetchArg::On)]
     pub prefetch: PrefetchArg,
@@ -383,19 +384,6 @@ pub enum SparsityArg {
     Threshold,
     /// Only neurons that predictors pick are looked at
     Predicted,
-}
-
-/// `--predictor`
-#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
-pub enum PredictorArg {
-    /// As the plan decides
-    Auto,
-    /// From the layer's own hidden state, when it is there
-    InLayer,
-    /// From the layer before alone
-    Ahead,
-    /// From the layer before, and corrected when the hidden state is there
-    Both,
 }
 
 /// `--prefetch`

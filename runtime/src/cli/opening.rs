@@ -6,21 +6,21 @@ use pi_kernels::attention::KvType;
 use pi_kernels::{Cpu, Tier};
 use pi_topology::Plan;
 
-use super::args::{KvArg, ModelArgs, PredictorArg, PrefetchArg, SparsityArg};
+use super::args::{KvArg, ModelArgs, PrefetchArg, SparsityArg};
 use super::demo_model;
 use super::progress::LoadBar;
 use super::topology_measure::{by_bandwidth, with_profile};
 use crate::error::RuntimeError;
 use crate::machine_profile::MachineProfile;
 use crate::model::Sparsity;
-use crate::model::predicting::{PredictBy, Predicting};
+use crate::model::predicting::Predicting;
 use crate::session::{LoadedModel, ModelOptions, N_UBATCH, ThresholdSource, TopologyFile};
 
 impl ModelArgs {
-    /// What the flags ask for, with a context of `n_ctx` tokens (0: the model's own).
+    /// What the flags, and where they say nothing the topology file, ask for, with a context of `n_ctx` tokens (0: the model's own).
     ///
     /// # Errors
-    /// No model is named or found, or the machine lacks the tier.
+    /// No model is named or found, the machine lacks the tier, or the topology file is none.
     pub fn options(&self, n_ctx: usize) -> Result<ModelOptions, RuntimeError> {
         let tier = self.tier.unwrap_or_else(Tier::detect);
         Ok(ModelOptions {
@@ -48,11 +48,9 @@ impl ModelArgs {
                 ThresholdSource::Sidecar
             },
             predicting: Predicting {
-                by: match self.predictor {
-                    PredictorArg::Auto => None,
-                    PredictorArg::InLayer => Some(PredictBy::InLayer),
-                    PredictorArg::Ahead => Some(PredictBy::Ahead),
-                    PredictorArg::Both => Some(PredictBy::Both),
+                by: match &self.predictor {
+                    Some(predict) => predict.clone(),
+                    None => self.topology_file()?.config().sparsity.predict.clone(),
                 },
                 prefetch: self.prefetch == PrefetchArg::On,
             },

@@ -240,7 +240,7 @@ impl<'a> ModelLayout<'a> {
         predictors: Option<&'a [LayerPredictors]>,
         division: &Division,
         hot: Option<&'a [HotLayer]>,
-        named_by_gpu: bool,
+        on_gpu: bool,
     ) -> Self {
         let multiple = neuron_multiple(plan);
         let neuron_groups = neuron_groups(hyper.n_ff, multiple);
@@ -278,7 +278,7 @@ impl<'a> ModelLayout<'a> {
                     let owned = Owned {
                         // a GPU predicts, and has all but cold neurons
                         is_device: node == 0 && hot.is_none(),
-                        named_by_gpu,
+                        on_gpu,
                         share,
                         layers: (0..hyper.n_layer)
                             .map(|layer| of_node(node, layer))
@@ -304,8 +304,8 @@ pub(super) fn neuron_multiple(plan: &SparsityPlan) -> usize {
 struct Owned<'a> {
     /// Whether it is the device's, which predicts ahead.
     is_device: bool,
-    /// Whether a GPU names the neurons that are looked at, where it predicts them.
-    named_by_gpu: bool,
+    /// Whether a GPU has all but cold neurons, and predicts ahead.
+    on_gpu: bool,
     share: NodeShare,
     /// Neurons of each layer.
     layers: Vec<LayerNeurons<'a>>,
@@ -330,7 +330,7 @@ impl<'a> NodeLayout<'a> {
         owned: Owned<'a>,
     ) -> Self {
         let mut placing = Placing {
-            named_by_gpu: owned.named_by_gpu,
+            on_gpu: owned.on_gpu,
             ..Placing::default()
         };
         let of_layer = |index: usize| predictors.map(|all| &all[index]);
@@ -374,8 +374,8 @@ impl<'a> NodeLayout<'a> {
 struct Placing {
     end: usize,
     filled: usize,
-    /// Whether a GPU names the neurons that are looked at, where it predicts them.
-    named_by_gpu: bool,
+    /// Whether a GPU has all but cold neurons, and predicts ahead.
+    on_gpu: bool,
 }
 
 impl Placing {
@@ -445,7 +445,8 @@ impl Placing {
 
     /// Whether a predictor ahead, on a GPU, names all that is looked at.
     fn decides_alone(&self, predictors: Option<&LayerPredictors>) -> bool {
-        self.named_by_gpu && predictors.is_some_and(|layer| layer.ahead.is_some())
+        let ahead = predictors.and_then(|layer| layer.ahead.as_ref());
+        self.on_gpu && ahead.is_some_and(|ahead| ahead.alone)
     }
 
     /// The gate as its sketch wants it: in planes there is nothing left of it here.

@@ -26,7 +26,6 @@ use super::layout::{
 };
 use super::moves::{LayerMoves, NeuronMoves};
 use super::node_memory::{Arena, NodeMemory, NodeThreads};
-use super::predicting::Predicting;
 use super::shares::{Division, NodeShare};
 use super::sparsity::SparsityPlan;
 use super::tensors::{ModelTensors, QkvBias};
@@ -81,7 +80,6 @@ pub struct Loader<'a> {
     transposed_bytes: u64,
     thresholds: Option<Arc<Thresholds>>,
     predictors: Option<&'a [LayerPredictors]>,
-    predicting: Predicting,
     /// Whether a GPU has all but cold neurons.
     on_gpu: bool,
 }
@@ -102,15 +100,12 @@ impl<'a> Loader<'a> {
         threads: &[usize],
         n_ctx: usize,
     ) -> Result<Self, ModelError> {
-        let nobody = Predicting::default();
         let division = &Division::by_threads(threads);
-        Self::predicted(
-            file, hyper, tensors, plan, None, nobody, division, None, n_ctx,
-        )
+        Self::predicted(file, hyper, tensors, plan, None, division, None, n_ctx)
     }
 
-    /// The same for any division, with predictors, of which `predicting` says who predicts, and of cold neurons alone where
-    /// `hot` says which are a GPU's.
+    /// The same for any division, with those predictors that shall work, and of cold neurons alone where `hot` says which
+    /// are a GPU's.
     ///
     /// # Errors
     /// As [`model_shape`].
@@ -123,7 +118,6 @@ impl<'a> Loader<'a> {
         tensors: &'a ModelTensors,
         plan: &SparsityPlan,
         predictors: Option<&'a [LayerPredictors]>,
-        predicting: Predicting,
         division: &Division,
         hot: Option<&'a [HotLayer]>,
         n_ctx: usize,
@@ -144,13 +138,12 @@ impl<'a> Loader<'a> {
                 predictors,
                 division,
                 hot,
-                hot.is_some() && predicting.ahead_alone(),
+                hot.is_some(),
             ),
             on_gpu: hot.is_some(),
             transposed_bytes: plan.transposed_bytes(hyper.n_embd, hyper.n_ff),
             thresholds: plan.thresholds.clone(),
             predictors,
-            predicting,
         })
     }
 
@@ -450,8 +443,8 @@ impl Loader<'_> {
             a_bias: ahead.a_bias.clone(),
             b: matrix(b, arena),
             b_bias: ahead.b_bias.clone(),
-            prefetch: self.predicting.prefetch,
-            alone: self.predicting.ahead_alone(),
+            prefetch: ahead.prefetch,
+            alone: ahead.alone,
         })
     }
 }

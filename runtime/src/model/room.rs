@@ -6,7 +6,6 @@ use pi_topology::{ColdPolicy, NodeBalance, NodeRooms, Plan, TopologyError};
 
 use super::error::ModelError;
 use super::load::Loader;
-use super::predicting::Predicting;
 use super::shares::{Division, cold_groups};
 use super::sparsity::SparsityPlan;
 use super::{Hyperparameters, ModelTensors};
@@ -80,10 +79,7 @@ pub fn held_in(
     n_ctx: usize,
 ) -> Result<(HeldBytes, Option<String>), ModelError> {
     let loader_of = |division: &Division| {
-        let nobody = Predicting::default();
-        Loader::predicted(
-            file, hyper, tensors, sparsity, None, nobody, division, None, n_ctx,
-        )
+        Loader::predicted(file, hyper, tensors, sparsity, None, division, None, n_ctx)
     };
     let held = fitting_loader(plan, sparsity, rooms, KvType::F16, loader_of)?;
     let held = held.held_bytes(KvType::F16);

@@ -89,6 +89,8 @@ pub struct SparsityPlan {
     pub mode: Sparsity,
     /// Down projection of each layer.
     pub down: Vec<DownPlan>,
+    /// Whether neurons of some layer are predicted: not where `predicted` finds all layers `exact`.
+    pub predicts: bool,
     /// Thresholds of the neurons, in `threshold`.
     pub thresholds: Option<Arc<Thresholds>>,
     /// Something the user may want to know.
@@ -136,6 +138,7 @@ impl SparsityPlan {
         Ok(Self {
             mode,
             down,
+            predicts: mode == Sparsity::Predicted,
             thresholds: None,
             hint,
         })
@@ -164,6 +167,7 @@ impl SparsityPlan {
         Ok(Self {
             mode: Sparsity::Threshold,
             down: down.collect(),
+            predicts: false,
             thresholds: Some(thresholds),
             hint: None,
         })
@@ -201,7 +205,7 @@ impl SparsityPlan {
                 .as_ref()
                 .map(|thresholds| thresholds.words()),
         );
-        if self.mode == Sparsity::Predicted {
+        if self.predicts {
             names.insert(0, "predicted neurons".to_owned());
         }
         names

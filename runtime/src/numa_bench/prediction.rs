@@ -110,6 +110,7 @@ mod tests {
             layer_costs: vec![],
             rehearsed: (1, 1),
             rehearsed_active: 0.0,
+            decision: None,
             gpu: None,
         }
     }

@@ -41,8 +41,10 @@ const TRACE_BYTES: usize = 256 << 20;
 pub struct LayerCost {
     /// Projections, attention, and its output.
     pub attention_ns: f64,
-    /// The FFN without active neurons: gates, and what threads wait for one another.
+    /// The FFN without candidates and active neurons: gates or scores, and what threads wait for one another.
     pub ffn_ns: f64,
+    /// Each candidate more, where predictors name them.
+    pub candidate_ns: f64,
     /// Each active neuron more.
     pub neuron_ns: f64,
     /// Norms, activations and sums.
@@ -107,15 +109,7 @@ pub(super) fn measure(
     let predictors = predictors.as_deref();
     let loader_of = |division: &Division| {
         Loader::predicted(
-            file,
-            hyper,
-            tensors,
-            sparsity,
-            predictors,
-            options.predicting,
-            division,
-            None,
-            n_ctx,
+            file, hyper, tensors, sparsity, predictors, division, None, n_ctx,
         )
         .map_err(in_model)
     };
@@ -154,7 +148,8 @@ pub(super) fn measure(
     let samples = token_samples(&events, hyper.n_layer, from);
     let classes = Class::all(&tensors.layers, predictors);
     let working = engine.working_bytes().into_iter();
-    let mut costs = reduce(&steady(samples), &classes, plan.nodes.len());
+    let candidates = &rehearsal.candidates;
+    let mut costs = reduce(&steady(samples), &classes, candidates, plan.nodes.len());
     costs.working_bytes = working.map(|bytes| bytes as u64).collect();
     costs.head_ns *= rehearsal.head_scale;
     Ok(costs)
@@ -235,19 +230,22 @@ fn steady(samples: Vec<TokenSample>) -> Vec<TokenSample> {
     middle.collect()
 }
 
-fn reduce(samples: &[TokenSample], classes: &[Class], n_nodes: usize) -> Costs {
+/// `candidates` are those of each layer.
+fn reduce(samples: &[TokenSample], classes: &[Class], candidates: &[f64], n_nodes: usize) -> Costs {
     let mut found: Vec<(Class, LayerCost)> = Vec::new();
     for class in classes {
         if found.iter().any(|(known, _)| known == class) {
             continue;
         }
-        let of_class = |layer: &usize| &classes[*layer] == class;
-        let layers: Vec<LayerSample> = samples
-            .iter()
-            .flat_map(|sample| {
-                (0..classes.len())
-                    .filter(of_class)
-                    .map(|l| sample.layers[l])
+        let of_class = (0..classes.len()).filter(|&layer| &classes[layer] == class);
+        let layers: Vec<OfLayer> = of_class
+            .map(|layer| OfLayer {
+                candidates: if class.is_predicted() {
+                    candidates[layer]
+                } else {
+                    0.0
+                },
+                samples: samples.iter().map(|sample| sample.layers[layer]).collect(),
             })
             .collect();
         found.push((class.clone(), layer_cost(&layers)));
@@ -266,27 +264,65 @@ fn reduce(samples: &[TokenSample], classes: &[Class], n_nodes: usize) -> Costs {
     }
 }
 
+/// A layer in all tokens that count.
+struct OfLayer {
+    /// Neurons that its predictors name.
+    candidates: f64,
+    samples: Vec<LayerSample>,
+}
+
 fn mean(values: impl ExactSizeIterator<Item = u64>) -> f64 {
     let n = values.len().max(1);
     values.sum::<u64>() as f64 / n as f64
 }
 
-fn layer_cost(layers: &[LayerSample]) -> LayerCost {
-    let of = |value: fn(&LayerSample) -> u64| mean(layers.iter().map(value));
+/// The costs of layers of a class. What a neuron costs is told by tokens of one layer that activate more and fewer, what a
+/// candidate costs by layers that have more and fewer.
+fn layer_cost(layers: &[OfLayer]) -> LayerCost {
+    let all = || layers.iter().flat_map(|layer| &layer.samples);
+    let of = |value: fn(&LayerSample) -> u64| {
+        let values: Vec<u64> = all().map(value).collect();
+        mean(values.into_iter())
+    };
     let computed = of(|layer| layer.attention_ns + layer.ffn_ns + layer.device_ns);
-    let (ffn_ns, neuron_ns) = line(
-        layers
-            .iter()
-            .map(|layer| (f64::from(layer.active), layer.ffn_ns as f64)),
-    );
+    let neuron_ns = slope_within(layers);
+    let rests = layers.iter().map(|layer| {
+        let (active, ns) = centre(&layer.samples);
+        (layer.candidates, (ns - neuron_ns * active).max(0.0))
+    });
+    let rests: Vec<(f64, f64)> = rests.collect();
+    let (ffn_ns, candidate_ns) = line(rests.into_iter());
     LayerCost {
         attention_ns: of(|layer| layer.attention_ns),
         ffn_ns,
+        candidate_ns,
         neuron_ns,
         device_ns: of(|layer| layer.device_ns),
         // what is neither: queues, and waiting for other nodes
         hand_off_ns: (of(|layer| layer.total_ns) - computed).max(0.0),
     }
+}
+
+/// Means of active neurons and of the FFN's ns.
+fn centre(samples: &[LayerSample]) -> (f64, f64) {
+    let active = mean(samples.iter().map(|sample| u64::from(sample.active)));
+    (active, mean(samples.iter().map(|sample| sample.ffn_ns)))
+}
+
+/// What an active neuron more takes, ns, by tokens of the same layer; not below 0, nor more than the FFN.
+fn slope_within(layers: &[OfLayer]) -> f64 {
+    let (mut xx, mut xy, mut x, mut y) = (0.0, 0.0, 0.0, 0.0);
+    for layer in layers {
+        let (mean_x, mean_y) = centre(&layer.samples);
+        for sample in &layer.samples {
+            let dx = f64::from(sample.active) - mean_x;
+            xx += dx * dx;
+            xy += dx * (sample.ffn_ns as f64 - mean_y);
+        }
+        (x, y) = (x + mean_x, y + mean_y);
+    }
+    let slope = if xx > 0.0 { (xy / xx).max(0.0) } else { 0.0 };
+    if slope * x > y { y / x } else { slope }
 }
 
 /// Least squares y = a + b·x, neither below 0.
@@ -316,6 +352,30 @@ mod tests {
         assert_eq!(line([(1.0, 9.0), (2.0, 3.0)].into_iter()), (6.0, 0.0));
         let (a, b) = line([(1.0, 0.0), (3.0, 10.0)].into_iter());
         assert_eq!((a, b), (0.0, 2.5));
+    }
+
+    #[test]
+    fn costs_of_neurons_and_candidates_are_told_apart() {
+        // 1000 + 3 a candidate + 5 an active neuron
+        let layer = |candidates: u32, actives: [u32; 2]| OfLayer {
+            candidates: f64::from(candidates),
+            samples: actives
+                .map(|active| LayerSample {
+                    ffn_ns: u64::from(1000 + 3 * candidates + 5 * active),
+                    active,
+                    ..LayerSample::default()
+                })
+                .to_vec(),
+        };
+        let near = |found: f64, expected: f64| assert!((found - expected).abs() < 1e-6, "{found}");
+        let cost = layer_cost(&[layer(100, [20, 40]), layer(300, [60, 120])]);
+        near(cost.neuron_ns, 5.0);
+        near(cost.candidate_ns, 3.0);
+        near(cost.ffn_ns, 1000.0);
+        // layers alike say nothing of candidates: all is in what a layer takes anyway
+        let cost = layer_cost(&[layer(100, [20, 40]), layer(100, [20, 40])]);
+        near(cost.neuron_ns, 5.0);
+        near(cost.ffn_ns + cost.candidate_ns * 100.0, 1300.0);
     }
 
     #[test]

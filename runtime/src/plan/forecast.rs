@@ -1,16 +1,16 @@
 //! A token's time, from what its parts cost and how often each occurs.
 //!
 //! ```text
-//! token = Σ layers (attention + ffn + active · neuron + device + hand-off) + head + other
+//! token = Σ layers (attention + ffn + candidates · candidate + active · neuron + device + hand-off) + head + other
 //! ```
 //!
-//! where every cost is that of the layer's class (the types of its matrices), and `active` are the neurons that the
-//! layer is expected to activate.
+//! where every cost is that of the layer's class (the types of its matrices, and what predicts it), `active` are the
+//! neurons that the layer is expected to activate, and `candidates` those that its predictors are expected to name.
 
 use serde::Serialize;
 
 use super::costs::Costs;
-use super::loads::{Frequencies, LayerBytes};
+use super::loads::{Expected, LayerBytes};
 use crate::model::Sparsity;
 
 /// A part of a token's time.
@@ -81,7 +81,7 @@ pub(super) fn forecast(
     mode: Sparsity,
     costs: &Costs,
     layers: &[LayerBytes],
-    frequencies: &Frequencies,
+    expected: &Expected<'_>,
     other: OtherBytes,
 ) -> Vec<PartForecast> {
     let mut ns = [0.0; Part::ALL.len()];
@@ -89,13 +89,13 @@ pub(super) fn forecast(
     let sparse = mode != Sparsity::Off;
     for (index, layer) in layers.iter().enumerate() {
         let cost = costs.of(&layer.class);
-        let active = frequencies.active(index);
-        let share = active / frequencies.by_layer[index].len().max(1) as f64;
+        let (active, candidates) = touched(layer, expected, index);
+        let share = active / expected.n_neurons(index);
         ns[Part::Attention as usize] += cost.attention_ns;
         bytes[Part::Attention as usize] += layer.attention;
         let neurons_ns = cost.neuron_ns * active;
         if sparse {
-            ns[Part::Gates as usize] += cost.ffn_ns;
+            ns[Part::Gates as usize] += cost.ffn_ns + cost.candidate_ns * candidates;
             bytes[Part::Gates as usize] += layer.gate;
             ns[Part::Neurons as usize] += neurons_ns;
             bytes[Part::Neurons as usize] += (layer.neurons as f64 * share).round() as u64;
@@ -119,22 +119,45 @@ pub(super) fn forecast(
     Part::ALL.map(part).into()
 }
 
+/// Neurons of a layer that a token computes, and those whose gates are looked at where these are fewer than all.
+fn touched(layer: &LayerBytes, expected: &Expected<'_>, index: usize) -> (f64, f64) {
+    let active = expected.frequencies.active(index);
+    match layer.class.is_predicted() {
+        true => (active, expected.candidates(index)),
+        false => (active, 0.0),
+    }
+}
+
+/// A layer's time without attention, ns: what depends on who predicts its neurons.
+pub(super) fn neurons_ns(
+    costs: &Costs,
+    layer: &LayerBytes,
+    expected: &Expected<'_>,
+    index: usize,
+) -> f64 {
+    let cost = costs.of(&layer.class);
+    let (active, candidates) = touched(layer, expected, index);
+    let ffn_ns = cost.ffn_ns + cost.candidate_ns * candidates + cost.neuron_ns * active;
+    ffn_ns + cost.device_ns + cost.hand_off_ns
+}
+
 #[cfg(test)]
 mod tests {
     use super::super::costs::LayerCost;
-    use super::super::loads::FrequencySource;
+    use super::super::loads::{CandidateShares, Frequencies, FrequencySource};
     use super::super::rehearsal::Class;
     use super::*;
     use pi_kernels::QuantType;
 
-    fn of_type(quant: QuantType) -> Class {
+    fn of_type(quant: QuantType, predictor: &str) -> Class {
         Class {
             types: vec![quant],
-            predictor: String::new(),
+            predictor: predictor.to_owned(),
         }
     }
 
-    fn forecast_of(mode: Sparsity) -> Vec<PartForecast> {
+    fn forecast_of(mode: Sparsity, predictor: &str) -> Vec<PartForecast> {
+        let of_type = |quant| of_type(quant, predictor);
         let layer = |class: QuantType| LayerBytes {
             class: of_type(class),
             attention: 100,
@@ -144,6 +167,7 @@ mod tests {
         let cost = |attention_ns: f64| LayerCost {
             attention_ns,
             ffn_ns: 2e6,
+            candidate_ns: 5e5,
             neuron_ns: 1e6,
             device_ns: 1e6,
             hand_off_ns: 5e5,
@@ -170,12 +194,30 @@ mod tests {
             kv: 10,
         };
         let layers = [layer(QuantType::Q4_0), layer(QuantType::Q8_0)];
-        forecast(mode, &costs, &layers, &frequencies, other)
+        let shares = CandidateShares {
+            candidates: 0.5,
+            named: 0.0,
+        };
+        let expected = Expected {
+            frequencies: &frequencies,
+            shares: vec![shares; 2],
+            measured: true,
+        };
+        let parts = forecast(mode, &costs, &layers, &expected, other);
+        let all: f64 = (layers.iter().enumerate())
+            .map(|(index, layer)| neurons_ns(&costs, layer, &expected, index))
+            .sum();
+        let ms: f64 = parts.iter().map(|part| part.ms).sum();
+        assert!(
+            (all / 1e6 + 4.0 + 7.0 + 1.0 - ms).abs() < 1e-9,
+            "{all} {ms}"
+        );
+        parts
     }
 
     #[test]
     fn every_part_is_counted_as_often_as_it_occurs() {
-        let times: Vec<(f64, u64)> = forecast_of(Sparsity::Exact)
+        let times: Vec<(f64, u64)> = forecast_of(Sparsity::Exact, "")
             .iter()
             .map(|part| (part.ms, part.bytes))
             .collect();
@@ -192,8 +234,15 @@ mod tests {
     }
 
     #[test]
+    fn candidates_count_where_they_are_named() {
+        let parts = forecast_of(Sparsity::Predicted, "signs");
+        // a half of two neurons in each of two layers
+        assert_eq!((parts[1].ms, parts[2].ms), (4.0 + 2.0 * 0.5, 2.0));
+    }
+
+    #[test]
     fn dense_ffns_are_one_part() {
-        let parts = forecast_of(Sparsity::Off);
+        let parts = forecast_of(Sparsity::Off, "");
         assert_eq!((parts[1].ms, parts[1].bytes), (0.0, 0));
         assert_eq!((parts[2].ms, parts[2].bytes), (6.0, 240));
     }

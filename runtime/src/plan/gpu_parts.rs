@@ -11,7 +11,7 @@ use super::{Mode, Planning};
 use crate::error::RuntimeError;
 use crate::model::gpu::{GpuPart, GpuRequest, GpuRoom, HotLayer, choose_on};
 use crate::model::load::model_shape;
-use crate::model::sparsity::{DownPlan, Sparsity};
+use crate::model::sparsity::DownPlan;
 use crate::session::N_UBATCH;
 
 impl Planning<'_> {
@@ -32,7 +32,6 @@ impl Planning<'_> {
             sparsity: &mode.sparsity,
             predictors: mode.predictors.as_deref(),
             profile: self.profile.as_ref(),
-            predicting: mode.predicting,
             kv_type: options.kv_type,
             n_ubatch: options.n_batch.min(N_UBATCH),
             mode: options.cpu.mode(),
@@ -99,8 +98,11 @@ impl Planning<'_> {
         let shares = &self.expected.shares;
         let whole = layer_bytes(self.hyper, self.tensors, &mode.sparsity, None, shares);
         let n_layer = loads.len().max(1) as u64;
-        let names_alone =
-            mode.sparsity.mode == Sparsity::Predicted && mode.predicting.ahead_alone();
+        let named_alone = |index: usize| {
+            let predictors = mode.predictors.as_ref();
+            let ahead = predictors.and_then(|all| all[index].ahead.as_ref());
+            ahead.is_some_and(|ahead| ahead.alone)
+        };
         for part in parts {
             let predictor_bytes = part.memory.predictors / part.layers.len().max(1);
             for index in part.layers.clone() {
@@ -109,7 +111,7 @@ impl Planning<'_> {
                 load.bundle_bytes = (layer.gate + layer.neurons) / n as u64;
                 load.fixed_bytes += kv_bytes / n_layer + predictor_bytes as u64;
                 // nothing predicts a GPU's first layer
-                if names_alone && index > part.layers.start {
+                if named_alone(index) && index > part.layers.start {
                     // gates of those that are named, who are more than fire
                     let fire = self.expected.frequencies.active(index) / n as f64;
                     let named = (shares[index].candidates / fire.max(f64::MIN_POSITIVE)).max(1.0);

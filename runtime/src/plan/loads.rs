@@ -235,6 +235,18 @@ impl<'a> Expected<'a> {
     }
 }
 
+impl Expected<'_> {
+    /// Neurons of a layer.
+    pub fn n_neurons(&self, layer: usize) -> f64 {
+        self.frequencies.by_layer[layer].len().max(1) as f64
+    }
+
+    /// Neurons of a layer that its predictors name for a token.
+    pub fn candidates(&self, layer: usize) -> f64 {
+        self.shares[layer].candidates * self.n_neurons(layer)
+    }
+}
+
 fn reported_shares(
     sidecar: &Sidecar,
     key: &str,

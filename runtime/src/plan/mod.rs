@@ -9,6 +9,7 @@
 //! profile (`link`, `gpu`).
 
 mod costs;
+mod decision_report;
 mod forecast;
 mod gpu;
 mod gpu_parts;
@@ -16,15 +17,15 @@ mod gpu_report;
 mod link;
 mod loads;
 mod memory;
+mod place;
+mod predicted;
 mod rehearsal;
 mod report;
 mod rows;
 pub(crate) mod samples;
 mod sketches;
 
-use pi_topology::placement::{
-    ColdShare, LayerLoad, LayerPlacement, LayerTime, MachineSpeed, NodeSpeed, solve,
-};
+use pi_topology::placement::LayerLoad;
 use pi_topology::{NodeRooms, Plan, available_memory_bytes, read_bandwidth};
 
 pub use costs::{Costs, LayerCost};
@@ -33,6 +34,7 @@ pub use gpu::{GpuForecast, PlannedGpu, PromptForecast};
 pub use link::{Figure, LinkFigures};
 pub use loads::{Frequencies, FrequencySource};
 pub use memory::NodeMemory;
+pub use predicted::{Decision, WayCost};
 pub use report::{GroupRun, ModeReport, Report};
 
 use crate::error::RuntimeError;
@@ -41,9 +43,8 @@ use crate::head_sketch::Head;
 use crate::machine_profile::MachineProfile;
 use crate::model::description::Description;
 use crate::model::gpu::{GpuPart, HotLayer};
-use crate::model::predicting::{PredictBy, Predicting};
 use crate::model::room::fitting_loader;
-use crate::model::shares::{Division, NodeShare, neurons_by_threads};
+use crate::model::shares::Division;
 use crate::model::sparsity::SparsityPlan;
 use crate::model::{Hyperparameters, Loader, ModelError, ModelTensors, Sparsity};
 use crate::session::{ModelOptions, N_CTX_DEFAULT_MAX, open_sidecar};
@@ -51,6 +52,8 @@ use crate::sidecar::{LayerPredictors, Profile, Sidecar, default_path};
 use forecast::{OtherBytes, forecast};
 use loads::{Expected, LayerBytes, head_bytes, layer_bytes};
 use memory::{budgets, check};
+use place::Placed;
+use predicted::Way;
 pub use rehearsal::Class;
 use rehearsal::{Rehearsal, choose_layers};
 
@@ -146,7 +149,7 @@ pub fn plan(request: &PlanRequest) -> Result<Report, RuntimeError> {
         frequency_source: frequencies.source.clone(),
         active_share: frequencies.mean(),
         hint,
-        modes: best_predicted(reports, &planning.expected),
+        modes: reports,
         gpus: planning.gpus,
     })
 }
@@ -171,7 +174,8 @@ struct Planning<'a> {
 struct Mode {
     sparsity: SparsityPlan,
     predictors: Option<Vec<LayerPredictors>>,
-    predicting: Predicting,
+    /// Ways to predict, among which nobody has chosen yet.
+    ways: Vec<Way>,
 }
 
 impl Planning<'_> {
@@ -228,15 +232,15 @@ impl Planning<'_> {
         let plain = |sparsity| Mode {
             sparsity,
             predictors: None,
-            predicting: Predicting::default(),
+            ways: vec![],
         };
         match self.options.sparsity {
             Some(Sparsity::Predicted) => {
                 let predicted = self.predicted(sidecar, resolve(Some(Sparsity::Predicted))?)?;
                 let missing = || sidecar.map(|sidecar| sidecar.missing("predictors"));
-                match (predicted.is_empty(), missing()) {
-                    (true, Some(missing)) => Err(missing.into()),
-                    _ => Ok((predicted, None)),
+                match (predicted, missing()) {
+                    (None, Some(missing)) => Err(missing.into()),
+                    (predicted, _) => Ok((predicted.into_iter().collect(), None)),
                 }
             }
             Some(mode) => Ok((vec![plain(resolve(Some(mode))?)], None)),
@@ -253,40 +257,6 @@ impl Planning<'_> {
         }
     }
 
-    /// `predicted` as it is asked for; where nothing is said, in the layers alone and, if the sidecar can look ahead,
-    /// also with that and prefetching. None without predictors.
-    fn predicted(
-        &self,
-        sidecar: Option<&Sidecar>,
-        sparsity: SparsityPlan,
-    ) -> Result<Vec<Mode>, RuntimeError> {
-        let Some(sidecar) = sidecar else {
-            return Ok(vec![]);
-        };
-        let Some(all) = sidecar.predictors(self.hyper, self.tensors)? else {
-            return Ok(vec![]);
-        };
-        let asked = self.options.predicting;
-        let ahead = all.iter().any(|layer| layer.ahead.is_some());
-        let sketched = all.iter().any(|layer| layer.sketch.is_some());
-        let ways = match asked.by {
-            Some(_) => vec![asked.by],
-            None if ahead && sketched && asked.prefetch => vec![None, Some(PredictBy::Both)],
-            None => vec![None],
-        };
-        let mode = |by| {
-            let predicting = Predicting { by, ..asked };
-            let mut predictors = all.clone();
-            predicting.choose(&mut predictors);
-            Mode {
-                sparsity: sparsity.clone(),
-                predictors: Some(predictors),
-                predicting,
-            }
-        };
-        Ok(ways.into_iter().map(mode).collect())
-    }
-
     /// The loader of what the host has, where `hot` neurons are on GPUs.
     fn loader<'t>(
         &'t self,
@@ -300,7 +270,6 @@ impl Planning<'_> {
                 self.tensors,
                 &mode.sparsity,
                 mode.predictors.as_deref(),
-                mode.predicting,
                 division,
                 hot,
                 self.options.n_ctx,
@@ -349,37 +318,15 @@ impl Planning<'_> {
         budgets: &[Option<u64>],
         bandwidth_bytes_per_s: f64,
     ) -> Result<ModeReport, RuntimeError> {
-        let predictors = mode.predictors.as_deref();
-        let classes = Class::all(&self.tensors.layers, predictors);
-        let layers = choose_layers(&self.tensors.layers, &classes, self.rehearsed_bytes());
-        let rehearsal = Rehearsal::new(
-            self.hyper,
-            self.tensors,
-            &mode.sparsity,
-            predictors,
-            &layers,
-            &self.expected,
-        );
-        let options = ModelOptions {
-            predicting: mode.predicting,
-            ..self.options.clone()
-        };
-        let (plan, depth) = (&self.request.plan, self.request.depth);
-        let costs = costs::measure(&rehearsal, self.file, &options, (plan, &self.rooms), depth)?;
+        let costs = self.measure(&mode.sparsity, mode.predictors.as_deref())?;
         let memory = self.memory(mode, budgets, Some(&costs))?;
         check(&memory)?;
-        let layers = layer_bytes(
-            self.hyper,
-            self.tensors,
-            &mode.sparsity,
-            predictors,
-            &self.expected.shares,
-        );
+        let layers = self.layer_bytes(&mode.sparsity, mode.predictors.as_deref());
         let parts = forecast(
             mode.sparsity.mode,
             &costs,
             &layers,
-            self.expected.frequencies,
+            &self.expected,
             self.other_bytes(),
         );
         let placed = self.place(mode, &layers, &costs, &memory)?;
@@ -392,7 +339,54 @@ impl Planning<'_> {
             placed,
             &costs,
         );
-        Ok(ModeReport { gpu, ..report })
+        let mut notes = report.notes.clone();
+        notes.extend(self.assumed_candidates(mode));
+        Ok(ModeReport {
+            gpu,
+            notes,
+            decision: self.decide(mode, &costs)?,
+            ..report
+        })
+    }
+
+    /// Rehearses a mode's layers.
+    fn measure(
+        &self,
+        sparsity: &SparsityPlan,
+        predictors: Option<&[LayerPredictors]>,
+    ) -> Result<Costs, RuntimeError> {
+        let classes = Class::all(&self.tensors.layers, predictors);
+        let layers = choose_layers(&self.tensors.layers, &classes, self.rehearsed_bytes());
+        let rehearsal = Rehearsal::new(
+            self.hyper,
+            self.tensors,
+            sparsity,
+            predictors,
+            &layers,
+            &self.expected,
+        );
+        let planned = (&self.request.plan, &self.rooms);
+        costs::measure(
+            &rehearsal,
+            self.file,
+            &self.options,
+            planned,
+            self.request.depth,
+        )
+    }
+
+    fn layer_bytes(
+        &self,
+        sparsity: &SparsityPlan,
+        predictors: Option<&[LayerPredictors]>,
+    ) -> Vec<LayerBytes> {
+        layer_bytes(
+            self.hyper,
+            self.tensors,
+            sparsity,
+            predictors,
+            &self.expected.shares,
+        )
     }
 
     /// Weights to rehearse.
@@ -420,182 +414,5 @@ impl Planning<'_> {
             other,
             kv: (2 * seen * hyper.n_layer * hyper.n_head_kv * row_bytes) as u64,
         }
-    }
-
-    /// Each layer's neurons by node, as the solver would have them, and as the loader has them.
-    fn place(
-        &self,
-        mode: &Mode,
-        layers: &[LayerBytes],
-        costs: &Costs,
-        memory: &[NodeMemory],
-    ) -> Result<Placed, RuntimeError> {
-        let loader = self.loader(mode, None)?;
-        let ends = loader.neuron_groups().to_vec();
-        let loads = self.loads(mode, layers);
-        let shares = loader.shares();
-        let loaded = ColdShares(shares.iter().map(|share| share.groups.clone()).collect());
-        let machine = self.machine(&loads, costs, memory, &loader);
-        let solved = solve(&loads, &machine, &ends)?;
-        let current = loaded.placement();
-        let lost_s: f64 = loads
-            .iter()
-            .zip(&solved)
-            .map(|(load, best)| {
-                let time = |placement| LayerTime::of(load, placement, &machine, &ends).neurons_s();
-                time(&current) - time(best)
-            })
-            .sum();
-        Ok(Placed {
-            solved,
-            loaded: loaded.0,
-            neurons_by_threads: neurons_by_threads(&self.request.plan, &mode.sparsity),
-            lost_ms: lost_s * 1e3,
-        })
-    }
-
-    /// The nodes as they did the rehearsal.
-    fn machine(
-        &self,
-        loads: &[LayerLoad],
-        costs: &Costs,
-        memory: &[NodeMemory],
-        loader: &Loader<'_>,
-    ) -> MachineSpeed {
-        let (scanned, active, n) = loads.iter().fold((0, 0, 0), |(s, a, n), load| {
-            (s + load.scanned_bytes, a + load.active_bytes, n + 1)
-        });
-        let mean = |bytes: u64| bytes as f64 / f64::from(n.max(1));
-        let shares = loader.shares();
-        let nodes = shares.iter().zip(memory);
-        let shown = |share: &NodeShare, (ns, n_active): (f64, f64)| {
-            let scanned = (share.neurons.len() * costs.n_layer) as f64 * mean(scanned);
-            let bytes = scanned + n_active * mean(active);
-            (bytes > 0.0 && ns > 0.0).then(|| bytes / ns * 1e9)
-        };
-        let rates: Vec<Option<f64>> = (shares.iter().zip(&costs.nodes))
-            .map(|(share, cost)| shown(share, *cost))
-            .collect();
-        let rates = with_unseen(&rates, self.request.profile.as_ref());
-        let speed = nodes.zip(rates).map(|((share, memory), bytes_per_s)| {
-            let others = memory.weights_bytes + memory.cache_bytes + memory.working_bytes;
-            let own: u64 = loads
-                .iter()
-                .map(|load| share.neurons.len() as u64 * load.bundle_bytes)
-                .sum();
-            NodeSpeed {
-                bytes_per_s,
-                budget_bytes: memory
-                    .budget_bytes
-                    .map_or(u64::MAX, |budget| (budget + own).saturating_sub(others)),
-                // all layers are in one arena, which is rounded up once: with the weights
-                granule_bytes: 1,
-            }
-        });
-        let hand_offs: f64 = costs.classes.iter().map(|(_, cost)| cost.hand_off_ns).sum();
-        MachineSpeed {
-            devices: vec![],
-            nodes: speed.collect(),
-            hand_off_s: hand_offs / costs.classes.len().max(1) as f64 / 1e9,
-        }
-    }
-}
-
-/// Bytes per second of all nodes. One without neurons has not shown what it can do in the rehearsal: it gets what its
-/// team reads by the profile, less by as much as the others fell short of theirs; next to nothing without a profile.
-fn with_unseen(rates: &[Option<f64>], profile: Option<&MachineProfile>) -> Vec<f64> {
-    let reads = |team: usize| profile.and_then(|profile| profile.memory.team_bytes_per_s(team));
-    let seen = rates.iter().enumerate();
-    let seen = seen.filter_map(|(team, rate)| (*rate).zip(reads(team)));
-    let (done, could) = seen.fold((0.0, 0.0), |(done, could), (rate, reads)| {
-        (done + rate, could + reads)
-    });
-    let all = rates.iter().enumerate();
-    all.map(|(team, rate)| match (*rate, reads(team)) {
-        (Some(rate), _) => rate,
-        (None, Some(reads)) if could > 0.0 => reads * done / could,
-        (None, _) => 1.0,
-    })
-    .collect()
-}
-
-/// Of two ways to predict the faster one, which says what the other costs.
-fn best_predicted(mut modes: Vec<ModeReport>, expected: &Expected<'_>) -> Vec<ModeReport> {
-    let predicted = Sparsity::Predicted.name();
-    let first = modes.iter().position(|mode| mode.mode == predicted);
-    let Some(first) = first else {
-        return modes;
-    };
-    if let [own, both] = &modes[first..] {
-        let (own_ms, both_ms) = (own.token_ms(), both.token_ms());
-        let (winner, note) = if both_ms < own_ms {
-            let text = "looking ahead pays: run with --predictor both";
-            (first + 1, text)
-        } else {
-            let text = "looking ahead does not pay on the host alone, where no second device computes meanwhile";
-            (first, text)
-        };
-        let note = format!(
-            "by sketches in the layer {own_ms:.3} ms, with a look ahead and prefetching {both_ms:.3} ms: {note}"
-        );
-        let mut kept = modes.swap_remove(winner);
-        kept.notes.push(note);
-        modes.truncate(first);
-        modes.push(kept);
-    }
-    if !expected.measured {
-        let shares = expected.shares.iter().map(|shares| shares.candidates);
-        let mean = shares.sum::<f64>() / expected.shares.len().max(1) as f64;
-        modes[first].notes.push(format!(
-            "{:.0} % candidates are assumed: the sidecar does not say",
-            mean * 100.0
-        ));
-    }
-    modes
-}
-
-/// A node's groups, the same in every layer.
-struct ColdShares(Vec<std::ops::Range<usize>>);
-
-impl ColdShares {
-    fn placement(&self) -> LayerPlacement {
-        LayerPlacement {
-            hot_ids: vec![],
-            cold: self.0.iter().cloned().map(ColdShare::Groups).collect(),
-        }
-    }
-}
-
-/// Where neurons go.
-pub(crate) struct Placed {
-    /// Layer by layer, as the solver would have them.
-    pub solved: Vec<LayerPlacement>,
-    /// Groups of each node, as the loader has them: in the plan's proportion.
-    pub loaded: Vec<std::ops::Range<usize>>,
-    /// Whether these go by threads, whatever the rest.
-    pub neurons_by_threads: bool,
-    /// What the loader's division costs more, ms a token.
-    pub lost_ms: f64,
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-    use crate::machine_profile::tests::profile;
-
-    #[test]
-    fn a_node_without_neurons_is_as_fast_as_its_team_reads() {
-        let mut measured = profile(2e10);
-        measured.memory.teams.push(measured.memory.teams[0].clone());
-        measured.memory.teams[1].by_threads[1].bytes_per_s = 1e10;
-        // node 0 used half of what it reads
-        let rates = with_unseen(&[Some(1e10), None], Some(&measured));
-        assert_eq!(rates, [1e10, 5e9]);
-        assert_eq!(with_unseen(&[Some(1e10), None], None), [1e10, 1.0]);
-        assert_eq!(
-            with_unseen(&[Some(3.0), Some(4.0)], Some(&measured)),
-            [3.0, 4.0]
-        );
-        assert_eq!(with_unseen(&[None], Some(&measured)), [1.0]);
     }
 }

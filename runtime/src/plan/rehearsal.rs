@@ -21,6 +21,14 @@ use pi_kernels::QuantType;
 /// neuron can be told from that of a layer.
 const SHARES: [f64; N_TOKENS] = [1.0, 0.5, 1.0, 0.5, 1.0, 0.5, 1.0, 0.5];
 
+/// The tokens whose gates open as often as the profile says.
+pub(super) fn usual_tokens() -> Pattern {
+    let shares = SHARES.iter().enumerate();
+    shares.fold(0, |tokens, (token, &share)| {
+        tokens | Pattern::from(share == 1.0) << token
+    })
+}
+
 /// Random rows that a matrix is made of.
 const N_ROWS: usize = 61;
 
@@ -34,6 +42,8 @@ pub(super) struct Rehearsal {
     pub tensors: ModelTensors,
     pub sparsity: SparsityPlan,
     pub predictors: Option<Vec<LayerPredictors>>,
+    /// Neurons that each layer's predictors name; none where nothing predicts, `[n_layer]`.
+    pub candidates: Vec<f64>,
     /// Rows of the real head for each that is rehearsed.
     pub head_scale: f64,
 }
@@ -73,6 +83,11 @@ impl Class {
     ) -> Vec<Self> {
         let of = |(index, layer)| Self::of(layer, predictors.map(|all| &all[index]));
         layers.iter().enumerate().map(of).collect()
+    }
+
+    /// Whether not all gates are computed.
+    pub(super) fn is_predicted(&self) -> bool {
+        !self.predictor.is_empty()
     }
 
     /// In words.
@@ -187,9 +202,17 @@ impl Rehearsal {
             sparsity: SparsityPlan {
                 mode: sparsity.mode,
                 down: layers.iter().map(|&layer| sparsity.down[layer]).collect(),
+                predicts: sparsity.predicts,
                 hint: None,
                 thresholds: None,
             },
+            candidates: layers
+                .iter()
+                .map(|&layer| match predictors {
+                    Some(_) => expected.candidates(layer),
+                    None => 0.0,
+                })
+                .collect(),
             predictors: predictors.map(|_| made_predictors),
             head_scale: hyper.n_vocab as f64 / n_vocab as f64,
         }

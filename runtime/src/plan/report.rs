@@ -15,6 +15,7 @@ use super::gpu_report::{forecast_json, gpu_json};
 use super::link::LinkFigures;
 use super::loads::FrequencySource;
 use super::memory::NodeMemory;
+use super::predicted::Decision;
 use super::{Placed, SparsityPlan};
 use crate::topology_view::NEURONS_BY_THREADS;
 
@@ -88,6 +89,8 @@ pub struct ModeReport {
     pub rehearsed: (usize, usize),
     /// Active neurons of all nodes and layers in a token that was measured, on average.
     pub rehearsed_active: f64,
+    /// Who is to predict in which layer; none where somebody has said, or nothing can be predicted.
+    pub decision: Option<Decision>,
     /// The same with GPUs as the device; none without.
     pub gpu: Option<GpuForecast>,
 }
@@ -125,6 +128,7 @@ impl ModeReport {
             layer_costs: layer_costs.collect(),
             rehearsed: (costs.n_layer, costs.n_tokens),
             rehearsed_active: costs.nodes.iter().map(|(_, active)| active).sum(),
+            decision: None,
             gpu: None,
         }
     }
@@ -249,6 +253,9 @@ impl Report {
             }
             for note in &mode.notes {
                 writeln!(text, "{name}: {note}")?;
+            }
+            if let Some(decision) = &mode.decision {
+                decision.write(text, name)?;
             }
             if let Some(gpu) = &mode.gpu {
                 self.write_gpu(text, name, gpu)?;
@@ -447,6 +454,7 @@ impl ModeReport {
             "rehearsed_layers": self.rehearsed.0,
             "rehearsed_tokens": self.rehearsed.1,
             "rehearsed_active_neurons": self.rehearsed_active,
+            "decision": self.decision.as_ref().map(Decision::json),
             "gpu": self.gpu.as_ref().map(forecast_json),
         })
     }

@@ -161,9 +161,10 @@ impl Gathering {
             (MessageKind::ShareOutput, _) => {
                 self.output_ns[layer] = self.output_ns[layer].max(ns);
             }
-            // candidates, wherever they come from, are part of the FFN
-            (_, ActorKind::ColdLayer | ActorKind::Predictor) => {
-                self.ffn_ns[layer][node] += ns;
+            // candidates, wherever they come from, are part of the FFN that they are for
+            (_, actor @ (ActorKind::ColdLayer | ActorKind::Predictor)) => {
+                let of = layer + usize::from(actor == ActorKind::Predictor);
+                self.ffn_ns[of.min(n_layer - 1)][node] += ns;
                 sample.nodes[node].0 += ns;
             }
             // the device's other messages, and the pipeline's on the way to the next layer

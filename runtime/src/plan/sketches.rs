@@ -4,6 +4,7 @@ use pi_kernels::QuantType;
 use pi_kernels::ffn_sparse::sketch::planes::{GatePlanes, PlanesShape, SketchBits};
 
 use super::loads::CandidateShares;
+use super::rehearsal::usual_tokens;
 use super::rows::{GateRows, N_TOKENS, Pattern, Random, random_row};
 use crate::model::Hyperparameters;
 use crate::model::quantize::dequantize_row;
@@ -114,17 +115,16 @@ pub(super) fn rehearsed(
             a,
             b,
             b_bias: zeros.clone(),
+            alone: ahead.alone,
+            prefetch: ahead.prefetch,
         }
     });
     LayerPredictors { sketch, ahead }
 }
 
-/// Patterns with more tokens, so that `share` of all are set.
+/// Patterns with more tokens, so that of those tokens whose gates open as often as is expected `share` are set.
 fn widen(open: &[Pattern], share: f64, random: &mut Random) -> Vec<Pattern> {
-    let n = (open.len() * N_TOKENS).max(1) as f64;
-    let n_open: u32 = open.iter().map(|pattern| pattern.count_ones()).sum();
-    let open_share = f64::from(n_open) / n;
-    let more = ((share - open_share) / (1.0 - open_share).max(f64::MIN_POSITIVE)).clamp(0.0, 1.0);
+    let more = share_more(open, share);
     open.iter()
         .map(|&pattern| {
             (0..N_TOKENS).fold(pattern, |pattern, token| {
@@ -132,6 +132,15 @@ fn widen(open: &[Pattern], share: f64, random: &mut Random) -> Vec<Pattern> {
             })
         })
         .collect()
+}
+
+/// The share of closed gates that have to be candidates too.
+fn share_more(open: &[Pattern], share: f64) -> f64 {
+    let usual = usual_tokens();
+    let n = (open.len() * usual.count_ones() as usize).max(1) as f64;
+    let n_open: u32 = open.iter().map(|open| (open & usual).count_ones()).sum();
+    let open_share = f64::from(n_open) / n;
+    ((share - open_share) / (1.0 - open_share).max(f64::MIN_POSITIVE)).clamp(0.0, 1.0)
 }
 
 /// Biases with which as many tokens as a pattern has pass a neuron's score by some bits: those with the highest, which
@@ -208,14 +217,21 @@ mod tests {
     use super::*;
 
     #[test]
-    fn patterns_are_widened_to_the_share_and_lose_nothing() {
+    fn patterns_are_widened_to_the_share_of_usual_tokens_and_lose_nothing() {
         let mut random = Random(5);
-        let open = vec![0b0000_0001; 4096];
+        // a usual token in four, and none of the others
+        let usual = usual_tokens();
+        let first = usual & usual.wrapping_neg();
+        let open = vec![first; 4096];
         let wide = widen(&open, 0.375, &mut random);
-        assert!(wide.iter().all(|pattern| pattern & 1 == 1));
-        let set: u32 = wide.iter().map(|pattern| pattern.count_ones()).sum();
-        let share = f64::from(set) / (4096.0 * 8.0);
-        assert!((share - 0.375).abs() < 0.01, "{share}");
+        assert!(wide.iter().all(|pattern| pattern & first == first));
+        let set = |of: Pattern| {
+            let set: u32 = wide.iter().map(|wide| (wide & of).count_ones()).sum();
+            f64::from(set) / (4096.0 * f64::from(of.count_ones()))
+        };
+        assert!((set(usual) - 0.375).abs() < 0.01, "{}", set(usual));
+        // these have no open gate that is a candidate anyway
+        assert!((set(!usual) - 0.125 / 0.75).abs() < 0.01, "{}", set(!usual));
         assert_eq!(widen(&open, 0.05, &mut random), open);
     }
 

@@ -10,7 +10,7 @@ use pi_topology::Plan;
 use crate::error::RuntimeError;
 use crate::gguf::GgufFile;
 use crate::head_sketch::Head;
-use crate::model::predicting::{PredictBy, Predicting};
+use crate::model::predicting::{Predict, PredictBy, Predicting};
 use crate::model::{GateKind, Hyperparameters, ModelError, ModelTensors, Sparsity};
 use crate::session::{LoadedModel, ModelOptions, Silent};
 use crate::tokenizer::Tokenizer;
@@ -121,8 +121,8 @@ impl Subject {
             sidecar: Some(sidecar.to_owned()),
             head: how.head,
             predicting: Predicting {
-                by: Some(how.by),
-                ..self.options.predicting
+                by: Predict::All(how.by),
+                ..self.options.predicting.clone()
             },
             trace: Some(TraceBounds {
                 n_steps: 0,

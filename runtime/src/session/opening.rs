@@ -25,7 +25,7 @@ use crate::model::footprint::{Footprint, HeadBytes};
 use crate::model::gpu::GpuRequest;
 use crate::model::load::model_shape;
 use crate::model::node_memory::{PlacedWeights, VerifiedMemory};
-use crate::model::predicting::Predicting;
+use crate::model::predicting::{Predicting, predicts};
 use crate::model::room::fitting_loader;
 use crate::model::shares::Division;
 use crate::model::sparsity::SparsityPlan;
@@ -305,7 +305,7 @@ fn start_engine(
         (Head::Sparse, Some(sidecar)) => Some(SketchTensors::read(sidecar, hyper)?),
         _ => None,
     };
-    let sparsity = sparsity::plan(options, hyper, &tensors.stored_downs(), sidecar)?;
+    let mut sparsity = sparsity::plan(options, hyper, &tensors.stored_downs(), sidecar)?;
     let n_ctx = match options.n_ctx {
         0 => hyper.n_ctx_max.min(N_CTX_DEFAULT_MAX),
         n_ctx => n_ctx,
@@ -313,12 +313,12 @@ fn start_engine(
     let predictors = match (sparsity.mode, sidecar) {
         (Sparsity::Predicted, Some(sidecar)) => {
             let found = sidecar.predictors(hyper, &tensors)?;
-            let mut layers = found.ok_or_else(|| sidecar.missing("predictors"))?;
-            options.predicting.choose(&mut layers);
-            Some(layers)
+            let all = found.ok_or_else(|| sidecar.missing("predictors"))?;
+            Some(options.predicting.choose(sidecar, &all)?)
         }
         _ => None,
     };
+    sparsity.predicts = predictors.as_deref().is_some_and(predicts);
     let shape = model_shape(hyper, &tensors, n_ctx).map_err(in_file)?;
     let profile = match sidecar {
         Some(sidecar) if !plan.gpus.is_empty() => {
@@ -333,7 +333,6 @@ fn start_engine(
         sparsity: &sparsity,
         predictors: predictors.as_deref(),
         profile: profile.as_ref(),
-        predicting: options.predicting,
         kv_type: options.kv_type,
         n_ubatch: options.n_batch.min(N_UBATCH),
         mode: options.cpu.mode(),
@@ -350,7 +349,6 @@ fn start_engine(
             &tensors,
             &sparsity,
             predictors.as_deref(),
-            options.predicting,
             division,
             hot.as_deref(),
             n_ctx,

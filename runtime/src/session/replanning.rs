@@ -119,6 +119,7 @@ mod tests {
             down: down.to_vec(),
             thresholds: None,
             hint: None,
+            predicts: mode == Sparsity::Predicted,
         }
     }
 

@@ -239,7 +239,7 @@ mod tests {
             ("[gpus]\n", "unknown table `gpus`; did you mean [[gpu]]?"),
             (
                 "[x]\n",
-                "unknown table `x`; expected one of [machine], [memory], [host], [[host.node]], [[gpu]]",
+                "unknown table `x`; expected one of [machine], [memory], [sparsity], [host], [[host.node]], [[gpu]]",
             ),
         ] {
             assert_eq!(problem(text), (1, expected.to_owned()), "{text}");

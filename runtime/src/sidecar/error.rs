@@ -1,7 +1,8 @@
 //! Why a sidecar cannot be used.
 
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 
+use pi_topology::PredictBy;
 use thiserror::Error;
 
 use crate::gguf::GgufError;
@@ -96,6 +97,18 @@ pub enum SidecarError {
         /// What.
         what: String,
     },
+    /// A layer, or every layer, that cannot be predicted in the way that is asked for.
+    #[error("{}", no_predictor(path, *layer, *by, what))]
+    NoPredictor {
+        /// The file.
+        path: PathBuf,
+        /// Which; none: all.
+        layer: Option<usize>,
+        /// In which way.
+        by: PredictBy,
+        /// What is not there.
+        what: &'static str,
+    },
     /// Thresholds that were found to gain nothing.
     #[error(
         "{}: calibration found that --sparsity threshold gains nothing on this model ({figures}): use --sparsity off, or \
@@ -108,6 +121,24 @@ pub enum SidecarError {
         /// What was measured.
         figures: String,
     },
+}
+
+fn no_predictor(path: &Path, layer: Option<usize>, by: PredictBy, what: &str) -> String {
+    let path = path.display();
+    match layer {
+        Some(0) if by != PredictBy::InLayer => format!(
+            "{path}: layer 0 cannot be predicted by \"{by}\", as there is no layer before it: name it exact or in-layer \
+             (--predictor, or predict of [sparsity])"
+        ),
+        Some(layer) => format!(
+            "{path}: layer {layer} cannot be predicted by \"{by}\": the sidecar has no {what} for it: name another way, \
+             such as exact, which needs nothing (--predictor, or predict of [sparsity]), or run `pi-runtime prepare` again"
+        ),
+        None => format!(
+            "{path}: nothing can be predicted by \"{by}\": the sidecar has no {what} for any layer: name another way \
+             (--predictor, or predict of [sparsity]), or run `pi-runtime prepare` again"
+        ),
+    }
 }
 
 impl SidecarError {

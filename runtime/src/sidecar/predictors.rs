@@ -69,6 +69,10 @@ pub struct Ahead {
     pub b: FileMatrix,
     /// `[n_ff]`: predicted are neurons whose score and bias are together above zero.
     pub b_bias: Vec<f32>,
+    /// Whether what it names is all that is computed, and no sketch adds anything; the run says, not the sidecar.
+    pub alone: bool,
+    /// Whether what it names is pulled towards the cache; likewise.
+    pub prefetch: bool,
 }
 
 /// A layer's predictors.
@@ -187,6 +191,8 @@ impl Sidecar {
             a_bias,
             b,
             b_bias: self.needed_vector(&name("ahead_b.bias"), hyper.n_ff)?,
+            alone: false,
+            prefetch: false,
         }))
     }
 

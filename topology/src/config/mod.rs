@@ -3,6 +3,7 @@
 //! As much as can be is checked while a file is read, so that errors carry its line; what depends
 //! on the machine is checked by [`Plan::new`](crate::Plan::new).
 
+mod predict;
 mod printing;
 mod reading;
 mod size;
@@ -14,6 +15,7 @@ use serde::{Deserialize, Serialize, Serializer};
 use crate::error::TopologyError;
 use crate::plan::N_NODES_MAX;
 
+pub use predict::{LayerList, Predict, PredictBy};
 pub use size::ByteSize;
 
 /// A whole file; the default uses the cores and memory that the machine has, and no GPU.
@@ -26,6 +28,8 @@ pub struct TopologyConfig {
     pub machine: MachineNeeds,
     /// How memory is had.
     pub memory: MemoryConfig,
+    /// Which neurons are computed.
+    pub sparsity: SparsityConfig,
     /// Teams of threads on the host.
     pub host: HostConfig,
     /// GPUs to use, in the order of their layers; none: the host computes everything.
@@ -57,6 +61,14 @@ pub struct MemoryConfig {
     pub huge_pages: HugePages,
     /// Whether memory that cannot be bound, or that lies elsewhere than planned, is an error.
     pub strict: bool,
+}
+
+/// `[sparsity]`.
+#[derive(Debug, Clone, PartialEq, Eq, Default, Deserialize)]
+#[serde(deny_unknown_fields, default, expecting = "a table")]
+pub struct SparsityConfig {
+    /// Who finds each layer's active neurons, with `--sparsity predicted`; the flag `--predictor` comes before it.
+    pub predict: Predict,
 }
 
 /// `memory.cold`: where the bundles of cold neurons lie. The results do not depend on it, but where an `ffn_down` is read

@@ -103,6 +103,13 @@ impl TopologyConfig {
         ]);
         entries.push(table("[memory]", "where weights lie"));
         entries.extend(self.memory_entries());
+        entries.push(table("[sparsity]", "which neurons are computed"));
+        entries.push(key(
+            "predict",
+            Some(quoted(&self.sparsity.predict.to_string())),
+            "",
+            "with --sparsity predicted: auto, or who predicts in which layer, as `plan` prints it",
+        ));
         entries.extend(host_entries(&self.host));
         if self.gpus.is_empty() {
             entries.push(Entry::Remark("[[gpu]]: none, the host computes everything"));

@@ -6,7 +6,8 @@ use serde::Deserialize;
 use serde::de::{self, Deserializer, SeqAccess, Visitor};
 
 use super::{
-    ByteSize, ColdPolicy, CoreChoice, GpuSync, HugePages, NodeCount, ThreadsPerNode, VramBudget,
+    ByteSize, ColdPolicy, CoreChoice, GpuSync, HugePages, NodeCount, Predict, ThreadsPerNode,
+    VramBudget,
 };
 use crate::machine::numbers;
 use crate::plan::N_NODES_MAX;
@@ -249,6 +250,26 @@ impl Visitor<'_> for PolicyText {
             "interleave" => Ok(ColdPolicy::Interleave),
             _ => single().ok_or_else(|| E::invalid_value(de::Unexpected::Str(text), &self)),
         }
+    }
+}
+
+impl<'de> Deserialize<'de> for Predict {
+    fn deserialize<D: Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
+        deserializer.deserialize_str(PredictText)
+    }
+}
+
+struct PredictText;
+
+impl Visitor<'_> for PredictText {
+    type Value = Predict;
+
+    fn expecting(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str("who predicts, such as \"in-layer\" or \"0-3: exact, 4-29: in-layer\"")
+    }
+
+    fn visit_str<E: de::Error>(self, text: &str) -> Result<Predict, E> {
+        text.parse().map_err(E::custom)
     }
 }
 

@@ -12,7 +12,6 @@ use pi_kernels::ffn_sparse::FFN_GROUPS;
 use super::error::GpuModelError;
 use super::layout::{GpuLayout, check_formats};
 use crate::model::ModelTensors;
-use crate::model::predicting::Predicting;
 use crate::model::shares::neuron_groups;
 use crate::model::sparsity::{DownPlan, SparsityPlan};
 use crate::sidecar::{Ahead, LayerPredictors, Profile};
@@ -35,12 +34,10 @@ pub struct GpuRequest<'a> {
     pub tensors: &'a ModelTensors,
     /// The mode.
     pub sparsity: &'a SparsityPlan,
-    /// What predicts neurons.
+    /// What predicts neurons: those predictors that shall work.
     pub predictors: Option<&'a [LayerPredictors]>,
     /// How often neurons fire.
     pub profile: Option<&'a Profile>,
-    /// Who predicts.
-    pub predicting: Predicting,
     /// Format of the key-value cache.
     pub kv_type: KvType,
     /// Most tokens of a prompt that are computed together.

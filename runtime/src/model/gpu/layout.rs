@@ -174,8 +174,8 @@ impl<'a> GpuLayout<'a> {
                         None => ahead.b_bias.clone(),
                         Some(order) => order.iter().map(|&id| ahead.b_bias[id as usize]).collect(),
                     }),
-                    alone: request.predicting.ahead_alone(),
-                    prefetch: request.predicting.prefetch,
+                    alone: ahead.alone,
+                    prefetch: ahead.prefetch,
                 });
                 predictor_bytes += placing.end - before;
                 GpuLayer {

@@ -18,7 +18,7 @@ use crate::gguf::GgufFile;
 use crate::model::gpu::{GpuLayout, GpuRequest, HotLayer};
 use crate::model::load::model_shape;
 use crate::model::node_memory::{Arena, HeapMemory, NodeMemory, NodeThreads};
-use crate::model::predicting::{PredictBy, Predicting};
+use crate::model::predicting::{Predict, PredictBy, Predicting};
 use crate::model::shares::Division;
 use crate::model::sparsity::SparsityPlan;
 use crate::model::{Hyperparameters, Loader, ModelError, ModelTensors, Sparsity};
@@ -193,13 +193,12 @@ fn load(model: &Model, way: Way, hot: &[HotLayer]) -> (Image, NeuronMoves, Vec<G
     let plan = SparsityPlan::resolve(Some(way.mode), hyper.gate, &stored).unwrap();
     let sidecar = Sidecar::open(&default_path(&model.path), &file, &hyper).unwrap();
     let predicting = Predicting {
-        by: way.by,
+        by: way.by.map_or(Predict::Auto, Predict::All),
         prefetch: true,
     };
     let predictors = (way.mode == Sparsity::Predicted).then(|| {
-        let mut layers = sidecar.predictors(&hyper, &tensors).unwrap().unwrap();
-        predicting.choose(&mut layers);
-        layers
+        let layers = sidecar.predictors(&hyper, &tensors).unwrap().unwrap();
+        predicting.choose(&sidecar, &layers).unwrap()
     });
     let shape = model_shape(&hyper, &tensors, 64).unwrap();
     let request = GpuRequest {
@@ -208,7 +207,6 @@ fn load(model: &Model, way: Way, hot: &[HotLayer]) -> (Image, NeuronMoves, Vec<G
         sparsity: &plan,
         predictors: predictors.as_deref(),
         profile: None,
-        predicting,
         kv_type: KvType::F16,
         n_ubatch: 8,
         mode: ActivationMode::Q8,
@@ -227,7 +225,6 @@ fn load(model: &Model, way: Way, hot: &[HotLayer]) -> (Image, NeuronMoves, Vec<G
         &tensors,
         &plan,
         predictors.as_deref(),
-        predicting,
         &division,
         Some(hot),
         64,
