@@ -18,7 +18,7 @@ use crate::session::open_all;
 /// Tokens of the prompt that is forecast, where the context has room for them.
 const PROMPT_TOKENS: usize = 512;
 
-/// What the solver's hot sets have to save before they are worth a line, ms a token.
+/// What hot sets of single neurons, by what was measured, have to save before they are worth a line, ms a token.
 const SAVED_MS_MIN: f64 = 0.05;
 
 /// A GPU that a model is planned for.
@@ -71,7 +71,8 @@ pub struct GpuForecast {
     pub gpus: Vec<(Range<usize>, [usize; 2])>,
     /// A token's parts in ms, the longest first.
     pub parts: Vec<(Part, f64)>,
-    /// What the solver's hot sets would save of a token, ms, where it is worth a line.
+    /// What hot sets of single neurons, which the solver finds by what was measured, would save of a token, ms, where it is
+    /// worth a line.
     pub saved_ms: Option<f64>,
     /// A prompt.
     pub prompt: PromptForecast,

@@ -1,12 +1,12 @@
 //! Hot sets: the best step again and again, until no device has room or no step helps.
 //!
 //! A step is some more of a layer's most frequent neurons, or all that are left, which saves the
-//! layer's hand-off too.
+//! layer's hand-off too. [`hot_prefixes`] takes whole groups of neurons, as a loader has them.
 
 use std::cmp::Ordering;
 use std::collections::BinaryHeap;
 
-use super::{LayerLoad, MachineSpeed};
+use super::{DeviceSpeed, LayerLoad, MachineSpeed, NodeSpeed};
 
 /// Fewest neurons that are moved together.
 const STEP_NEURONS_MIN: usize = 16;
@@ -38,11 +38,73 @@ impl HotSet {
     }
 }
 
+/// Which neurons of a layer may be hot together.
+#[derive(Debug, Clone, Copy)]
+pub struct HotRule<'a> {
+    /// Hot neurons are the first ones of this order of all, `[n_ff]`; none: of the ids.
+    pub order: Option<&'a [u32]>,
+    /// How many of them there may be, ascending; 0 needs not be named.
+    pub ends: &'a [usize],
+    /// Whether the layer's neurons come before those of all layers where it is not set.
+    pub first: bool,
+}
+
+/// How many neurons of each layer are hot on a device with room for `budget_bytes`: of what `rules` allow the step with
+/// most saved for its bytes, again and again, while there is room.
+///
+/// The device counts as so fast that more on it is never worse. What is saved is what the nodes, who read
+/// `nodes_bytes_per_s` together, need not read, and `hand_off_s` where none of a layer's neurons is left to them.
+///
+/// # Panics
+/// When there are not as many rules as layers, or an order or end is beyond a layer's neurons.
+pub fn hot_prefixes(
+    layers: &[LayerLoad],
+    rules: &[HotRule<'_>],
+    budget_bytes: u64,
+    (nodes_bytes_per_s, hand_off_s): (f64, f64),
+) -> Vec<usize> {
+    assert_eq!(layers.len(), rules.len(), "a rule for each layer");
+    let machine = MachineSpeed {
+        devices: vec![DeviceSpeed {
+            bytes_per_s: f64::INFINITY,
+            budget_bytes,
+            granule_bytes: 1,
+            launch_s: 0.0,
+        }],
+        nodes: vec![NodeSpeed {
+            bytes_per_s: nodes_bytes_per_s,
+            budget_bytes: u64::MAX,
+            granule_bytes: 1,
+        }],
+        hand_off_s,
+    };
+    let growing = layers.iter().zip(rules).map(|(load, rule)| {
+        let n_neurons = load.frequencies.len();
+        let order = match rule.order {
+            Some(order) => order.to_vec(),
+            None => (0..n_neurons as u32).collect(),
+        };
+        assert_eq!(order.len(), n_neurons, "an order of all neurons");
+        Growing::new(load, 1, order, Sizes::Ends(*rule))
+    });
+    let grown = grow(growing.collect(), &machine).into_iter();
+    grown.map(|layer| layer.n_hot).collect()
+}
+
+/// How large steps are.
+#[derive(Debug, Clone, Copy)]
+enum Sizes<'a> {
+    /// At least so many neurons where there are as many, and no more than are worth it.
+    AtLeast(usize),
+    /// To the ends of a rule, also where nothing is saved.
+    Ends(HotRule<'a>),
+}
+
 /// A layer while its hot set grows.
 struct Growing<'a> {
     load: &'a LayerLoad,
-    step_neurons: usize,
-    /// Neurons, the most frequent first; equal ones by id.
+    sizes: Sizes<'a>,
+    /// Neurons, those first that are hot first.
     order: Vec<u32>,
     n_hot: usize,
     hot_ids: Vec<Vec<u32>>,
@@ -54,6 +116,8 @@ struct Growing<'a> {
 /// Some more neurons of a layer for one device.
 #[derive(Debug, Clone, Copy, PartialEq)]
 struct Step {
+    /// Whether it comes before all that are not.
+    first: bool,
     layer: usize,
     device: usize,
     n_neurons: usize,
@@ -74,8 +138,9 @@ impl PartialOrd for Step {
 impl Ord for Step {
     fn cmp(&self, other: &Self) -> Ordering {
         let by_gain = self.gain_per_byte.total_cmp(&other.gain_per_byte);
+        let by_class = self.first.cmp(&other.first);
         // of equal steps the first layer's
-        by_gain.then(other.layer.cmp(&self.layer))
+        by_class.then(by_gain).then(other.layer.cmp(&self.layer))
     }
 }
 
@@ -91,10 +156,30 @@ pub(super) fn choose_by(
     step_neurons: usize,
 ) -> Vec<HotSet> {
     let n_devices = machine.devices.len();
-    let mut growing: Vec<Growing<'_>> = layers
-        .iter()
-        .map(|load| Growing::new(load, n_devices, step_neurons))
-        .collect();
+    let growing = layers.iter().map(|load| {
+        let order = most_frequent_first(&load.frequencies);
+        Growing::new(load, n_devices, order, Sizes::AtLeast(step_neurons))
+    });
+    let grown = grow(growing.collect(), machine).into_iter();
+    grown
+        .map(|layer| HotSet {
+            by_device: layer.hot_ids,
+        })
+        .collect()
+}
+
+/// Neurons, the most frequent first; equal ones by id.
+fn most_frequent_first(frequencies: &[f32]) -> Vec<u32> {
+    let mut order: Vec<u32> = (0..frequencies.len() as u32).collect();
+    order.sort_by(|&a, &b| {
+        let frequency = |id: u32| frequencies[id as usize];
+        frequency(b).total_cmp(&frequency(a)).then(a.cmp(&b))
+    });
+    order
+}
+
+/// Takes the best step of all layers until there is none.
+fn grow<'a>(mut growing: Vec<Growing<'a>>, machine: &MachineSpeed) -> Vec<Growing<'a>> {
     let mut left_bytes: Vec<u64> = machine
         .devices
         .iter()
@@ -115,24 +200,14 @@ pub(super) fn choose_by(
         steps.extend(layer.best_step(step.layer, machine, &left_bytes));
     }
     growing
-        .into_iter()
-        .map(|layer| HotSet {
-            by_device: layer.hot_ids,
-        })
-        .collect()
 }
 
 impl<'a> Growing<'a> {
-    fn new(load: &'a LayerLoad, n_devices: usize, step_neurons: usize) -> Self {
+    fn new(load: &'a LayerLoad, n_devices: usize, order: Vec<u32>, sizes: Sizes<'a>) -> Self {
         let n_neurons = load.frequencies.len();
-        let mut order: Vec<u32> = (0..n_neurons as u32).collect();
-        order.sort_by(|&a, &b| {
-            let frequency = |id: u32| load.frequencies[id as usize];
-            frequency(b).total_cmp(&frequency(a)).then(a.cmp(&b))
-        });
         Self {
             load,
-            step_neurons,
+            sizes,
             order,
             n_hot: 0,
             hot_ids: vec![Vec::new(); n_devices],
@@ -165,29 +240,51 @@ impl<'a> Growing<'a> {
         let devices = 0..machine.devices.len();
         let steps = devices.flat_map(|device| {
             let left_bytes = left_bytes[device];
+            let (next, all) = match self.sizes {
+                Sizes::AtLeast(least) => (
+                    self.step(layer, device, machine, (least, left_bytes)),
+                    self.order.len(),
+                ),
+                Sizes::Ends(rule) => {
+                    let mut ends = rule.ends.iter();
+                    let next = ends.find(|&&end| end > self.n_hot).copied();
+                    let step = |end| self.step_to(layer, device, machine, (end, left_bytes));
+                    let all = rule.ends.last().copied().unwrap_or(0);
+                    (next.and_then(step), all)
+                }
+            };
             [
-                self.step(layer, device, machine, left_bytes),
-                self.last_step(layer, device, machine, left_bytes),
+                next,
+                self.step_to(layer, device, machine, (all, left_bytes)),
             ]
         });
         steps.flatten().max()
     }
 
-    /// All cold neurons at once; none where they do not fit or save nothing.
-    fn last_step(
+    /// The first `end` neurons, all hot at once; none where they are, do not fit or save nothing.
+    fn step_to(
         &self,
         layer: usize,
         device: usize,
         machine: &MachineSpeed,
-        left_bytes: u64,
+        (end, left_bytes): (usize, u64),
     ) -> Option<Step> {
-        let n_neurons = self.order.len() - self.n_hot;
-        let fits = self.budget_bytes(device, n_neurons, machine) <= left_bytes;
-        if n_neurons == 0 || !fits {
+        let n_neurons = end.checked_sub(self.n_hot).filter(|n| *n > 0)?;
+        if self.budget_bytes(device, n_neurons, machine) > left_bytes {
             return None;
         }
-        let after = self.seconds(machine, device, n_neurons, self.cold_bytes);
+        let moved = match end == self.order.len() {
+            true => self.cold_bytes,
+            false => self.expected_bytes(n_neurons),
+        };
+        let after = self.seconds(machine, device, n_neurons, moved);
         self.worth_taking(layer, device, machine, n_neurons, after)
+    }
+
+    /// Bytes that a token is expected to read of the next `n` neurons.
+    fn expected_bytes(&self, n: usize) -> f64 {
+        let ids = self.order[self.n_hot..][..n].iter();
+        ids.map(|&id| self.load.expected_bytes(id as usize)).sum()
     }
 
     /// The step to `n_neurons` more on a device; none where it takes the layer's time `after` to no less.
@@ -201,7 +298,12 @@ impl<'a> Growing<'a> {
     ) -> Option<Step> {
         let before = self.seconds(machine, device, 0, 0.0);
         let budget_bytes = self.budget_bytes(device, n_neurons, machine);
-        (after < before).then(|| Step {
+        let (first, is_worth) = match self.sizes {
+            Sizes::AtLeast(_) => (false, after < before),
+            Sizes::Ends(rule) => (rule.first, after <= before),
+        };
+        is_worth.then(|| Step {
+            first,
             layer,
             device,
             n_neurons,
@@ -228,14 +330,14 @@ impl<'a> Growing<'a> {
         layer: usize,
         device: usize,
         machine: &MachineSpeed,
-        left_bytes: u64,
+        (step_neurons, left_bytes): (usize, u64),
     ) -> Option<Step> {
         let granule = machine.devices[device].granule_bytes.max(1);
         let taken = self.hot_ids[device].len();
         let rounded = |n: usize| self.rounded(device, n, machine);
         let cold = self.order.len() - self.n_hot;
         // as many as fill the last granule that the fewest reach
-        let least = self.step_neurons.min(cold);
+        let least = step_neurons.min(cold);
         if least == 0 {
             return None;
         }
@@ -264,10 +366,7 @@ impl<'a> Growing<'a> {
 
     fn take(&mut self, step: Step) {
         let ids = &self.order[self.n_hot..][..step.n_neurons];
-        let moved: f64 = ids
-            .iter()
-            .map(|&id| self.load.expected_bytes(id as usize))
-            .sum();
+        let moved = self.expected_bytes(step.n_neurons);
         self.hot_ids[step.device].extend_from_slice(ids);
         self.hot_bytes[step.device] += moved;
         self.cold_bytes -= moved;

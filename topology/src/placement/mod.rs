@@ -27,7 +27,7 @@ mod time;
 #[cfg(test)]
 mod tests;
 
-pub use hot::HotSet;
+pub use hot::{HotRule, HotSet, hot_prefixes};
 pub use nodes::{divide_groups, divide_neurons};
 pub use time::{LayerTime, Part, TokenTime};
 

@@ -272,6 +272,67 @@ fn best_hot_sets(layers: &[LayerLoad], machine: &MachineSpeed) -> f64 {
     search(layers, machine, device.budget_bytes)
 }
 
+fn rule<'a>(ends: &'a [usize]) -> HotRule<'a> {
+    HotRule {
+        order: None,
+        ends,
+        first: false,
+    }
+}
+
+#[test]
+fn whole_groups_are_hot_and_layers_that_come_first_are_filled_first() {
+    let layers = vec![layer(&[0.9, 0.8, 0.2, 0.1]), layer(&[0.5, 0.4, 0.3, 0.0])];
+    let hot =
+        |budget: u64, rules: [HotRule<'_>; 2]| hot_prefixes(&layers, &rules, budget, (100.0, 0.0));
+    let pairs = rule(&[2, 4]);
+    let by_room = [0, 59, 60, 119, 120, 180, 239, 240].map(|budget| hot(budget, [pairs; 2]));
+    let expected = [
+        [0, 0],
+        [0, 0],
+        [2, 0],
+        [2, 0],
+        [2, 2],
+        [2, 4],
+        [2, 4],
+        [4, 4],
+    ];
+    assert_eq!(by_room.map(|hot| [hot[0], hot[1]]), expected);
+    // the second layer first
+    let first = HotRule {
+        first: true,
+        ..pairs
+    };
+    assert_eq!(hot(60, [pairs, first]), [0, 2]);
+    assert_eq!(hot(120, [pairs, first]), [0, 4]);
+    assert_eq!(hot(180, [pairs, first]), [2, 4]);
+    // all of it or nothing, and nothing at all
+    assert_eq!(hot(119, [rule(&[4]), rule(&[])]), [0, 0]);
+    assert_eq!(hot(1 << 40, [rule(&[4]), rule(&[])]), [4, 0]);
+    // the third and fourth neuron first: those that seldom fire are worth less than the other layer's
+    let backwards = HotRule {
+        order: Some(&[3, 2, 1, 0]),
+        ..pairs
+    };
+    assert_eq!(hot(60, [backwards, pairs]), [0, 2]);
+}
+
+#[test]
+fn room_that_is_left_is_filled_with_neurons_that_never_fire() {
+    let mut never = layer(&[0.5, 0.0, 0.0]);
+    never.scanned_bytes = 0;
+    let hot = |budget| hot_prefixes(&[never.clone()], &[rule(&[1, 2, 3])], budget, (1.0, 0.0));
+    assert_eq!([30, 60, 90].map(hot), [[1], [2], [3]]);
+}
+
+#[test]
+fn a_layer_s_last_groups_save_its_hand_off() {
+    let layers = vec![layer(&[0.9, 0.9, 0.1, 0.1]); 2];
+    let hot = |hand_off_s| hot_prefixes(&layers, &[rule(&[2, 4]); 2], 120, (100.0, hand_off_s));
+    assert_eq!(hot(0.001), [2, 2]);
+    assert_eq!(hot(1.0), [4, 0]);
+}
+
 proptest! {
     #![proptest_config(ProptestConfig { cases: 64, failure_persistence: None, ..Default::default() })]
 
@@ -332,6 +393,41 @@ proptest! {
         if speed > 1e4 && hand_off_s == 0.0 {
             prop_assert!(time <= best * (1.0 + 1e-3), "{} of {}", time, best);
         }
+    }
+
+    /// Against every choice of whole groups: never over budget, and at most one group's worth and one hand-off worse than the
+    /// best.
+    #[test]
+    fn hot_groups_are_as_good_as_the_best_but_for_one_group_and_hand_off(
+        frequencies in prop::collection::vec(prop::collection::vec(0.0f32..=1.0, 6), 1..5),
+        budget in 0u64..900,
+        hand_off_s in prop::sample::select(vec![0.0, 0.001, 0.1, 0.5, 2.0]),
+    ) {
+        let layers: Vec<LayerLoad> = frequencies.iter().map(|frequencies| {
+            let mut frequencies = frequencies.clone();
+            frequencies.sort_by(|a, b| b.total_cmp(a));
+            layer(&frequencies)
+        }).collect();
+        let ends = [2, 4, 6];
+        let rules = vec![rule(&ends); layers.len()];
+        let hot = hot_prefixes(&layers, &rules, budget, (100.0, hand_off_s));
+        let bytes = |hot: &[usize]| hot.iter().sum::<usize>() as u64 * 30;
+        prop_assert!(bytes(&hot) <= budget);
+        prop_assert!(hot.iter().all(|n| *n == 0 || ends.contains(n)));
+        let time = |hot: &[usize]| -> f64 {
+            layers.iter().zip(hot).map(|(layer, &hot)| {
+                let cold: f64 = (hot..6).map(|n| layer.expected_bytes(n)).sum();
+                cold / 100.0 + if hot < 6 { hand_off_s } else { 0.0 }
+            }).sum()
+        };
+        let n_choices = 4usize.pow(layers.len() as u32);
+        let best = (0..n_choices).filter_map(|choice| {
+            let of = |layer: usize| 2 * (choice / 4usize.pow(layer as u32) % 4);
+            let hot: Vec<usize> = (0..layers.len()).map(of).collect();
+            (bytes(&hot) <= budget).then(|| time(&hot))
+        }).fold(f64::INFINITY, f64::min);
+        let one_group = 2.0 * 30.0 / 100.0;
+        prop_assert!(time(&hot) <= best + one_group + hand_off_s, "{} of {}", time(&hot), best);
     }
 
     #[test]

@@ -8,13 +8,20 @@ use pi_actors::weights::ModelShape;
 use pi_kernels::ActivationMode;
 use pi_kernels::attention::KvType;
 use pi_kernels::ffn_sparse::FFN_GROUPS;
+use pi_topology::placement::{HotRule, LayerLoad, hot_prefixes};
 
 use super::error::GpuModelError;
 use super::layout::{GpuLayout, check_formats};
 use crate::model::ModelTensors;
 use crate::model::shares::neuron_groups;
-use crate::model::sparsity::{DownPlan, SparsityPlan};
+use crate::model::sparsity::{DownPlan, Sparsity, SparsityPlan};
 use crate::sidecar::{Ahead, LayerPredictors, Profile};
+
+/// What hot neurons save: bytes that the host need not read, of so many a second, and a layer's hand-off, seconds.
+///
+/// These are no measurements, so that one configuration has the same neurons on the GPU whatever was measured when: what a
+/// host's memory gives, and a flag there and back.
+pub const HOT_SAVES: (f64, f64) = (50e9, 5e-6);
 
 /// One layer's division between a GPU and the host.
 #[derive(Debug, Clone, PartialEq, Eq, Default)]
@@ -184,10 +191,11 @@ fn divide(rooms: &[GpuRoom], request: &GpuRequest<'_>) -> Result<Vec<GpuPart>, G
     parts.collect()
 }
 
-/// Chooses hot neurons that fit into `budget` bytes, of which the driver has `overhead`: the groups of neurons that fire most
-/// per byte.
+/// Chooses hot neurons that fit into `budget` bytes, of which the driver has `overhead`: whole groups, as the placement's
+/// solver has them ([`hot_prefixes`]).
 ///
-/// Layers whose down projection is plain are hot as a whole or not at all, in the file's order.
+/// Layers whose down projection is plain are hot as a whole or not at all, in the file's order. Layers without a predictor
+/// ahead have all their gates computed, wherever they are, and come first.
 ///
 /// # Errors
 /// The rest alone does not fit.
@@ -223,59 +231,81 @@ fn choose(
             prefill,
         ) + replan_bytes,
         hot: 0,
-        neurons: 0,
+        neurons: bundle_bytes.iter().sum::<usize>() * shape.n_ff,
     };
-    let ends = neuron_groups(shape.n_ff, multiple(request.sparsity));
-    let groups_max = request.groups_max.min(FFN_GROUPS);
-    let mut steps = Vec::new();
-    for (own, layer) in layers.iter().enumerate() {
-        let (index, bundle) = (request.layers.start + own, bundle_bytes[own]);
-        memory.neurons += bundle * shape.n_ff;
-        // a layer without a predictor has all its gates computed: wherever that is, it is worth most on the GPU
-        let unpredicted = request.predictors.is_some() && request.ahead(index).is_none();
-        let counts = request.profile.map(|profile| &profile.layers[index].counts);
-        let mut add = |groups: std::ops::Range<usize>| {
-            let neurons = ends[groups.start]..ends[groups.end];
-            let fired: f64 = match (counts, &layer.order) {
-                (Some(counts), Some(order)) => {
-                    let ids = order[neurons.clone()].iter();
-                    ids.map(|&id| f64::from(counts[id as usize])).sum()
-                }
-                (Some(counts), None) => (counts[neurons.clone()].iter())
-                    .map(|&count| f64::from(count))
-                    .sum(),
-                (None, _) => neurons.len() as f64,
-            };
-            let bytes = neurons.len() * bundle;
-            let worth = if unpredicted {
-                f64::INFINITY
-            } else {
-                fired / bytes.max(1) as f64
-            };
-            steps.push((worth, own, groups, bytes));
-        };
-        if whole(request.sparsity.down[index]) {
-            if groups_max == FFN_GROUPS {
-                add(0..FFN_GROUPS);
-            }
-        } else {
-            (0..groups_max).for_each(|group| add(group..group + 1));
-        }
-    }
-    let room = memory.room();
     if memory.fixed() > budget {
         return Err(GpuModelError::OverBudget { memory });
     }
-    // stable: of equals the first layer's first group
-    steps.sort_by(|a, b| b.0.total_cmp(&a.0));
-    for (_, own, groups, bytes) in steps {
-        let layer = &mut layers[own];
-        if layer.groups == groups.start && memory.hot + bytes <= room {
-            layer.groups = groups.end;
-            memory.hot += bytes;
-        }
+    let ends = neuron_groups(shape.n_ff, multiple(request.sparsity));
+    let (loads, may_be) = (loads(request, &bundle_bytes), may_be_hot(request, &ends));
+    let rules = layers
+        .iter()
+        .zip(&may_be)
+        .enumerate()
+        .map(|(own, (layer, ends))| HotRule {
+            order: layer.order.as_deref(),
+            ends,
+            first: request.predictors.is_some()
+                && request.ahead(request.layers.start + own).is_none(),
+        });
+    let rules: Vec<HotRule<'_>> = rules.collect();
+    let n_hot = hot_prefixes(&loads, &rules, memory.room() as u64, HOT_SAVES);
+    for ((layer, n_hot), bundle_bytes) in layers.iter_mut().zip(n_hot).zip(bundle_bytes) {
+        // of groups without neurons those behind the hot ones are hot too
+        let groups = ends.iter().rposition(|&end| end == n_hot);
+        layer.groups = groups.filter(|_| n_hot > 0).unwrap_or(0);
+        memory.hot += n_hot * bundle_bytes;
     }
     Ok((layers, memory))
+}
+
+/// The GPU's layers as the solver sees them.
+fn loads(request: &GpuRequest<'_>, bundle_bytes: &[usize]) -> Vec<LayerLoad> {
+    let layers = request.layers.clone().zip(bundle_bytes);
+    layers
+        .map(|(index, &bundle)| {
+            let gate = &request.tensors.layers[index].gate;
+            let named = request.predictors.is_some_and(|predictors| {
+                let layer = &predictors[index];
+                layer.sketch.is_some() || layer.ahead.is_some()
+            });
+            let bundle_bytes = bundle as u64;
+            let scanned_bytes = match request.sparsity.mode {
+                Sparsity::Off | Sparsity::Threshold => bundle_bytes,
+                Sparsity::Predicted if named => 0,
+                Sparsity::Exact | Sparsity::Predicted => {
+                    (gate.row_bytes() as u64).min(bundle_bytes)
+                }
+            };
+            let n_ff = request.shape.n_ff;
+            let frequencies = match request.profile {
+                None => vec![1.0; n_ff],
+                Some(profile) => {
+                    let n_tokens = profile.n_tokens.max(1) as f32;
+                    let counts = profile.layers[index].counts.iter();
+                    counts.map(|&count| count as f32 / n_tokens).collect()
+                }
+            };
+            LayerLoad {
+                fixed_bytes: 0,
+                scanned_bytes,
+                active_bytes: bundle_bytes - scanned_bytes,
+                bundle_bytes,
+                frequencies,
+            }
+        })
+        .collect()
+}
+
+/// Numbers of neurons that may be hot in each of the GPU's layers, of groups that end at `ends`.
+fn may_be_hot(request: &GpuRequest<'_>, ends: &[usize; FFN_GROUPS + 1]) -> Vec<Vec<usize>> {
+    let groups_max = request.groups_max.min(FFN_GROUPS);
+    let of_layer = |index: usize| match whole(request.sparsity.down[index]) {
+        true if groups_max == FFN_GROUPS => vec![ends[FFN_GROUPS]],
+        true => vec![],
+        false => ends[1..=groups_max].to_vec(),
+    };
+    request.layers.clone().map(of_layer).collect()
 }
 
 /// Consecutive layers for each of some GPUs, in proportion to their `rooms` (bytes); at least one each where there are as many.

@@ -5,7 +5,7 @@ mod error;
 mod layout;
 mod load;
 
-pub use choice::{GpuMemory, GpuPart, GpuRequest, GpuRoom, HotLayer, choose_on};
+pub use choice::{GpuMemory, GpuPart, GpuRequest, GpuRoom, HOT_SAVES, HotLayer, choose_on};
 pub use error::GpuModelError;
 pub use layout::GpuLayout;
 pub(super) use load::pack_rows;
