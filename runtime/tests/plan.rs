@@ -185,6 +185,28 @@ fn what_is_decided_is_printed_as_runs_take_it() {
     assert_eq!(json_of(&asked)["modes"][0]["decision"], Value::Null);
 }
 
+/// What is planned for can be said; the neurons are those of the profile.
+#[test]
+fn the_share_that_is_active_can_be_asked_for() {
+    let folder = tiny();
+    let (model, path) = (folder.name("m.gguf"), folder.path("m.sparse.gguf"));
+    write_profile(Path::new(&model), &path, 8, 1.0);
+    let args = ["plan", "-m", &model, "-t", "1", "--sparsity", "exact"];
+    let plan = json_of(&[&args[..], &["--active", "50%", "-o", "json"]].concat());
+    let share = plan["active_share"].as_f64().unwrap();
+    assert!((share - 0.5).abs() < 1e-6, "{share}");
+    // half of the tokens open half as many
+    let rehearsed = &plan["modes"][0]["rehearsed_active_neurons"];
+    let share = rehearsed.as_f64().unwrap() / 1024.0;
+    assert!((share - 0.375).abs() < 0.03, "{share}");
+    let text = text_of(&[&args[..], &["--active", "25"]].concat());
+    assert!(text.contains("25.0 % active, as asked"), "{text}");
+    for wrong in ["101", "-1", "many", "NaN"] {
+        let ran = run(&[&args[..], &[&format!("--active={wrong}")]].concat());
+        assert_eq!(ran.code, 2, "{wrong}: {}", ran.err);
+    }
+}
+
 /// The gates of the rehearsal are the model's own kernels' work: as many open as the profile says, for every type.
 #[test]
 fn gates_open_as_often_as_the_profile_says() {
@@ -353,6 +375,7 @@ fn planned_on(
     sparsity: Sparsity,
 ) -> Result<Report, String> {
     let planned = pi_runtime::plan::plan(&PlanRequest {
+        active: None,
         model: ModelOptions {
             sparsity: Some(sparsity),
             ..ModelOptions::new(folder.path("m.gguf"))

@@ -165,6 +165,7 @@ fn predicted(
         _ => Join::measure(&point.plan.nodes[0])?,
     };
     let report = plan(&PlanRequest {
+        active: None,
         model: ModelOptions {
             // of the context that it is asked for; the plan wants room to rehearse
             n_ctx: 0,

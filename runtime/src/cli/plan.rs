@@ -19,12 +19,22 @@ pub struct PlanArgs {
     /// Tokens already in the context
     #[arg(short = 'd', long = "n-depth", value_name = "N", default_value_t = 0)]
     pub n_depth: u32,
+    /// Per cent of neurons that a token activates: texts differ [default: what the sidecar's profile says]
+    #[arg(long, value_name = "PERCENT", value_parser = percent)]
+    pub active: Option<f64>,
     /// Threads, over all nodes; default: one for every core of the plan
     #[arg(short = 't', long, value_name = "N", value_parser = clap::value_parser!(u16).range(1..))]
     pub threads: Option<u16>,
     /// Output format
     #[arg(short = 'o', long, value_enum, value_name = "FORMAT", default_value_t = PlanFormat::Text)]
     pub output: PlanFormat,
+}
+
+/// A share in per cent.
+fn percent(text: &str) -> Result<f64, String> {
+    let percent = text.trim_end_matches('%').trim().parse().ok();
+    let percent = percent.filter(|percent| (0.0..=100.0).contains(percent));
+    percent.ok_or_else(|| "not from 0 to 100".to_owned())
 }
 
 /// `-o` of `plan`
@@ -53,6 +63,7 @@ pub fn run(args: &PlanArgs) -> Result<(), RuntimeError> {
         profile,
         gpus,
         depth: args.n_depth as usize,
+        active: args.active.map(|percent| percent / 100.0),
     };
     let report = plan(&request)?;
     let mut output = Output::default();

@@ -123,7 +123,7 @@ pub(super) fn forecast(
 fn touched(layer: &LayerBytes, expected: &Expected<'_>, index: usize) -> (f64, f64) {
     let active = expected.frequencies.active(index);
     match layer.class.is_predicted() {
-        true => (active, expected.candidates(index)),
+        true => (active * expected.found[index], expected.candidates(index)),
         false => (active, 0.0),
     }
 }
@@ -200,6 +200,7 @@ mod tests {
         };
         let expected = Expected {
             frequencies: &frequencies,
+            found: vec![0.5; 2],
             shares: vec![shares; 2],
             measured: true,
         };
@@ -236,8 +237,8 @@ mod tests {
     #[test]
     fn candidates_count_where_they_are_named() {
         let parts = forecast_of(Sparsity::Predicted, "signs");
-        // a half of two neurons in each of two layers
-        assert_eq!((parts[1].ms, parts[2].ms), (4.0 + 2.0 * 0.5, 2.0));
+        // a half of two neurons in each of two layers; of the active ones half is computed
+        assert_eq!((parts[1].ms, parts[2].ms), (4.0 + 2.0 * 0.5, 1.0));
     }
 
     #[test]

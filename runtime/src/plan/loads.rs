@@ -21,10 +21,17 @@ const ASSUMED_CANDIDATES: f64 = 2.2;
 /// Neurons that signs name for each of these whose next bit is looked at, likewise.
 const ASSUMED_NAMED: f64 = 2.0;
 
+/// Times that frequencies are scaled: each brings their mean nearer to what it is to be.
+const N_SCALINGS: usize = 16;
+
 /// Key of the share of neurons that were candidates of each layer's sketch on held-out text, f32 `[n_layer]`,
 const CANDIDATES_KEY: &str = "sparse.report.candidates";
 /// and of those that signs named before the next bit was looked at; 0 where it is not.
 const NAMED_KEY: &str = "sparse.report.named";
+
+/// Of the same text: shares of neurons whose gates were open, and that were computed.
+const DENSITY_KEY: &str = "sparse.report.density";
+const COMPUTED_KEY: &str = "sparse.report.computed";
 
 /// Shares of a layer's neurons that its predictors name.
 #[derive(Debug, Clone, Copy, PartialEq)]
@@ -174,6 +181,39 @@ impl Frequencies {
         })
     }
 
+    /// The same neurons in the same order, firing so much more or less that `active` is the mean; as they are where gates
+    /// never close.
+    #[must_use]
+    pub fn scaled_to(mut self, active: f64) -> Self {
+        if self.source == FrequencySource::Dense {
+            return self;
+        }
+        let less = active / self.mean().max(f64::MIN_POSITIVE);
+        if less < 1.0 {
+            let shares = self.by_layer.iter_mut().flatten();
+            shares.for_each(|share| *share = (f64::from(*share) * less) as f32);
+            return self;
+        }
+        // what fires always cannot fire more often, so that the others have to
+        for _ in 0..N_SCALINGS {
+            let all = || {
+                self.by_layer
+                    .iter()
+                    .flatten()
+                    .map(|share| f64::from(*share))
+            };
+            let n_always = all().filter(|share| *share >= 1.0).count() as f64;
+            let others: f64 = all().filter(|share| *share < 1.0).sum();
+            let wanted = active * all().count() as f64 - n_always;
+            let factor = wanted / others.max(f64::MIN_POSITIVE);
+            let shares = self.by_layer.iter_mut().flatten();
+            for share in shares.filter(|share| **share < 1.0) {
+                *share = (f64::from(*share) * factor).min(1.0) as f32;
+            }
+        }
+        self
+    }
+
     /// Mean over all neurons.
     pub fn mean(&self) -> f64 {
         let values = self.by_layer.iter().flatten();
@@ -194,6 +234,8 @@ impl Frequencies {
 #[derive(Debug, Clone)]
 pub(super) struct Expected<'a> {
     pub frequencies: &'a Frequencies,
+    /// Share of each layer's active neurons that are computed where it is predicted, `[n_layer]`.
+    pub found: Vec<f64>,
     /// What each layer's predictors name, `[n_layer]`.
     pub shares: Vec<CandidateShares>,
     /// Whether these were measured.
@@ -215,20 +257,40 @@ impl<'a> Expected<'a> {
             None => Ok(None),
         };
         let (candidates, named) = (known(CANDIDATES_KEY)?, known(NAMED_KEY)?);
-        let assumed = |layer: usize| {
+        let (density, computed) = (known(DENSITY_KEY)?, known(COMPUTED_KEY)?);
+        let active = |layer: usize| {
             let n = frequencies.by_layer[layer].len().max(1) as f64;
-            (frequencies.active(layer) / n * ASSUMED_CANDIDATES).min(1.0)
+            frequencies.active(layer) / n
+        };
+        // the report's text was more or less active than what is planned for
+        let as_planned = |share: f64, layer: usize| match &density {
+            Some(density) if density[layer] > 0.0 => {
+                (share * active(layer) / density[layer]).min(1.0)
+            }
+            _ => share,
         };
         let shares = (0..n_layer).map(|layer| {
-            let candidates = (candidates.as_ref()).map_or_else(|| assumed(layer), |of| of[layer]);
-            let assumed = (candidates * ASSUMED_NAMED).min(1.0);
+            let candidates = match &candidates {
+                Some(candidates) => as_planned(candidates[layer], layer),
+                None => (active(layer) * ASSUMED_CANDIDATES).min(1.0),
+            };
             CandidateShares {
                 candidates,
-                named: named.as_ref().map_or(assumed, |of| of[layer]),
+                named: match &named {
+                    Some(named) => as_planned(named[layer], layer),
+                    None => (candidates * ASSUMED_NAMED).min(1.0),
+                },
             }
+        });
+        let found = (0..n_layer).map(|layer| match (&density, &computed) {
+            (Some(density), Some(computed)) if density[layer] > 0.0 => {
+                (computed[layer] / density[layer]).min(1.0)
+            }
+            _ => 1.0,
         });
         Ok(Self {
             frequencies,
+            found: found.collect(),
             shares: shares.collect(),
             measured: candidates.is_some(),
         })
@@ -284,4 +346,32 @@ fn profile(sidecar: &Sidecar, hyper: &Hyperparameters) -> Result<Option<Counted>
     let layers = profile.layers.iter();
     let by_layer = layers.map(|layer| layer.counts.iter().map(share).collect());
     Ok(Some((profile.n_tokens, by_layer.collect())))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn frequencies(by_layer: &[&[f32]], source: FrequencySource) -> Frequencies {
+        Frequencies {
+            by_layer: by_layer.iter().map(|layer| layer.to_vec()).collect(),
+            source,
+        }
+    }
+
+    #[test]
+    fn frequencies_are_scaled_to_a_mean_and_none_beyond_always() {
+        let before = frequencies(&[&[0.1, 0.2], &[0.0, 0.9]], FrequencySource::Assumed);
+        for active in [0.15, 0.3, 0.5, 0.7] {
+            let after = before.clone().scaled_to(active);
+            assert!((after.mean() - active).abs() < 1e-4, "{after:?}");
+            assert!(after.by_layer.iter().flatten().all(|share| *share <= 1.0));
+            assert_eq!(after.by_layer[1][0], 0.0);
+        }
+        // a fourth never fires
+        assert_eq!(before.clone().scaled_to(1.0).mean(), 0.75);
+        assert_eq!(before.scaled_to(0.0).mean(), 0.0);
+        let dense = frequencies(&[&[1.0; 2]], FrequencySource::Dense);
+        assert_eq!(dense.clone().scaled_to(0.5), dense);
+    }
 }

@@ -70,6 +70,8 @@ pub struct PlanRequest {
     pub plan: Plan,
     /// Tokens in the context.
     pub depth: usize,
+    /// Share of neurons that a token activates, in the mean over all; none: as the sidecar's profile says.
+    pub active: Option<f64>,
     /// What was measured of the machine with these threads, if it was; else what is needed of it is measured now, and
     /// what of a GPU's link is needed assumed.
     pub profile: Option<MachineProfile>,
@@ -93,6 +95,10 @@ pub fn plan(request: &PlanRequest) -> Result<Report, RuntimeError> {
     let needed = request.model.sparsity == Some(Sparsity::Predicted) || default_path(path).exists();
     let sidecar = open_sidecar(&request.model, needed, &file, &hyper)?;
     let frequencies = Frequencies::find(&hyper, sidecar.as_ref())?;
+    let frequencies = match request.active {
+        Some(active) => frequencies.scaled_to(active),
+        None => frequencies,
+    };
     let n_ctx = match request.model.n_ctx {
         0 => hyper.n_ctx_max.min(N_CTX_DEFAULT_MAX),
         n_ctx => n_ctx,
@@ -148,6 +154,7 @@ pub fn plan(request: &PlanRequest) -> Result<Report, RuntimeError> {
         bandwidth_measured: (request.profile.as_ref()).map(|profile| profile.measured.clone()),
         frequency_source: frequencies.source.clone(),
         active_share: frequencies.mean(),
+        active_asked: request.active.is_some(),
         hint,
         modes: reports,
         gpus: planning.gpus,

@@ -56,6 +56,8 @@ pub struct Report {
     pub frequency_source: FrequencySource,
     /// Mean share of neurons that a token activates.
     pub active_share: f64,
+    /// Whether that was asked for; which neurons these are, the source says.
+    pub active_asked: bool,
     /// Something the user may want to know.
     pub hint: Option<String>,
     /// Each mode.
@@ -270,6 +272,13 @@ impl Report {
     fn frequencies_text(&self) -> String {
         let percent = self.active_share * 100.0;
         match &self.frequency_source {
+            FrequencySource::Profile { path, .. } if self.active_asked => format!(
+                "{percent:.1} % active, as asked: which ones, by the profile in {}",
+                path.display()
+            ),
+            FrequencySource::Assumed if self.active_asked => {
+                format!("{percent:.1} % active, as asked, the same for all")
+            }
             FrequencySource::Profile { path, n_tokens } => format!(
                 "{percent:.1} % active by the profile of {n_tokens} tokens in {}",
                 path.display()
@@ -372,6 +381,7 @@ impl Report {
             "bandwidth_measured": self.bandwidth_measured,
             "frequencies": source,
             "active_share": self.active_share,
+            "active_asked": self.active_asked,
             "hint": self.hint,
             "gpus": self.gpus.iter().map(gpu_json).collect::<Vec<_>>(),
             "modes": self.modes.iter().map(ModeReport::json).collect::<Vec<_>>(),
