@@ -290,6 +290,20 @@ struct Started {
     residence: Residence,
 }
 
+/// Logs how long `copy` takes for so many bytes of `what`.
+fn timed<T>(what: &str, bytes: u64, copy: impl FnOnce() -> T) -> T {
+    let start = std::time::Instant::now();
+    let copied = copy();
+    let seconds = start.elapsed().as_secs_f64();
+    tracing::info!(
+        "copied {what}: {} MiB in {:.2} s, {:.1} GB/s",
+        bytes >> 20,
+        seconds,
+        bytes as f64 / 1e9 / seconds.max(1e-9)
+    );
+    copied
+}
+
 /// Starts the teams, loads the weights with them and gives both to an engine.
 fn start_engine(
     options: &ModelOptions,
@@ -367,14 +381,18 @@ fn start_engine(
     let gpu_bytes: u64 = layouts.iter().map(|layout| layout.bytes as u64).sum();
     observer.begin(gpu_bytes + loader.copied_bytes());
     let gpus = match &on_gpus {
-        Some(gpus) => gpus.load(&layouts, &teams, &|bytes| observer.copied(bytes)),
+        Some(gpus) => timed("a GPU's weights", gpu_bytes, || {
+            gpus.load(&layouts, &teams, &|bytes| observer.copied(bytes))
+        }),
         None => Ok(vec![]),
     };
     let loaded = gpus.and_then(|gpus| {
         let copied = |bytes| observer.copied(gpu_bytes + bytes);
         let moves =
             (!gpus.is_empty()).then(|| loader.moves(gpus.iter().flat_map(|gpu| &gpu.layers)));
-        let (weights, writers) = loader.load_with_writers(&teams, &memory, &copied)?;
+        let (weights, writers) = timed("the host's weights", loader.copied_bytes(), || {
+            loader.load_with_writers(&teams, &memory, &copied)
+        })?;
         let mut gpus = gpus;
         if let Some(moves) = moves {
             replanning::set(&mut gpus, &every, moves, writers);
