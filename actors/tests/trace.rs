@@ -3,6 +3,7 @@
 mod common;
 
 use std::collections::HashMap;
+use std::sync::Arc;
 
 use common::{Collector, N_LAYER, PlainModel, Setup, engine, error_text, run, tokens};
 use pi_actors::counters::RunTotals;
@@ -27,8 +28,10 @@ fn recorded(setup: Setup) -> (Vec<NodeEvents>, RunTotals) {
     let pieces = std::iter::once(3).chain([1; N_TOKENS - 3]).collect();
     let run = run(&engine, Collector::in_pieces(&tokens(N_TOKENS), pieces));
     assert_eq!(error_text(&run), "no error");
-    let trace = engine.trace().expect("it is traced").read();
-    (trace, run.totals)
+    let trace = Arc::clone(engine.trace().expect("it is traced"));
+    // a node writes its last span when it has answered: it has when its thread has ended
+    drop(engine);
+    (trace.read(), run.totals)
 }
 
 /// Start, end and name of a thread's spans.
