@@ -236,7 +236,13 @@ impl Pipeline {
     fn gpu_error(&self, source: GpuError) -> ActorError {
         // SAFETY: no other actor works on a step now.
         let position = unsafe { self.model.slots.step.get() }.position;
-        ActorError::Gpu { position, source }
+        match source {
+            GpuError::NotFinite { layer } => ActorError::NotFinite {
+                part: ModelPart::Layer { layer },
+                position,
+            },
+            source => ActorError::Gpu { position, source },
+        }
     }
 
     fn run_layer(&self, layer: usize, posts: &mut Posts<'_>) {

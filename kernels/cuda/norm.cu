@@ -14,10 +14,13 @@ struct RmsNormArgs {
     // them; nowhere where null
     float* host;
     HandOver hand;
+    // in host memory, or null: becomes `part` where it is zero and the mean of squares is not finite
+    u32* not_finite;
+    u32 part;
     float eps;
     u32 host_q8;
 };
-static_assert(sizeof(RmsNormArgs) == 144, "as the launcher has it");
+static_assert(sizeof(RmsNormArgs) == 160, "as the launcher has it");
 
 // Values that a thread asks for before it uses the first. (The rest of a loop that is merely unrolled waits for each.)
 constexpr u32 NORM_TOGETHER = 8;
@@ -46,6 +49,10 @@ extern "C" __global__ void __launch_bounds__(1024) rms_norm(RmsNormArgs args) {
     __syncthreads();
     float mean = __fdiv_rn(warp_sum(sums[lane]), (float)n);
     float scale = __fdiv_rn(1.0f, __fsqrt_rn(mean + args.eps));
+    if (args.not_finite != nullptr && !(mean < infinity()) && blockIdx.x == 0 && threadIdx.x == 0) {
+        volatile u32* note = args.not_finite;
+        if (*note == 0) *note = args.part;
+    }
 #pragma unroll 1
     for (u32 block = blockIdx.x * WARP + warp; block < args.to.n_blocks; block += gridDim.x * WARP) {
         const u32 column = block * BLOCK + lane;

@@ -6,12 +6,15 @@ mod common;
 use std::path::Path;
 
 use common::engine::{Greedy, Setup};
+use common::gpu::has_gpu;
 use common::running::{Folder, run};
 use common::tiny_model::TinyModel;
 use pi_actors::{ActorError, Feed, Feeder, LogitsWanted, ModelPart, Next};
 use pi_kernels::{ActivationMode, Cpu, QuantType, Tier};
 use pi_runtime::gguf::GgufFile;
 use pi_runtime::model::Sparsity;
+use pi_runtime::session::{LoadedModel, ModelOptions, Silent};
+use pi_topology::{GpuConfig, Machine, Plan, TopologyConfig};
 
 const LAYER: ModelPart = ModelPart::Layer { layer: 1 };
 
@@ -168,6 +171,48 @@ fn nan_in_any_tensor_is_named_in_every_mode_and_tier() {
                 };
                 let what = format!("{tensor}, {sparsity:?}, {tier}");
                 assert_ends_with(&path, &setup, part, 0, &what);
+            }
+        }
+    }
+}
+
+/// One by one, on a GPU and in every division of neurons.
+#[test]
+fn nan_on_a_gpu_is_named_as_on_the_host() {
+    if !has_gpu() {
+        return;
+    }
+    let folder = Folder::with(&untied(QuantType::F32));
+    let clean = std::fs::read(folder.path("m.gguf")).unwrap();
+    let path = folder.path("nan.gguf");
+    for (tensor, part) in TENSORS {
+        std::fs::write(&path, &clean).unwrap();
+        spoil(&path, tensor, QuantType::F32, f32::NAN);
+        for (sparsity, percent) in [Sparsity::Exact, Sparsity::Off]
+            .into_iter()
+            .flat_map(|sparsity| [100, 50, 0].map(|percent| (sparsity, percent)))
+        {
+            let config = TopologyConfig {
+                gpus: vec![GpuConfig {
+                    hot_percent_max: percent,
+                    required: true,
+                    ..GpuConfig::default()
+                }],
+                ..TopologyConfig::default()
+            };
+            let plan = Plan::new(&config, &Machine::discover().unwrap(), None).unwrap();
+            let options = ModelOptions {
+                sparsity: Some(sparsity),
+                n_ctx: 64,
+                ..ModelOptions::new(path.clone())
+            };
+            let model = LoadedModel::open(&options, &plan, &Silent).unwrap();
+            let what = format!("{tensor}, {sparsity:?}, {percent} % hot");
+            for _ in 0..2 {
+                let tokens = Tokens::new(&[70, 71, 72], 1);
+                let error = model.engine.run(tokens).unwrap().outcome.expect_err(&what);
+                let want = ActorError::NotFinite { part, position: 0 };
+                assert_eq!(error.to_string(), want.to_string(), "{what}");
             }
         }
     }

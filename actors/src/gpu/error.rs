@@ -15,6 +15,12 @@ pub enum GpuError {
         /// How long.
         seconds: f64,
     },
+    /// A layer's output is not finite.
+    #[error("the output of layer {layer} is not finite")]
+    NotFinite {
+        /// The layer.
+        layer: usize,
+    },
     /// Re-planning ended in the middle.
     #[error(
         "moving neurons between GPU and host was broken off: start the program again, or leave --replan out"

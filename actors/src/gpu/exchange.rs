@@ -49,6 +49,8 @@ pub(super) enum Flag {
     Logits,
     /// The host was late.
     Late,
+    /// Not 0: the first layer whose output is not finite, counted from the model's first one, + 1.
+    NotFinite,
 }
 
 /// See the module.
@@ -118,7 +120,7 @@ impl Exchange {
     pub fn new(device: &Device, sizes: ExchangeSizes) -> Result<Self, KernelError> {
         let stride = sizes.n_embd.next_multiple_of(SLOT_VALUES);
         let ids_stride = sizes.n_ids.next_multiple_of(SLOT_VALUES);
-        let n_flags = 3 * sizes.n_layer + 3;
+        let n_flags = 3 * sizes.n_layer + 4;
         Ok(Self {
             n_embd: sizes.n_embd,
             stride,
@@ -143,9 +145,10 @@ impl Exchange {
                 Flag::Token => 0,
                 Flag::Logits => 1,
                 Flag::Late => 2,
-                Flag::Hidden(layer) => 3 + 3 * layer,
-                Flag::Ids(layer) => 4 + 3 * layer,
-                Flag::Partial(layer) => 5 + 3 * layer,
+                Flag::NotFinite => 3,
+                Flag::Hidden(layer) => 4 + 3 * layer,
+                Flag::Ids(layer) => 5 + 3 * layer,
+                Flag::Partial(layer) => 6 + 3 * layer,
             }
     }
 

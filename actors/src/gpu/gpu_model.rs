@@ -11,7 +11,7 @@ use pi_kernels::cuda::{
     Add, AroundNorm, AttendToken, BeginToken, DeviceAct, DeviceBuffer, DownScratch, Event, Gates,
     Graph, HandOver, HandOverNormed, NeuronList, RopeAppend, Stream, TakeOver, attend,
     attend_token, begin_token, can_attend_token, compact, copy, down_active, gate_up, gemv,
-    hand_over, prepare, prepare_relu, rms_norm, rms_norm_with, rope_append, take_over, trap,
+    hand_over, prepare, prepare_relu, rms_norm_with, rope_append, take_over, trap,
 };
 use pi_kernels::{ActivationMode, KernelError, QuantType};
 
@@ -317,6 +317,7 @@ impl GpuModel {
             let words = exchange.words.write(0..2);
             words.copy_from_slice(&[position as u32, number]);
         }
+        exchange.store(Flag::NotFinite, 0);
         let mut times = self.times();
         times.host.fill((None, None));
         times.launched = Some(Instant::now());
@@ -569,8 +570,20 @@ impl GpuModel {
             let seconds = self.limit.as_secs_f64();
             return Err(GpuError::HostLate { seconds });
         }
+        self.check_finite()?;
         self.note_times();
         Ok(())
+    }
+
+    /// # Errors
+    /// A norm of the token found a layer's output that is not finite.
+    fn check_finite(&self) -> Result<(), GpuError> {
+        match self.exchange.load(Flag::NotFinite) {
+            0 => Ok(()),
+            number => Err(GpuError::NotFinite {
+                layer: number as usize - 1,
+            }),
+        }
     }
 
     fn times(&self) -> MutexGuard<'_, TokenTimes> {
@@ -685,6 +698,9 @@ impl GpuModel {
         let head = self.head.as_ref().expect("the last GPU has the head");
         locked(head).launch(&self.stream)?;
         self.wait(Flag::Logits)?;
+        if of_batch.is_none() {
+            self.check_finite()?;
+        }
         let n_vocab = self.exchange.logits.len();
         // SAFETY: the flag was seen; the next launch is after the slice's use, by this thread.
         Ok(unsafe { self.exchange.logits.read(0..n_vocab) })
@@ -735,6 +751,20 @@ struct Capture<'a> {
 }
 
 type Launched = Result<(), KernelError>;
+
+/// A norm that notes whether what one of the GPU's layers gave is not finite; of none it is what was before the first one.
+fn noting<'a>(
+    exchange: &'a Exchange,
+    weights: &GpuWeights,
+    layer: Option<usize>,
+) -> AroundNorm<'a> {
+    // the host has looked at embeddings
+    let number = weights.first_layer + layer.map_or(0, |own| own + 1);
+    AroundNorm {
+        not_finite: (number > 0).then(|| (exchange.flag(Flag::NotFinite), number as u32)),
+        ..AroundNorm::default()
+    }
+}
 
 impl Capture<'_> {
     /// The whole token.
@@ -867,13 +897,16 @@ impl Capture<'_> {
     /// Norm, queries, keys and values, attention, output projection.
     fn attention(&mut self, stream: &Stream, index: usize, layer: &GpuLayer) -> Launched {
         let (arena, shape) = (&self.weights.arena, self.shape);
+        // a layer's output is the next one's input
+        let before = noting(self.exchange, self.weights, index.checked_sub(1));
         let buffers = &mut *self.buffers;
-        rms_norm(
+        rms_norm_with(
             stream,
             buffers.x.view(..),
             values(arena, &layer.attn_norm),
             shape.rms_eps,
             &mut buffers.normed,
+            before,
         )?;
         let mut first = 0;
         for rows in &layer.qkv {
@@ -959,6 +992,7 @@ impl Capture<'_> {
         predicts: bool,
     ) -> Launched {
         let (arena, shape, exchange) = (&self.weights.arena, self.shape, self.exchange);
+        let around = noting(exchange, self.weights, Some(index));
         let buffers = &mut *self.buffers;
         let [ticket, _, _] = &mut buffers.tickets;
         let after = layer.has_cold.then(|| HandOverNormed {
@@ -978,6 +1012,7 @@ impl Capture<'_> {
             AroundNorm {
                 plain: predicts.then_some(&mut buffers.residual),
                 after,
+                ..around
             },
         )
     }
@@ -1132,13 +1167,19 @@ impl Capture<'_> {
 
     fn head(&mut self, stream: &Stream, head: &GpuHead) -> Launched {
         let (arena, shape, exchange) = (&self.weights.arena, self.shape, self.exchange);
+        let before = noting(
+            exchange,
+            self.weights,
+            self.weights.layers.len().checked_sub(1),
+        );
         let buffers = &mut *self.buffers;
-        rms_norm(
+        rms_norm_with(
             stream,
             buffers.x.view(..),
             values(arena, &head.norm),
             shape.rms_eps,
             &mut buffers.normed,
+            before,
         )?;
         gemv(
             stream,

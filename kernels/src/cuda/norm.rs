@@ -15,11 +15,13 @@ struct RmsNormArgs {
     plain: RawAct,
     host: u64,
     hand: RawHandOver,
+    not_finite: u64,
+    part: u32,
     eps: f32,
     host_q8: u32,
 }
 
-const _: () = assert!(size_of::<RmsNormArgs>() == 144);
+const _: () = assert!(size_of::<RmsNormArgs>() == 160);
 
 /// What a norm's launch does besides.
 #[derive(Debug, Default)]
@@ -28,6 +30,9 @@ pub struct AroundNorm<'a> {
     pub plain: Option<&'a mut DeviceAct>,
     /// Hands the normed values over to the host.
     pub after: Option<HandOverNormed<'a>>,
+    /// `[1]` u32 in the host's memory, which becomes this number where it is zero and the mean of squares is not finite: the
+    /// norm would hide it.
+    pub not_finite: Option<(View<'a, u32>, u32)>,
 }
 
 /// `x[i] / √(mean(x²) + eps) · weight[i]`, as activations; `x` and `weight` are `[n_cols]` f32. Overwrites `to`.
@@ -83,6 +88,11 @@ pub fn rms_norm_with(
         }
         None => Default::default(),
     };
+    let (not_finite, part) = around.not_finite.map_or((0, 0), |(word, part)| {
+        assert_eq!(word.len(), 1, "one word");
+        stream.check(&[word.device()]);
+        (word.address(), part)
+    });
     let args = RmsNormArgs {
         x: x.address(),
         weight: weight.address(),
@@ -90,6 +100,8 @@ pub fn rms_norm_with(
         plain,
         host,
         hand,
+        not_finite,
+        part,
         eps,
         host_q8: around.after.is_some_and(|after| after.q8).into(),
     };

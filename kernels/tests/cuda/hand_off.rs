@@ -134,6 +134,7 @@ fn a_norm_gives_its_values_without_the_weight_and_to_the_host() {
                     stamp: stamps.view(0..1),
                     ticket: ticket.view_mut(..),
                 }),
+                not_finite: None,
             };
             rms_norm_with(&stream, x.view(..), weight.view(..), 1e-5, &mut to, around).unwrap();
             while flags.load(0) != 41 {
@@ -162,6 +163,37 @@ fn a_norm_gives_its_values_without_the_weight_and_to_the_host() {
             }
             assert!(stamp > 0, "a time");
             assert_eq!(ticket.read().unwrap(), [0], "the ticket is left zero");
+        }
+    }
+}
+
+#[test]
+fn the_first_norm_of_what_is_not_finite_is_noted() {
+    let Some(device) = device() else { return };
+    let stream = device.stream().unwrap();
+    let words = PinnedBuffer::<u32>::new(&device, 1).unwrap();
+    for n in [32, 1000, 8192] {
+        let weight = device.upload(&vec![1.0f32; n]).unwrap();
+        let norm = |part: u32, bad: Option<(usize, f32)>| {
+            let mut values = Random(n as u64).activations(n);
+            if let Some((at, value)) = bad {
+                values[at] = value;
+            }
+            let x = device.upload(&values).unwrap();
+            let mut to = DeviceAct::new(&device, ActivationMode::Q8, n).unwrap();
+            let around = AroundNorm {
+                not_finite: Some((words.view(0..1), part)),
+                ..AroundNorm::default()
+            };
+            rms_norm_with(&stream, x.view(..), weight.view(..), 1e-5, &mut to, around).unwrap();
+            stream.synchronize().unwrap();
+            words.load(0)
+        };
+        for value in [f32::NAN, f32::INFINITY, 1e30] {
+            words.store(0, 0);
+            assert_eq!(norm(3, None), 0, "all are finite");
+            assert_eq!(norm(4, Some((n - 1, value))), 4, "{value} of {n}");
+            assert_eq!(norm(5, Some((0, value))), 4, "the first one is kept");
         }
     }
 }
