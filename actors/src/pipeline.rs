@@ -192,6 +192,12 @@ impl Pipeline {
         team: &mut Team,
         posts: &mut Posts<'_>,
     ) -> Result<(), ActorError> {
+        if run.attempts == 0
+            && let Some(cold) = &self.model.cold_counts
+        {
+            // the token before may have ended its run
+            cold.end_token();
+        }
         let n_left = run.tokens.len() - run.done;
         let n_tokens = self.model.step_tokens(n_left, run.wanted.len() > 1);
         self.in_step = run.done..run.done + n_tokens;

@@ -59,7 +59,7 @@ struct TakeOver {
     // set when the host is late, on the device and in host memory
     u32* late;
     u32* late_host;
-    // [2] in host memory: when the wait began and ended
+    // [2] in host memory: when the first block's wait began and ended
     u64* stamps;
     u64 limit_ns;
     u32 plus;

@@ -14,13 +14,15 @@ struct RmsNormArgs {
     // them; nowhere where null
     float* host;
     HandOver hand;
+    // [1] in host memory, or null: when all that comes before was there
+    u64* begun;
     // in host memory, or null: becomes `part` where it is zero and the mean of squares is not finite
     u32* not_finite;
     u32 part;
     float eps;
     u32 host_q8;
 };
-static_assert(sizeof(RmsNormArgs) == 160, "as the launcher has it");
+static_assert(sizeof(RmsNormArgs) == 168, "as the launcher has it");
 
 // Values that a thread asks for before it uses the first. (The rest of a loop that is merely unrolled waits for each.)
 constexpr u32 NORM_TOGETHER = 8;
@@ -34,6 +36,7 @@ extern "C" __global__ void __launch_bounds__(1024) rms_norm(RmsNormArgs args) {
     const float own_weight = own < n ? __ldg(args.weight + own) : 0.0f;
     wait_for_launch_before();
     start_next_launch();
+    if (args.begun != nullptr && blockIdx.x == 0 && threadIdx.x == 0) *args.begun = time_ns();
     const float own_x = own < n ? args.x[own] : 0.0f;
     float sum = 0.0f;
 #pragma unroll 1

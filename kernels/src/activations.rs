@@ -525,3 +525,39 @@ mod x86 {
         _mm_cvtsi128_si32(_mm_add_epi32(v, _mm_shuffle_epi32(v, 0b10_11_00_01)))
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::testing::Random;
+
+    #[test]
+    fn blocks_that_are_given_are_those_that_values_would_become() {
+        let cpu = Cpu::detect(ActivationMode::Q8);
+        for n in [32, 256, 576] {
+            let mut values = Random(n as u64).floats(2 * n);
+            values[n + 40 % n] = f32::NAN;
+            let mut want = ActBatch::new(ActivationMode::Q8, n, 2);
+            let mut got = want.clone();
+            for token in 0..2 {
+                want.set(cpu, token, &values[token * n..][..n]);
+                let row = want.token(token);
+                let middle = n / 64 * 32;
+                for columns in [0..middle, middle..n] {
+                    let blocks = columns.start / BLOCK..columns.end / BLOCK;
+                    let (q, scales) = (&row.q[columns.clone()], &row.scales[blocks]);
+                    // SAFETY: one thread.
+                    unsafe { got.writer().set_rounded(token, columns, q, scales) };
+                }
+                let got = got.token(token);
+                let bits = |x: &[f32]| x.iter().map(|x| x.to_bits()).collect::<Vec<_>>();
+                assert_eq!(got.q, row.q);
+                assert_eq!(bits(got.scales), bits(row.scales));
+                assert_eq!(bits(got.sums), bits(row.sums));
+                assert_eq!(got.block_sums, row.block_sums);
+                assert_eq!(got.half_sums, row.half_sums);
+                assert!(got.values.iter().all(|x| x.is_nan()), "nobody reads them");
+            }
+        }
+    }
+}

@@ -5,14 +5,15 @@
 //! | slot | written by | flag | read by | until |
 //! |---|---|---|---|---|
 //! | `x`, `rotation`, `words` | host | (launch of the graph) | GPU | end of the token |
-//! | `hidden`, that of even or odd layers | GPU | `hidden[layer]` | host | it sets `partial[layer]` |
-//! | `ids`, `n_ids`, likewise | GPU | `ids[layer]` | host | it sets `partial[layer]` |
+//! | `hidden`, that of even or odd layers | GPU | `hidden[layer]` | host | its first value of `partial` |
+//! | `ids`, `n_ids`, likewise | GPU | `ids[layer]` | host | its first value of `partial` |
 //! | `partial`, likewise | host | each value's tag | GPU | `hidden[layer + 1]`, or the end |
 //! | `x_out` | GPU, where another one goes on | `token` | host | the next launch |
 //! | `logits` | GPU | `logits` | host | the next launch |
 //!
-//! The slots of layer l + 2 are those of layer l. The GPU writes `hidden` of l + 2 after it took `partial[l]`, which the host
-//! set when it had read `hidden` and `ids` of l; it writes `ids` of l + 2 within layer l + 1, so after `partial[l]` too. The host
+//! The slots of layer l + 2 are those of layer l. The GPU writes `hidden` of l + 2 after it took all of `partial` of l, of which the
+//! host writes no value before it has read `hidden` and `ids` of l (they are read before the messages that values come from); it
+//! writes `ids` of l + 2 within layer l + 1, so after that too. The host
 //! writes `partial` of l + 2 after it saw `hidden[l + 2]`, which the GPU set after it had read `partial` of l. Where a layer has
 //! no cold neurons it uses no slot.
 #![allow(unsafe_code)]
@@ -88,8 +89,10 @@ pub(super) enum Stamp {
     Hidden(usize),
     /// The ids that were predicted for the layer are handed over.
     Ids(usize),
-    /// The wait for the host's part of the layer began; its end is the next one.
+    /// The wait for the host's part of the layer began; the next one is its end, as the first block sees it.
     Wait(usize),
+    /// All of it was added.
+    Taken(usize),
 }
 
 impl Stamp {
@@ -101,6 +104,7 @@ impl Stamp {
             Stamp::Hidden(layer) => 4 + 4 * layer,
             Stamp::Ids(layer) => 5 + 4 * layer,
             Stamp::Wait(layer) => 6 + 4 * layer,
+            Stamp::Taken(layer) => 7 + 4 * layer,
         }
     }
 }
@@ -201,7 +205,7 @@ impl Exchange {
     }
 
     /// # Safety
-    /// `hidden[layer]` was seen, and `partial[layer]` is not set while the slice lives.
+    /// `hidden[layer]` was seen, and no value of `partial` is written while the slice lives.
     pub unsafe fn hidden(&self, layer: usize) -> &[f32] {
         // SAFETY: this function's contract.
         unsafe { self.hidden.read(self.slot(layer)) }

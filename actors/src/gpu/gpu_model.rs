@@ -319,7 +319,7 @@ impl GpuModel {
         }
         exchange.store(Flag::NotFinite, 0);
         let mut times = self.times();
-        times.host.fill((None, None));
+        times.host.fill(HostTimes::default());
         times.launched = Some(Instant::now());
         drop(times);
         std::sync::atomic::fence(Ordering::SeqCst);
@@ -424,7 +424,12 @@ impl GpuModel {
 
     /// A number that flags have never been, and one for each layer: the host's part of layer l is tagged with the number + l.
     fn next_number(&self) -> u32 {
-        let number = self.number().wrapping_add(self.weights.layers.len() as u32);
+        let n_layer = self.weights.layers.len() as u32;
+        // 0 is what flags are at first, and what the one of logits is set to
+        let number = match self.number().wrapping_add(n_layer) {
+            0 => n_layer,
+            number => number,
+        };
         self.number.store(number, Ordering::Relaxed);
         number
     }
@@ -501,7 +506,7 @@ impl GpuModel {
     pub fn wait_hidden(&self, layer: usize) -> Result<HiddenState<'_>, GpuError> {
         let own = self.own(layer);
         self.wait(Flag::Hidden(own))?;
-        self.times().host[own].0 = Some(Instant::now());
+        self.times().host[own].seen = Some(Instant::now());
         // SAFETY: as above.
         Ok(unsafe {
             if self.hidden_q8[own] {
@@ -519,6 +524,7 @@ impl GpuModel {
     /// The driver's.
     pub fn answer(&self, layer: usize) -> Result<(), GpuError> {
         let own = self.own(layer);
+        self.times().host[own].told = Some(Instant::now());
         self.exchange.store(Flag::Partial(own), self.number());
         let next = match &*locked(&self.token) {
             TokenGraphs::Whole(_) => return Ok(()),
@@ -534,8 +540,8 @@ impl GpuModel {
     pub fn give(&self, layer: usize, first: usize, values: &[f32]) {
         let own = self.own(layer);
         if first == 0 {
-            // the GPU notes when it has these
-            self.times().host[own].1 = Some(Instant::now());
+            // the GPU's first block notes when it has these
+            self.times().host[own].given = Some(Instant::now());
         }
         self.exchange
             .write_partial(own, first, values, self.number());
@@ -605,7 +611,7 @@ impl GpuModel {
             }
             // SAFETY: as above.
             let [hidden, _, wait, answered] = unsafe { self.exchange.times(Stamp::Hidden(layer)) };
-            let (seen, told) = (host.0?, host.1?);
+            let (seen, told) = (host.seen?, host.told?);
             let host_ns = told.duration_since(seen).as_nanos() as f32;
             let times = LayerTimes::new(
                 ns(before, hidden),
@@ -633,12 +639,12 @@ impl GpuModel {
         // SAFETY: as above.
         let stamps = |layer| unsafe { self.exchange.times::<4>(Stamp::Hidden(layer)) };
         for (layer, host) in times.host.iter().enumerate() {
-            let (Some(seen), Some(told)) = *host else {
+            let (Some(seen), Some(given)) = (host.seen, host.given) else {
                 continue;
             };
             let [hidden, _, _, answered] = stamps(layer);
             bounds.gpu_first(hidden, ns(seen));
-            bounds.host_first(ns(told), answered);
+            bounds.host_first(ns(given), answered);
         }
         let Some(map) = bounds.map() else { return };
         let part = |part, own: usize, from: u64, to: u64| {
@@ -656,7 +662,7 @@ impl GpuModel {
         let mut before = begin;
         let mut hidden_before = None;
         for (own, host) in times.host.iter().enumerate() {
-            let (Some(seen), Some(told)) = *host else {
+            let (Some(seen), Some(told)) = (host.seen, host.told) else {
                 hidden_before = None;
                 continue;
             };
@@ -714,10 +720,18 @@ pub(super) fn locked<T>(what: &Mutex<T>) -> MutexGuard<'_, T> {
     what.lock().unwrap_or_else(|broken| broken.into_inner())
 }
 
-/// When the host saw each layer of the token under way, and began to answer; and all that is known of tokens before.
+/// When the host saw a layer's hidden state, gave the first columns of its part, and had given all.
+#[derive(Debug, Clone, Copy, Default)]
+struct HostTimes {
+    seen: Option<Instant>,
+    given: Option<Instant>,
+    told: Option<Instant>,
+}
+
+/// The host's times of each layer of the token under way; and all that is known of tokens before.
 #[derive(Debug)]
 struct TokenTimes {
-    host: Vec<(Option<Instant>, Option<Instant>)>,
+    host: Vec<HostTimes>,
     /// When the host launched the token, and saw its end.
     launched: Option<Instant>,
     ended: Option<Instant>,
@@ -727,7 +741,7 @@ struct TokenTimes {
 impl TokenTimes {
     fn new(n_layer: usize) -> Self {
         Self {
-            host: vec![(None, None); n_layer],
+            host: vec![HostTimes::default(); n_layer],
             launched: None,
             ended: None,
             all: GpuTimes::new(n_layer),
@@ -898,7 +912,11 @@ impl Capture<'_> {
     fn attention(&mut self, stream: &Stream, index: usize, layer: &GpuLayer) -> Launched {
         let (arena, shape) = (&self.weights.arena, self.shape);
         // a layer's output is the next one's input
-        let before = noting(self.exchange, self.weights, index.checked_sub(1));
+        let mut before = noting(self.exchange, self.weights, index.checked_sub(1));
+        if index > 0 && self.weights.layers[index - 1].has_cold {
+            // the take-over of the layer before has ended
+            before.begun = Some(self.exchange.stamps(Stamp::Taken(index - 1), 1));
+        }
         let buffers = &mut *self.buffers;
         rms_norm_with(
             stream,

@@ -144,7 +144,8 @@ impl Moving {
 /// Runs `task` for each number below `n`, by all threads of the team.
 fn by_all(team: &mut Team, n: usize, task: &(dyn Fn(usize) + Sync)) {
     let next = AtomicUsize::new(0);
-    team.run(&|_| {
+    // files may be slow
+    team.run_long(&|_| {
         let take = || Some(next.fetch_add(1, Ordering::Relaxed)).filter(|number| *number < n);
         while let Some(number) = take() {
             task(number);

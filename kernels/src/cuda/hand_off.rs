@@ -189,7 +189,7 @@ pub struct TakeOver<'a> {
     pub plus: u32,
     /// `[1]` u32 on the device and `[1]` u32 in the host's memory: set when the host was late.
     pub late: (View<'a, u32>, View<'a, u32>),
-    /// `[2]` u64 in the host's memory: get the device's times, in ns, between which it waited.
+    /// `[2]` u64 in the host's memory: get the device's times, in ns, between which the first block waited.
     pub stamps: View<'a, u64>,
     /// How long is waited.
     pub limit: Duration,

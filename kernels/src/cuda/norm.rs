@@ -15,13 +15,14 @@ struct RmsNormArgs {
     plain: RawAct,
     host: u64,
     hand: RawHandOver,
+    begun: u64,
     not_finite: u64,
     part: u32,
     eps: f32,
     host_q8: u32,
 }
 
-const _: () = assert!(size_of::<RmsNormArgs>() == 160);
+const _: () = assert!(size_of::<RmsNormArgs>() == 168);
 
 /// What a norm's launch does besides.
 #[derive(Debug, Default)]
@@ -30,6 +31,8 @@ pub struct AroundNorm<'a> {
     pub plain: Option<&'a mut DeviceAct>,
     /// Hands the normed values over to the host.
     pub after: Option<HandOverNormed<'a>>,
+    /// `[1]` u64 in the host's memory: gets the device's time, in ns, at which all that comes before was there.
+    pub begun: Option<View<'a, u64>>,
     /// `[1]` u32 in the host's memory, which becomes this number where it is zero and the mean of squares is not finite: the
     /// norm would hide it.
     pub not_finite: Option<(View<'a, u32>, u32)>,
@@ -93,6 +96,11 @@ pub fn rms_norm_with(
         stream.check(&[word.device()]);
         (word.address(), part)
     });
+    let begun = around.begun.map_or(0, |stamp| {
+        assert_eq!(stamp.len(), 1, "one stamp");
+        stream.check(&[stamp.device()]);
+        stamp.address()
+    });
     let args = RmsNormArgs {
         x: x.address(),
         weight: weight.address(),
@@ -100,6 +108,7 @@ pub fn rms_norm_with(
         plain,
         host,
         hand,
+        begun,
         not_finite,
         part,
         eps,

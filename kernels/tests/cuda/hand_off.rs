@@ -121,7 +121,7 @@ fn a_norm_gives_its_values_without_the_weight_and_to_the_host() {
             let q8 = mode == ActivationMode::Q8 && n % 32 == 0;
             let host = PinnedBuffer::<f32>::new(&device, n).unwrap();
             let flags = PinnedBuffer::<u32>::new(&device, 1).unwrap();
-            let stamps = PinnedBuffer::<u64>::new(&device, 1).unwrap();
+            let stamps = PinnedBuffer::<u64>::new(&device, 2).unwrap();
             let number = device.upload(&[41u32]).unwrap();
             let mut ticket = device.alloc::<u32>(1).unwrap();
             let around = AroundNorm {
@@ -134,6 +134,7 @@ fn a_norm_gives_its_values_without_the_weight_and_to_the_host() {
                     stamp: stamps.view(0..1),
                     ticket: ticket.view_mut(..),
                 }),
+                begun: Some(stamps.view(1..2)),
                 not_finite: None,
             };
             rms_norm_with(&stream, x.view(..), weight.view(..), 1e-5, &mut to, around).unwrap();
@@ -144,7 +145,7 @@ fn a_norm_gives_its_values_without_the_weight_and_to_the_host() {
                 );
             }
             // SAFETY: the flag was seen.
-            let (values, stamp) = unsafe { (host.read(0..n).to_vec(), stamps.read(0..1)[0]) };
+            let values = unsafe { host.read(0..n).to_vec() };
             stream.synchronize().unwrap();
             assert!(
                 read(&to) == read(&want) && read(&plain) == read(&want_plain),
@@ -161,7 +162,9 @@ fn a_norm_gives_its_values_without_the_weight_and_to_the_host() {
             } else {
                 assert_eq!(bits(&values), want_values, "what the host sees");
             }
-            assert!(stamp > 0, "a time");
+            // SAFETY: the launch has ended.
+            let [stamp, begun] = unsafe { [stamps.read(0..1)[0], stamps.read(1..2)[0]] };
+            assert!(0 < begun && begun <= stamp, "{begun}, then {stamp}");
             assert_eq!(ticket.read().unwrap(), [0], "the ticket is left zero");
         }
     }
