@@ -332,6 +332,7 @@ fn made_up_gpu(groups_max: usize) -> PlannedGpu {
         },
         sync: GpuSync::Flags,
         required: false,
+        replan: 0,
     }
 }
 

@@ -19,7 +19,7 @@ use super::trace::TraceArgs;
 use crate::head_sketch::Head;
 use crate::inspect::InspectArgs;
 use crate::sampler::SamplerParams;
-use crate::session::N_UBATCH;
+use crate::session::{N_UBATCH, TopologyFile};
 use crate::tokenizer::TokenizeArgs;
 
 /// What `--help` ends with.
@@ -90,7 +90,7 @@ pub enum Command {
     /// Write a neuron-major copy of a model, for sparse running
     Pack(PackArgs),
     /// Find out which neurons fire when, for sparse running: makes the model's sidecar
-    Prepare(PrepareArgs),
+    Prepare(Box<PrepareArgs>),
     /// Write a model of random weights, of any shape and type, whose neurons fire as planned
     Synth(SynthArgs),
     /// Measure perplexity on a text, chunked and scored as llama.cpp does
@@ -131,6 +131,9 @@ pub struct ManArgs {
 #[derive(Debug, Clone, Args)]
 #[command(next_help_heading = "Model and machine")]
 pub struct ModelArgs {
+    /// The topology file, when it has been read.
+    #[arg(skip)]
+    pub topology_read: std::sync::Arc<std::sync::OnceLock<TopologyFile>>,
     /// Model file (GGUF); default: the demo model in models/ or the user's data folder
     #[arg(short = 'm', long = "model", value_name = "FILE")]
     pub model: Option<PathBuf>,

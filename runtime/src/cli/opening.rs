@@ -98,8 +98,14 @@ impl ModelArgs {
     /// # Errors
     /// As [`TopologyFile::read`].
     pub fn topology_file(&self) -> Result<TopologyFile, RuntimeError> {
+        // once: a pipe gives its text once
+        if let Some(file) = self.topology_read.get() {
+            return Ok(TopologyFile::clone(file));
+        }
         let file = TopologyFile::read(self.topology.as_deref())?;
-        Ok(file.simulating(self.simulate))
+        let file = file.simulating(self.simulate);
+        let file = self.topology_read.get_or_init(|| file);
+        Ok(TopologyFile::clone(file))
     }
 
     /// Opens the model, to record its work within `trace`, and says on stderr what a user may want to know of it.

@@ -11,6 +11,8 @@ use super::args::ModelArgs;
 use super::interrupt::Interrupt;
 use super::output::Output;
 use super::{progress, text_file};
+use pi_topology::Predict;
+
 use crate::error::RuntimeError;
 use crate::head_sketch::Head;
 use crate::prepare::{
@@ -146,7 +148,9 @@ fn options(args: &StageArgs, stages: Vec<Stage>) -> Result<PrepareOptions, Runti
     };
     let texts = args.files.iter().map(read).collect::<Result<_, _>>()?;
     refuse_modes(&args.model)?;
-    let model = args.model.options(0)?;
+    let mut model = args.model.options(0)?;
+    // what is prepared depends on the model, texts and the seed alone
+    model.predicting.by = Predict::Auto;
     let output = match &args.output {
         Some(path) => path.clone(),
         None => sidecar::default_path(&model.path),

@@ -32,7 +32,7 @@ impl Decision {
             text,
             "{mode}: runs do so with --predictor \"{list}\", or with a topology file (--topology) that says:"
         )?;
-        write!(text, "\n{}", self.toml())
+        writeln!(text, "\n{}", self.toml())
     }
 
     /// The ways that have such a figure.

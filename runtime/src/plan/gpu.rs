@@ -34,6 +34,8 @@ pub struct PlannedGpu {
     pub sync: GpuSync,
     /// Whether a model that does not go there is an error; else the host computes in its place.
     pub required: bool,
+    /// After how many tokens its neurons change places with the host's; 0: never.
+    pub replan: usize,
 }
 
 impl PlannedGpu {
@@ -58,6 +60,7 @@ impl PlannedGpu {
                 room: gpu.room,
                 sync: config.sync,
                 required: config.required,
+                replan: config.replan,
             }
         });
         Ok(planned.collect())
@@ -301,6 +304,7 @@ pub(super) mod tests {
             },
             sync: GpuSync::Flags,
             required: false,
+            replan: 0,
         }
     }
 

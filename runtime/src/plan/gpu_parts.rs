@@ -37,7 +37,7 @@ impl Planning<'_> {
             mode: options.cpu.mode(),
             groups_max: FFN_GROUPS,
             layers: 0..self.hyper.n_layer,
-            replans: options.replan.is_some_and(|every| every > 0),
+            replans: (self.gpus.iter()).any(|(gpu, _)| options.replan.unwrap_or(gpu.replan) > 0),
         };
         match choose_on(&rooms, &request) {
             Ok(parts) => Ok(parts),

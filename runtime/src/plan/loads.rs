@@ -204,8 +204,11 @@ impl Frequencies {
             };
             let n_always = all().filter(|share| *share >= 1.0).count() as f64;
             let others: f64 = all().filter(|share| *share < 1.0).sum();
-            let wanted = active * all().count() as f64 - n_always;
-            let factor = wanted / others.max(f64::MIN_POSITIVE);
+            if others <= 0.0 {
+                // the rest never fires
+                break;
+            }
+            let factor = (active * all().count() as f64 - n_always) / others;
             let shares = self.by_layer.iter_mut().flatten();
             for share in shares.filter(|share| **share < 1.0) {
                 *share = (f64::from(*share) * factor).min(1.0) as f32;

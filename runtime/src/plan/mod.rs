@@ -79,7 +79,7 @@ pub struct PlanRequest {
     pub gpus: Vec<PlannedGpu>,
 }
 
-/// Plans, and measures for it: a second or two for each mode.
+/// Plans, and measures for it: a second or two for each mode, several where ways to predict are compared.
 ///
 /// # Errors
 /// The model, its sidecar, memory and threads that cannot be had, or a GPU that is required and has no room.
@@ -257,7 +257,14 @@ impl Planning<'_> {
                 let hint = best.hint.clone();
                 if best.mode != Sparsity::Off {
                     modes.push(plain(best));
-                    modes.extend(self.predicted(sidecar, resolve(Some(Sparsity::Predicted))?)?);
+                    match self.predicted(sidecar, resolve(Some(Sparsity::Predicted))?) {
+                        Ok(predicted) => modes.extend(predicted),
+                        // nobody asked for the mode
+                        Err(error) => {
+                            let hint = format!("no plan for predicted: {error}");
+                            return Ok((modes, Some(hint)));
+                        }
+                    }
                 }
                 Ok((modes, hint))
             }

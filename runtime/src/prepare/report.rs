@@ -144,7 +144,7 @@ impl Preparation {
         let modes = self.mode_reports(&modes, &passages(N_PASSAGES_SCORED)?, &compared)?;
         let head = self.head_agreement(&sidecar, sections, &seen)?;
         let predictors = Predictors {
-            in_layer: has_predictors,
+            in_layer: has_predictors && layers.iter().any(|layer| layer.sketch != "none"),
             ahead: layers.iter().any(|layer| layer.ahead.is_some()),
             head: head.is_some(),
         };

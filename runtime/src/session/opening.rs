@@ -291,9 +291,9 @@ struct Started {
 }
 
 /// Logs how long `copy` takes for so many bytes of `what`.
-fn timed<T>(what: &str, bytes: u64, copy: impl FnOnce() -> T) -> T {
+fn timed<T, E>(what: &str, bytes: u64, copy: impl FnOnce() -> Result<T, E>) -> Result<T, E> {
     let start = std::time::Instant::now();
-    let copied = copy();
+    let copied = copy()?;
     let seconds = start.elapsed().as_secs_f64();
     tracing::info!(
         "copied {what}: {} MiB in {:.2} s, {:.1} GB/s",
@@ -301,7 +301,7 @@ fn timed<T>(what: &str, bytes: u64, copy: impl FnOnce() -> T) -> T {
         seconds,
         bytes as f64 / 1e9 / seconds.max(1e-9)
     );
-    copied
+    Ok(copied)
 }
 
 /// Starts the teams, loads the weights with them and gives both to an engine.
@@ -381,7 +381,7 @@ fn start_engine(
     let gpu_bytes: u64 = layouts.iter().map(|layout| layout.bytes as u64).sum();
     observer.begin(gpu_bytes + loader.copied_bytes());
     let gpus = match &on_gpus {
-        Some(gpus) => timed("a GPU's weights", gpu_bytes, || {
+        Some(gpus) => timed("GPUs' weights", gpu_bytes, || {
             gpus.load(&layouts, &teams, &|bytes| observer.copied(bytes))
         }),
         None => Ok(vec![]),

@@ -46,7 +46,8 @@ pub(super) fn intervals(
 fn obstacle(sparsity: &SparsityPlan) -> Option<(&'static str, &'static str)> {
     if !matches!(sparsity.mode, Sparsity::Exact | Sparsity::Predicted) {
         let problem = "neurons change places where closed gates are skipped";
-        return Some((problem, "take --sparsity exact or predicted"));
+        let cure = "take --sparsity exact or predicted (ReLU models), or leave --replan out";
+        return Some((problem, cure));
     }
     let is_by_neuron = |down: &DownPlan| matches!(down, DownPlan::NeuronRows(_));
     if !sparsity.down.iter().any(is_by_neuron) {

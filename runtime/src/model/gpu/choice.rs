@@ -267,7 +267,8 @@ fn loads(request: &GpuRequest<'_>, bundle_bytes: &[usize]) -> Vec<LayerLoad> {
             let gate = &request.tensors.layers[index].gate;
             let named = request.predictors.is_some_and(|predictors| {
                 let layer = &predictors[index];
-                layer.sketch.is_some() || layer.ahead.is_some()
+                let alone = layer.ahead.as_ref().is_some_and(|ahead| ahead.alone);
+                request.ahead(index).is_some() || layer.sketch.is_some() && !alone
             });
             let bundle_bytes = bundle as u64;
             let scanned_bytes = match request.sparsity.mode {
