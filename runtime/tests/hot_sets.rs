@@ -4,11 +4,12 @@ mod common;
 
 use common::running::Folder;
 use common::tiny_model::TinyModel;
+use pi_actors::weights::ModelShape;
 use pi_kernels::attention::KvType;
 use pi_kernels::ffn_sparse::FFN_GROUPS;
 use pi_kernels::{ActivationMode, QuantType};
 use pi_runtime::gguf::GgufFile;
-use pi_runtime::model::gpu::{GpuPart, GpuRequest, GpuRoom, HOT_SAVES, choose_on};
+use pi_runtime::model::gpu::{GpuModelError, GpuPart, GpuRequest, GpuRoom, HOT_SAVES, choose_on};
 use pi_runtime::model::load::model_shape;
 use pi_runtime::model::shares::neuron_groups;
 use pi_runtime::model::sparsity::SparsityPlan;
@@ -46,9 +47,17 @@ impl Case {
         }
     }
 
+    fn shape(&self) -> ModelShape {
+        model_shape(&self.hyper, &self.tensors, N_CTX).unwrap()
+    }
+
     fn chosen(&self, budget: usize) -> Option<GpuPart> {
+        self.chosen_with(&self.shape(), budget).ok()
+    }
+
+    fn chosen_with(&self, shape: &ModelShape, budget: usize) -> Result<GpuPart, GpuModelError> {
         let request = GpuRequest {
-            shape: &model_shape(&self.hyper, &self.tensors, N_CTX).unwrap(),
+            shape,
             tensors: &self.tensors,
             sparsity: &self.sparsity,
             predictors: self.predictors.as_deref(),
@@ -65,9 +74,9 @@ impl Case {
             overhead: 1000,
             groups_max: self.groups_max,
         };
-        let mut parts = choose_on(&[room], &request).ok()?;
+        let mut parts = choose_on(&[room], &request)?;
         assert_eq!(parts.len(), 1);
-        parts.pop()
+        Ok(parts.remove(0))
     }
 
     /// Neurons that the solver would have hot, of a room for `bytes` of neurons that take `bundle_bytes`.
@@ -287,4 +296,18 @@ fn layers_that_nothing_predicts_ahead_are_hot_first() {
         assert_eq!(groups[0] + groups[2], share, "{groups:?}");
     }
     assert_eq!(groups(layer_bytes * 5 / 2), [16, 8, 16]);
+}
+
+/// The GPU takes over what the host sums in pairs of values.
+#[test]
+fn a_hidden_state_of_odd_width_is_refused() {
+    let case = Case::new(TinyModel::default(), Sparsity::Exact);
+    let mut shape = case.shape();
+    case.chosen_with(&shape, 1 << 40).unwrap();
+    shape.n_embd += 1;
+    let error = case.chosen_with(&shape, 1 << 40).unwrap_err();
+    assert_eq!(
+        error.to_string(),
+        "a hidden state of odd width does not run on a GPU: set required = false for its [[gpu]], or leave [[gpu]] out"
+    );
 }

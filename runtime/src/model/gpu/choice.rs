@@ -206,6 +206,13 @@ fn choose(
 ) -> Result<(Vec<HotLayer>, GpuMemory), GpuModelError> {
     let shape = request.shape;
     check_formats(request.tensors, &request.sparsity.down)?;
+    if !shape.n_embd.is_multiple_of(2) {
+        // what the host hands over is taken in pairs
+        return Err(GpuModelError::Mode {
+            what: "a hidden state of odd width",
+            cure: "set required = false for its [[gpu]]",
+        });
+    }
     let mut layers = orders(request);
     let nothing_hot = GpuLayout::new(request, &layers);
     let bundle_bytes = nothing_hot.bundle_bytes;
