@@ -38,6 +38,12 @@ fn every_shell_has_completions() {
             assert!(script.contains(word), "{shell}: {word}");
         }
     }
+    // values, of which one is a word of no flag
+    let script = text_of(&["completions", "bash"]);
+    assert!(
+        script.contains("auto exact in-layer ahead both"),
+        "--predictor"
+    );
     let ran = run(&["completions", "tcsh"]);
     assert_eq!((ran.code, ran.out.as_str()), (2, ""));
     assert!(

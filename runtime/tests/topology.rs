@@ -317,6 +317,29 @@ fn every_key_is_printed() {
 }
 
 #[test]
+fn flags_that_come_before_keys_are_printed_in_their_place() {
+    let folder = tiny();
+    let file = folder.file(
+        "keys.toml",
+        "[sparsity]\npredict = \"ahead\"\n[[gpu]]\nreplan = 5\n[[gpu]]\n",
+    );
+    let list = "0-3: exact, 4-29: in-layer";
+    let printed = text_of(&[
+        "--topology",
+        &file,
+        "--print-config",
+        "--predictor",
+        list,
+        "--replan",
+        "64",
+    ]);
+    let config: TopologyConfig = toml::from_str(&printed).unwrap();
+    assert_eq!(config.sparsity.predict.to_string(), list);
+    let replans: Vec<usize> = config.gpus.iter().map(|gpu| gpu.replan).collect();
+    assert_eq!(replans, [64, 64]);
+}
+
+#[test]
 fn unknown_keys_are_named_with_line_and_suggestion() {
     let folder = tiny();
     let typo = folder.file(

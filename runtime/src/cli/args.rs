@@ -1,10 +1,11 @@
 //! The command line: flags with llama.cpp's names, their defaults and ranges.
 
-use std::ffi::OsString;
+use std::ffi::{OsStr, OsString};
 use std::path::PathBuf;
 
+use clap::builder::{PossibleValue, TypedValueParser};
 use clap::error::{ContextKind, ContextValue, ErrorKind};
-use clap::{Args, Parser, Subcommand, ValueEnum};
+use clap::{Arg, Args, Parser, Subcommand, ValueEnum};
 use pi_kernels::{ActivationMode, Tier};
 use pi_topology::{Predict, TopologyConfig};
 
@@ -159,7 +160,7 @@ pub struct ModelArgs {
     pub force_threshold: bool,
     /// Who predicts with --sparsity predicted: auto, exact (nobody: all gates are computed), in-layer, ahead or both; or layer
     /// by layer, as in "0-3: exact, 4-29: in-layer", which `plan` prints [default: the topology file's, else auto]
-    #[arg(long, value_name = "WHO")]
+    #[arg(long, value_name = "WHO", value_parser = PredictParser, hide_possible_values = true)]
     pub predictor: Option<Predict>,
     /// Whether what is predicted one layer ahead is prefetched
     #[arg(long, value_enum, value_name = "on|off", default_value_t = PrefetchArg::On)]
@@ -237,7 +238,7 @@ pub struct RunArgs {
         value_parser = clap::value_parser!(u16).range(1..)
     )]
     pub threads: Option<u16>,
-    /// Print the topology with every key and its default, and end
+    /// Print the topology with every key and its default, or what --predictor and --replan say in its place, and end
     #[arg(long, help_heading = "Model and machine")]
     pub print_config: bool,
     /// Choice of each token.
@@ -473,6 +474,28 @@ pub fn led_to_a_key(mut error: clap::Error) -> clap::Error {
         error.insert(ContextKind::Suggested, hints);
     }
     error
+}
+
+/// Reads `--predictor`: words that shells complete, or a list of layers.
+#[derive(Debug, Clone, Copy)]
+struct PredictParser;
+
+impl TypedValueParser for PredictParser {
+    type Value = Predict;
+
+    fn parse_ref(
+        &self,
+        command: &clap::Command,
+        arg: Option<&Arg>,
+        value: &OsStr,
+    ) -> Result<Predict, clap::Error> {
+        str::parse::<Predict>.parse_ref(command, arg, value)
+    }
+
+    fn possible_values(&self) -> Option<Box<dyn Iterator<Item = PossibleValue> + '_>> {
+        let words = ["auto", "exact", "in-layer", "ahead", "both"];
+        Some(Box::new(words.into_iter().map(PossibleValue::new)))
+    }
 }
 
 #[cfg(test)]

@@ -24,8 +24,17 @@ use crate::trace::ControlLog;
 /// The flags, the model, the prompt or the output.
 pub fn run(args: &RunArgs, start: Instant, control: &ControlLog) -> Result<ExitCode, RuntimeError> {
     if args.print_config {
-        let asked = args.model.topology_file()?;
-        Output::default().text(&asked.config().to_toml())?;
+        let mut config = args.model.topology_file()?.config().clone();
+        if let Some(predict) = &args.model.predictor {
+            config.sparsity.predict = predict.clone();
+        }
+        if let Some(replan) = args.model.replan {
+            config
+                .gpus
+                .iter_mut()
+                .for_each(|gpu| gpu.replan = replan as usize);
+        }
+        Output::default().text(&config.to_toml())?;
         return Ok(ExitCode::SUCCESS);
     }
     args.sampler.validate()?;
