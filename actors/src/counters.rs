@@ -22,6 +22,8 @@ pub struct Counters {
     pub weight_bytes: u64,
     /// Bytes of cached keys and values read.
     pub kv_bytes: u64,
+    /// Those bytes, of both kinds, that GPUs read.
+    pub gpu_bytes: u64,
 }
 
 impl Counters {
@@ -47,6 +49,7 @@ impl Add for Counters {
             active_neurons: self.active_neurons + other.active_neurons,
             weight_bytes: self.weight_bytes + other.weight_bytes,
             kv_bytes: self.kv_bytes + other.kv_bytes,
+            gpu_bytes: self.gpu_bytes + other.gpu_bytes,
         }
     }
 }
@@ -68,6 +71,7 @@ impl Sub for Counters {
             active_neurons: self.active_neurons - other.active_neurons,
             weight_bytes: self.weight_bytes - other.weight_bytes,
             kv_bytes: self.kv_bytes - other.kv_bytes,
+            gpu_bytes: self.gpu_bytes - other.gpu_bytes,
         }
     }
 }
@@ -94,6 +98,7 @@ pub(crate) struct Cell {
     active_neurons: AtomicU64,
     weight_bytes: AtomicU64,
     kv_bytes: AtomicU64,
+    gpu_bytes: AtomicU64,
 }
 
 impl Cell {
@@ -106,6 +111,7 @@ impl Cell {
             (&self.active_neurons, work.active_neurons),
             (&self.weight_bytes, work.weight_bytes),
             (&self.kv_bytes, work.kv_bytes),
+            (&self.gpu_bytes, work.gpu_bytes),
         ] {
             counter.store(counter.load(Ordering::Relaxed) + more, Ordering::Relaxed);
         }
@@ -131,6 +137,7 @@ impl Cell {
             active_neurons: get(&self.active_neurons),
             weight_bytes: get(&self.weight_bytes),
             kv_bytes: get(&self.kv_bytes),
+            gpu_bytes: get(&self.gpu_bytes),
         };
         let restarts = self.starts.load(Ordering::Relaxed).saturating_sub(1);
         ActorCounters {

@@ -24,8 +24,10 @@ struct RowsArgs {
     u32 gates;
     // whether a block's warps take a row together, else each its own
     u32 together;
+    // [2] or null: neurons whose gate is computed, and those whose gate is open, are added
+    u32* counts;
 };
-static_assert(sizeof(RowsArgs) == 120, "as the launcher has it");
+static_assert(sizeof(RowsArgs) == 128, "as the launcher has it");
 
 __device__ __forceinline__ float silu(float x) { return __fdiv_rn(x, 1.0f + expf(-x)); }
 
@@ -121,6 +123,7 @@ __device__ __forceinline__ void rows(const RowsArgs& args) {
     bool loaded = first_row < args.n_rows;
     if (loaded) rows.load(args.rows + first_row * args.stride, rows.thread);
     wait_for_launch_before();
+    if (args.counts != nullptr && blockIdx.x == 0 && threadIdx.x == 0) atomicAdd(args.counts, n);
     const u32 step = gridDim.x * teams;
 #pragma unroll 1
     for (u32 first = team; first < n; first += step * WARP) {
@@ -133,7 +136,10 @@ __device__ __forceinline__ void rows(const RowsArgs& args) {
         if (args.up != nullptr) {
             // NaN is open; a closed gate gives 0, never -0 or NaN
             const bool closed = args.gates != 0 && product <= 0.0f;
-            const u32 read = __ballot_sync(ALL_LANES, exists && !(closed && args.gates == 1));
+            const u32 open = __ballot_sync(ALL_LANES, exists && !closed);
+            const u32 read = args.gates == 1 ? open : __ballot_sync(ALL_LANES, exists);
+            // the result is not waited for; integers add up in any order
+            if (args.counts != nullptr && threadIdx.x % threads == 0) atomicAdd(args.counts + 1, __popc(open));
             const float factor = args.gates != 0 ? product : silu(product);
             product = rows.products(args.up, args.up_stride, row, read, false);
             product = of_team(product, args.together, sums);

@@ -200,6 +200,52 @@ fn one_split_gives_the_same_bits_every_time() {
     }
 }
 
+/// However neurons are divided, tokens are the same, and so is what they read.
+#[test]
+fn what_tokens_read_is_counted_on_a_gpu_too() {
+    if !has_gpu() {
+        return;
+    }
+    let model = Model::new();
+    for mode in ["off", "exact"] {
+        let timings = |keys: Option<&str>| {
+            let flags = [
+                "-p",
+                "hello world",
+                "-n",
+                "40",
+                "--temp",
+                "0",
+                "--ignore-eos",
+                "--json",
+                "--activations",
+                "f32",
+                "--sparsity",
+                mode,
+            ];
+            let ran = model.run(&[], keys, &flags);
+            assert_eq!(ran.code, 0, "{}", ran.err);
+            let json: Value = serde_json::from_str(&ran.out).unwrap();
+            json["timings"].clone()
+        };
+        let host = timings(None);
+        for percent in [100, 50, 0] {
+            let keys = format!("required = true\nhot_percent_max = {percent}");
+            let got = timings(Some(&keys));
+            let what = format!("{mode}, {percent} %: {got}, not {host}");
+            assert_eq!(
+                got["kv_bytes_per_token"], host["kv_bytes_per_token"],
+                "{what}"
+            );
+            assert_eq!(got["candidate_share"], host["candidate_share"], "{what}");
+            for (name, limit) in [("active_share", 0.001), ("bytes_per_token", 0.01)] {
+                let ratio = got[name].as_f64().unwrap() / host[name].as_f64().unwrap();
+                assert!((ratio - 1.0).abs() < limit, "{name}: {what}");
+            }
+        }
+    }
+}
+
 /// The demo model, in every mode and split, token by token and together.
 #[test]
 fn the_demo_model_gives_the_host_s_perplexity() {

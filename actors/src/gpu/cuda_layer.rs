@@ -260,7 +260,7 @@ impl CudaLayer {
     ) -> Result<(), GpuError> {
         let (model, gpu) = (&*self.model, self.gpu());
         if self.layer + 1 == gpu.layers().end {
-            let n_tokens = self.step().n_tokens;
+            let StepInfo { position, n_tokens } = self.step();
             let goes_on = self.layer + 1 < model.shape().n_layer;
             let n_x = n_tokens * model.shape().n_embd;
             if n_tokens > 1 {
@@ -286,6 +286,10 @@ impl CudaLayer {
                     });
                 }
             }
+            // the actor of the GPU's last layer counts for all of them
+            let positions = position..position + n_tokens;
+            let work = gpu.work(model.shape(), model.kv_type, positions);
+            self.count(work);
         }
         self.done(step, true, posts);
         Ok(())
@@ -305,8 +309,13 @@ impl CudaLayer {
     pub fn run_head(&mut self, message: RunHead, team: &mut Team, posts: &mut Posts<'_>) {
         self.work = Counters::default();
         self.count_message();
-        if let Err(error) = self.take_logits(message.tokens(), team) {
-            self.model.note_gpu_failure(error);
+        let n_tokens = message.tokens().len();
+        match self.take_logits(message.tokens(), team) {
+            Ok(()) => {
+                let of_one = self.gpu().head_work();
+                (0..n_tokens).for_each(|_| self.count(of_one));
+            }
+            Err(error) => self.model.note_gpu_failure(error),
         }
         let done = HeadDone {
             step: message.step,
@@ -338,10 +347,13 @@ impl CudaLayer {
     }
 
     fn count_message(&mut self) {
-        let own = Counters {
+        self.count(Counters {
             messages: 1,
             ..Counters::default()
-        };
+        });
+    }
+
+    fn count(&mut self, own: Counters) {
         self.cell.add(own);
         self.work += own;
     }

@@ -8,6 +8,7 @@
 //! | `hidden`, that of even or odd layers | GPU | `hidden[layer]` | host | its first value of `partial` |
 //! | `ids`, `n_ids`, likewise | GPU | `ids[layer]` | host | its first value of `partial` |
 //! | `partial`, likewise | host | each value's tag | GPU | `hidden[layer + 1]`, or the end |
+//! | `counts` | GPU | `token` | host | the next launch |
 //! | `x_out` | GPU, where another one goes on | `token` | host | the next launch |
 //! | `logits` | GPU | `logits` | host | the next launch |
 //!
@@ -74,6 +75,8 @@ pub(super) struct Exchange {
     pub logits: PinnedBuffer<f32>,
     /// The device's times, in ns.
     stamps: PinnedBuffer<u64>,
+    /// What was counted within the token, `[n_layer, 2]`.
+    counts: PinnedBuffer<u32>,
 }
 
 /// A time on the device.
@@ -140,6 +143,7 @@ impl Exchange {
             n_ids: PinnedBuffer::new(device, 2 * FLAG_WORDS)?,
             logits: PinnedBuffer::new(device, sizes.n_vocab)?,
             stamps: PinnedBuffer::new(device, 4 + 4 * sizes.n_layer)?,
+            counts: PinnedBuffer::new(device, 2 * sizes.n_layer)?,
         })
     }
 
@@ -177,6 +181,21 @@ impl Exchange {
         // SAFETY: this function's contract.
         let stamps = unsafe { self.stamps.read(at..at + N) };
         std::array::from_fn(|n| stamps[n])
+    }
+
+    /// The counts as the GPU sees them, `[n_layer, 2]`.
+    pub fn counts_view(&self) -> View<'_, u32> {
+        self.counts.view(0..self.counts.len())
+    }
+
+    /// A layer's hot neurons whose gate was computed, and those whose gate was open.
+    ///
+    /// # Safety
+    /// The token that they are of has ended, and the next one is not launched meanwhile.
+    pub unsafe fn counts(&self, layer: usize) -> [u32; 2] {
+        // SAFETY: this function's contract.
+        let counts = unsafe { self.counts.read(2 * layer..2 * layer + 2) };
+        [counts[0], counts[1]]
     }
 
     pub fn load(&self, flag: Flag) -> u32 {

@@ -22,8 +22,10 @@ use super::exchange::{Exchange, ExchangeSizes, Flag, Stamp};
 use super::hot_counts::HotCounts;
 use super::moving::Moving;
 use super::prefill::{Prefill, PrefillSizes};
+use super::reads::{self, HotCounted};
 use super::times::{GpuTimes, LayerTimes};
 use super::weights::{GpuAhead, GpuDown, GpuFfn, GpuHead, GpuLayer, GpuSync, GpuWeights, values};
+use crate::counters::Counters;
 use crate::messages::Step;
 use crate::trace::{GpuEvent, GpuPart, Recorder};
 use crate::weights::{
@@ -682,6 +684,43 @@ impl GpuModel {
         on_gpu(GpuPart::Rest, last, before, end);
     }
 
+    /// What the GPU read in all its layers for the tokens at `positions`, which have just ended.
+    pub fn work(&self, shape: &ModelShape, kv_type: KvType, positions: Range<usize>) -> Counters {
+        let mut work = match positions.len() {
+            1 => self.token_work(),
+            _ => self.batch_work(),
+        };
+        for _ in self.layers() {
+            work += reads::of_cache(shape, kv_type, positions.clone());
+        }
+        work
+    }
+
+    fn token_work(&self) -> Counters {
+        let layers = self.weights.layers.iter().enumerate();
+        let work = layers.map(|(own, layer)| {
+            // SAFETY: the token has ended.
+            let [candidates, open] = unsafe { self.exchange.counts(own) };
+            reads::of_token(layer, HotCounted { candidates, open }, self.weights.dense)
+        });
+        work.fold(Counters::default(), |sum, work| sum + work)
+    }
+
+    fn batch_work(&self) -> Counters {
+        let prefill = self.prefill();
+        let layers = self.weights.layers.iter().enumerate();
+        let work = layers.map(|(own, layer)| reads::of_batch(layer, prefill.cold_bytes(own)));
+        work.fold(Counters::default(), |sum, work| sum + work)
+    }
+
+    /// What each computation of logits reads.
+    pub fn head_work(&self) -> Counters {
+        let head = self.weights.head.as_ref();
+        head.map_or(Counters::default(), |head| {
+            reads::of_head(&head.rows, &head.norm)
+        })
+    }
+
     /// Where the time of recent tokens went.
     pub fn recent_times(&self) -> GpuTimes {
         self.times().all.clone()
@@ -847,6 +886,7 @@ impl Capture<'_> {
             ),
             words: (exchange.words.view(0..2), buffers.words.view_mut(..)),
             stamp: exchange.stamps(Stamp::Begin, 1),
+            counts: buffers.counts.view_mut(..),
         };
         begin_token(stream, token)
     }
@@ -862,6 +902,7 @@ impl Capture<'_> {
             from: self.buffers.x.view(..n).to_bits(),
             count: None,
             to: self.exchange.x_out.view(0..n).to_bits(),
+            more: Some((self.buffers.counts.view(..), self.exchange.counts_view())),
             flag: self.exchange.flag(Flag::Token),
             number: self.buffers.words.view(1..2),
             stamp: self.exchange.stamps(Stamp::Token, 1),
@@ -1088,6 +1129,7 @@ impl Capture<'_> {
                 from: buffers.cold.ids.view(..n_cold),
                 count: Some((buffers.cold.count.view(..), to_count)),
                 to,
+                more: None,
                 flag: exchange.flag(Flag::Ids(next)),
                 number: buffers.words.view(1..2),
                 stamp: exchange.stamps(Stamp::Ids(next), 1),
@@ -1134,6 +1176,7 @@ impl Capture<'_> {
                 (GateActivation::Relu, true) => Gates::ReluDense,
                 (GateActivation::Relu, false) => Gates::Relu,
             },
+            Some(buffers.counts.view_mut(2 * index..2 * index + 2)),
             buffers.act.view_mut(..n_hot),
         )?;
         match &ffn.down {
@@ -1210,6 +1253,7 @@ impl Capture<'_> {
             from: buffers.logits.view(..).to_bits(),
             count: None,
             to: exchange.logits.view(0..shape.n_vocab).to_bits(),
+            more: None,
             flag: exchange.flag(Flag::Logits),
             number: buffers.words.view(1..2),
             stamp: exchange.stamps(Stamp::Logits, 1),

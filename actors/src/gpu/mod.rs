@@ -12,6 +12,7 @@ mod gpu_model;
 mod hot_counts;
 mod moving;
 mod prefill;
+mod reads;
 mod times;
 pub mod weights;
 

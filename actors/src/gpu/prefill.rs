@@ -241,6 +241,12 @@ pub(super) struct Prefill {
 }
 
 impl Prefill {
+    /// Bytes of a layer's neurons that are streamed.
+    pub fn cold_bytes(&self, layer: usize) -> usize {
+        let copies = self.cold[layer].iter().flat_map(|part| &part.copies);
+        copies.map(|(bytes, _)| bytes.len()).sum()
+    }
+
     /// Room for up to `n_tokens` tokens at a time; none where that gains nothing, or the host's neurons lie in an order that the
     /// device does not take.
     ///

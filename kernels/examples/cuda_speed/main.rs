@@ -83,7 +83,16 @@ impl Bench {
         // SiLU, so that all of the list is read
         let us = self.time(48, |stream, i| {
             let (gate, up) = (weights.view(2 * i), weights.view(2 * i + 1));
-            gate_up(stream, gate, up, list(i), &x, Gates::Silu, a.view_mut(..))
+            gate_up(
+                stream,
+                gate,
+                up,
+                list(i),
+                &x,
+                Gates::Silu,
+                None,
+                a.view_mut(..),
+            )
         })?;
         self.report(&format!("gate, up {name}"), us, 2 * bytes);
         let us = self.time(48, |stream, i| {
@@ -92,7 +101,16 @@ impl Bench {
                 weights.view(3 * i + 1),
                 weights.view(3 * i + 2),
             );
-            gate_up(stream, gate, up, list(i), &x, Gates::Silu, a.view_mut(..))?;
+            gate_up(
+                stream,
+                gate,
+                up,
+                list(i),
+                &x,
+                Gates::Silu,
+                None,
+                a.view_mut(..),
+            )?;
             let y = y.view_mut(..);
             down_active(
                 stream,

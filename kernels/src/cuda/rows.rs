@@ -82,9 +82,10 @@ struct RowsArgs {
     out: u64,
     gates: u32,
     together: u32,
+    counts: u64,
 }
 
-const _: () = assert!(size_of::<RowsArgs>() == 120);
+const _: () = assert!(size_of::<RowsArgs>() == 128);
 
 /// Items of a row, in blocks' threads, from which on a block's warps take it together: work is divided more evenly.
 const TOGETHER_ITEMS_MIN: usize = 2;
@@ -115,6 +116,7 @@ pub fn gemv(
         x,
         add,
         Gates::Silu,
+        None,
         out,
     )
 }
@@ -144,6 +146,7 @@ pub fn row_products(
         x,
         add,
         Gates::Silu,
+        None,
         out,
     )
 }
@@ -161,7 +164,8 @@ pub enum Gates {
 }
 
 /// Writes `act(gate · x) · (up · x)` of each neuron in `list` to `out` (f32, as long as the list). With ReLU a closed gate
-/// gives 0. Places behind the count are left alone.
+/// gives 0. Places behind the count are left alone. To `counts` (`[2]` u32) are added the neurons whose gate is computed, and
+/// those whose gate is open.
 ///
 /// # Errors
 /// The driver's.
@@ -175,6 +179,7 @@ pub fn gate_up(
     list: NeuronList<'_>,
     x: &DeviceAct,
     gates: Gates,
+    counts: Option<ViewMut<'_, u32>>,
     out: ViewMut<'_, f32>,
 ) -> Result<(), KernelError> {
     assert_eq!(gate.rows(), up.rows(), "gate and up of the same neurons");
@@ -187,6 +192,7 @@ pub fn gate_up(
         x,
         Add::None,
         gates,
+        counts,
         out,
     )
 }
@@ -200,6 +206,7 @@ fn launch(
     x: &DeviceAct,
     add: Add<'_>,
     gates: Gates,
+    counts: Option<ViewMut<'_, u32>>,
     out: ViewMut<'_, f32>,
 ) -> Result<(), KernelError> {
     let shape = rows.rows();
@@ -208,6 +215,10 @@ fn launch(
     assert_eq!(out.len(), n_out, "one output per row");
     stream.check(&[rows.bytes().device(), x.device(), out.device()]);
     add.check(stream);
+    if let Some(counts) = &counts {
+        assert_eq!(counts.len(), 2, "two counts");
+        stream.check(&[counts.device()]);
+    }
     if n_out == 0 {
         return Ok(());
     }
@@ -227,6 +238,7 @@ fn launch(
         out: out.address(),
         gates: gates as u32,
         together: u32::from(together),
+        counts: counts.map_or(0, |counts| counts.address()),
     };
     let kernel = stream.functions().rows(shape.quant, x.mode());
     let n_teams = if together {

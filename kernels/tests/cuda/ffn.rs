@@ -53,6 +53,7 @@ fn gates_and_ups_are_near_the_scalar_ones() {
                 };
                 let mut out = device.upload(&vec![f32::NAN; ids.len()]).unwrap();
                 let (gate_rows, up_rows) = (gate.view(), up.view());
+                let mut counts = device.upload(&[5u32, 7]).unwrap();
                 gate_up(
                     &stream,
                     gate_rows,
@@ -60,10 +61,14 @@ fn gates_and_ups_are_near_the_scalar_ones() {
                     list,
                     &x.device,
                     kind,
+                    Some(counts.view_mut(..)),
                     out.view_mut(..),
                 )
                 .unwrap();
                 stream.synchronize().unwrap();
+                let open = out.read().unwrap().iter().filter(|v| **v != 0.0).count();
+                let counted = counts.read().unwrap();
+                assert_eq!(counted, [5 + ids.len() as u32, 7 + open as u32], "{kind:?}");
                 for (j, got) in out.read().unwrap().into_iter().enumerate() {
                     let row = ids[j] as usize;
                     let of_gate = 1e-6 * magnitude(&gate.values(row), &effective);
@@ -291,6 +296,7 @@ fn a_gate_of_zero_hides_no_nan() {
             NeuronList::All,
             &x.device,
             gates,
+            None,
             out.view_mut(..),
         )
         .unwrap();

@@ -273,6 +273,8 @@ fn a_graph_waits_for_the_host_but_not_for_ever() {
         PinnedBuffer::<u32>::new(&device, 5).unwrap(),
         device.alloc::<u32>(1).unwrap(),
     );
+    let mut counts = device.upload(&[9u32; 3]).unwrap();
+    let words_out = PinnedBuffer::<u32>::new(&device, 2).unwrap();
     let (begin, end) = (Event::new(&device).unwrap(), Event::new(&device).unwrap());
     let limit = Duration::from_millis(200);
     let graph = Graph::capture(&stream, |stream| {
@@ -281,6 +283,7 @@ fn a_graph_waits_for_the_host_but_not_for_ever() {
             rotation: (rotation_in.view(0..4), rotation.view_mut(..)),
             words: (exchange.words.view(0..2), words.view_mut(..)),
             stamp: exchange.stamps.view(0..1),
+            counts: counts.view_mut(..),
         };
         begin_token(stream, token)?;
         begin.record(stream)?;
@@ -289,6 +292,7 @@ fn a_graph_waits_for_the_host_but_not_for_ever() {
             from: ids.view(..),
             count: Some((count.view(..), ids_out.view(4..5))),
             to: ids_out.view(0..4),
+            more: None,
             flag: exchange.flags.view(0..1),
             number: words.view(1..2),
             stamp: exchange.stamps.view(1..2),
@@ -299,6 +303,7 @@ fn a_graph_waits_for_the_host_but_not_for_ever() {
             from: x.view(..).to_bits(),
             count: None,
             to: exchange.out.view(0..N).to_bits(),
+            more: Some((words.view(..), words_out.view(0..2))),
             flag: exchange.flags.view(1..2),
             number: words.view(1..2),
             stamp: exchange.stamps.view(2..3),
@@ -333,6 +338,7 @@ fn a_graph_waits_for_the_host_but_not_for_ever() {
             exchange.x.write(0..N).copy_from_slice(&values);
             exchange.words.write(0..2).copy_from_slice(&[3, number]);
         }
+        counts.write(0, &[number; 3]).unwrap();
         graph.launch(&stream).unwrap();
         wait(0, number);
         wait(1, number);
@@ -340,6 +346,7 @@ fn a_graph_waits_for_the_host_but_not_for_ever() {
         unsafe {
             assert_eq!(ids_out.read(0..3), [5, 6, 7]);
             assert_eq!(ids_out.read(4..5), [3], "as many as were counted");
+            assert_eq!(words_out.read(0..2), [3, number], "what is handed over too");
             assert_eq!(bits(exchange.out.read(0..N)), bits(&values));
         }
         // in pieces, the last ones first, and the flag long after: each value is taken when it has its tag
@@ -354,6 +361,7 @@ fn a_graph_waits_for_the_host_but_not_for_ever() {
         exchange.flags.store(2, number);
         let want: Vec<f32> = values.iter().zip(&back).map(|(x, y)| x + y).collect();
         assert_eq!(bits(&x.read().unwrap()), bits(&want));
+        assert_eq!(counts.read().unwrap(), [0; 3], "a token counts anew");
         // SAFETY: the graph has ended.
         let times = unsafe { exchange.stamps.read(0..5) };
         assert!(times[0] <= times[2] && times[2] <= times[3] && times[3] <= times[4]);

@@ -126,7 +126,8 @@ pub struct BenchRow {
     pub bytes_per_token: Option<u64>,
     /// Those bytes times tokens per second, in 10⁹ bytes (decode tests).
     pub gb_per_s: Option<f64>,
-    /// Read bandwidth measured with the same threads, in 10⁹ bytes per second (decode tests).
+    /// Read bandwidth measured with the same threads, in 10⁹ bytes per second; with GPUs, at which these bytes could be read where
+    /// the slower of both sides is never idle (decode tests).
     pub bandwidth_gb_per_s: Option<f64>,
     /// `gb_per_s` of `bandwidth_gb_per_s` (decode tests).
     pub percent_of_byte_limit: Option<f64>,

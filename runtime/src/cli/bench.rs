@@ -16,7 +16,8 @@ use crate::bench::token_source::TEXT;
 use crate::bench::{BenchRow, BenchTest, Measured, Runner, TokenSource};
 use crate::calendar::DateTime;
 use crate::error::RuntimeError;
-use crate::session::{LoadedModel, ModelOptions};
+use crate::machine_profile::memory_bandwidth;
+use crate::session::{LoadedModel, ModelOptions, open_all};
 use crate::tokenizer::EncodeOptions;
 use crate::trace::ControlLog;
 
@@ -113,8 +114,8 @@ struct PlanBench {
     model: LoadedModel,
     source: TokenSource,
     options: ModelOptions,
-    /// Bytes per second that the threads can read; none where no test needs it.
-    bandwidth: Option<f64>,
+    /// What can be read; none where no test needs it.
+    bandwidth: Option<Bandwidth>,
     cpu_name: String,
 }
 
@@ -127,7 +128,7 @@ impl PlanBench {
     ) -> Result<Self, RuntimeError> {
         // before the engine has the threads
         let bandwidth = match tests.any(|test| test.n_gen > 0) {
-            true => Some(read_bandwidth(plan)?),
+            true => Some(Bandwidth::measure(plan)?),
             false => None,
         };
         let model = LoadedModel::open(options, plan, &LoadBar::default())?;
@@ -151,12 +152,14 @@ impl PlanBench {
         let work = measured.work;
         let (avg_ns, stddev_ns) = measured.samples.ns_summary();
         let (avg_ts, stddev_ts) = measured.samples.ts_summary();
-        let bytes_per_token = (work.weight_bytes + work.kv_bytes)
+        let all_bytes = work.weight_bytes + work.kv_bytes;
+        let bytes_per_token = all_bytes
             .checked_div(measured.n_tokens as u64)
             .filter(|_| test.n_gen > 0);
         let gb_per_s = bytes_per_token.map(|bytes| bytes as f64 * avg_ts / 1e9);
         let bandwidth = self
             .bandwidth
+            .and_then(|bandwidth| bandwidth.of(all_bytes, work.gpu_bytes))
             .map(|bytes| bytes / 1e9)
             .filter(|_| test.n_gen > 0);
         let kv_type = self.options.kv_type.to_string();
@@ -202,5 +205,68 @@ impl PlanBench {
                 .zip(bandwidth)
                 .map(|(used, limit)| used / limit * 100.0),
         }
+    }
+}
+
+/// Bytes per second that can be read.
+#[derive(Debug, Clone, Copy)]
+struct Bandwidth {
+    /// By the plan's threads together.
+    host: f64,
+    /// By the slowest of its GPUs; none where there is none, or it cannot be used.
+    gpu: Option<f64>,
+}
+
+impl Bandwidth {
+    fn measure(plan: &Plan) -> Result<Self, RuntimeError> {
+        let gpu = || -> Option<f64> {
+            let gpus = open_all(&plan.gpus).ok()?;
+            let speeds = gpus.iter().map(|gpu| memory_bandwidth(&gpu.device).ok());
+            speeds
+                .collect::<Option<Vec<f64>>>()?
+                .into_iter()
+                .reduce(f64::min)
+        };
+        Ok(Self {
+            host: read_bandwidth(plan)?,
+            gpu: gpu(),
+        })
+    }
+
+    /// At which `bytes` could be read of which GPUs read `gpu_bytes`, one behind the other, and the host the others meanwhile.
+    /// None where it is not known.
+    fn of(self, bytes: u64, gpu_bytes: u64) -> Option<f64> {
+        let host_s = (bytes - gpu_bytes) as f64 / self.host;
+        let gpu_s = match gpu_bytes {
+            0 => 0.0,
+            _ => gpu_bytes as f64 / self.gpu?,
+        };
+        let seconds = host_s.max(gpu_s);
+        (seconds > 0.0).then(|| bytes as f64 / seconds)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_limit_is_that_of_the_slower_side() {
+        let host = Bandwidth {
+            host: 10.0,
+            gpu: None,
+        };
+        assert_eq!(host.of(100, 0), Some(10.0));
+        assert_eq!(host.of(0, 0), None);
+        let both = Bandwidth {
+            host: 10.0,
+            gpu: Some(50.0),
+        };
+        // 2 s beside 4 s
+        assert_eq!(both.of(140, 100), Some(35.0));
+        // 4 s beside 2 s
+        assert_eq!(both.of(220, 200), Some(55.0));
+        assert_eq!(both.of(100, 100), Some(50.0));
+        assert_eq!(host.of(100, 1), None, "a GPU of unknown speed");
     }
 }

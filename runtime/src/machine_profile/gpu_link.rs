@@ -120,6 +120,41 @@ impl GpuLink {
     }
 }
 
+/// Bytes per second at which the kernels read a GPU's memory, of a large matrix.
+///
+/// # Errors
+/// The driver's; there is no room for the matrix.
+pub fn memory_bandwidth(device: &Device) -> Result<f64, KernelError> {
+    let weights = device.alloc::<u8>(COPY_BYTES)?;
+    large_product(device, &device.stream()?, &weights)
+}
+
+/// Rows of the matrices.
+fn rows_of(n_rows: usize) -> DeviceRows {
+    DeviceRows {
+        quant: QuantType::Q4_0,
+        n_rows,
+        n_cols: N_EMBD,
+    }
+}
+
+/// Bytes per second at which a large matrix is read. `weights` are [`COPY_BYTES`] of zeros.
+fn large_product(
+    device: &Device,
+    stream: &Stream,
+    weights: &DeviceBuffer<u8>,
+) -> Result<f64, KernelError> {
+    let rows = rows_of(COPY_BYTES / rows_of(1).bytes());
+    let x = DeviceAct::new(device, ActivationMode::Q8, N_EMBD)?;
+    let mut out = device.alloc::<f32>(rows.n_rows)?;
+    let product = Graph::capture(stream, |stream| {
+        let rows = RowsView::dense(rows, weights.view(..rows.bytes()));
+        gemv(stream, rows, &x, Add::None, out.view_mut(..))
+    })?;
+    let seconds = median_s(stream, || product.launch(stream))?;
+    Ok(rows.bytes() as f64 / seconds)
+}
+
 /// Bytes per second at which a large matrix is read, and what a kernel takes beside, seconds: on average over those of a layer.
 /// `weights` are [`COPY_BYTES`] of zeros.
 fn products(
@@ -127,11 +162,6 @@ fn products(
     stream: &Stream,
     weights: &DeviceBuffer<u8>,
 ) -> Result<(f64, f64), KernelError> {
-    let rows_of = |n_rows| DeviceRows {
-        quant: QuantType::Q4_0,
-        n_rows,
-        n_cols: N_EMBD,
-    };
     let rows_at = |at: usize, n_rows| {
         let rows = rows_of(n_rows);
         RowsView::dense(rows, weights.view(at..at + rows.bytes()))
@@ -139,19 +169,7 @@ fn products(
     let act = || DeviceAct::new(device, ActivationMode::Q8, N_EMBD);
     let (mut normed, mut heads) = (act()?, act()?);
 
-    let n_rows = COPY_BYTES / rows_of(1).bytes();
-    let mut out = device.alloc::<f32>(n_rows)?;
-    let whole = Graph::capture(stream, |stream| {
-        gemv(
-            stream,
-            rows_at(0, n_rows),
-            &normed,
-            Add::None,
-            out.view_mut(..),
-        )
-    })?;
-    let whole_s = median_s(stream, || whole.launch(stream))?;
-    let bytes_per_s = rows_of(n_rows).bytes() as f64 / whole_s;
+    let bytes_per_s = large_product(device, stream, weights)?;
 
     let ones = device.upload(&[1.0f32; N_EMBD])?;
     let mut x = device.upload(&[1.0f32; N_EMBD])?;
@@ -203,7 +221,16 @@ fn products(
             gemv(stream, next(N_EMBD), &heads, Add::Out, x.view_mut(..))?;
             rms_norm(stream, x.view(..), ones.view(..), 1e-5, &mut normed)?;
             let (gate, up, all) = (next(N_FF), next(N_FF), NeuronList::All);
-            gate_up(stream, gate, up, all, &normed, Gates::Silu, a.view_mut(..))?;
+            gate_up(
+                stream,
+                gate,
+                up,
+                all,
+                &normed,
+                Gates::Silu,
+                None,
+                a.view_mut(..),
+            )?;
             let to = x.view_mut(..);
             down_active(
                 stream,
@@ -330,6 +357,7 @@ impl<'a> Flags<'a> {
             from: self.x.view(..).to_bits(),
             count: None,
             to: self.words.view(0..N_VALUES),
+            more: None,
             flag: self.flags.view(flag..flag + 1),
             number: self.number.view(..),
             stamp: self.stamps.view(2..3),

@@ -19,7 +19,7 @@ use crate::bench::environment::cpu_name;
 use crate::calendar::DateTime;
 use crate::error::RuntimeError;
 
-pub use gpu_link::GpuLink;
+pub use gpu_link::{GpuLink, memory_bandwidth};
 pub use store::ProfileStore;
 
 /// Of the file's form, and of what is measured how: another version is another fingerprint.
