@@ -219,6 +219,18 @@ impl Engine {
             .expect("an engine has teams until it is dropped")
     }
 
+    /// Name of each GPU; none where the host is the device.
+    pub fn gpu_names(&self) -> Vec<&str> {
+        self.model.gpus.iter().map(GpuModel::name).collect()
+    }
+
+    /// Has GPUs count from the next run on what they read, in graphs of their own, as this costs some time; or no longer. False where no
+    /// GPU has such graphs.
+    pub fn count_on_gpus(&self, on: bool) -> bool {
+        let gpus = self.model.gpus.iter();
+        gpus.fold(false, |any, gpu| gpu.count(on) | any)
+    }
+
     /// Bytes of slots and of a team's working memory, of each node; node 0 has the slots that all
     /// nodes use.
     pub fn working_bytes(&self) -> Vec<usize> {

@@ -202,45 +202,49 @@ fn one_split_gives_the_same_bits_every_time() {
 
 /// However neurons are divided, tokens are the same, and so is what they read.
 #[test]
-fn what_tokens_read_is_counted_on_a_gpu_too() {
+fn bench_counts_what_tokens_read_on_a_gpu_too() {
     if !has_gpu() {
         return;
     }
     let model = Model::new();
     for mode in ["off", "exact"] {
-        let timings = |keys: Option<&str>| {
+        let row = |keys: Option<&str>| {
             let flags = [
                 "-p",
-                "hello world",
-                "-n",
-                "40",
-                "--temp",
                 "0",
-                "--ignore-eos",
-                "--json",
+                "-n",
+                "20",
+                "-d",
+                "9",
+                "-r",
+                "2",
+                "-o",
+                "json",
                 "--activations",
                 "f32",
                 "--sparsity",
                 mode,
             ];
-            let ran = model.run(&[], keys, &flags);
+            let ran = model.run(&["bench"], keys, &flags);
             assert_eq!(ran.code, 0, "{}", ran.err);
             let json: Value = serde_json::from_str(&ran.out).unwrap();
-            json["timings"].clone()
+            json[0].clone()
         };
-        let host = timings(None);
+        let host = row(None);
         for percent in [100, 50, 0] {
-            let keys = format!("required = true\nhot_percent_max = {percent}");
-            let got = timings(Some(&keys));
-            let what = format!("{mode}, {percent} %: {got}, not {host}");
-            assert_eq!(
-                got["kv_bytes_per_token"], host["kv_bytes_per_token"],
-                "{what}"
-            );
-            assert_eq!(got["candidate_share"], host["candidate_share"], "{what}");
-            for (name, limit) in [("active_share", 0.001), ("bytes_per_token", 0.01)] {
-                let ratio = got[name].as_f64().unwrap() / host[name].as_f64().unwrap();
-                assert!((ratio - 1.0).abs() < limit, "{name}: {what}");
+            for sync in ["flags", "events"] {
+                let got = row(Some(&format!(
+                    "required = true\nhot_percent_max = {percent}\nsync = \"{sync}\""
+                )));
+                for (name, limit) in [("active_share", 0.002), ("bytes_per_token", 0.01)] {
+                    let ratio = got[name].as_f64().unwrap() / host[name].as_f64().unwrap();
+                    let what = format!("{mode}, {percent} %, {sync}: {name} {ratio}");
+                    assert!((ratio - 1.0).abs() < limit, "{what}: {got}, not {host}");
+                }
+                assert!(
+                    got["percent_of_byte_limit"].as_f64().unwrap() > 0.0,
+                    "{got}"
+                );
             }
         }
     }

@@ -38,6 +38,10 @@ use crate::weights::{
 pub(crate) struct GpuModel {
     // graphs first: they are dropped before the memory that they use
     token: Mutex<TokenGraphs>,
+    /// The same, which count too.
+    counted: Option<Mutex<TokenGraphs>>,
+    /// Whether these are launched.
+    counting: AtomicBool,
     head: Option<Mutex<Graph>>,
     pub(super) stream: Stream,
     prefill: Option<Mutex<Prefill>>,
@@ -214,13 +218,12 @@ impl GpuModel {
             side: &side,
             events: &events,
             limit,
+            reads: false,
         };
-        let token = match weights.sync {
-            GpuSync::Flags => {
-                TokenGraphs::Whole(Graph::capture(&stream, |stream| capture.token(stream))?)
-            }
-            GpuSync::Events => capture.parts(&stream)?,
-        };
+        let token = capture.graphs(&stream)?;
+        capture.reads = true;
+        let counted = weights.counts.then(|| capture.graphs(&stream));
+        let counted = counted.transpose()?;
         let head = match &weights.head {
             Some(head) => Some(Graph::capture(&stream, |stream| {
                 capture.head(stream, head)
@@ -230,6 +233,8 @@ impl GpuModel {
         let empty = device.alloc(0)?;
         Ok(Self {
             token: Mutex::new(token),
+            counted: counted.map(Mutex::new),
+            counting: AtomicBool::new(false),
             head: head.map(Mutex::new),
             stream,
             prefill: prefill.map(Mutex::new),
@@ -249,6 +254,11 @@ impl GpuModel {
     /// The layers, counted from the model's first, as everywhere in these functions.
     pub fn layers(&self) -> Range<usize> {
         self.weights.range()
+    }
+
+    /// The device's name.
+    pub fn name(&self) -> &str {
+        &self.weights.device.info().name
     }
 
     fn layer(&self, layer: usize) -> &GpuLayer {
@@ -298,6 +308,20 @@ impl GpuModel {
         ffn.map_or(0, GpuFfn::n_hot)
     }
 
+    /// Launches the graphs that count from the next token on, or the others again; false where there are none.
+    pub fn count(&self, on: bool) -> bool {
+        let on = on && self.counted.is_some();
+        self.counting.store(on, Ordering::Relaxed);
+        on
+    }
+
+    fn graphs(&self) -> MutexGuard<'_, TokenGraphs> {
+        match &self.counted {
+            Some(counted) if self.counting.load(Ordering::Relaxed) => locked(counted),
+            _ => locked(&self.token),
+        }
+    }
+
     fn number(&self) -> u32 {
         self.number.load(Ordering::Relaxed)
     }
@@ -332,7 +356,7 @@ impl GpuModel {
 
     /// Launches part `n` of the token, or all of it where it has no parts.
     fn launch_part(&self, n: usize) -> Result<(), GpuError> {
-        match &*locked(&self.token) {
+        match &*self.graphs() {
             TokenGraphs::Whole(graph) => graph.launch(&self.stream)?,
             TokenGraphs::Parts(parts, last) => match parts.get(n) {
                 Some(part) => {
@@ -443,7 +467,7 @@ impl GpuModel {
                     .exchange
                     .wait(flag, self.number(), &self.stream, self.limit);
             }
-            GpuSync::Events => locked(&self.token),
+            GpuSync::Events => self.graphs(),
         };
         let TokenGraphs::Parts(parts, _) = &*parts else {
             unreachable!("events need parts");
@@ -528,7 +552,7 @@ impl GpuModel {
         let own = self.own(layer);
         self.times().host[own].told = Some(Instant::now());
         self.exchange.store(Flag::Partial(own), self.number());
-        let next = match &*locked(&self.token) {
+        let next = match &*self.graphs() {
             TokenGraphs::Whole(_) => return Ok(()),
             TokenGraphs::Parts(parts, _) => {
                 parts.iter().take_while(|part| part.layer <= own).count()
@@ -684,8 +708,11 @@ impl GpuModel {
         on_gpu(GpuPart::Rest, last, before, end);
     }
 
-    /// What the GPU read in all its layers for the tokens at `positions`, which have just ended.
+    /// What the GPU read in all its layers for the tokens at `positions`, which have just ended; nothing where it does not count.
     pub fn work(&self, shape: &ModelShape, kv_type: KvType, positions: Range<usize>) -> Counters {
+        if !self.counting.load(Ordering::Relaxed) {
+            return Counters::default();
+        }
         let mut work = match positions.len() {
             1 => self.token_work(),
             _ => self.batch_work(),
@@ -713,9 +740,10 @@ impl GpuModel {
         work.fold(Counters::default(), |sum, work| sum + work)
     }
 
-    /// What each computation of logits reads.
+    /// What each computation of logits reads, likewise.
     pub fn head_work(&self) -> Counters {
-        let head = self.weights.head.as_ref();
+        let counting = self.counting.load(Ordering::Relaxed);
+        let head = self.weights.head.as_ref().filter(|_| counting);
         head.map_or(Counters::default(), |head| {
             reads::of_head(&head.rows, &head.norm)
         })
@@ -801,6 +829,8 @@ struct Capture<'a> {
     side: &'a Stream,
     events: &'a [Event; 2],
     limit: Duration,
+    /// Whether the kernels count what they read.
+    reads: bool,
 }
 
 type Launched = Result<(), KernelError>;
@@ -820,6 +850,16 @@ fn noting<'a>(
 }
 
 impl Capture<'_> {
+    fn graphs(&mut self, stream: &Stream) -> Result<TokenGraphs, KernelError> {
+        match self.weights.sync {
+            GpuSync::Flags => {
+                let whole = Graph::capture(stream, |stream| self.token(stream))?;
+                Ok(TokenGraphs::Whole(whole))
+            }
+            GpuSync::Events => self.parts(stream),
+        }
+    }
+
     /// The whole token.
     fn token(&mut self, stream: &Stream) -> Launched {
         self.begin(stream)?;
@@ -1157,6 +1197,7 @@ impl Capture<'_> {
         let (arena, shape) = (&self.weights.arena, self.shape);
         let buffers = &mut *self.buffers;
         let n_hot = ffn.n_hot();
+        let counts = buffers.counts.view_mut(2 * index..2 * index + 2);
         let predicted = &buffers.hot[index % 2];
         let list = match by_list {
             true => NeuronList::Ids {
@@ -1176,7 +1217,7 @@ impl Capture<'_> {
                 (GateActivation::Relu, true) => Gates::ReluDense,
                 (GateActivation::Relu, false) => Gates::Relu,
             },
-            Some(buffers.counts.view_mut(2 * index..2 * index + 2)),
+            self.reads.then_some(counts),
             buffers.act.view_mut(..n_hot),
         )?;
         match &ffn.down {

@@ -60,6 +60,8 @@ pub struct GpuWeights {
     pub dense: bool,
     /// How neurons change places with the host's; none: never.
     pub replan: Option<Replan>,
+    /// Whether there are graphs that count what a token reads, see [`crate::Engine::count_on_gpus`].
+    pub counts: bool,
 }
 
 impl GpuWeights {

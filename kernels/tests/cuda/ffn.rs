@@ -66,7 +66,11 @@ fn gates_and_ups_are_near_the_scalar_ones() {
                 )
                 .unwrap();
                 stream.synchronize().unwrap();
-                let open = out.read().unwrap().iter().filter(|v| **v != 0.0).count();
+                // with SiLU nothing is closed, also where the product is zero
+                let open = match kind {
+                    Gates::Silu => ids.len(),
+                    _ => out.read().unwrap().iter().filter(|v| **v != 0.0).count(),
+                };
                 let counted = counts.read().unwrap();
                 assert_eq!(counted, [5 + ids.len() as u32, 7 + open as u32], "{kind:?}");
                 for (j, got) in out.read().unwrap().into_iter().enumerate() {

@@ -24,9 +24,9 @@ pub struct Runner<'a> {
 pub struct Measured {
     /// Times of the repetitions.
     pub samples: Samples,
-    /// Work of all repetitions.
+    /// Work of all repetitions; with GPUs, of one more before them, in which they count.
     pub work: Counters,
-    /// Tokens of all repetitions.
+    /// Tokens of that work.
     pub n_tokens: usize,
     /// Neurons that changed between GPU and host in them.
     pub replans: Replans,
@@ -42,7 +42,7 @@ impl<'a> Runner<'a> {
         }
     }
 
-    /// Runs `test` once to warm up and then `repetitions` times.
+    /// Runs `test` once to warm up and then `repetitions` times; where GPUs are to count what they read, once before.
     ///
     /// # Errors
     /// A step that failed.
@@ -53,6 +53,11 @@ impl<'a> Runner<'a> {
         let mut tokens = self.source.take(test.n_depth + n_tokens, bos);
         let measured = tokens.split_off(test.n_depth);
         self.fill(tokens)?;
+        let counted = match self.model.engine.count_on_gpus(true) {
+            true => Some(self.once(test, measured.clone())?.1),
+            false => None,
+        };
+        self.model.engine.count_on_gpus(false);
         self.once(test, measured.clone())?;
         let mut samples_ns = Vec::with_capacity(repetitions);
         let mut work = Counters::default();
@@ -63,10 +68,14 @@ impl<'a> Runner<'a> {
             work += totals.prefill + totals.decode;
             replans += totals.replans;
         }
+        let (work, n_runs) = match counted {
+            Some(totals) => (totals.prefill + totals.decode, 1),
+            None => (work, repetitions),
+        };
         Ok(Measured {
             samples: Samples::new(n_tokens, samples_ns),
             work,
-            n_tokens: n_tokens * repetitions,
+            n_tokens: n_tokens * n_runs,
             replans,
         })
     }

@@ -48,6 +48,7 @@ fn run_tests(args: &BenchArgs, tracer: &Tracer) -> Result<(), RuntimeError> {
             problem: "there is nothing to measure: give one of them more than 0".into(),
         })?;
     let mut options = args.model.options(n_ctx)?;
+    options.counts = true;
     options.trace = args
         .trace
         .bounds(n_steps(&tests, options.n_batch, args.repetitions));
@@ -87,13 +88,13 @@ fn run_tests(args: &BenchArgs, tracer: &Tracer) -> Result<(), RuntimeError> {
     writer.footer(out.stream()).map_err(output_error)
 }
 
-/// Steps of all tests, warm-ups included.
+/// Steps of all tests, with one repetition to warm up and one in which GPUs count.
 fn n_steps(tests: &[BenchTest], n_batch: usize, repetitions: u16) -> usize {
     let pieces = |n: usize| n.div_ceil(n_batch);
     let steps = tests
         .iter()
         .map(|test| pieces(test.n_depth) + pieces(test.n_prompt) + test.n_gen);
-    (usize::from(repetitions) + 1) * steps.sum::<usize>()
+    (usize::from(repetitions) + 2) * steps.sum::<usize>()
 }
 
 /// A plan for each number of threads asked for, each once.
@@ -167,7 +168,7 @@ impl PlanBench {
             build_commit: env!("CARGO_PKG_VERSION").into(),
             build_number: 0,
             cpu_info: self.cpu_name.clone(),
-            gpu_info: String::new(),
+            gpu_info: self.model.engine.gpu_names().join(", "),
             backends: match &self.model.engine.gpu_bytes()[..] {
                 [] => "CPU".into(),
                 _ => "CUDA".into(),

@@ -26,6 +26,7 @@ impl ModelArgs {
         Ok(ModelOptions {
             path: demo_model::or_demo(self.model.as_deref())?,
             n_ctx,
+            counts: false,
             sparsity: self.sparsity.map(|mode| match mode {
                 SparsityArg::Off => Sparsity::Off,
                 SparsityArg::Exact => Sparsity::Exact,

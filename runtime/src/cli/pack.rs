@@ -206,6 +206,7 @@ impl Packing<'_> {
             thresholds: ThresholdSource::default(),
             predicting: Predicting::default(),
             replan: None,
+            counts: false,
             n_batch: N_UBATCH,
         };
         LoadedModel::open(&options, &self.plan, &LoadBar::default())

@@ -73,6 +73,8 @@ pub struct ModelOptions {
     pub thresholds: ThresholdSource,
     /// Tokens after which neurons change places between GPU and host, 0: never; none: as the topology has it.
     pub replan: Option<usize>,
+    /// Whether GPUs can be asked to count what they read ([`Engine::count_on_gpus`]).
+    pub counts: bool,
 }
 
 impl ModelOptions {
@@ -93,6 +95,7 @@ impl ModelOptions {
             predicting: Predicting::default(),
             thresholds: ThresholdSource::default(),
             replan: None,
+            counts: false,
         }
     }
 }
@@ -394,6 +397,7 @@ fn start_engine(
             loader.load_with_writers(&teams, &memory, &copied)
         })?;
         let mut gpus = gpus;
+        gpus.iter_mut().for_each(|gpu| gpu.counts = options.counts);
         if let Some(moves) = moves {
             replanning::set(&mut gpus, &every, moves, writers);
         }

@@ -83,6 +83,7 @@ impl GpuLayout<'_> {
             head: self.head.clone(),
             sync,
             replan: None,
+            counts: false,
             dense: self.is_dense,
         })
     }
