@@ -68,6 +68,27 @@ impl Chunk {
     }
 }
 
+vnni_fn! {
+    /// `count` scales (f16) from block `first` on, of a row of `n_blocks` whose scales start at `row`; 0 behind them.
+    ///
+    /// A masked load waits for all the memory that it spans, also where it is masked out. So nothing behind a row's last scale is
+    /// touched, wherever the row has 16: it may lie in another line of the caches, which nobody has asked for.
+    ///
+    /// # Safety
+    /// AVX-512 is there; the row has these blocks, 16 at most.
+    pub(crate) fn block_scales(row: *const u8, first: usize, count: usize, n_blocks: usize) -> __m256i {
+        let mask = (0xFFFF_u32 >> (TILE - count)) as u16;
+        if n_blocks < TILE || first + TILE <= n_blocks {
+            return _mm256_maskz_loadu_epi16(mask, row.wrapping_add(2 * first).cast());
+        }
+        let from = n_blocks - TILE;
+        let last = _mm256_loadu_si256(row.wrapping_add(2 * from).cast());
+        let lanes = _mm256_setr_epi16(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15);
+        let lanes = _mm256_add_epi16(lanes, _mm256_set1_epi16((first - from) as i16));
+        _mm256_maskz_permutexvar_epi16(mask, lanes, last)
+    }
+}
+
 /// Rows, for [`products`].
 ///
 /// # Safety
@@ -259,8 +280,8 @@ impl TileRows for Q4_0<'_> {
             );
             let order = _mm512_setr_epi32(0, 4, 8, 12, 1, 5, 9, 13, 2, 6, 10, 14, 3, 7, 11, 15);
             let total = _mm512_permutexvar_epi32(order, total);
-            let scales = start.wrapping_add(chunk.n_blocks * 16 + chunk.first * 2);
-            let scales = _mm256_maskz_loadu_epi16(chunk.mask(), scales.cast());
+            let scales = start.wrapping_add(chunk.n_blocks * 16);
+            let scales = block_scales(scales, chunk.first, chunk.count, chunk.n_blocks);
             (_mm512_sub_epi32(total, x.offsets), scales)
         }
     }

@@ -17,7 +17,7 @@ use super::rounded::{ROUNDED, runs, to_ask};
 use super::strips::{strips, sum_groups};
 use super::x86::Active;
 use crate::dot::prefetch_bytes;
-use crate::dot::rows512::vnni_fn;
+use crate::dot::rows512::{block_scales, vnni_fn};
 use crate::quant::BLOCK;
 
 const PAIRS: usize = ROUNDED / 2;
@@ -49,16 +49,10 @@ struct Columns {
 }
 
 impl Columns {
-    /// A bit for each of up to `most` blocks from the `n`th on.
+    /// Where the scales of a row's first block are.
     #[inline(always)]
-    fn bits(&self, n: usize, most: usize) -> u64 {
-        (1u64 << (self.width - n).min(most)) - 1
-    }
-
-    /// Scales of a row from the `n`th block on.
-    #[inline(always)]
-    fn scales(&self, row: *const u8, n: usize) -> *const u8 {
-        row.wrapping_add(self.n_blocks * 16 + 2 * (self.first + n))
+    fn scales(&self, row: *const u8) -> *const u8 {
+        row.wrapping_add(self.n_blocks * 16)
     }
 
     /// Nibbles of a row from the `n`th block on.
@@ -70,7 +64,10 @@ impl Columns {
     #[inline(always)]
     fn prefetch(&self, row: *const u8) {
         prefetch_bytes(self.nibbles(row, 0), 16 * self.width);
-        prefetch_bytes(self.scales(row, 0), 2 * self.width);
+        prefetch_bytes(
+            self.scales(row).wrapping_add(2 * self.first),
+            2 * self.width,
+        );
     }
 }
 
@@ -141,10 +138,10 @@ vnni_fn! {
     fn round(rows: &[*const u8], a: &[f32], columns: Columns, out: *mut Rounded) {
         let mut s = [_mm512_setzero_ps(); ROUNDED + 1];
         for first in (0..columns.width).step_by(LANES) {
-            let mask = columns.bits(first, LANES) as u16;
+            let count = (columns.width - first).min(LANES);
             let (mut amax, mut bad) = (_mm512_setzero_ps(), _mm512_setzero_ps());
             for (n, (&row, &a)) in rows.iter().zip(a).enumerate() {
-                let d = _mm256_maskz_loadu_epi16(mask, columns.scales(row, first).cast());
+                let d = block_scales(columns.scales(row), columns.first + first, count, columns.n_blocks);
                 let v = _mm512_mul_ps(_mm512_set1_ps(a), _mm512_cvtph_ps(d));
                 amax = _mm512_max_ps(_mm512_abs_ps(v), amax);
                 bad = _mm512_fmadd_ps(v, _mm512_setzero_ps(), bad);
@@ -191,13 +188,19 @@ vnni_fn! {
         // sums of 16 bits wrap, but the whole does not: |Σ S · (q − 8)| ≤ 16 · 127 · 8
         let mut sums = [four((&raw const (*rounded).offsets).cast()); 4];
         let nibble = _mm512_set1_epi8(0xF);
-        // as wide as four blocks, 16 bytes each
-        let mask = match columns.width - n {
-            0..UNIT => (1u64 << (16 * (columns.width - n))) - 1,
-            _ => u64::MAX,
-        };
+        let n_there = columns.width - n;
         for (pair, rows) in rows.chunks(2).enumerate() {
-            let load = |row: *const u8| _mm512_maskz_loadu_epi8(mask, columns.nibbles(row, n).cast());
+            // what is not there would be waited for
+            let load = |row: *const u8| {
+                let at = columns.nibbles(row, n);
+                let two = || _mm512_zextsi256_si512(_mm256_loadu_si256(at.cast()));
+                match n_there {
+                    1 => _mm512_zextsi128_si512(_mm_loadu_si128(at.cast())),
+                    2 => two(),
+                    3 => _mm512_inserti32x4::<2>(two(), _mm_loadu_si128(at.wrapping_add(32).cast())),
+                    _ => _mm512_loadu_si512(at.cast()),
+                }
+            };
             let (one, two) = (load(rows[0]), load(rows[rows.len() - 1]));
             let s = four((&raw const (*rounded).pairs[pair]).cast());
             for (half, both) in [_mm512_unpacklo_epi8(one, two), _mm512_unpackhi_epi8(one, two)]

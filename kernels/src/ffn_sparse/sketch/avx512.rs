@@ -11,7 +11,7 @@ use super::planes::{
     AHEAD, GatePlanes, HIGH_BYTES, LOW_BYTES, RUN, SCALE_BYTES, SIGN_BYTES, TOP_BYTES, UNIT, run_of,
 };
 use crate::activations::ActRef;
-use crate::dot::rows512::{Chunk, TileRows, products, vnni_fn};
+use crate::dot::rows512::{Chunk, TileRows, block_scales, products, vnni_fn};
 use crate::matrix::ROW_GROUP;
 use crate::quant::BLOCK;
 
@@ -146,25 +146,33 @@ vnni_fn! {
             let high = planes.rest_row(ids[n] as usize).high.as_ptr();
             let mut of_bits = [_mm512_setzero_si512(); BITS];
             let mut at = 0;
-            while at < bytes {
-                let left = bytes - at;
-                if left >= 64 {
-                    let bits = _mm512_loadu_si512(high.add(at).cast());
-                    for i in 0..BITS {
-                        let x = _mm512_loadu_si512(x.high().as_ptr().add(i * bytes + at).cast());
-                        let set = _mm512_and_si512(bits, masks[i]);
-                        of_bits[i] = _mm512_dpbusd_epi32(of_bits[i], set, x);
-                    }
-                } else {
-                    let there = (1u64 << left) - 1;
-                    let bits = _mm512_maskz_loadu_epi8(there, high.add(at).cast());
-                    for i in 0..BITS {
-                        let x = _mm512_maskz_loadu_epi8(there, x.high().as_ptr().add(i * bytes + at));
-                        let set = _mm512_and_si512(bits, masks[i]);
-                        of_bits[i] = _mm512_dpbusd_epi32(of_bits[i], set, x);
-                    }
+            while at + 64 <= bytes {
+                let bits = _mm512_loadu_si512(high.add(at).cast());
+                for i in 0..BITS {
+                    let x = _mm512_loadu_si512(x.high().as_ptr().add(i * bytes + at).cast());
+                    let set = _mm512_and_si512(bits, masks[i]);
+                    of_bits[i] = _mm512_dpbusd_epi32(of_bits[i], set, x);
                 }
                 at += 64;
+            }
+            if at < bytes && bytes >= 64 {
+                // the last 64 bytes, less what was added: a masked load would wait for memory behind the row too
+                let from = bytes - 64;
+                let bits = _mm512_loadu_si512(high.add(from).cast());
+                let bits = _mm512_maskz_mov_epi8(u64::MAX << (at - from), bits);
+                for i in 0..BITS {
+                    let x = _mm512_loadu_si512(x.high().as_ptr().add(i * bytes + from).cast());
+                    let set = _mm512_and_si512(bits, masks[i]);
+                    of_bits[i] = _mm512_dpbusd_epi32(of_bits[i], set, x);
+                }
+            } else if at < bytes {
+                let there = (1u64 << bytes) - 1;
+                let bits = _mm512_maskz_loadu_epi8(there, high.cast());
+                for i in 0..BITS {
+                    let x = _mm512_maskz_loadu_epi8(there, x.high().as_ptr().add(i * bytes));
+                    let set = _mm512_and_si512(bits, masks[i]);
+                    of_bits[i] = _mm512_dpbusd_epi32(of_bits[i], set, x);
+                }
             }
             out[n] = _mm512_reduce_add_epi32(joined(of_bits));
         }
@@ -228,7 +236,12 @@ impl TileRows for PlaneRows<'_> {
 
     #[inline]
     fn ask_for(&self, row: usize, chunk: Chunk) {
-        // the signs have just been read
+        // all signs have been read before, and those of large layers have left the second cache since
+        for block in (chunk.first..chunk.first + chunk.count).step_by(RUN) {
+            let at = self.0.shape.signs_at(row, block);
+            // SAFETY: a hint, for any address.
+            unsafe { _mm_prefetch::<_MM_HINT_T0>(self.0.top.as_ptr().wrapping_add(at).cast()) };
+        }
         let (row, n_blocks) = (self.start(row), chunk.n_blocks);
         let mut from = 0;
         for bytes in [LOW_BYTES, HIGH_BYTES, SCALE_BYTES] {
@@ -268,7 +281,7 @@ impl TileRows for PlaneRows<'_> {
             let n_blocks = chunk.n_blocks;
             let low = self.start(row);
             let high = low.wrapping_add(n_blocks * LOW_BYTES);
-            let scales = high.wrapping_add(n_blocks * HIGH_BYTES + chunk.first * SCALE_BYTES);
+            let scales = high.wrapping_add(n_blocks * HIGH_BYTES);
             let (three, four, eight) = (_mm512_set1_epi8(3), _mm512_set1_epi8(4), _mm512_set1_epi8(8));
             let signs = self.signs(row, chunk);
             let mut units = [_mm512_setzero_si512(); 2];
@@ -284,6 +297,11 @@ impl TileRows for PlaneRows<'_> {
                 let bits = |j: usize| {
                     if width == UNIT {
                         return high.add(UNIT * j).cast::<u64>().read_unaligned();
+                    }
+                    // scales come behind, two bytes a block
+                    if n_blocks >= UNIT / SCALE_BYTES {
+                        let bits = high.add(width * j).cast::<u64>().read_unaligned();
+                        return bits & ((1 << (8 * width)) - 1);
                     }
                     let mut bytes = [0u8; UNIT];
                     std::ptr::copy_nonoverlapping(high.add(width * j), bytes.as_mut_ptr(), width);
@@ -302,7 +320,7 @@ impl TileRows for PlaneRows<'_> {
                     *sum = _mm512_dpbusd_epi32(*sum, q, x.columns[unit][j]);
                 }
             }
-            let scales = _mm256_maskz_loadu_epi16(chunk.mask(), scales.cast());
+            let scales = block_scales(scales, chunk.first, chunk.count, n_blocks);
             // eight, and one less where the scale is negative
             let negative = _mm256_movepi16_mask(scales);
             let offsets = _mm512_slli_epi32::<3>(x.x_sums);
