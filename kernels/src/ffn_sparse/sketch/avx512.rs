@@ -236,12 +236,8 @@ impl TileRows for PlaneRows<'_> {
 
     #[inline]
     fn ask_for(&self, row: usize, chunk: Chunk) {
-        // all signs have been read before, and those of large layers have left the second cache since
-        for block in (chunk.first..chunk.first + chunk.count).step_by(RUN) {
-            let at = self.0.shape.signs_at(row, block);
-            // SAFETY: a hint, for any address.
-            unsafe { _mm_prefetch::<_MM_HINT_T0>(self.0.top.as_ptr().wrapping_add(at).cast()) };
-        }
+        self.0
+            .prefetch_signs(row, chunk.first..chunk.first + chunk.count);
         let (row, n_blocks) = (self.start(row), chunk.n_blocks);
         let mut from = 0;
         for bytes in [LOW_BYTES, HIGH_BYTES, SCALE_BYTES] {

@@ -306,11 +306,28 @@ impl<'a> GatePlanes<'a> {
         RestRow { low, high, scales }
     }
 
-    /// Pulls the rest of row `row` towards the first cache.
+    /// Pulls the signs of some blocks, from a multiple of four on, of row `row` towards the first cache. Where the layer was
+    /// scored they have been read before, but those of large layers have left the second cache since.
+    #[cfg(target_arch = "x86_64")]
+    #[inline]
+    pub(super) fn prefetch_signs(&self, row: usize, blocks: Range<usize>) {
+        use std::arch::x86_64::{_MM_HINT_T0, _mm_prefetch};
+        for block in blocks.step_by(RUN) {
+            let at = self
+                .top
+                .as_ptr()
+                .wrapping_add(self.shape.signs_at(row, block));
+            // SAFETY: a hint, for any address.
+            unsafe { _mm_prefetch::<_MM_HINT_T0>(at.cast()) };
+        }
+    }
+
+    /// Pulls row `row` towards the first caches.
     #[inline]
     pub fn prefetch(&self, row: usize) {
         #[cfg(target_arch = "x86_64")]
         {
+            self.prefetch_signs(row, 0..self.shape.n_blocks());
             let bytes = self.shape.rest_row_bytes();
             let rest = &self.rest[row * bytes..][..bytes];
             crate::dot::prefetch_bytes(rest.as_ptr(), bytes);
