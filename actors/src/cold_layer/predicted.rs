@@ -369,8 +369,7 @@ mod batch {
     use pi_kernels::ffn_sparse::sketch::planes::SketchBits;
     use pi_kernels::ffn_sparse::{UpScratch, row_products_tokens};
     use pi_kernels::gemm::gemm;
-    use pi_kernels::quant::QuantType;
-    use pi_kernels::{ActBatch, ActWriter, Cpu, Layout, MatrixRef, MatrixShape, StridedOut};
+    use pi_kernels::{ActBatch, ActWriter, Cpu, StridedOut};
 
     use super::*;
     use crate::cold_layer::rows::multiply;
@@ -539,24 +538,9 @@ mod batch {
             out: &mut StridedOut<'_>,
         ) {
             let planes = self.planes.view();
-            let row_bytes = QuantType::Q4_0.row_bytes(planes.shape.n_cols);
             for first in neurons.clone().step_by(ROW_GROUP) {
                 let rows = first..(first + ROW_GROUP).min(neurons.end);
-                let file = &mut self.row[..rows.len() * row_bytes];
-                for (row, file) in rows.clone().zip(file.chunks_exact_mut(row_bytes)) {
-                    match bits {
-                        Some(bits) => planes.sketch_row(row, bits, file),
-                        None => planes.file_row(row, file),
-                    }
-                }
-                let shape = MatrixShape {
-                    quant: QuantType::Q4_0,
-                    n_rows: rows.len(),
-                    n_cols: planes.shape.n_cols,
-                    layout: Layout::Interleaved,
-                };
-                shape.pack(file, 0, self.image);
-                let m = MatrixRef::new(shape, self.image);
+                let m = planes.group(cpu, rows.clone(), bits, self.row, self.image);
                 let columns = rows.start - neurons.start..rows.end - neurons.start;
                 let part = out.columns_of(columns);
                 gemm(cpu, m, x, 0..n_tokens, 0..rows.len(), part);

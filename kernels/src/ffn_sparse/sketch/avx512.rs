@@ -6,9 +6,12 @@
 use std::arch::x86_64::*;
 use std::ops::Range;
 
+use half::f16;
+
 use super::input::SketchInput;
 use super::planes::{
-    AHEAD, GatePlanes, HIGH_BYTES, LOW_BYTES, RUN, SCALE_BYTES, SIGN_BYTES, TOP_BYTES, UNIT, run_of,
+    AHEAD, GatePlanes, HIGH_BYTES, LOW_BYTES, RUN, SCALE_BYTES, SIGN_BYTES, SketchBits, TOP_BYTES,
+    UNIT, run_of,
 };
 use crate::activations::ActRef;
 use crate::dot::rows512::{Chunk, TileRows, block_scales, products, vnni_fn};
@@ -332,5 +335,72 @@ vnni_fn! {
     /// AVX-512 with VNNI is there; all rows are there, as [`super::planes::plane_gates`] asserts.
     pub(super) fn gates(planes: GatePlanes<'_>, x: ActRef<'_>, ids: &[u32], out: &mut [f32]) {
         products(&PlaneRows(planes), x, planes.shape.n_blocks(), ids, out, &mut |_| ());
+    }
+}
+
+vnni_fn! {
+    /// A block's 32 values in the file's order, 0 to 15 each: of the planes' bits, or of some of them alone.
+    fn block_values(bits: Option<SketchBits>, low: *const u8, high: u32, signs: u32, flip: __m256i) -> __m128i {
+        let values = match bits {
+            None => {
+                let two = _mm256_set1_epi64x(low.cast::<i64>().read_unaligned());
+                let two = _mm256_srlv_epi64(two, _mm256_setr_epi64x(0, 2, 4, 6));
+                let two = _mm256_and_si256(two, _mm256_set1_epi8(3));
+                let more = _mm256_or_si256(_mm256_maskz_set1_epi8(high, 4), _mm256_maskz_set1_epi8(signs, 8));
+                _mm256_xor_si256(_mm256_or_si256(two, more), flip)
+            }
+            Some(SketchBits::One) => {
+                _mm256_mask_blend_epi8(signs, _mm256_set1_epi8(7), _mm256_set1_epi8(9))
+            }
+            Some(SketchBits::Two) => {
+                let five = _mm256_add_epi8(_mm256_set1_epi8(5), _mm256_maskz_set1_epi8(signs, 4));
+                _mm256_add_epi8(five, _mm256_maskz_set1_epi8(high, 2))
+            }
+        };
+        // none reaches over its byte
+        let second = _mm_slli_epi16::<4>(_mm256_extracti128_si256::<1>(values));
+        _mm_or_si128(_mm256_castsi256_si128(values), second)
+    }
+}
+
+vnni_fn! {
+    /// Writes `rows` of one group as an interleaved matrix of `Q4_0`, with all bits or some of them alone.
+    ///
+    /// # Safety
+    /// AVX-512 is there; the rows are there, and `image` has room for 16.
+    pub(super) fn group(planes: GatePlanes<'_>, rows: Range<usize>, bits: Option<SketchBits>, image: *mut u8) {
+        let n_blocks = planes.shape.n_blocks();
+        let to_scales = image.add(n_blocks * ROW_GROUP * BLOCK / 2);
+        for (r, row) in rows.enumerate() {
+            let rest = planes.rest_row(row);
+            let signs = planes.top.as_ptr();
+            for first in (0..n_blocks).step_by(UNIT) {
+                let count = (n_blocks - first).min(UNIT);
+                let high = &rest.high[first * HIGH_BYTES..][..count * HIGH_BYTES];
+                let high = if count == UNIT {
+                    super::x86::high_of_blocks(high.as_ptr())
+                } else {
+                    let byte = |n: usize, j: usize| high.get(j * count + n).copied().unwrap_or(0);
+                    std::array::from_fn(|n| u32::from_le_bytes(std::array::from_fn(|j| byte(n, j))))
+                };
+                for n in 0..count {
+                    let block = first + n;
+                    let signs = signs.add(planes.shape.signs_at(row, block)).cast::<u32>().read_unaligned();
+                    let at = block * SCALE_BYTES;
+                    let scale = u16::from_le_bytes([rest.scales[at], rest.scales[at + 1]]);
+                    let flip = if scale >> 15 == 1 { 15 } else { 0 };
+                    let low = rest.low.as_ptr().add(block * LOW_BYTES);
+                    let values = block_values(bits, low, high[n], signs, _mm256_set1_epi8(flip));
+                    let to = image.add((block * BLOCK / 8 * ROW_GROUP + r) * 4).cast::<i32>();
+                    to.write_unaligned(_mm_extract_epi32::<0>(values));
+                    to.add(ROW_GROUP).write_unaligned(_mm_extract_epi32::<1>(values));
+                    to.add(2 * ROW_GROUP).write_unaligned(_mm_extract_epi32::<2>(values));
+                    to.add(3 * ROW_GROUP).write_unaligned(_mm_extract_epi32::<3>(values));
+                    let scale = if bits.is_some() { f16::ONE.to_bits() } else { scale };
+                    let to = to_scales.add((block * ROW_GROUP + r) * SCALE_BYTES);
+                    to.cast::<u16>().write_unaligned(scale);
+                }
+            }
+        }
     }
 }

@@ -30,7 +30,7 @@ use super::super::NeuronRows;
 use super::input::SketchInput;
 use crate::activations::ActRef;
 use crate::cpu::{Cpu, Tier};
-use crate::matrix::{Layout, MatrixShape, ROW_GROUP};
+use crate::matrix::{Layout, MatrixRef, MatrixShape, ROW_GROUP};
 use crate::quant::{BLOCK, QuantType};
 
 /// Bytes of a block of 16 rows in the top plane.
@@ -395,6 +395,53 @@ impl<'a> GatePlanes<'a> {
             offset_bytes: 0,
             bytes: packed,
         }
+    }
+
+    /// Puts `rows` of one group of 16 together as a matrix of `Q4_0` whose rows are interleaved, in `image`, with room for 16 rows:
+    /// as they are in the file, or of some bits alone as [`Self::sketch_row`] has them. `file` has room for as many rows in file order.
+    ///
+    /// # Panics
+    /// When the rows are not all there, or not of one group, or a buffer is too short.
+    pub fn group<'m>(
+        &self,
+        cpu: Cpu,
+        rows: Range<usize>,
+        bits: Option<SketchBits>,
+        file: &mut [u8],
+        image: &'m mut [u8],
+    ) -> MatrixRef<'m> {
+        let shape = MatrixShape {
+            quant: QuantType::Q4_0,
+            n_rows: rows.len(),
+            n_cols: self.shape.n_cols,
+            layout: Layout::Interleaved,
+        };
+        assert!(
+            rows.start.is_multiple_of(ROW_GROUP)
+                && rows.len() <= ROW_GROUP
+                && rows.end <= self.shape.n_rows,
+            "rows {rows:?} of {:?}",
+            self.shape
+        );
+        let image = &mut image[..shape.packed_bytes()];
+        #[cfg(target_arch = "x86_64")]
+        if cpu.tier() == Tier::Avx512Vnni {
+            check_lengths(self);
+            // SAFETY: the machine has the tier; the rows and the room are there, as asserted.
+            unsafe { super::avx512::group(*self, rows, bits, image.as_mut_ptr()) };
+            return MatrixRef::new(shape, image);
+        }
+        let _ = cpu;
+        let row_bytes = QuantType::Q4_0.row_bytes(shape.n_cols);
+        let file = &mut file[..rows.len() * row_bytes];
+        for (row, file) in rows.zip(file.chunks_exact_mut(row_bytes)) {
+            match bits {
+                Some(bits) => self.sketch_row(row, bits, file),
+                None => self.file_row(row, file),
+            }
+        }
+        shape.pack(file, 0, image);
+        MatrixRef::new(shape, image)
     }
 
     /// Writes row `row` as `Q4_0` blocks in file order to `out` (overwritten).

@@ -67,6 +67,43 @@ fn planes_hold_the_rows_and_take_no_more_memory() {
     }
 }
 
+#[test]
+fn groups_are_put_together_alike_by_every_tier() {
+    for (n_rows, n_cols) in SIZES {
+        let gates = Gates::random(8, n_rows, n_cols);
+        let row_bytes = QuantType::Q4_0.row_bytes(n_cols);
+        let all = [None, Some(SketchBits::One), Some(SketchBits::Two)];
+        for (first, bits) in (0..n_rows)
+            .step_by(ROW_GROUP)
+            .flat_map(|first| all.map(|bits| (first, bits)))
+        {
+            let rows = first..(first + ROW_GROUP).min(n_rows);
+            let expected: Vec<Vec<u8>> = (rows.clone())
+                .map(|row| {
+                    let mut out = vec![0; row_bytes];
+                    match bits {
+                        None => gates.planes().file_row(row, &mut out),
+                        Some(bits) => gates.planes().sketch_row(row, bits, &mut out),
+                    }
+                    out
+                })
+                .collect();
+            for cpu in tiers() {
+                let mut file = vec![0; ROW_GROUP * row_bytes];
+                let mut image = vec![0xA5; ROW_GROUP * row_bytes];
+                let planes = gates.planes();
+                let m = planes.group(cpu, rows.clone(), bits, &mut file, &mut image);
+                for (r, expected) in expected.iter().enumerate() {
+                    let mut row = Vec::new();
+                    m.each_block(r, |_, bytes| row.extend_from_slice(bytes));
+                    let what = format!("{:?} {bits:?}", cpu.tier());
+                    assert_eq!(&row, expected, "{what}: row {} of {n_cols}", first + r);
+                }
+            }
+        }
+    }
+}
+
 /// The weights of `Q4_0` rows in file order, without their scales' lengths: q − 8, with the scale's sign.
 fn codes(row: &[u8]) -> Vec<i32> {
     let block = |block: &[u8]| -> Vec<i32> {

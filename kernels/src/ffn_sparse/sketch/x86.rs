@@ -217,7 +217,7 @@ pub(super) unsafe fn high_sums(
 /// AVX2 is there; `from` points to the 32 bytes.
 #[inline]
 #[target_feature(enable = "avx2")]
-unsafe fn high_of_blocks(from: *const u8) -> [u32; UNIT] {
+pub(super) unsafe fn high_of_blocks(from: *const u8) -> [u32; UNIT] {
     // SAFETY: this function's contract.
     unsafe {
         let columns = |n: usize| _mm_loadl_epi64(from.add(8 * n).cast());
