@@ -227,6 +227,9 @@ pub fn down_tokens(
         // SAFETY: a `Cpu` exists only for tiers that the machine has; not scalar here.
         unsafe {
             match cpu.tier() {
+                Tier::Avx512Vnni if rounded => {
+                    rounded512::tokens(&batch, cols.clone(), scratch, sums);
+                }
                 _ if rounded => rounded::x86::tokens(&batch, cols.clone(), scratch, sums),
                 Tier::Avx2 => x86::tokens_avx2(&batch, cols.clone(), scratch, sums),
                 _ => x86::tokens_avx512(&batch, cols.clone(), scratch, sums),

@@ -13,11 +13,13 @@ use std::ops::Range;
 
 use super::super::NeuronRows;
 use super::super::tree::SUBTREES_MAX;
+use super::DownScratch;
 use super::rounded::{ROUNDED, runs, to_ask};
-use super::strips::{strips, sum_groups};
-use super::x86::Active;
+use super::strips::{self, strips, sum_groups};
+use super::x86::{Active, Batch, TOKENS_ROUNDED};
 use crate::dot::prefetch_bytes;
 use crate::dot::rows512::{block_scales, vnni_fn};
+use crate::matrix::StridedOut;
 use crate::quant::BLOCK;
 
 const PAIRS: usize = ROUNDED / 2;
@@ -26,7 +28,10 @@ const PAIRS: usize = ROUNDED / 2;
 const STRIP: usize = 32;
 /// Blocks that are taken together.
 const UNIT: usize = 4;
-const _: () = assert!(STRIP.is_multiple_of(UNIT), "sums of subtrees do not meet");
+const _: () = assert!(
+    STRIP.is_multiple_of(UNIT) && strips::STRIP.is_multiple_of(UNIT) && strips::STRIP <= STRIP,
+    "sums of subtrees do not meet"
+);
 /// Blocks that are rounded together.
 const LANES: usize = 16;
 /// Blocks of a strip, to whole registers of lanes.
@@ -120,13 +125,86 @@ vnni_fn! {
             }
         });
         for (sum, y) in sums.iter_mut().zip(&done) {
-            let sum = sum[at..].chunks_exact_mut(BLOCK).take(columns.width);
-            for (n, block) in sum.enumerate() {
-                let unit = &y[n / UNIT * UNIT * BLOCK..][..UNIT * BLOCK];
-                for (part, to) in block.chunks_exact_mut(8).enumerate() {
-                    to.copy_from_slice(&unit[(part * UNIT + n % UNIT) * 8..][..8]);
+            in_order(y, &mut sum[at..][..columns.width * BLOCK]);
+        }
+    }
+}
+
+vnni_fn! {
+    /// Up to [`TOKENS_ROUNDED`] tokens, all columns.
+    ///
+    /// # Safety
+    /// As [`active`].
+    pub(super) fn tokens(
+        batch: &Batch<'_>,
+        cols: Range<usize>,
+        scratch: &mut DownScratch,
+        sums: &mut [StridedOut<'_>],
+    ) {
+        let down = &batch.down;
+        let n_tokens = batch.tokens.len();
+        let size = TOKENS_ROUNDED * strips::STRIP * BLOCK;
+        let mut rounded = MaybeUninit::<Rounded>::uninit();
+        for blocks in strips::strips(&cols, strips::STRIP) {
+            let columns = Columns {
+                n_blocks: down.n_embd / BLOCK,
+                first: blocks.start,
+                width: blocks.len(),
+            };
+            let width = blocks.len().next_multiple_of(UNIT) * BLOCK;
+            let done = &mut scratch.sums;
+            sum_groups(batch.groups, done, size, n_tokens * width, |span, y| {
+                let mut start = span.start;
+                while start < span.end {
+                    let run = start..(start / ROUNDED * ROUNDED + ROUNDED).min(span.end);
+                    start = run.end;
+                    let first = down.row(run.start).as_ptr();
+                    for (t, y) in y.chunks_exact_mut(width).enumerate() {
+                        let a = &batch.act[t * batch.stride..][run.clone()];
+                        let there = (0xFFFF_u32 >> (ROUNDED - a.len())) as u16;
+                        let all = _mm512_maskz_loadu_ps(there, a.as_ptr());
+                        let mut open = _mm512_cmp_ps_mask::<_CMP_NEQ_UQ>(all, _mm512_setzero_ps());
+                        let mut rows = [std::ptr::null(); ROUNDED];
+                        let mut of_rows = [0.0f32; ROUNDED];
+                        let mut n_open = 0;
+                        while open != 0 {
+                            let n = open.trailing_zeros() as usize;
+                            rows[n_open] = first.wrapping_add(n * down.stride_bytes);
+                            of_rows[n_open] = a[n];
+                            n_open += 1;
+                            open &= open - 1;
+                        }
+                        if n_open == 0 {
+                            continue;
+                        }
+                        let (rows, a) = (&rows[..n_open], &of_rows[..n_open]);
+                        // SAFETY: this function's contract; `y` holds whole units.
+                        unsafe {
+                            round(rows, a, columns, rounded.as_mut_ptr());
+                            for n in (0..columns.width).step_by(UNIT) {
+                                add_unit(rows, rounded.as_ptr(), n, columns, y.as_mut_ptr().add(n * BLOCK));
+                            }
+                        }
+                    }
+                }
+            });
+            let at = blocks.start * BLOCK - cols.start;
+            for (n, sum) in sums.iter_mut().enumerate() {
+                let y = &scratch.sums[n * size..][..n_tokens * width];
+                for (t, y) in batch.tokens.clone().zip(y.chunks_exact(width)) {
+                    in_order(y, &mut sum.row(t)[at..][..columns.width * BLOCK]);
                 }
             }
+        }
+    }
+}
+
+/// Writes a strip's sums, which lie as four blocks' nibbles come apart, in the order of columns.
+fn in_order(y: &[f32], sum: &mut [f32]) {
+    for (n, block) in sum.chunks_exact_mut(BLOCK).enumerate() {
+        let unit = &y[n / UNIT * UNIT * BLOCK..][..UNIT * BLOCK];
+        for (part, to) in block.chunks_exact_mut(8).enumerate() {
+            to.copy_from_slice(&unit[(part * UNIT + n % UNIT) * 8..][..8]);
         }
     }
 }
