@@ -28,11 +28,8 @@ pub fn run(args: &RunArgs, start: Instant, control: &ControlLog) -> Result<ExitC
         if let Some(predict) = &args.model.predictor {
             config.sparsity.predict = predict.clone();
         }
-        if let Some(replan) = args.model.replan {
-            config
-                .gpus
-                .iter_mut()
-                .for_each(|gpu| gpu.replan = replan as usize);
+        if let Some(replan) = args.model.replan()? {
+            config.gpus.iter_mut().for_each(|gpu| gpu.replan = replan);
         }
         Output::default().text(&config.to_toml())?;
         return Ok(ExitCode::SUCCESS);

@@ -64,7 +64,7 @@ impl ModelArgs {
     ///
     /// # Errors
     /// It asks for re-planning, and there is no GPU in the topology.
-    fn replan(&self) -> Result<Option<usize>, RuntimeError> {
+    pub(super) fn replan(&self) -> Result<Option<usize>, RuntimeError> {
         let every = self.replan.map(|every| every as usize);
         if every.is_some_and(|every| every > 0) && self.topology_file()?.config().gpus.is_empty() {
             return Err(RuntimeError::Replan {

@@ -159,6 +159,8 @@ vnni_fn! {
                     let run = start..(start / ROUNDED * ROUNDED + ROUNDED).min(span.end);
                     start = run.end;
                     let first = down.row(run.start).as_ptr();
+                    // those between are there too
+                    let _ = down.row(run.end - 1);
                     for (t, y) in y.chunks_exact_mut(width).enumerate() {
                         let a = &batch.act[t * batch.stride..][run.clone()];
                         let there = (0xFFFF_u32 >> (ROUNDED - a.len())) as u16;

@@ -312,13 +312,12 @@ impl<'a> GatePlanes<'a> {
     #[inline]
     pub(super) fn prefetch_signs(&self, row: usize, blocks: Range<usize>) {
         use std::arch::x86_64::{_MM_HINT_T0, _mm_prefetch};
-        for block in blocks.step_by(RUN) {
-            let at = self
-                .top
-                .as_ptr()
-                .wrapping_add(self.shape.signs_at(row, block));
+        let mut block = blocks.start;
+        while block < blocks.end {
+            let at = self.shape.signs_at(row, block);
             // SAFETY: a hint, for any address.
-            unsafe { _mm_prefetch::<_MM_HINT_T0>(at.cast()) };
+            unsafe { _mm_prefetch::<_MM_HINT_T0>(self.top.as_ptr().wrapping_add(at).cast()) };
+            block += run_of(block, self.shape.n_blocks()).1;
         }
     }
 
