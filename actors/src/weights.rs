@@ -71,6 +71,12 @@ impl ModelShape {
         self.n_head / self.n_head_kv
     }
 
+    /// The first position that the token at `position` sees: not 0 with a sliding window.
+    pub fn first_seen(&self, position: usize) -> usize {
+        let window = self.window;
+        window.map_or(0, |window| (position + 1).saturating_sub(window))
+    }
+
     /// Values of all query heads of a token: the columns of `attn_output`.
     pub fn n_attn(&self) -> usize {
         self.n_head * self.head_dim

@@ -42,15 +42,9 @@ pub(super) fn run(job: Job<'_>, team: &mut Team) -> Counters {
             .iter()
             .sum(),
     );
-    let seen = end - first_seen(&job, job.step.position);
+    let seen = end - job.model.shape().first_seen(job.step.position);
     work.kv_bytes = (2 * seen * share.kv_heads.len() * row_bytes) as u64;
     work
-}
-
-/// The first position that the token at `position` sees: not 0 with a sliding window.
-fn first_seen(job: &Job<'_>, position: usize) -> usize {
-    let window = job.model.shape().window;
-    window.map_or(0, |window| (position + 1).saturating_sub(window))
 }
 
 /// Sizes of the node's heads.
@@ -160,7 +154,7 @@ fn one_token(job: &Job<'_>, member: Member<'_>) {
     member.barrier();
     let (model, scratch) = (job.model, job.scratch);
     let end = job.step.position + 1;
-    let first_chunk = first_seen(job, job.step.position) / CHUNK_POSITIONS;
+    let first_chunk = job.model.shape().first_seen(job.step.position) / CHUNK_POSITIONS;
     let n_chunks = end.div_ceil(CHUNK_POSITIONS) - first_chunk;
     let states_len = heads.per_kv * state_len(heads.head_dim);
     // SAFETY: each thread has its own.

@@ -918,6 +918,7 @@ impl Capture<'_> {
 
     fn begin(&mut self, stream: &Stream) -> Launched {
         let (exchange, buffers) = (self.exchange, &mut *self.buffers);
+        let n_counts = if self.reads { buffers.counts.len() } else { 0 };
         let token = BeginToken {
             x: (exchange.x.view(0..exchange.x.len()), buffers.x.view_mut(..)),
             rotation: (
@@ -926,7 +927,7 @@ impl Capture<'_> {
             ),
             words: (exchange.words.view(0..2), buffers.words.view_mut(..)),
             stamp: exchange.stamps(Stamp::Begin, 1),
-            counts: buffers.counts.view_mut(..),
+            counts: buffers.counts.view_mut(..n_counts),
         };
         begin_token(stream, token)
     }
@@ -937,12 +938,13 @@ impl Capture<'_> {
             Some(_) => 0,
             None => self.shape.n_embd,
         };
+        let counts = (self.buffers.counts.view(..), self.exchange.counts_view());
         let [_, _, ticket] = &mut self.buffers.tickets;
         let what = HandOver {
             from: self.buffers.x.view(..n).to_bits(),
             count: None,
             to: self.exchange.x_out.view(0..n).to_bits(),
-            more: Some((self.buffers.counts.view(..), self.exchange.counts_view())),
+            more: self.reads.then_some(counts),
             flag: self.exchange.flag(Flag::Token),
             number: self.buffers.words.view(1..2),
             stamp: self.exchange.stamps(Stamp::Token, 1),

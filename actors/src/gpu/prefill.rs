@@ -241,12 +241,6 @@ pub(super) struct Prefill {
 }
 
 impl Prefill {
-    /// Bytes of a layer's neurons that are streamed.
-    pub fn cold_bytes(&self, layer: usize) -> usize {
-        let copies = self.cold[layer].iter().flat_map(|part| &part.copies);
-        copies.map(|(bytes, _)| bytes.len()).sum()
-    }
-
     /// Room for up to `n_tokens` tokens at a time; none where that gains nothing, or the host's neurons lie in an order that the
     /// device does not take.
     ///
@@ -369,10 +363,17 @@ impl Prefill {
             + self.scratch.bytes()
     }
 
+    /// Bytes of a layer's neurons that are streamed.
+    pub fn cold_bytes(&self, layer: usize) -> usize {
+        let copies = self.cold[layer].iter().flat_map(|part| &part.copies);
+        copies.map(|(bytes, _)| bytes.len()).sum()
+    }
+
     /// Bytes of the host's memory that copies read where it is locked, and in all.
     pub fn streamed_bytes(&self) -> (usize, usize) {
-        let copies = self.cold.iter().flatten().flat_map(|part| &part.copies);
-        let all = copies.map(|(bytes, _)| bytes.len()).sum();
+        let all = (0..self.cold.len())
+            .map(|layer| self.cold_bytes(layer))
+            .sum();
         let locked = self.registered.iter().map(Registered::bytes).sum();
         (locked, all)
     }

@@ -64,8 +64,7 @@ pub(super) fn of_head(rows: &GpuRows, norm: &Range<usize>) -> Counters {
 
 /// Cached keys and values that the tokens at `positions` see, once.
 pub(super) fn of_cache(shape: &ModelShape, kv_type: KvType, positions: Range<usize>) -> Counters {
-    let first = (shape.window).map_or(0, |window| (positions.start + 1).saturating_sub(window));
-    let seen = positions.end - first;
+    let seen = positions.end - shape.first_seen(positions.start);
     let bytes = 2 * seen * shape.n_head_kv * kv_type.row_bytes(shape.head_dim);
     Counters {
         kv_bytes: bytes as u64,

@@ -80,19 +80,11 @@ impl Bench {
             )
         })?;
         self.report(&format!("down {name}"), us, bytes);
-        // SiLU, so that all of the list is read
+        // so that all of the list is read
+        let gates = Gates::Silu;
         let us = self.time(48, |stream, i| {
             let (gate, up) = (weights.view(2 * i), weights.view(2 * i + 1));
-            gate_up(
-                stream,
-                gate,
-                up,
-                list(i),
-                &x,
-                Gates::Silu,
-                None,
-                a.view_mut(..),
-            )
+            gate_up(stream, gate, up, list(i), &x, gates, None, a.view_mut(..))
         })?;
         self.report(&format!("gate, up {name}"), us, 2 * bytes);
         let us = self.time(48, |stream, i| {
@@ -101,16 +93,7 @@ impl Bench {
                 weights.view(3 * i + 1),
                 weights.view(3 * i + 2),
             );
-            gate_up(
-                stream,
-                gate,
-                up,
-                list(i),
-                &x,
-                Gates::Silu,
-                None,
-                a.view_mut(..),
-            )?;
+            gate_up(stream, gate, up, list(i), &x, gates, None, a.view_mut(..))?;
             let y = y.view_mut(..);
             down_active(
                 stream,

@@ -38,7 +38,7 @@ macro_rules! vnni_fn {
 }
 pub(crate) use vnni_fn;
 
-/// Up to 16 blocks of all rows, from a multiple of 16 on.
+/// Up to 16 blocks of all rows.
 #[derive(Clone, Copy)]
 pub(crate) struct Chunk {
     /// First block.
@@ -66,26 +66,25 @@ impl Chunk {
             (1u64 << left) - 1
         }
     }
-}
 
-vnni_fn! {
-    /// `count` scales (f16) from block `first` on, of a row of `n_blocks` whose scales start at `row`; 0 behind them.
-    ///
-    /// A masked load waits for all the memory that it spans, also where it is masked out. So nothing behind a row's last scale is
-    /// touched, wherever the row has 16: it may lie in another line of the caches, which nobody has asked for.
-    ///
-    /// # Safety
-    /// AVX-512 is there; the row has these blocks, 16 at most.
-    pub(crate) fn block_scales(row: *const u8, first: usize, count: usize, n_blocks: usize) -> __m256i {
-        let mask = (0xFFFF_u32 >> (TILE - count)) as u16;
-        if n_blocks < TILE || first + TILE <= n_blocks {
-            return _mm256_maskz_loadu_epi16(mask, row.wrapping_add(2 * first).cast());
+    vnni_fn! {
+        /// Its scales (f16), of a row whose scales start at `row`; 0 behind them.
+        ///
+        /// A masked load waits for all the memory that it spans, also where it is masked out. So nothing behind a row's last scale is
+        /// touched, wherever the row has 16: it may lie in another line of the caches, which nobody has asked for.
+        ///
+        /// # Safety
+        /// AVX-512 is there; the row has these blocks.
+        pub(crate) fn scales(&self, row: *const u8) -> __m256i {
+            if self.n_blocks < TILE || self.first + TILE <= self.n_blocks {
+                return _mm256_maskz_loadu_epi16(self.mask(), row.wrapping_add(2 * self.first).cast());
+            }
+            let from = self.n_blocks - TILE;
+            let last = _mm256_loadu_si256(row.wrapping_add(2 * from).cast());
+            let lanes = _mm256_setr_epi16(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15);
+            let lanes = _mm256_add_epi16(lanes, _mm256_set1_epi16((self.first - from) as i16));
+            _mm256_maskz_permutexvar_epi16(self.mask(), lanes, last)
         }
-        let from = n_blocks - TILE;
-        let last = _mm256_loadu_si256(row.wrapping_add(2 * from).cast());
-        let lanes = _mm256_setr_epi16(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15);
-        let lanes = _mm256_add_epi16(lanes, _mm256_set1_epi16((first - from) as i16));
-        _mm256_maskz_permutexvar_epi16(mask, lanes, last)
     }
 }
 
@@ -281,8 +280,7 @@ impl TileRows for Q4_0<'_> {
             let order = _mm512_setr_epi32(0, 4, 8, 12, 1, 5, 9, 13, 2, 6, 10, 14, 3, 7, 11, 15);
             let total = _mm512_permutexvar_epi32(order, total);
             let scales = start.wrapping_add(chunk.n_blocks * 16);
-            let scales = block_scales(scales, chunk.first, chunk.count, chunk.n_blocks);
-            (_mm512_sub_epi32(total, x.offsets), scales)
+            (_mm512_sub_epi32(total, x.offsets), chunk.scales(scales))
         }
     }
 }

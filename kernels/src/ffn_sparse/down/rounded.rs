@@ -31,6 +31,17 @@ pub(super) fn runs(ids: &[u32], span: Range<usize>) -> impl Iterator<Item = Rang
     })
 }
 
+/// The runs of all neurons of `span`.
+#[cfg(target_arch = "x86_64")]
+pub(super) fn whole_runs(span: Range<usize>) -> impl Iterator<Item = Range<usize>> {
+    let mut next = span.start;
+    std::iter::from_fn(move || {
+        let start = next;
+        next = (start / ROUNDED * ROUNDED + ROUNDED).min(span.end);
+        (start < span.end).then_some(start..next)
+    })
+}
+
 /// Neurons whose rows are asked for ahead, at least: where few are active, a run has one or two.
 const AHEAD: usize = 12;
 
@@ -104,7 +115,7 @@ pub(super) mod x86 {
     use super::super::DownScratch;
     use super::super::strips::{STRIP, strips, sum_groups};
     use super::super::x86::{Active, Batch, TOKENS_ROUNDED};
-    use super::{ROUNDED, runs, to_ask};
+    use super::{ROUNDED, runs, to_ask, whole_runs};
     use crate::dot::row::{self, RowPlanes};
     use crate::matrix::StridedOut;
     use crate::quant::{BLOCK, QuantType};
@@ -202,10 +213,7 @@ pub(super) mod x86 {
             let width = blocks.len() * BLOCK;
             let done = &mut scratch.sums;
             sum_groups(batch.groups, done, size, n_tokens * width, |span, y| {
-                let mut start = span.start;
-                while start < span.end {
-                    let run = start..(start / ROUNDED * ROUNDED + ROUNDED).min(span.end);
-                    start = run.end;
+                for run in whole_runs(span.clone()) {
                     for (t, y) in y.chunks_exact_mut(width).enumerate() {
                         let a = &batch.act[t * batch.stride..][run.clone()];
                         let mut rows = [RowPlanes::none(); ROUNDED];

@@ -14,11 +14,11 @@ use std::ops::Range;
 use super::super::NeuronRows;
 use super::super::tree::SUBTREES_MAX;
 use super::DownScratch;
-use super::rounded::{ROUNDED, runs, to_ask};
+use super::rounded::{ROUNDED, runs, to_ask, whole_runs};
 use super::strips::{self, strips, sum_groups};
 use super::x86::{Active, Batch, TOKENS_ROUNDED};
 use crate::dot::prefetch_bytes;
-use crate::dot::rows512::{block_scales, vnni_fn};
+use crate::dot::rows512::{Chunk, vnni_fn};
 use crate::matrix::StridedOut;
 use crate::quant::BLOCK;
 
@@ -116,12 +116,7 @@ vnni_fn! {
                 }
                 let rows = &rows[..run.len()];
                 // SAFETY: this function's contract; `y` holds whole units.
-                unsafe {
-                    round(rows, &list.a[run], columns, rounded.as_mut_ptr());
-                    for n in (0..columns.width).step_by(UNIT) {
-                        add_unit(rows, rounded.as_ptr(), n, columns, y.as_mut_ptr().add(n * BLOCK));
-                    }
-                }
+                unsafe { add_run(rows, &list.a[run], columns, &mut rounded, y) };
             }
         });
         for (sum, y) in sums.iter_mut().zip(&done) {
@@ -154,10 +149,7 @@ vnni_fn! {
             let width = blocks.len().next_multiple_of(UNIT) * BLOCK;
             let done = &mut scratch.sums;
             sum_groups(batch.groups, done, size, n_tokens * width, |span, y| {
-                let mut start = span.start;
-                while start < span.end {
-                    let run = start..(start / ROUNDED * ROUNDED + ROUNDED).min(span.end);
-                    start = run.end;
+                for run in whole_runs(span.clone()) {
                     let first = down.row(run.start).as_ptr();
                     // those between are there too
                     let _ = down.row(run.end - 1);
@@ -181,12 +173,7 @@ vnni_fn! {
                         }
                         let (rows, a) = (&rows[..n_open], &of_rows[..n_open]);
                         // SAFETY: this function's contract; `y` holds whole units.
-                        unsafe {
-                            round(rows, a, columns, rounded.as_mut_ptr());
-                            for n in (0..columns.width).step_by(UNIT) {
-                                add_unit(rows, rounded.as_ptr(), n, columns, y.as_mut_ptr().add(n * BLOCK));
-                            }
-                        }
+                        unsafe { add_run(rows, a, columns, &mut rounded, y) };
                     }
                 }
             });
@@ -212,16 +199,33 @@ fn in_order(y: &[f32], sum: &mut [f32]) {
 }
 
 vnni_fn! {
+    /// Adds neurons that are rounded together to a strip.
+    ///
+    /// # Safety
+    /// As [`round`]; `y` holds whole units.
+    fn add_run(rows: &[*const u8], a: &[f32], columns: Columns, rounded: &mut MaybeUninit<Rounded>, y: &mut [f32]) {
+        round(rows, a, columns, rounded.as_mut_ptr());
+        for n in (0..columns.width).step_by(UNIT) {
+            add_unit(rows, rounded.as_ptr(), n, columns, y.as_mut_ptr().add(n * BLOCK));
+        }
+    }
+}
+
+vnni_fn! {
     /// # Safety
     /// As [`active`]; as many whole rows as activations, 1 to [`ROUNDED`]. All of `out` that belongs
     /// to the rows and columns is set.
     fn round(rows: &[*const u8], a: &[f32], columns: Columns, out: *mut Rounded) {
         let mut s = [_mm512_setzero_ps(); ROUNDED + 1];
         for first in (0..columns.width).step_by(LANES) {
-            let count = (columns.width - first).min(LANES);
+            let chunk = Chunk {
+                first: columns.first + first,
+                count: (columns.width - first).min(LANES),
+                n_blocks: columns.n_blocks,
+            };
             let (mut amax, mut bad) = (_mm512_setzero_ps(), _mm512_setzero_ps());
             for (n, (&row, &a)) in rows.iter().zip(a).enumerate() {
-                let d = block_scales(columns.scales(row), columns.first + first, count, columns.n_blocks);
+                let d = chunk.scales(columns.scales(row));
                 let v = _mm512_mul_ps(_mm512_set1_ps(a), _mm512_cvtph_ps(d));
                 amax = _mm512_max_ps(_mm512_abs_ps(v), amax);
                 bad = _mm512_fmadd_ps(v, _mm512_setzero_ps(), bad);

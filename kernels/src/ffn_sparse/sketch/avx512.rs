@@ -14,7 +14,7 @@ use super::planes::{
     UNIT, run_of,
 };
 use crate::activations::ActRef;
-use crate::dot::rows512::{Chunk, TileRows, block_scales, products, vnni_fn};
+use crate::dot::rows512::{Chunk, TileRows, products, vnni_fn};
 use crate::matrix::ROW_GROUP;
 use crate::quant::BLOCK;
 
@@ -148,33 +148,21 @@ vnni_fn! {
             }
             let high = planes.rest_row(ids[n] as usize).high.as_ptr();
             let mut of_bits = [_mm512_setzero_si512(); BITS];
-            let mut at = 0;
-            while at + 64 <= bytes {
-                let bits = _mm512_loadu_si512(high.add(at).cast());
+            for at in (0..bytes).step_by(64) {
+                let (bits, of_x): (_, [_; BITS]) = if bytes >= 64 {
+                    // the last 64 bytes less what was added: a masked load would wait for memory behind the row too
+                    let from = at.min(bytes - 64);
+                    let high_bits = _mm512_loadu_si512(high.add(from).cast());
+                    let x = |i: usize| _mm512_loadu_si512(x.high().as_ptr().add(i * bytes + from).cast());
+                    (_mm512_maskz_mov_epi8(u64::MAX << (at - from), high_bits), std::array::from_fn(x))
+                } else {
+                    let there = (1u64 << bytes) - 1;
+                    let x = |i: usize| _mm512_maskz_loadu_epi8(there, x.high().as_ptr().add(i * bytes));
+                    (_mm512_maskz_loadu_epi8(there, high.cast()), std::array::from_fn(x))
+                };
                 for i in 0..BITS {
-                    let x = _mm512_loadu_si512(x.high().as_ptr().add(i * bytes + at).cast());
                     let set = _mm512_and_si512(bits, masks[i]);
-                    of_bits[i] = _mm512_dpbusd_epi32(of_bits[i], set, x);
-                }
-                at += 64;
-            }
-            if at < bytes && bytes >= 64 {
-                // the last 64 bytes, less what was added: a masked load would wait for memory behind the row too
-                let from = bytes - 64;
-                let bits = _mm512_loadu_si512(high.add(from).cast());
-                let bits = _mm512_maskz_mov_epi8(u64::MAX << (at - from), bits);
-                for i in 0..BITS {
-                    let x = _mm512_loadu_si512(x.high().as_ptr().add(i * bytes + from).cast());
-                    let set = _mm512_and_si512(bits, masks[i]);
-                    of_bits[i] = _mm512_dpbusd_epi32(of_bits[i], set, x);
-                }
-            } else if at < bytes {
-                let there = (1u64 << bytes) - 1;
-                let bits = _mm512_maskz_loadu_epi8(there, high.cast());
-                for i in 0..BITS {
-                    let x = _mm512_maskz_loadu_epi8(there, x.high().as_ptr().add(i * bytes));
-                    let set = _mm512_and_si512(bits, masks[i]);
-                    of_bits[i] = _mm512_dpbusd_epi32(of_bits[i], set, x);
+                    of_bits[i] = _mm512_dpbusd_epi32(of_bits[i], set, of_x[i]);
                 }
             }
             out[n] = _mm512_reduce_add_epi32(joined(of_bits));
@@ -294,13 +282,10 @@ impl TileRows for PlaneRows<'_> {
                 let two = _mm512_maskz_loadu_epi8(mask, low.wrapping_add(first * LOW_BYTES).cast());
                 let high = high.wrapping_add(first * HIGH_BYTES);
                 let bits = |j: usize| {
-                    if width == UNIT {
-                        return high.add(UNIT * j).cast::<u64>().read_unaligned();
-                    }
                     // scales come behind, two bytes a block
                     if n_blocks >= UNIT / SCALE_BYTES {
                         let bits = high.add(width * j).cast::<u64>().read_unaligned();
-                        return bits & ((1 << (8 * width)) - 1);
+                        return bits & (u64::MAX >> (64 - 8 * width));
                     }
                     let mut bytes = [0u8; UNIT];
                     std::ptr::copy_nonoverlapping(high.add(width * j), bytes.as_mut_ptr(), width);
@@ -319,7 +304,7 @@ impl TileRows for PlaneRows<'_> {
                     *sum = _mm512_dpbusd_epi32(*sum, q, x.columns[unit][j]);
                 }
             }
-            let scales = block_scales(scales, chunk.first, chunk.count, n_blocks);
+            let scales = chunk.scales(scales);
             // eight, and one less where the scale is negative
             let negative = _mm256_movepi16_mask(scales);
             let offsets = _mm512_slli_epi32::<3>(x.x_sums);
@@ -376,13 +361,13 @@ vnni_fn! {
             let signs = planes.top.as_ptr();
             for first in (0..n_blocks).step_by(UNIT) {
                 let count = (n_blocks - first).min(UNIT);
-                let high = &rest.high[first * HIGH_BYTES..][..count * HIGH_BYTES];
-                let high = if count == UNIT {
-                    super::x86::high_of_blocks(high.as_ptr())
+                let mut high = [0; UNIT];
+                if count == UNIT {
+                    high = super::x86::high_of_blocks(rest.high[first * HIGH_BYTES..].as_ptr());
                 } else {
-                    let byte = |n: usize, j: usize| high.get(j * count + n).copied().unwrap_or(0);
-                    std::array::from_fn(|n| u32::from_le_bytes(std::array::from_fn(|j| byte(n, j))))
-                };
+                    let there = high[..count].iter_mut().enumerate();
+                    there.for_each(|(n, high)| *high = rest.high_of(first + n));
+                }
                 for n in 0..count {
                     let block = first + n;
                     let signs = signs.add(planes.shape.signs_at(row, block)).cast::<u32>().read_unaligned();

@@ -172,6 +172,15 @@ pub(super) struct RestRow<'a> {
     pub scales: &'a [u8],
 }
 
+impl RestRow<'_> {
+    /// Bits 2 of a block.
+    pub fn high_of(&self, block: usize) -> u32 {
+        let n_blocks = self.high.len() / HIGH_BYTES;
+        let byte = |j| self.high[high_at(block, j, n_blocks)];
+        u32::from_le_bytes(std::array::from_fn(byte))
+    }
+}
+
 /// A block's 32 values.
 struct GateBlock {
     signs: u32,
@@ -285,13 +294,10 @@ impl<'a> GatePlanes<'a> {
     fn block(&self, row: usize, block: usize) -> GateBlock {
         let signs = &self.top[self.shape.signs_at(row, block)..];
         let rest = self.rest_row(row);
-        let n_blocks = self.shape.n_blocks();
         let at = block * SCALE_BYTES;
         GateBlock {
             signs: u32::from_le_bytes(std::array::from_fn(|j| signs[j])),
-            high: u32::from_le_bytes(std::array::from_fn(|j| {
-                rest.high[high_at(block, j, n_blocks)]
-            })),
+            high: rest.high_of(block),
             low: std::array::from_fn(|j| rest.low[block * LOW_BYTES + j]),
             scale: [rest.scales[at], rest.scales[at + 1]],
         }
@@ -430,6 +436,7 @@ impl<'a> GatePlanes<'a> {
             unsafe { super::avx512::group(*self, rows, bits, image.as_mut_ptr()) };
             return MatrixRef::new(shape, image);
         }
+        #[cfg(not(target_arch = "x86_64"))]
         let _ = cpu;
         let row_bytes = QuantType::Q4_0.row_bytes(shape.n_cols);
         let file = &mut file[..rows.len() * row_bytes];
