@@ -15,6 +15,8 @@ pub(crate) mod avx512;
 pub(crate) mod isa;
 pub(crate) mod row;
 #[cfg(target_arch = "x86_64")]
+pub(crate) mod rows256;
+#[cfg(target_arch = "x86_64")]
 pub(crate) mod rows512;
 pub(crate) mod scalar;
 pub(crate) mod tile;

@@ -1,6 +1,7 @@
 //! Single rows in [`crate::Layout::Rows`] with AVX2: 32 values at a time.
 //!
-//! Rows that are read one by one (neurons that fire) are short, so all SIMD tiers share these.
+//! Rows that are read one by one (neurons that fire) are short, so all SIMD tiers share these; several rows of `Q4_0` are
+//! [`super::rows256`]'s and [`super::rows512`]'s.
 
 #![cfg(target_arch = "x86_64")]
 
@@ -372,7 +373,7 @@ avx2_fn! {
 
 avx2_fn! {
     /// The first `count` of eight integers; zeros behind.
-    fn first_of_eight(p: *const i32, count: usize) -> __m256i {
+    pub(crate) fn first_of_eight(p: *const i32, count: usize) -> __m256i {
         if count == 8 {
             return _mm256_loadu_si256(p.cast());
         }

@@ -15,11 +15,31 @@ const TILE: usize = 16;
 
 /// Features of every function here.
 macro_rules! vnni_fn {
+    ($(#[$doc:meta])* $vis:vis fn $name:ident (&mut $self:ident, $($arg:ident : $t:ty),* $(,)?) $body:block) => {
+        $(#[$doc])*
+        #[inline]
+        #[target_feature(enable = "avx2,fma,f16c,avx512f,avx512bw,avx512dq,avx512vl,avx512vnni")]
+        $vis unsafe fn $name(&mut $self, $($arg: $t),*) {
+            // SAFETY: the features are enabled; pointers are valid by the function's contract.
+            #[allow(unused_unsafe)]
+            unsafe { $body }
+        }
+    };
     ($(#[$doc:meta])* $vis:vis fn $name:ident (&$self:ident, $($arg:ident : $t:ty),* $(,)?) -> $r:ty $body:block) => {
         $(#[$doc])*
         #[inline]
         #[target_feature(enable = "avx2,fma,f16c,avx512f,avx512bw,avx512dq,avx512vl,avx512vnni")]
         $vis unsafe fn $name(&$self, $($arg: $t),*) -> $r {
+            // SAFETY: the features are enabled; pointers are valid by the function's contract.
+            #[allow(unused_unsafe)]
+            unsafe { $body }
+        }
+    };
+    ($(#[$doc:meta])* $vis:vis fn $name:ident [$($g:ident : $b:path),*; const $n:ident : $nt:ty] ($($arg:ident : $t:ty),* $(,)?) -> $r:ty $body:block) => {
+        $(#[$doc])*
+        #[inline]
+        #[target_feature(enable = "avx2,fma,f16c,avx512f,avx512bw,avx512dq,avx512vl,avx512vnni")]
+        $vis unsafe fn $name<$($g: $b),*, const $n: $nt>($($arg: $t),*) -> $r {
             // SAFETY: the features are enabled; pointers are valid by the function's contract.
             #[allow(unused_unsafe)]
             unsafe { $body }
@@ -97,6 +117,9 @@ pub(crate) trait TileRows {
     /// Activations of a chunk, in the order of the rows' bytes.
     type Activations: Copy;
 
+    /// Whether chunks of 16 blocks are computed by code of their own, without masks. (Two copies of long code are not inlined.)
+    const WHOLE: bool;
+
     /// Asks for what [`Self::totals`] will read.
     fn ask_for(&self, row: usize, chunk: Chunk);
 
@@ -108,6 +131,7 @@ pub(crate) trait TileRows {
     unsafe fn totals(&self, row: usize, chunk: Chunk, x: &Self::Activations) -> (__m512i, __m256i);
 }
 
+#[derive(Clone, Copy)]
 #[repr(C, align(64))]
 struct Tile([[f32; TILE]; TILE]);
 
@@ -156,42 +180,70 @@ vnni_fn! {
             rows.ask_for(id as usize, Chunk { first: 0, count: n_blocks, n_blocks });
             beside(j);
         }
-        let (mut totals, mut factors) = (Tile([[0.0; TILE]; TILE]), Tile([[0.0; TILE]; TILE]));
+        let mut tiles = [Tile([[0.0; TILE]; TILE]); 2];
         let mut at = 0;
         while at < ids.len() {
-            let n = (ids.len() - at).min(TILE);
+            let (these, next) = ids[at..].split_at((ids.len() - at).min(TILE));
             let mut acc = _mm512_setzero_ps();
-            let mut first = 0;
-            while first < n_blocks {
+            for first in (0..n_blocks).step_by(TILE) {
                 let chunk = Chunk { first, count: (n_blocks - first).min(TILE), n_blocks };
-                let activations = R::activations(x, chunk);
-                let x_scales = _mm512_maskz_loadu_ps(chunk.mask(), x.scales.as_ptr().add(first));
-                for r in 0..n {
-                    if let Some(&next) = ids.get(at + TILE + r) {
+                let mut ask = |r: usize| {
+                    if let Some(&next) = next.get(r) {
                         rows.ask_for(next as usize, chunk);
                         if first == 0 {
                             beside(at + TILE + r);
                         }
                     }
-                    let (total, scales) = rows.totals(ids[at + r] as usize, chunk, &activations);
-                    let factor = _mm512_mul_ps(_mm512_cvtph_ps(scales), x_scales);
-                    _mm512_store_ps(totals.0[r].as_mut_ptr(), _mm512_cvtepi32_ps(total));
-                    _mm512_store_ps(factors.0[r].as_mut_ptr(), factor);
-                }
-                let mut block = 0;
-                while block < chunk.count {
-                    let (t, f) = (columns(&totals, block), columns(&factors, block));
-                    for c in 0..(chunk.count - block).min(4) {
-                        acc = _mm512_fmadd_ps(t[c], f[c], acc);
-                    }
-                    block += 4;
-                }
-                first += TILE;
+                };
+                acc = if R::WHOLE && chunk.count == TILE {
+                    add_chunk::<R, _, true>(rows, x, chunk, these, &mut tiles, acc, &mut ask)
+                } else {
+                    add_chunk::<R, _, false>(rows, x, chunk, these, &mut tiles, acc, &mut ask)
+                };
             }
-            let mask = (0xFFFF_u32 >> (TILE - n)) as u16;
+            let mask = (0xFFFF_u32 >> (TILE - these.len())) as u16;
             _mm512_mask_storeu_ps(out.as_mut_ptr().add(at), mask, acc);
-            at += n;
+            at += these.len();
         }
+    }
+}
+
+vnni_fn! {
+    /// `acc`, a row's sum in each lane, and the rows' products with a chunk. `ask` is called beside each.
+    ///
+    /// # Safety
+    /// As [`products`]; the chunk is `FULL` or not.
+    fn add_chunk[R: TileRows, F: FnMut(usize); const FULL: bool](
+        rows: &R,
+        x: ActRef<'_>,
+        chunk: Chunk,
+        ids: &[u32],
+        tiles: &mut [Tile; 2],
+        acc: __m512,
+        ask: &mut F,
+    ) -> __m512 {
+        // known to the compiler, which needs no masks then
+        let chunk = if FULL { Chunk { count: TILE, ..chunk } } else { chunk };
+        let [totals, factors] = tiles;
+        let activations = R::activations(x, chunk);
+        let x_scales = _mm512_maskz_loadu_ps(chunk.mask(), x.scales.as_ptr().add(chunk.first));
+        for (r, &id) in ids.iter().enumerate() {
+            ask(r);
+            let (total, scales) = rows.totals(id as usize, chunk, &activations);
+            let factor = _mm512_mul_ps(_mm512_cvtph_ps(scales), x_scales);
+            _mm512_store_ps(totals.0[r].as_mut_ptr(), _mm512_cvtepi32_ps(total));
+            _mm512_store_ps(factors.0[r].as_mut_ptr(), factor);
+        }
+        let mut acc = acc;
+        let mut block = 0;
+        while block < chunk.count {
+            let (t, f) = (columns(totals, block), columns(factors, block));
+            for c in 0..(chunk.count - block).min(4) {
+                acc = _mm512_fmadd_ps(t[c], f[c], acc);
+            }
+            block += 4;
+        }
+        acc
     }
 }
 
@@ -219,6 +271,7 @@ impl Q4_0<'_> {
 #[allow(clippy::undocumented_unsafe_blocks)]
 impl TileRows for Q4_0<'_> {
     type Activations = Q4_0Activations;
+    const WHOLE: bool = true;
 
     #[inline]
     fn ask_for(&self, row: usize, chunk: Chunk) {

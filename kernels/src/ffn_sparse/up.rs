@@ -5,9 +5,9 @@ use std::ops::Range;
 use super::NeuronRows;
 use crate::activations::{ActBatch, ActRef, ActivationMode};
 use crate::cpu::{Cpu, Tier};
-#[cfg(target_arch = "x86_64")]
-use crate::dot::rows512;
 use crate::dot::scalar;
+#[cfg(target_arch = "x86_64")]
+use crate::dot::{rows256, rows512};
 use crate::gemm::gemm;
 use crate::matrix::{Layout, MatrixRef, MatrixShape, ROW_GROUP, StridedOut};
 use crate::quant::{BLOCK, QuantType};
@@ -97,6 +97,18 @@ fn products_beside(
         unsafe {
             rows512::products(&rows512::Q4_0(rows), x, n_blocks, ids, out, &mut beside);
         }
+        return;
+    }
+    #[cfg(target_arch = "x86_64")]
+    if cpu.tier() >= Tier::Avx2
+        && q8
+        && rows.quant == QuantType::Q4_0
+        && ids.len() >= rows256::ROWS_MIN
+    {
+        // each row is there
+        ids.iter().for_each(|&id| _ = rows.row(id as usize));
+        // SAFETY: a `Cpu` exists only for tiers that the machine has; `x` fits, and all rows are there.
+        unsafe { rows256::products(rows, x, ids, out, &mut beside) };
         return;
     }
     let mut ask_for = |js: Range<usize>, rows_too: bool| {

@@ -224,6 +224,7 @@ impl PlaneRows<'_> {
 #[allow(clippy::undocumented_unsafe_blocks)]
 impl TileRows for PlaneRows<'_> {
     type Activations = PlaneActivations;
+    const WHOLE: bool = false;
 
     #[inline]
     fn ask_for(&self, row: usize, chunk: Chunk) {
