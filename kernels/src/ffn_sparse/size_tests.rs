@@ -47,7 +47,7 @@ fn rows_of_all_lengths_and_numbers_equal_the_matrix_product() {
             let mut all = vec![0.0; N_NEURONS];
             let m = MatrixRef::new(shape, &matrix);
             gemv(cpu, m, x.token(0), 0..N_NEURONS, &mut all);
-            for n in [0, 1, 16, 17, 37] {
+            for n in [0, 1, 2, 3, 8, 9, 16, 17, 37] {
                 let ids: Vec<u32> = (0..n as u32).map(|j| (j * 23 + 5) % 40).collect();
                 let mut out = vec![f32::NAN; n];
                 let mut beside = vec![];
@@ -68,14 +68,19 @@ fn rows_of_all_lengths_and_numbers_equal_the_matrix_product() {
 /// Down of the first `a.len()` neurons, all in one group, in each tier.
 fn down_in_all_tiers(n_embd: usize, rows: &[u8], a: &[f32]) -> Vec<Vec<f32>> {
     let ids: Vec<u32> = (0..a.len() as u32).collect();
-    let down = |cpu: Cpu| {
+    down_of_ids(neurons(n_embd, rows), &ids, a)
+}
+
+/// Down of neurons `ids`, likewise.
+fn down_of_ids(down: NeuronRows<'_>, ids: &[u32], a: &[f32]) -> Vec<Vec<f32>> {
+    let n_embd = down.n_embd;
+    let of_tier = |cpu: Cpu| {
         let mut out = vec![f32::NAN; n_embd];
         let groups = groups_of_one(0..ids.len());
-        let down = neurons(n_embd, rows);
-        down_active(cpu, down, &ids, a, &groups, 0..n_embd, &mut [&mut out]);
+        down_active(cpu, down, ids, a, &groups, 0..n_embd, &mut [&mut out]);
         out
     };
-    cpus().map(down).collect()
+    cpus().map(of_tier).collect()
 }
 
 #[test]
@@ -126,6 +131,55 @@ fn down_of_what_is_no_number_is_none_in_any_tier() {
         a[3] = bad;
         for sum in down_in_all_tiers(n_embd, &rows, &a) {
             assert!(sum.iter().all(|y| y.is_nan()), "{bad} is lost");
+        }
+    }
+}
+
+/// Ids of which 16 that are rounded together have one or two: lone ones before, between and behind pairs, in all numbers up to
+/// `n_lone`.
+fn sparse_ids(n_lone: u32) -> Vec<u32> {
+    let (mut ids, mut run) = (vec![], 0);
+    for n in 0..=n_lone {
+        ids.extend((0..n).map(|k| 16 * (run + k) + (run + k) % 16));
+        run += n;
+        ids.extend([16 * run + 3, 16 * run + 9]);
+        run += 1;
+    }
+    ids
+}
+
+#[test]
+fn down_of_neurons_that_are_rounded_alone_gives_equal_bits() {
+    let ids = sparse_ids(6);
+    let n_neurons = *ids.last().unwrap() as usize + 1;
+    for n_embd in WIDTHS {
+        let file = Random(9).rows(QuantType::Q4_0, n_neurons, n_embd);
+        let (_, rows) = pack(QuantType::Q4_0, n_embd, Layout::Rows, &file);
+        let down = NeuronRows {
+            n_neurons,
+            ..neurons(n_embd, &rows)
+        };
+        let mut a = Random(10).activations(ids.len());
+        // on both sides of where 127 / |a · d| is infinite; and nothing at all
+        let small = [1e-37, -1e-37, 1e-36, -3e-35, 1e-34, 1e-45, 0.0, -0.0];
+        for (a, small) in a.iter_mut().step_by(3).zip(small) {
+            *a = small;
+        }
+        for n in 0..=ids.len() {
+            let sums = down_of_ids(down, &ids[..n], &a[..n]);
+            for sum in &sums[1..] {
+                assert_eq!(bits(sum), bits(&sums[0]), "{n} rows of {n_embd}");
+            }
+        }
+        let lone = ids
+            .iter()
+            .position(|&id| ids.iter().filter(|&&other| other / 16 == id / 16).count() == 1);
+        for bad in [f32::NAN, f32::INFINITY, f32::NEG_INFINITY] {
+            let mut a = a.clone();
+            a[lone.unwrap()] = bad;
+            for sum in down_of_ids(down, &ids, &a) {
+                assert!(sum.iter().all(|y| y.is_nan()), "{bad} is lost");
+            }
         }
     }
 }

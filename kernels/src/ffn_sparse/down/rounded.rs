@@ -266,11 +266,87 @@ pub(super) mod x86 {
         }
         // SAFETY: this function's contract; `y` holds the blocks.
         unsafe {
+            if let ([row], [a]) = (rows, a) {
+                return add_row(row, *a, n_blocks, blocks, y);
+            }
             round(rows, a, n_blocks, blocks.start, blocks.len(), rounded);
             for (n, block) in blocks.enumerate() {
                 let y = y.as_mut_ptr().add(n * BLOCK);
                 add_block(rows, rounded, n, block, y);
             }
+        }
+    }
+
+    /// Adds a neuron that is rounded alone: each block's `S` is 127 or −127, whose sign its scale gets, which changes no bit
+    /// (no sum is ever −0); where it would be 0, the scale is 0, or NaN.
+    ///
+    /// # Safety
+    /// As [`add_run`].
+    #[inline]
+    #[target_feature(enable = "avx2,fma,f16c")]
+    unsafe fn add_row(
+        row: &RowPlanes,
+        a: f32,
+        n_blocks: usize,
+        blocks: Range<usize>,
+        y: &mut [f32],
+    ) {
+        let (zero, sign) = (_mm256_setzero_ps(), _mm256_set1_ps(-0.0));
+        let (by, less) = (_mm256_set1_ps(127.0), _mm256_set1_ps(-1016.0));
+        for first in blocks.clone().step_by(8) {
+            let mut scales = [0.0f32; 8];
+            // SAFETY: the row is whole.
+            let v = unsafe {
+                let d = row::scales_of_eight::<row::Q4_0>(row, first, n_blocks);
+                _mm256_mul_ps(_mm256_set1_ps(a), d)
+            };
+            let amax = _mm256_max_ps(_mm256_andnot_ps(sign, v), zero);
+            let Scales { scale, usable, .. } = scales_of(amax, v);
+            let signed = _mm256_or_ps(scale, _mm256_and_ps(v, sign));
+            let scale = _mm256_blendv_ps(_mm256_mul_ps(scale, zero), signed, usable);
+            // SAFETY: eight values.
+            unsafe { _mm256_storeu_ps(scales.as_mut_ptr(), scale) };
+            for (block, scale) in (first..blocks.end).zip(scales) {
+                let scale = _mm256_set1_ps(scale);
+                let y = &mut y[(block - blocks.start) * BLOCK..][..BLOCK];
+                for half in 0..2 {
+                    // SAFETY: the block is in the row, and `y` holds it.
+                    unsafe {
+                        let eight = row.block16(block).add(8 * half);
+                        let both = _mm256_cvtepu8_epi32(_mm_loadl_epi64(eight.cast()));
+                        let low = _mm256_and_si256(both, _mm256_set1_epi32(0xF));
+                        for (at, q) in [(0, low), (16, _mm256_srli_epi32::<4>(both))] {
+                            let to = y.as_mut_ptr().add(at + 8 * half);
+                            let value = _mm256_fmadd_ps(_mm256_cvtepi32_ps(q), by, less);
+                            let sum = _mm256_fmadd_ps(value, scale, _mm256_loadu_ps(to));
+                            _mm256_storeu_ps(to, sum);
+                        }
+                    }
+                }
+            }
+        }
+    }
+
+    /// Of blocks that are rounded together: what rounded values are multiplied by, and 127 over the largest magnitude, 0 where
+    /// that is not `usable`.
+    struct Scales {
+        scale: __m256,
+        inverse: __m256,
+        usable: __m256,
+    }
+
+    /// `amax`: the largest magnitudes; `bad`: not finite where any value is.
+    #[inline]
+    #[target_feature(enable = "avx2,fma,f16c")]
+    fn scales_of(amax: __m256, bad: __m256) -> Scales {
+        let of_127 = _mm256_set1_ps(127.0);
+        let bad = _mm256_mul_ps(bad, _mm256_setzero_ps());
+        let inverse = _mm256_div_ps(of_127, amax);
+        let usable = _mm256_cmp_ps::<_CMP_LT_OQ>(inverse, _mm256_set1_ps(f32::INFINITY));
+        Scales {
+            scale: _mm256_add_ps(_mm256_div_ps(amax, of_127), bad),
+            inverse: _mm256_and_ps(inverse, usable),
+            usable,
         }
     }
 
@@ -300,12 +376,7 @@ pub(super) mod x86 {
                     _mm256_storeu_ps(s[n].as_mut_ptr().cast::<f32>().add(half), v);
                 }
             }
-            let of_127 = _mm256_set1_ps(127.0);
-            let scale = _mm256_add_ps(_mm256_div_ps(amax, of_127), bad);
-            let inverse = _mm256_div_ps(of_127, amax);
-            let infinite = _mm256_set1_ps(f32::INFINITY);
-            let usable = _mm256_cmp_ps::<_CMP_LT_OQ>(inverse, infinite);
-            let inverse = _mm256_and_ps(inverse, usable);
+            let Scales { scale, inverse, .. } = scales_of(amax, bad);
             let mut total = _mm256_setzero_si256();
             // SAFETY: all arrays have 16 values a row; those of the rows, and zeros behind, are set.
             unsafe {

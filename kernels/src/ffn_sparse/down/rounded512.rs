@@ -1,7 +1,4 @@
-//! [`super::rounded`] of one token with AVX-512: four blocks of columns at a time.
-//!
-//! While neurons are added, a strip's sums lie in the order in which four blocks' nibbles come apart:
-//! columns 0 … 7 of four blocks, then columns 8 … 15, and so on.
+//! [`super::rounded`] with AVX-512: of a neuron that is alone a block of columns at a time, of several four.
 //!
 //! The loop of [`strip`] is [`super::rounded::x86`]'s around other products.
 
@@ -32,6 +29,8 @@ const _: () = assert!(
     STRIP.is_multiple_of(UNIT) && strips::STRIP.is_multiple_of(UNIT) && strips::STRIP <= STRIP,
     "sums of subtrees do not meet"
 );
+/// Neurons that are added together, of those that are rounded alone: sums stay in registers meanwhile.
+const TOGETHER: usize = 4;
 /// Blocks that are rounded together.
 const LANES: usize = 16;
 /// Blocks of a strip, to whole registers of lanes.
@@ -105,10 +104,21 @@ vnni_fn! {
         let mut done = [[0.0f32; STRIP * BLOCK]; SUBTREES_MAX + 1];
         let flat = done.as_flattened_mut();
         let mut asked = 0;
+        let mut alone = Alone { rows: [std::ptr::null(); TOGETHER], a: [0.0; TOGETHER], n: 0 };
         sum_groups(list.groups, flat, STRIP * BLOCK, width, |span, y| {
             for run in runs(list.ids, span.clone()) {
                 for j in to_ask(&run, &mut asked, list.ids.len()) {
                     columns.prefetch(row(j));
+                }
+                if run.len() == 1 {
+                    alone.rows[alone.n] = row(run.start);
+                    alone.a[alone.n] = list.a[run.start];
+                    alone.n += 1;
+                    if alone.n == TOGETHER {
+                        // SAFETY: this function's contract; `y` holds the columns.
+                        unsafe { alone.add(columns, y) };
+                    }
+                    continue;
                 }
                 let mut rows = [std::ptr::null(); ROUNDED];
                 for (to, j) in rows.iter_mut().zip(run.clone()) {
@@ -116,11 +126,16 @@ vnni_fn! {
                 }
                 let rows = &rows[..run.len()];
                 // SAFETY: this function's contract; `y` holds whole units.
-                unsafe { add_run(rows, &list.a[run], columns, &mut rounded, y) };
+                unsafe {
+                    alone.add(columns, y);
+                    add_run(rows, &list.a[run], columns, &mut rounded, y);
+                }
             }
+            // SAFETY: as above.
+            unsafe { alone.add(columns, y) };
         });
         for (sum, y) in sums.iter_mut().zip(&done) {
-            in_order(y, &mut sum[at..][..columns.width * BLOCK]);
+            sum[at..][..columns.width * BLOCK].copy_from_slice(&y[..columns.width * BLOCK]);
         }
     }
 }
@@ -181,19 +196,10 @@ vnni_fn! {
             for (n, sum) in sums.iter_mut().enumerate() {
                 let y = &scratch.sums[n * size..][..n_tokens * width];
                 for (t, y) in batch.tokens.clone().zip(y.chunks_exact(width)) {
-                    in_order(y, &mut sum.row(t)[at..][..columns.width * BLOCK]);
+                    let y = &y[..columns.width * BLOCK];
+                    sum.row(t)[at..][..y.len()].copy_from_slice(y);
                 }
             }
-        }
-    }
-}
-
-/// Writes a strip's sums, which lie as four blocks' nibbles come apart, in the order of columns.
-fn in_order(y: &[f32], sum: &mut [f32]) {
-    for (n, block) in sum.chunks_exact_mut(BLOCK).enumerate() {
-        let unit = &y[n / UNIT * UNIT * BLOCK..][..UNIT * BLOCK];
-        for (part, to) in block.chunks_exact_mut(8).enumerate() {
-            to.copy_from_slice(&unit[(part * UNIT + n % UNIT) * 8..][..8]);
         }
     }
 }
@@ -204,9 +210,110 @@ vnni_fn! {
     /// # Safety
     /// As [`round`]; `y` holds whole units.
     fn add_run(rows: &[*const u8], a: &[f32], columns: Columns, rounded: &mut MaybeUninit<Rounded>, y: &mut [f32]) {
+        if let (&[row], &[a]) = (rows, a) {
+            return add_alone([row], [a], columns, y.as_mut_ptr());
+        }
         round(rows, a, columns, rounded.as_mut_ptr());
         for n in (0..columns.width).step_by(UNIT) {
             add_unit(rows, rounded.as_ptr(), n, columns, y.as_mut_ptr().add(n * BLOCK));
+        }
+    }
+}
+
+/// Neurons that are rounded alone and will be added next.
+struct Alone {
+    rows: [*const u8; TOGETHER],
+    a: [f32; TOGETHER],
+    n: usize,
+}
+
+impl Alone {
+    vnni_fn! {
+        /// Adds them, and forgets them.
+        ///
+        /// # Safety
+        /// As [`add_alone`].
+        fn add(&mut self, columns: Columns, y: &mut [f32]) {
+            let (y, [r0, r1, r2, r3], [a0, a1, a2, a3]) = (y.as_mut_ptr(), self.rows, self.a);
+            match self.n {
+                0 => {}
+                1 => add_alone([r0], [a0], columns, y),
+                2 => add_alone([r0, r1], [a0, a1], columns, y),
+                3 => add_alone([r0, r1, r2], [a0, a1, a2], columns, y),
+                _ => add_alone([r0, r1, r2, r3], [a0, a1, a2, a3], columns, y),
+            }
+            self.n = 0;
+        }
+    }
+}
+
+vnni_fn! {
+    /// Adds neurons each of which is rounded alone, in their order: each block's `S` is 127 or −127, whose sign its scale gets, which
+    /// changes no bit (no sum is ever −0); where it would be 0, the scale is 0, or NaN.
+    ///
+    /// # Safety
+    /// As [`active`]; the rows are whole, `y` has room for the columns.
+    fn add_alone[const N: usize](rows: [*const u8; N], a: [f32; N], columns: Columns, y: *mut f32) {
+        let table = _mm512_setr_ps(
+            -1016.0, -889.0, -762.0, -635.0, -508.0, -381.0, -254.0, -127.0, 0.0, 127.0, 254.0, 381.0,
+            508.0, 635.0, 762.0, 889.0,
+        );
+        for first in (0..columns.width).step_by(LANES) {
+            let chunk = Chunk {
+                first: columns.first + first,
+                count: (columns.width - first).min(LANES),
+                n_blocks: columns.n_blocks,
+            };
+            let mut scales = [[0.0f32; LANES]; N];
+            for n in 0..N {
+                let d = chunk.scales(columns.scales(rows[n]));
+                let v = _mm512_mul_ps(_mm512_set1_ps(a[n]), _mm512_cvtph_ps(d));
+                let amax = _mm512_max_ps(_mm512_abs_ps(v), _mm512_setzero_ps());
+                let Scales { scale, usable, .. } = scales_of(amax, v);
+                let sign = _mm512_and_ps(v, _mm512_set1_ps(-0.0));
+                let unusable = _mm512_mul_ps(scale, _mm512_setzero_ps());
+                let scale = _mm512_mask_or_ps(unusable, usable, scale, sign);
+                _mm512_storeu_ps(scales[n].as_mut_ptr(), scale);
+            }
+            for block in 0..chunk.count {
+                let to = y.add((first + block) * BLOCK);
+                let (mut low, mut high) = (_mm512_loadu_ps(to), _mm512_loadu_ps(to.add(16)));
+                for n in 0..N {
+                    let nibbles = columns.nibbles(rows[n], first + block);
+                    let both = _mm512_cvtepu8_epi32(_mm_loadu_si128(nibbles.cast()));
+                    let scale = _mm512_set1_ps(scales[n][block]);
+                    // lanes of a permutation use their low 4 bits only
+                    low = _mm512_fmadd_ps(_mm512_permutexvar_ps(both, table), scale, low);
+                    let both = _mm512_srli_epi32::<4>(both);
+                    high = _mm512_fmadd_ps(_mm512_permutexvar_ps(both, table), scale, high);
+                }
+                _mm512_storeu_ps(to, low);
+                _mm512_storeu_ps(to.add(16), high);
+            }
+        }
+    }
+}
+
+/// Of blocks that are rounded together: what rounded values are multiplied by, and 127 over the largest magnitude, 0 where that
+/// is not `usable`.
+struct Scales {
+    scale: __m512,
+    inverse: __m512,
+    usable: __mmask16,
+}
+
+vnni_fn! {
+    /// `amax`: the largest magnitudes; `bad`: not finite where any value is.
+    fn scales_of(amax: __m512, bad: __m512) -> Scales {
+        let of_127 = _mm512_set1_ps(127.0);
+        let bad = _mm512_mul_ps(bad, _mm512_setzero_ps());
+        let scale = _mm512_add_ps(_mm512_div_ps(amax, of_127), bad);
+        let inverse = _mm512_div_ps(of_127, amax);
+        let usable = _mm512_cmp_ps_mask::<_CMP_LT_OQ>(inverse, _mm512_set1_ps(f32::INFINITY));
+        Scales {
+            scale,
+            inverse: _mm512_maskz_mov_ps(usable, inverse),
+            usable,
         }
     }
 }
@@ -232,11 +339,7 @@ vnni_fn! {
                 s[n] = v;
             }
             s[rows.len()] = _mm512_setzero_ps();
-            let of_127 = _mm512_set1_ps(127.0);
-            let scale = _mm512_add_ps(_mm512_div_ps(amax, of_127), bad);
-            let inverse = _mm512_div_ps(of_127, amax);
-            let usable = _mm512_cmp_ps_mask::<_CMP_LT_OQ>(inverse, _mm512_set1_ps(f32::INFINITY));
-            let inverse = _mm512_maskz_mov_ps(usable, inverse);
+            let Scales { scale, inverse, .. } = scales_of(amax, bad);
             _mm512_storeu_ps((&raw mut (*out).scales).cast::<f32>().add(first), scale);
             let (mut total, byte) = (_mm512_setzero_si512(), _mm512_set1_epi32(0xFF));
             for pair in 0..rows.len().div_ceil(2) {
@@ -293,26 +396,25 @@ vnni_fn! {
             {
                 let low = _mm512_and_si512(both, nibble);
                 let high = _mm512_and_si512(_mm512_srli_epi16::<4>(both), nibble);
+                // columns 0 … 7 and 8 … 15 of each block, and the 16 behind
                 sums[half] = _mm512_add_epi16(sums[half], _mm512_maddubs_epi16(low, s));
                 sums[2 + half] = _mm512_add_epi16(sums[2 + half], _mm512_maddubs_epi16(high, s));
             }
         }
-        let scales = _mm512_castps128_ps512(_mm_loadu_ps((&raw const (*rounded).scales).cast::<f32>().add(n)));
-        let two_blocks = |first: i32| {
-            let second = first + 1;
-            let each = _mm512_setr_epi32(
-                first, first, first, first, first, first, first, first,
-                second, second, second, second, second, second, second, second,
-            );
-            _mm512_permutexvar_ps(each, scales)
-        };
-        let scales = [two_blocks(0), two_blocks(2)];
-        for (part, sum) in sums.into_iter().enumerate() {
-            let halves = [_mm512_castsi512_si256(sum), _mm512_extracti64x4_epi64::<1>(sum)];
-            for (n, (half, scale)) in halves.into_iter().zip(scales).enumerate() {
-                let to = y.add(part * UNIT * 8 + 16 * n);
-                let value = _mm512_cvtepi32_ps(_mm512_cvtepi16_epi32(half));
-                _mm512_storeu_ps(to, _mm512_fmadd_ps(value, scale, _mm512_loadu_ps(to)));
+        for half in 0..2 {
+            // a block's 16 columns of the half, of four blocks, of which two come together
+            let (front, back) = (sums[2 * half], sums[2 * half + 1]);
+            for (two, order) in [(0, [0, 1, 8, 9, 2, 3, 10, 11]), (2, [4, 5, 12, 13, 6, 7, 14, 15])] {
+                let [a, b, c, d, e, f, g, h] = order;
+                let order = _mm512_setr_epi64(a, b, c, d, e, f, g, h);
+                let both = _mm512_permutex2var_epi64(front, order, back);
+                for (other, of_block) in [_mm512_castsi512_si256(both), _mm512_extracti64x4_epi64::<1>(both)].into_iter().enumerate() {
+                    let block = two + other;
+                    let to = y.add(block * BLOCK + 16 * half);
+                    let scale = _mm512_set1_ps(*(&raw const (*rounded).scales).cast::<f32>().add(n + block));
+                    let value = _mm512_cvtepi32_ps(_mm512_cvtepi16_epi32(of_block));
+                    _mm512_storeu_ps(to, _mm512_fmadd_ps(value, scale, _mm512_loadu_ps(to)));
+                }
             }
         }
     }
