@@ -12,13 +12,10 @@ struct BeginArgs {
     u32* words;
     // [1] in host memory: when the token began
     u64* stamp;
-    // [n_counts] on the device: become zero
-    u32* counts;
     u32 n;
     u32 n_rotation;
-    u32 n_counts;
 };
-static_assert(sizeof(BeginArgs) == 80, "as the launcher has it");
+static_assert(sizeof(BeginArgs) == 64, "as the launcher has it");
 
 // Fetches a token. The host wrote it before it launched this.
 extern "C" __global__ void __launch_bounds__(1024) begin_token(BeginArgs args) {
@@ -26,7 +23,6 @@ extern "C" __global__ void __launch_bounds__(1024) begin_token(BeginArgs args) {
     const u32 first = blockIdx.x * blockDim.x + threadIdx.x, step = gridDim.x * blockDim.x;
     for (u32 i = first; i < args.n; i += step) args.x[i] = ((volatile const float*)args.x_in)[i];
     for (u32 i = first; i < args.n_rotation; i += step) args.rotation[i] = ((volatile const float*)args.rotation_in)[i];
-    for (u32 i = first; i < args.n_counts; i += step) args.counts[i] = 0;
     if (first == 0) *args.stamp = time_ns();
     if (first < 2) args.words[first] = ((volatile const u32*)args.words_in)[first];
     start_next_launch();
@@ -40,22 +36,17 @@ struct HandOverArgs {
     // in host memory: [n], and the count where there is one
     u32* to;
     u32* to_count;
-    // [n_more] words on the device, and where all of them go in host memory
-    const u32* more;
-    u32* to_more;
     HandOver hand;
     u32 n;
-    u32 n_more;
 };
-static_assert(sizeof(HandOverArgs) == 88, "as the launcher has it");
+static_assert(sizeof(HandOverArgs) == 72, "as the launcher has it");
 
 // Writes words to the host's memory, then the token's number to the flag.
 extern "C" __global__ void __launch_bounds__(1024) hand_over(HandOverArgs args) {
     wait_for_launch_before();
     const u32 n = args.count == nullptr ? args.n : min(*args.count, args.n);
-    const u32 first = blockIdx.x * blockDim.x + threadIdx.x, step = gridDim.x * blockDim.x;
-    for (u32 i = first; i < n; i += step) args.to[i] = args.from[i];
-    for (u32 i = first; i < args.n_more; i += step) args.to_more[i] = args.more[i];
+    const u32 step = gridDim.x * blockDim.x;
+    for (u32 i = blockIdx.x * blockDim.x + threadIdx.x; i < n; i += step) args.to[i] = args.from[i];
     start_next_launch();
     set_flag(args.hand, args.count == nullptr ? nullptr : args.to_count, n);
 }

@@ -2,6 +2,7 @@
 #include "activations.cu"
 #include "attention.cu"
 #include "attention_batch.cu"
+#include "attention_group.cu"
 #include "batch.cu"
 #include "compact.cu"
 #include "embed.cu"

@@ -45,8 +45,6 @@ pub(super) struct Buffers {
     pub tickets: [DeviceBuffer<u32>; 3],
     /// Set when the host was late.
     pub late: DeviceBuffer<u32>,
-    /// Hot neurons of the token whose gate was computed, and those whose gate was open, of each layer: `[n_layer, 2]`.
-    pub counts: DeviceBuffer<u32>,
     /// Keys and values, by layer.
     pub caches: Vec<DeviceCache>,
 }
@@ -142,11 +140,12 @@ impl Buffers {
                 shape.n_head_kv,
                 shape.head_dim,
                 shape.n_ctx,
+                kv_type,
+                mode,
             )?,
             logits: device.alloc(shape.n_vocab)?,
             tickets: [device.alloc(1)?, device.alloc(1)?, device.alloc(1)?],
             late: device.alloc(1)?,
-            counts: device.alloc(2 * layers.len())?,
             caches: layers.iter().map(cache).collect::<Result<_, _>>()?,
         })
     }

@@ -13,10 +13,10 @@
 //! | `logits` | GPU | `logits` | host | the next launch |
 //!
 //! The slots of layer l + 2 are those of layer l. The GPU writes `hidden` of l + 2 after it took all of `partial` of l, of which the
-//! host writes no value before it has read `hidden` and `ids` of l (they are read before the messages that values come from); it
-//! writes `ids` of l + 2 within layer l + 1, so after that too. The host
-//! writes `partial` of l + 2 after it saw `hidden[l + 2]`, which the GPU set after it had read `partial` of l. Where a layer has
-//! no cold neurons it uses no slot.
+//! host writes no value before it has read `hidden` and `ids` of l (`ids` before the messages that values come from, `hidden` at the
+//! latest before a barrier of the job that they come from); it writes `ids` of l + 2 within layer l + 1, so after that too. The
+//! host writes `partial` of l + 2 after it saw `hidden[l + 2]`, which the GPU set after it had read `partial` of l. Where a layer
+//! has no cold neurons it uses no slot.
 #![allow(unsafe_code)]
 
 use std::time::{Duration, Instant};
@@ -183,12 +183,12 @@ impl Exchange {
         std::array::from_fn(|n| stamps[n])
     }
 
-    /// The counts as the GPU sees them, `[n_layer, 2]`.
-    pub fn counts_view(&self) -> View<'_, u32> {
-        self.counts.view(0..self.counts.len())
+    /// A layer's counts as the GPU sees them, `[2]`.
+    pub fn counts_view(&self, layer: usize) -> View<'_, u32> {
+        self.counts.view(2 * layer..2 * layer + 2)
     }
 
-    /// A layer's hot neurons whose gate was computed, and those whose gate was open.
+    /// A layer's hot neurons whose activation was computed, and those among them that fired.
     ///
     /// # Safety
     /// The token that they are of has ended, and the next one is not launched meanwhile.

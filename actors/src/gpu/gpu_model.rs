@@ -10,8 +10,8 @@ use pi_kernels::attention::KvType;
 use pi_kernels::cuda::{
     Add, AroundNorm, AttendToken, BeginToken, DeviceAct, DeviceBuffer, DownScratch, Event, Gates,
     Graph, HandOver, HandOverNormed, NeuronList, RopeAppend, Stream, TakeOver, attend,
-    attend_token, begin_token, can_attend_token, compact, copy, down_active, gate_up, gemv,
-    hand_over, prepare, prepare_relu, rms_norm_with, rope_append, take_over, trap,
+    attend_token, begin_token, can_attend_token, compact, copy, count_active, down_active, gate_up,
+    gemv, hand_over, prepare, prepare_relu, rms_norm_with, rope_append, take_over, trap,
 };
 use pi_kernels::{ActivationMode, KernelError, QuantType};
 
@@ -22,7 +22,7 @@ use super::exchange::{Exchange, ExchangeSizes, Flag, Stamp};
 use super::hot_counts::HotCounts;
 use super::moving::Moving;
 use super::prefill::{Prefill, PrefillSizes};
-use super::reads::{self, HotCounted};
+use super::reads::{self, HotCounted, RowsRead};
 use super::times::{GpuTimes, LayerTimes};
 use super::weights::{GpuAhead, GpuDown, GpuFfn, GpuHead, GpuLayer, GpuSync, GpuWeights, values};
 use crate::counters::Counters;
@@ -533,15 +533,25 @@ impl GpuModel {
         let own = self.own(layer);
         self.wait(Flag::Hidden(own))?;
         self.times().host[own].seen = Some(Instant::now());
-        // SAFETY: as above.
-        Ok(unsafe {
+        // SAFETY: the flag was seen; the slice is used before `answer`.
+        Ok(unsafe { self.hidden(layer) })
+    }
+
+    /// The same where [`Self::wait_hidden`] has returned.
+    ///
+    /// # Safety
+    /// That; and no column is given ([`Self::give`]) while the slices live.
+    pub unsafe fn hidden(&self, layer: usize) -> HiddenState<'_> {
+        let own = self.own(layer);
+        // SAFETY: this function's contract.
+        unsafe {
             if self.hidden_q8[own] {
                 let (q, scales) = self.exchange.hidden_q8(own);
                 HiddenState::Q8 { q, scales }
             } else {
                 HiddenState::F32(self.exchange.hidden(own))
             }
-        })
+        }
     }
 
     /// Ends the host's part of a layer, all columns of which were given to the GPU.
@@ -714,7 +724,7 @@ impl GpuModel {
             return Counters::default();
         }
         let mut work = match positions.len() {
-            1 => self.token_work(),
+            1 => self.token_work(shape),
             _ => self.batch_work(),
         };
         for _ in self.layers() {
@@ -723,12 +733,16 @@ impl GpuModel {
         work
     }
 
-    fn token_work(&self) -> Counters {
+    fn token_work(&self, shape: &ModelShape) -> Counters {
+        let read_too = RowsRead {
+            ups: shape.gate_activation == GateActivation::Silu,
+            all: self.weights.dense,
+        };
         let layers = self.weights.layers.iter().enumerate();
         let work = layers.map(|(own, layer)| {
             // SAFETY: the token has ended.
             let [candidates, open] = unsafe { self.exchange.counts(own) };
-            reads::of_token(layer, HotCounted { candidates, open }, self.weights.dense)
+            reads::of_token(layer, HotCounted { candidates, open }, read_too)
         });
         work.fold(Counters::default(), |sum, work| sum + work)
     }
@@ -918,7 +932,6 @@ impl Capture<'_> {
 
     fn begin(&mut self, stream: &Stream) -> Launched {
         let (exchange, buffers) = (self.exchange, &mut *self.buffers);
-        let n_counts = if self.reads { buffers.counts.len() } else { 0 };
         let token = BeginToken {
             x: (exchange.x.view(0..exchange.x.len()), buffers.x.view_mut(..)),
             rotation: (
@@ -927,7 +940,6 @@ impl Capture<'_> {
             ),
             words: (exchange.words.view(0..2), buffers.words.view_mut(..)),
             stamp: exchange.stamps(Stamp::Begin, 1),
-            counts: buffers.counts.view_mut(..n_counts),
         };
         begin_token(stream, token)
     }
@@ -938,13 +950,11 @@ impl Capture<'_> {
             Some(_) => 0,
             None => self.shape.n_embd,
         };
-        let counts = (self.buffers.counts.view(..), self.exchange.counts_view());
         let [_, _, ticket] = &mut self.buffers.tickets;
         let what = HandOver {
             from: self.buffers.x.view(..n).to_bits(),
             count: None,
             to: self.exchange.x_out.view(0..n).to_bits(),
-            more: self.reads.then_some(counts),
             flag: self.exchange.flag(Flag::Token),
             number: self.buffers.words.view(1..2),
             stamp: self.exchange.stamps(Stamp::Token, 1),
@@ -1171,7 +1181,6 @@ impl Capture<'_> {
                 from: buffers.cold.ids.view(..n_cold),
                 count: Some((buffers.cold.count.view(..), to_count)),
                 to,
-                more: None,
                 flag: exchange.flag(Flag::Ids(next)),
                 number: buffers.words.view(1..2),
                 stamp: exchange.stamps(Stamp::Ids(next), 1),
@@ -1199,7 +1208,6 @@ impl Capture<'_> {
         let (arena, shape) = (&self.weights.arena, self.shape);
         let buffers = &mut *self.buffers;
         let n_hot = ffn.n_hot();
-        let counts = buffers.counts.view_mut(2 * index..2 * index + 2);
         let predicted = &buffers.hot[index % 2];
         let list = match by_list {
             true => NeuronList::Ids {
@@ -1219,9 +1227,12 @@ impl Capture<'_> {
                 (GateActivation::Relu, true) => Gates::ReluDense,
                 (GateActivation::Relu, false) => Gates::Relu,
             },
-            self.reads.then_some(counts),
             buffers.act.view_mut(..n_hot),
         )?;
+        if self.reads {
+            let counts = self.exchange.counts_view(index);
+            count_active(stream, buffers.act.view(..n_hot), list, counts)?;
+        }
         match &ffn.down {
             GpuDown::Neurons(down) => {
                 let scratch = (buffers.downs.iter_mut()).find(|(rows, _)| *rows == down.rows);
@@ -1296,7 +1307,6 @@ impl Capture<'_> {
             from: buffers.logits.view(..).to_bits(),
             count: None,
             to: exchange.logits.view(0..shape.n_vocab).to_bits(),
-            more: None,
             flag: exchange.flag(Flag::Logits),
             number: buffers.words.view(1..2),
             stamp: exchange.stamps(Stamp::Logits, 1),

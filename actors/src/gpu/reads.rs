@@ -13,12 +13,22 @@ use crate::weights::ModelShape;
 pub(super) struct HotCounted {
     /// Those whose gate was computed.
     pub candidates: u32,
-    /// Those among them whose gate was open.
+    /// Those among them whose activation was not zero.
     pub open: u32,
 }
 
-/// Work of a token in a layer. `dense`: rows of closed neurons are read too.
-pub(super) fn of_token(layer: &GpuLayer, counted: HotCounted, dense: bool) -> Counters {
+/// Which rows of a layer are read besides those of neurons that fire.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) struct RowsRead {
+    /// Ups of all candidates, as gates never close.
+    pub ups: bool,
+    /// All rows of all candidates.
+    pub all: bool,
+}
+
+/// Work of a token in a layer.
+pub(super) fn of_token(layer: &GpuLayer, counted: HotCounted, read_too: RowsRead) -> Counters {
+    let dense = read_too.all;
     let HotCounted { candidates, open } = counted;
     let (candidates, open) = (candidates as usize, open as usize);
     let mut bytes = attention_bytes(layer) + layer.ahead.as_ref().map_or(0, ahead_bytes);
@@ -26,7 +36,11 @@ pub(super) fn of_token(layer: &GpuLayer, counted: HotCounted, dense: bool) -> Co
     if let Some(ffn) = &layer.ffn {
         neurons = ffn.n_hot();
         let listed = layer.ahead.as_ref().is_some_and(|ahead| ahead.alone);
-        let up_rows = if dense { candidates } else { open };
+        let up_rows = if dense || read_too.ups {
+            candidates
+        } else {
+            open
+        };
         let down_bytes = match &ffn.down {
             // of a list all are read before it is known which of them fire
             GpuDown::Neurons(down) if dense || listed => candidates * row_bytes(down),

@@ -84,7 +84,7 @@ impl Bench {
         let gates = Gates::Silu;
         let us = self.time(48, |stream, i| {
             let (gate, up) = (weights.view(2 * i), weights.view(2 * i + 1));
-            gate_up(stream, gate, up, list(i), &x, gates, None, a.view_mut(..))
+            gate_up(stream, gate, up, list(i), &x, gates, a.view_mut(..))
         })?;
         self.report(&format!("gate, up {name}"), us, 2 * bytes);
         let us = self.time(48, |stream, i| {
@@ -93,7 +93,7 @@ impl Bench {
                 weights.view(3 * i + 1),
                 weights.view(3 * i + 2),
             );
-            gate_up(stream, gate, up, list(i), &x, gates, None, a.view_mut(..))?;
+            gate_up(stream, gate, up, list(i), &x, gates, a.view_mut(..))?;
             let y = y.view_mut(..);
             down_active(
                 stream,
@@ -116,9 +116,18 @@ impl Bench {
         n_head_kv: usize,
         head_dim: usize,
         n_ctx: usize,
+        mode: ActivationMode,
     ) -> Result<(), KernelError> {
         let cache = DeviceCache::new(&self.device, KvType::F16, n_head_kv, n_ctx, head_dim)?;
-        let mut scratch = AttendScratch::new(&self.device, n_head, n_head_kv, head_dim, n_ctx)?;
+        let mut scratch = AttendScratch::new(
+            &self.device,
+            n_head,
+            n_head_kv,
+            head_dim,
+            n_ctx,
+            KvType::F16,
+            mode,
+        )?;
         let q = self.device.upload(&vec![0.01f32; n_head * head_dim])?;
         let position = self.device.upload(&[n_ctx as u32 - 1])?;
         let mut out = self.device.alloc::<f32>(n_head * head_dim)?;
@@ -135,7 +144,8 @@ impl Bench {
                 out.view_mut(..),
             )
         })?;
-        let name = format!("attend {n_head}/{n_head_kv} heads of {head_dim}, {n_ctx} positions");
+        let name =
+            format!("attend {n_head}/{n_head_kv} heads of {head_dim}, {n_ctx} positions, {mode}");
         self.report(&name, us, cache.bytes());
         Ok(())
     }
@@ -217,9 +227,12 @@ fn decode(bench: &Bench) -> Result<(), KernelError> {
     bench.ffn(QuantType::Q4_K, 8192, 28672, 28672 * 15 / 100)?;
     bench.ffn(QuantType::F16, 5120, 13824, 13824 * 15 / 100)?;
     for n_ctx in [512, 4096, 32768] {
-        bench.attention(64, 8, 128, n_ctx)?;
+        for mode in [ActivationMode::F32, ActivationMode::Q8] {
+            bench.attention(64, 8, 128, n_ctx, mode)?;
+            bench.attention(32, 8, 128, n_ctx, mode)?;
+        }
     }
-    bench.attention(32, 32, 128, 4096)?;
+    bench.attention(32, 32, 128, 4096, ActivationMode::Q8)?;
     bench.small()
 }
 

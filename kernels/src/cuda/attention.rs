@@ -3,17 +3,26 @@
 use super::activations::{DeviceAct, RawAct};
 use super::buffer::{DeviceBuffer, View, ViewMut};
 use super::device::Device;
-use super::functions::ATTEND_HEADS;
+use super::functions::{ATTEND_GROUP_DIMS, ATTEND_HEADS};
 use super::stream::{Grid, Stream};
+use crate::activations::ActivationMode;
 use crate::attention::{HEAD_DIM_MAX, KvType};
 use crate::error::KernelError;
 use crate::quant::BLOCK;
 use crate::rope::RopePairs;
 
-/// Threads of a block.
+/// Threads of a block of `attend`.
 const THREADS: usize = 128;
 /// Blocks that share the work on a multiprocessor.
 const BLOCKS_PER_MULTIPROCESSOR: usize = 2;
+/// Threads of a block of `attend_group`, of which a multiprocessor has room for one.
+const GROUP_THREADS: usize = 256;
+/// Query heads of such a block, at most.
+const GROUP_HEADS: usize = 8;
+/// Query heads that share a key/value head from which on it is faster: it computes with all eight.
+const GROUP_HEADS_MIN: usize = 3;
+/// Positions of a part of it, at least.
+const GROUP_POSITIONS_MIN: usize = 64;
 /// Parts that one block can join.
 const PARTS_MAX: usize = 64;
 /// Positions below which dividing a context further gains nothing.
@@ -113,13 +122,32 @@ impl DeviceCache {
     }
 }
 
+/// The kernel of a shape.
+#[derive(Debug, Clone, Copy)]
+enum Kernel {
+    /// `attend`, by place in [`ATTEND_HEADS`].
+    Heads(usize),
+    /// `attend_group`, by place in [`ATTEND_GROUP_DIMS`].
+    Group(usize),
+}
+
+impl Kernel {
+    /// Query heads of a block, at most.
+    fn heads(self) -> usize {
+        match self {
+            Kernel::Heads(place) => ATTEND_HEADS[place],
+            Kernel::Group(_) => GROUP_HEADS,
+        }
+    }
+}
+
 /// Memory that [`attend`] works in. One launch at a time may use it; layers of the same shape can share it.
 #[derive(Debug)]
 pub struct AttendScratch {
     n_head: usize,
     head_dim: usize,
-    /// Place in [`ATTEND_HEADS`].
-    heads: usize,
+    kv_type: KvType,
+    kernel: Kernel,
     n_groups: usize,
     n_parts: usize,
     states: DeviceBuffer<f32>,
@@ -130,6 +158,9 @@ impl AttendScratch {
     /// For `n_head` query heads over `n_head_kv` key/value heads and contexts of up to `n_ctx` positions. How the
     /// positions are divided, and so the result's last bits, depends on these, the number of multiprocessors and
     /// the position, on nothing else.
+    ///
+    /// With 8-bit arithmetic and an f16 cache whose heads are shared by three query heads or more, of 64 or 128 values, tensor cores
+    /// get queries and weights as f16.
     ///
     /// # Errors
     /// As [`Device::alloc`].
@@ -142,25 +173,40 @@ impl AttendScratch {
         n_head_kv: usize,
         head_dim: usize,
         n_ctx: usize,
+        kv_type: KvType,
+        mode: ActivationMode,
     ) -> Result<Self, KernelError> {
         assert!(
             n_head > 0 && n_head.is_multiple_of(n_head_kv),
             "{n_head} heads share {n_head_kv}"
         );
         let shared_by = n_head / n_head_kv;
-        let most = match n_ctx {
-            0..=SHORT_CONTEXT => ATTEND_HEADS.len() - 2,
-            _ => ATTEND_HEADS.len() - 1,
+        let of_dim = ATTEND_GROUP_DIMS.iter().position(|&dim| dim == head_dim);
+        let shares =
+            mode == ActivationMode::Q8 && kv_type == KvType::F16 && shared_by >= GROUP_HEADS_MIN;
+        let kernel = match of_dim.filter(|_| shares) {
+            Some(place) => Kernel::Group(place),
+            None => {
+                let most = match n_ctx {
+                    0..=SHORT_CONTEXT => ATTEND_HEADS.len() - 2,
+                    _ => ATTEND_HEADS.len() - 1,
+                };
+                let heads = ATTEND_HEADS.iter().position(|&heads| heads >= shared_by);
+                Kernel::Heads(heads.unwrap_or(most).min(most))
+            }
         };
-        let heads = ATTEND_HEADS.iter().position(|&heads| heads >= shared_by);
-        let heads = heads.unwrap_or(most).min(most);
-        let n_groups = n_head_kv * shared_by.div_ceil(ATTEND_HEADS[heads]);
-        let room = device.info().n_multiprocessors * BLOCKS_PER_MULTIPROCESSOR;
-        let n_parts = (room / n_groups).clamp(1, n_ctx.div_ceil(POSITIONS_MIN).clamp(1, PARTS_MAX));
+        let (blocks, positions) = match kernel {
+            Kernel::Heads(_) => (BLOCKS_PER_MULTIPROCESSOR, POSITIONS_MIN),
+            Kernel::Group(_) => (1, GROUP_POSITIONS_MIN),
+        };
+        let n_groups = n_head_kv * shared_by.div_ceil(kernel.heads());
+        let room = device.info().n_multiprocessors * blocks;
+        let n_parts = (room / n_groups).clamp(1, n_ctx.div_ceil(positions).clamp(1, PARTS_MAX));
         Ok(Self {
             n_head,
             head_dim,
-            heads,
+            kv_type,
+            kernel,
             n_groups,
             n_parts,
             states: device.alloc(n_parts * n_head * (head_dim + 2))?,
@@ -222,7 +268,7 @@ pub fn can_attend_token(head_dim: usize) -> bool {
 }
 
 /// As [`super::rope_append`], [`attend`] and [`super::prepare`] one after the other, with the same bits; queries are left as they
-/// are.
+/// are. What earlier tokens have in the cache is there before the launch before this one starts: it may be read while that one ends.
 ///
 /// # Errors
 /// The driver's.
@@ -288,7 +334,9 @@ struct Rest {
 /// (`[n_head, head_dim]` f32, overwritten). The token, at `position` (`[1]` u32), sees positions up to its own, of
 /// which `window` takes the last ones. `scale` multiplies the queries, commonly 1/√head_dim.
 ///
-/// As [`crate::attention::attend`], but for the order of sums. A position beyond the cache is taken as its last.
+/// As [`crate::attention::attend`], but for the order of sums, and for queries and weights that are rounded to f16 where
+/// [`AttendScratch::new`] says so: results are then right to about 10⁻³ of the largest value, else to 10⁻⁶. A position beyond the
+/// cache is taken as its last. What earlier tokens have in the cache is there before the launch before this one starts.
 ///
 /// # Errors
 /// The driver's.
@@ -332,7 +380,8 @@ fn launch(
     let (n_head, head_dim) = (scratch.n_head, scratch.head_dim);
     assert_eq!(cache.head_dim, head_dim, "head_dim of the scratch");
     assert_eq!(n_head % cache.n_head_kv, 0, "heads of the scratch");
-    let heads = ATTEND_HEADS[scratch.heads];
+    assert_eq!(cache.kv_type, scratch.kv_type, "values of the scratch");
+    let heads = scratch.kernel.heads();
     let n_groups = cache.n_head_kv * (n_head / cache.n_head_kv).div_ceil(heads);
     assert_eq!(scratch.n_groups, n_groups, "groups of the scratch");
     assert_eq!(q.len(), n_head * head_dim, "heads of a token");
@@ -362,14 +411,28 @@ fn launch(
         halves: rest.halves,
         act: rest.act,
     };
-    // sums of as many groups of threads as a row leaves room for
-    let row_groups = THREADS / (head_dim / 8);
-    let grid = Grid {
-        blocks: [scratch.n_parts, scratch.n_groups],
-        threads: THREADS,
-        shared_bytes: row_groups * heads * head_dim * size_of::<f32>(),
+    let blocks = [scratch.n_parts, scratch.n_groups];
+    let (function, grid) = match scratch.kernel {
+        Kernel::Heads(place) => {
+            // sums of as many groups of threads as a row leaves room for
+            let row_groups = THREADS / (head_dim / 8);
+            let shared_bytes = row_groups * heads * head_dim * size_of::<f32>();
+            let grid = Grid {
+                blocks,
+                threads: THREADS,
+                shared_bytes,
+            };
+            (stream.functions().attend(cache.kv_type, place), grid)
+        }
+        Kernel::Group(place) => {
+            let grid = Grid {
+                blocks,
+                threads: GROUP_THREADS,
+                shared_bytes: 0,
+            };
+            (stream.functions().attend_group(place), grid)
+        }
     };
-    let function = stream.functions().attend(cache.kv_type, scratch.heads);
     // SAFETY: all shapes fit (asserted); the scratch was made for them; shared memory is at most 32 KiB.
     unsafe { stream.launch("launch attend", function, grid, args) }
 }

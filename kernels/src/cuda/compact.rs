@@ -1,6 +1,7 @@
 //! Lists of active neurons.
 
 use super::buffer::{View, ViewMut};
+use super::rows::NeuronList;
 use super::stream::{Grid, Stream};
 use crate::error::KernelError;
 
@@ -70,4 +71,48 @@ pub fn compact(
     let function = stream.functions().compact;
     // SAFETY: all lengths fit (asserted).
     unsafe { stream.launch("launch compact", function, grid, args) }
+}
+
+#[repr(C)]
+struct CountActiveArgs {
+    act: u64,
+    count: u64,
+    counts: u64,
+    n: u32,
+}
+
+const _: () = assert!(size_of::<CountActiveArgs>() == 32);
+
+/// Writes to `counts` (`[2]` u32 in the host's memory) how many neurons `act` (`[n]` f32, of all neurons or of the list's) has, and how
+/// many of these are not zero.
+///
+/// # Errors
+/// The driver's.
+///
+/// # Panics
+/// When shapes or devices do not fit.
+pub fn count_active(
+    stream: &Stream,
+    act: View<'_, f32>,
+    list: NeuronList<'_>,
+    counts: View<'_, u32>,
+) -> Result<(), KernelError> {
+    let (_, count, n_max) = list.raw(stream, act.len());
+    assert_eq!(n_max, act.len(), "activations of all that may be listed");
+    assert_eq!(counts.len(), 2, "two counts");
+    stream.check(&[act.device(), counts.device()]);
+    let args = CountActiveArgs {
+        act: act.address(),
+        count,
+        counts: counts.address(),
+        n: act.len() as u32,
+    };
+    let grid = Grid {
+        blocks: [1, 1],
+        threads: THREADS,
+        shared_bytes: 0,
+    };
+    let function = stream.functions().count_active;
+    // SAFETY: all lengths fit (asserted).
+    unsafe { stream.launch("launch count_active", function, grid, args) }
 }

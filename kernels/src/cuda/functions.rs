@@ -16,6 +16,8 @@ use crate::quant::QuantType;
 
 /// Query heads that share a block in `attend`, ascending: one kernel each.
 pub(super) const ATTEND_HEADS: [usize; 3] = [1, 2, 4];
+/// Values of a head for which there is an `attend_group`, ascending.
+pub(super) const ATTEND_GROUP_DIMS: [usize; 2] = [64, 128];
 
 /// Threads of a block of the `rows` kernels.
 pub(super) const ROWS_THREADS: usize = 128;
@@ -57,8 +59,11 @@ pub(super) struct Functions {
     embed: Vec<Function>,
     /// f16 and f32 caches, by place in [`ATTEND_HEADS`].
     attend: [Vec<Function>; 2],
+    /// By place in [`ATTEND_GROUP_DIMS`].
+    attend_group: Vec<Function>,
     pub(super) prefill: PrefillFunctions,
     pub(super) compact: Function,
+    pub(super) count_active: Function,
     pub(super) prepare: Function,
     pub(super) begin_token: Function,
     pub(super) hand_over: Function,
@@ -121,7 +126,12 @@ impl Functions {
             down: each("down")?,
             embed: each("embed")?,
             attend: [attend("f16")?, attend("f32")?],
+            attend_group: ATTEND_GROUP_DIMS
+                .iter()
+                .map(|dim| get(format!("attend_group_{dim}")))
+                .collect::<Result<_, _>>()?,
             compact: get("compact".to_owned())?,
+            count_active: get("count_active".to_owned())?,
             prepare: get("prepare".to_owned())?,
             begin_token: get("begin_token".to_owned())?,
             hand_over: get("hand_over".to_owned())?,
@@ -152,6 +162,11 @@ impl Functions {
 
     pub(super) fn embed(&self, quant: QuantType) -> Function {
         self.embed[Self::place(quant)]
+    }
+
+    /// `place` is one in [`ATTEND_GROUP_DIMS`].
+    pub(super) fn attend_group(&self, place: usize) -> Function {
+        self.attend_group[place]
     }
 
     /// `place` is one in [`ATTEND_HEADS`].

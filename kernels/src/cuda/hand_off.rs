@@ -25,8 +25,6 @@ pub struct BeginToken<'a> {
     pub words: (View<'a, u32>, ViewMut<'a, u32>),
     /// `[1]` u64 in the host's memory: gets the device's time, in ns, at which the token began.
     pub stamp: View<'a, u64>,
-    /// `[n]` u32 on the device: become zero, for what is counted within the token.
-    pub counts: ViewMut<'a, u32>,
 }
 
 #[repr(C)]
@@ -38,13 +36,11 @@ struct BeginArgs {
     rotation: u64,
     words: u64,
     stamp: u64,
-    counts: u64,
     n: u32,
     n_rotation: u32,
-    n_counts: u32,
 }
 
-const _: () = assert!(size_of::<BeginArgs>() == 80);
+const _: () = assert!(size_of::<BeginArgs>() == 64);
 
 /// Copies a token's embedding, rotation, position and number to the device.
 ///
@@ -59,7 +55,6 @@ pub fn begin_token(stream: &Stream, token: BeginToken<'_>) -> Result<(), KernelE
         rotation,
         words,
         stamp,
-        counts,
     } = token;
     assert_eq!(stamp.len(), 1, "one stamp");
     assert_eq!(x.0.len(), x.1.len(), "an embedding");
@@ -67,7 +62,7 @@ pub fn begin_token(stream: &Stream, token: BeginToken<'_>) -> Result<(), KernelE
     assert!(words.0.len() == 2 && words.1.len() == 2, "two words");
     stream.check(&[x.0.device(), rotation.0.device(), words.0.device()]);
     stream.check(&[x.1.device(), rotation.1.device(), words.1.device()]);
-    stream.check(&[stamp.device(), counts.device()]);
+    stream.check(&[stamp.device()]);
     let args = BeginArgs {
         x_in: x.0.address(),
         rotation_in: rotation.0.address(),
@@ -76,10 +71,8 @@ pub fn begin_token(stream: &Stream, token: BeginToken<'_>) -> Result<(), KernelE
         rotation: rotation.1.address(),
         words: words.1.address(),
         stamp: stamp.address(),
-        counts: counts.address(),
         n: x.0.len() as u32,
         n_rotation: rotation.0.len() as u32,
-        n_counts: counts.len() as u32,
     };
     let grid = Grid {
         blocks: [x.0.len().div_ceil(1024).clamp(1, BLOCKS_MAX), 1],
@@ -101,8 +94,6 @@ pub struct HandOver<'a> {
     pub count: Option<(View<'a, u32>, View<'a, u32>)>,
     /// `[n]` words in the host's memory.
     pub to: View<'a, u32>,
-    /// More words on the device, all of which are written too, and where they go in the host's memory.
-    pub more: Option<(View<'a, u32>, View<'a, u32>)>,
     /// `[1]` u32 in the host's memory: gets the number when the rest is there.
     pub flag: View<'a, u32>,
     /// `[1]` u32 on the device: the token's number.
@@ -127,14 +118,11 @@ struct HandOverArgs {
     count: u64,
     to: u64,
     to_count: u64,
-    more: u64,
-    to_more: u64,
     hand: RawHandOver,
     n: u32,
-    n_more: u32,
 }
 
-const _: () = assert!(size_of::<HandOverArgs>() == 88);
+const _: () = assert!(size_of::<HandOverArgs>() == 72);
 
 /// Writes words to the host's memory, and then the token's number to a flag there.
 ///
@@ -165,20 +153,11 @@ pub fn hand_over(
     let (count, to_count) = what
         .count
         .map_or((0, 0), |(count, to)| (count.address(), to.address()));
-    if let Some((more, to_more)) = &what.more {
-        assert_eq!(more.len(), to_more.len(), "room for more words");
-        stream.check(&[more.device(), to_more.device()]);
-    }
-    let (more, to_more, n_more) = what.more.map_or((0, 0, 0), |(more, to)| {
-        (more.address(), to.address(), more.len())
-    });
     let args = HandOverArgs {
         from: what.from.address(),
         count,
         to: what.to.address(),
         to_count,
-        more,
-        to_more,
         hand: RawHandOver {
             flag: what.flag.address(),
             number: what.number.address(),
@@ -186,7 +165,6 @@ pub fn hand_over(
             stamp: what.stamp.address(),
         },
         n: n as u32,
-        n_more: n_more as u32,
     };
     let grid = Grid {
         blocks: [n.div_ceil(WORDS_PER_BLOCK).clamp(1, BLOCKS_MAX), 1],

@@ -42,7 +42,7 @@ pub use attention::{
 pub use attention_batch::attend_batch;
 pub use batch::{DeviceBatch, gate_up_batch, prepare_batch, rms_norm_batch};
 pub use buffer::{DeviceBuffer, Plain, View, ViewMut};
-pub use compact::compact;
+pub use compact::{compact, count_active};
 pub use device::{DRIVER_VERSION_MIN, Device, DeviceInfo, device_count};
 pub use down::{DownScratch, down_active};
 pub use embed::embed;

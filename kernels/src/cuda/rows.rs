@@ -82,10 +82,9 @@ struct RowsArgs {
     out: u64,
     gates: u32,
     together: u32,
-    counts: u64,
 }
 
-const _: () = assert!(size_of::<RowsArgs>() == 128);
+const _: () = assert!(size_of::<RowsArgs>() == 120);
 
 /// Items of a row, in blocks' threads, from which on a block's warps take it together: work is divided more evenly.
 const TOGETHER_ITEMS_MIN: usize = 2;
@@ -116,7 +115,6 @@ pub fn gemv(
         x,
         add,
         Gates::Silu,
-        None,
         out,
     )
 }
@@ -146,7 +144,6 @@ pub fn row_products(
         x,
         add,
         Gates::Silu,
-        None,
         out,
     )
 }
@@ -164,8 +161,7 @@ pub enum Gates {
 }
 
 /// Writes `act(gate · x) · (up · x)` of each neuron in `list` to `out` (f32, as long as the list). With ReLU a closed gate
-/// gives 0. Places behind the count are left alone. To `counts` (`[2]` u32) are added the neurons whose gate is computed, and
-/// those whose gate is open.
+/// gives 0. Places behind the count are left alone.
 ///
 /// # Errors
 /// The driver's.
@@ -179,7 +175,6 @@ pub fn gate_up(
     list: NeuronList<'_>,
     x: &DeviceAct,
     gates: Gates,
-    counts: Option<ViewMut<'_, u32>>,
     out: ViewMut<'_, f32>,
 ) -> Result<(), KernelError> {
     assert_eq!(gate.rows(), up.rows(), "gate and up of the same neurons");
@@ -192,7 +187,6 @@ pub fn gate_up(
         x,
         Add::None,
         gates,
-        counts,
         out,
     )
 }
@@ -206,7 +200,6 @@ fn launch(
     x: &DeviceAct,
     add: Add<'_>,
     gates: Gates,
-    counts: Option<ViewMut<'_, u32>>,
     out: ViewMut<'_, f32>,
 ) -> Result<(), KernelError> {
     let shape = rows.rows();
@@ -215,10 +208,6 @@ fn launch(
     assert_eq!(out.len(), n_out, "one output per row");
     stream.check(&[rows.bytes().device(), x.device(), out.device()]);
     add.check(stream);
-    if let Some(counts) = &counts {
-        assert_eq!(counts.len(), 2, "two counts");
-        stream.check(&[counts.device()]);
-    }
     if n_out == 0 {
         return Ok(());
     }
@@ -238,7 +227,6 @@ fn launch(
         out: out.address(),
         gates: gates as u32,
         together: u32::from(together),
-        counts: counts.map_or(0, |counts| counts.address()),
     };
     let kernel = stream.functions().rows(shape.quant, x.mode());
     let n_teams = if together {

@@ -3,7 +3,9 @@
 use std::sync::OnceLock;
 
 use half::{bf16, f16};
-use pi_kernels::cuda::{Device, DeviceAct, DeviceBuffer, DeviceRows, RowsView, Stream, prepare};
+use pi_kernels::cuda::{
+    Device, DeviceAct, DeviceBuffer, DeviceRows, NeuronList, RowsView, Stream, prepare,
+};
 use pi_kernels::{
     ActBatch, ActivationMode, Cpu, KernelError, Layout, MatrixRef, MatrixShape, QuantType, Tier,
 };
@@ -88,6 +90,28 @@ impl Random {
             }
         }
         bytes
+    }
+}
+
+/// A list of rows on the device, of which the first `count` are meant.
+pub struct List {
+    ids: DeviceBuffer<u32>,
+    count: DeviceBuffer<u32>,
+}
+
+impl List {
+    pub fn new(device: &Device, ids: &[u32], count: usize) -> Self {
+        Self {
+            ids: device.upload(ids).unwrap(),
+            count: device.upload(&[count as u32]).unwrap(),
+        }
+    }
+
+    pub fn view(&self) -> NeuronList<'_> {
+        NeuronList::Ids {
+            ids: self.ids.view(..),
+            count: self.count.view(..),
+        }
     }
 }
 

@@ -103,16 +103,7 @@ fn a_graph_reads_lists_when_it_runs_and_repeats_every_bit() {
         rms_norm(stream, x.view(..), weight.view(..), 1e-5, &mut normed)?;
         let (gate, up) = (gate.view(), up.view());
         let gates = Gates::Relu;
-        gate_up(
-            stream,
-            gate,
-            up,
-            neurons,
-            &normed,
-            gates,
-            None,
-            a.view_mut(..),
-        )?;
+        gate_up(stream, gate, up, neurons, &normed, gates, a.view_mut(..))?;
         let add = Add::Values(x.view(..));
         let out = out.view_mut(..);
         down_active(
@@ -216,7 +207,7 @@ fn a_list_that_is_made_beside_is_there_behind_the_join() {
         };
         let (gate, up) = (gate.view(), up.view());
         let gates = Gates::ReluDense;
-        gate_up(stream, gate, up, list, normed, gates, None, a.view_mut(..))?;
+        gate_up(stream, gate, up, list, normed, gates, a.view_mut(..))?;
         wait();
         down_active(
             stream,

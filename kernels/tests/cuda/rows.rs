@@ -1,12 +1,14 @@
 //! Activations, norm, products of rows, embedding.
 
 use pi_kernels::cuda::{
-    Add, DeviceAct, NeuronList, SUPPORTED, embed, gemv, prepare, rms_norm, row_products,
+    Add, DeviceAct, Gates, NeuronList, SUPPORTED, embed, gate_up, gemv, prepare, rms_norm,
+    row_products,
 };
 use pi_kernels::{ActBatch, ActivationMode, QuantType};
 
 use crate::common::{
-    Activations, MODES, Random, Rows, assert_near, bits, column_counts, device, magnitude, scalar,
+    Activations, List, MODES, Random, Rows, assert_near, bits, column_counts, device, magnitude,
+    scalar,
 };
 
 #[test]
@@ -115,6 +117,97 @@ fn products_are_near_the_scalar_ones() {
     }
 }
 
+/// More rows than a GPU has room for at once, which are taken two at a time, against lists so short that each is alone.
+#[test]
+fn many_rows_have_the_bits_of_few() {
+    let Some(device) = device() else { return };
+    let stream = device.stream().unwrap();
+    for quant in SUPPORTED.into_iter().filter(|quant| quant.is_quantised()) {
+        // a warp a row, and a block
+        for (n, n_cols) in [(20_001, 512), (3001, 8192)] {
+            let what = format!("{quant} [{n}, {n_cols}]");
+            let m = Rows::random(&device, 21, quant, n, n_cols);
+            let up = Rows::random(&device, 22, quant, n, n_cols);
+            let x = Activations::new(&stream, MODES[1], &Random(23).activations(n_cols));
+            let mut all = device.upload(&vec![f32::NAN; n]).unwrap();
+            gemv(&stream, m.view(), &x.device, Add::None, all.view_mut(..)).unwrap();
+            // with two rows that do not exist
+            let mut long: Vec<u32> = (0..n as u32).collect();
+            long[1] = n as u32;
+            long[n / 2] = u32::MAX;
+            let list = List::new(&device, &long, n);
+            let list = list.view();
+            let mut listed = device.upload(&vec![f32::NAN; n]).unwrap();
+            row_products(
+                &stream,
+                m.view(),
+                list,
+                &x.device,
+                Add::None,
+                listed.view_mut(..),
+            )
+            .unwrap();
+            let mut gated = device.upload(&vec![f32::NAN; n]).unwrap();
+            gate_up(
+                &stream,
+                m.view(),
+                up.view(),
+                NeuronList::All,
+                &x.device,
+                Gates::Relu,
+                gated.view_mut(..),
+            )
+            .unwrap();
+            stream.synchronize().unwrap();
+            let (all, listed, gated) = (
+                all.read().unwrap(),
+                listed.read().unwrap(),
+                gated.read().unwrap(),
+            );
+            for j in 0..n {
+                match long[j] as usize >= n {
+                    true => assert!(listed[j].is_nan(), "{what}: there is no row {}", long[j]),
+                    false => assert_eq!(listed[j].to_bits(), all[j].to_bits(), "{what} row {j}"),
+                }
+            }
+            let few: Vec<u32> = (0..n as u32)
+                .step_by(n / 100)
+                .chain([n as u32 - 1])
+                .collect();
+            let list = List::new(&device, &few, few.len());
+            let list = list.view();
+            let mut out = device.alloc::<f32>(few.len()).unwrap();
+            row_products(
+                &stream,
+                m.view(),
+                list,
+                &x.device,
+                Add::None,
+                out.view_mut(..),
+            )
+            .unwrap();
+            stream.synchronize().unwrap();
+            let products = out.read().unwrap();
+            gate_up(
+                &stream,
+                m.view(),
+                up.view(),
+                list,
+                &x.device,
+                Gates::Relu,
+                out.view_mut(..),
+            )
+            .unwrap();
+            stream.synchronize().unwrap();
+            for ((id, product), neuron) in few.into_iter().zip(products).zip(out.read().unwrap()) {
+                let id = id as usize;
+                assert_eq!(all[id].to_bits(), product.to_bits(), "{what} row {id}");
+                assert_eq!(gated[id].to_bits(), neuron.to_bits(), "{what} neuron {id}");
+            }
+        }
+    }
+}
+
 #[test]
 fn rows_of_a_list_have_the_bits_of_the_matrix() {
     let Some(device) = device() else { return };
@@ -131,17 +224,12 @@ fn rows_of_a_list_have_the_bits_of_the_matrix() {
         let some: Vec<u32> = (0..N as u32).filter(|_| random.below(4) == 0).collect();
         for ids in [some, (0..N as u32).collect(), vec![17], vec![5, 300, 7]] {
             for n in [0, ids.len() / 2, ids.len()] {
-                let (list, count) = (device.upload(&ids).unwrap(), [n as u32]);
-                let count = device.upload(&count).unwrap();
+                let list = List::new(&device, &ids, n);
                 let mut out = device.upload(&vec![-7.0; ids.len()]).unwrap();
-                let list = NeuronList::Ids {
-                    ids: list.view(..),
-                    count: count.view(..),
-                };
                 row_products(
                     &stream,
                     m.view(),
-                    list,
+                    list.view(),
                     &x.device,
                     Add::None,
                     out.view_mut(..),

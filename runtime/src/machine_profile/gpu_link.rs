@@ -179,7 +179,9 @@ fn products(
     let position = device.upload(&[N_POSITIONS as u32 - 1])?;
     let n_head = N_EMBD / HEAD_DIM;
     let mut cache = DeviceCache::new(device, KvType::F16, n_head, N_POSITIONS, HEAD_DIM)?;
-    let mut attention = AttendScratch::new(device, n_head, n_head, HEAD_DIM, N_POSITIONS)?;
+    let (kv_type, mode) = (KvType::F16, ActivationMode::Q8);
+    let mut attention =
+        AttendScratch::new(device, n_head, n_head, HEAD_DIM, N_POSITIONS, kv_type, mode)?;
     let mut down = DownScratch::new(device, rows_of(N_FF))?;
     let sizes = [3 * N_EMBD, N_EMBD, N_FF, N_FF, N_FF].map(|n_rows| rows_of(n_rows).bytes());
     let layer_bytes: usize = sizes.iter().sum();
@@ -221,16 +223,7 @@ fn products(
             gemv(stream, next(N_EMBD), &heads, Add::Out, x.view_mut(..))?;
             rms_norm(stream, x.view(..), ones.view(..), 1e-5, &mut normed)?;
             let (gate, up, all) = (next(N_FF), next(N_FF), NeuronList::All);
-            gate_up(
-                stream,
-                gate,
-                up,
-                all,
-                &normed,
-                Gates::Silu,
-                None,
-                a.view_mut(..),
-            )?;
+            gate_up(stream, gate, up, all, &normed, Gates::Silu, a.view_mut(..))?;
             let to = x.view_mut(..);
             down_active(
                 stream,
@@ -357,7 +350,6 @@ impl<'a> Flags<'a> {
             from: self.x.view(..).to_bits(),
             count: None,
             to: self.words.view(0..N_VALUES),
-            more: None,
             flag: self.flags.view(flag..flag + 1),
             number: self.number.view(..),
             stamp: self.stamps.view(2..3),

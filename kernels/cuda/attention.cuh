@@ -1,0 +1,51 @@
+// What both kernels for one token's attention are given, and how they rotate and append it.
+#pragma once
+#include "activations.cuh"
+
+struct AttendArgs {
+    // [n_head * head_dim] f32, rotated if `rotation` is null
+    const float* q;
+    // [n_head_kv, n_ctx, head_dim] f16 or f32 each
+    void* k_cache;
+    void* v_cache;
+    // the token's position, in device memory; it sees positions up to its own
+    const u32* position;
+    // [n_head * head_dim] f32; null: `act` gets them
+    float* out;
+    // [gridDim.x, n_head, head_dim + 2] f32; gridDim.x is at most ATTEND_PARTS_MAX
+    float* states;
+    // [gridDim.y], zeros
+    u32* tickets;
+    // head_dim is a multiple of 8
+    u32 n_head, n_head_kv, head_dim, n_ctx;
+    // the token sees the last so many positions; 0: all
+    u32 window;
+    float scale;
+    // the token's own keys and values, [n_head_kv * head_dim] f32 each, which become the cache's row of the position, and its
+    // rotation, [2, n_dims] f32; null where that has been done
+    const float* k;
+    const float* v;
+    const float* rotation;
+    u32 n_dims;
+    // 0: pairs of neighbours, 1: pairs half of n_dims apart
+    u32 halves;
+    // where `out` is null; head_dim is a multiple of 32 then
+    Act act;
+};
+static_assert(sizeof(AttendArgs) == 152, "as the launcher has it");
+
+constexpr u32 ATTEND_PARTS_MAX = 64;
+
+// Value d of a head, rotated. Without branches, so that many can be asked for at a time.
+__device__ __forceinline__ float rotated(const AttendArgs& args, const float* head, u32 d) {
+    const u32 n_pairs = args.n_dims / 2;
+    const bool turns = d < args.n_dims;
+    const u32 other = args.halves ? (d < n_pairs ? d + n_pairs : d - n_pairs) : d ^ 1;
+    const float own = head[d], that = turns ? head[other] : 0.0f;
+    const float cosine = turns ? args.rotation[d] : 1.0f, sine = turns ? args.rotation[args.n_dims + d] : 0.0f;
+    // as `rope_append` has it
+    return turns ? fmaf(own, cosine, __fmul_rn(that, sine)) : own;
+}
+
+__device__ __forceinline__ void store(u16* at, float value) { *at = float_to_half(value); }
+__device__ __forceinline__ void store(float* at, float value) { *at = value; }
