@@ -195,6 +195,13 @@ impl Model {
             .filter(|_| alone && !share.neurons.is_empty())
     }
 
+    /// The GPU, where the layer's only node makes its activations of the hidden state itself, before it computes what was named.
+    pub fn takes_in_place(&self, layer: usize) -> Option<&GpuModel> {
+        let gpu = self.answers_in_place(layer)?;
+        let named = gpu.ahead_alone(layer) == Some(true);
+        (named && self.share(layer, 0).sketch.is_some()).then_some(gpu)
+    }
+
     /// Where node `node`'s partial sum `sum` starts in its slot.
     pub fn partial_offset(&self, sum: usize) -> usize {
         sum * self.n_ubatch * self.shape().n_embd

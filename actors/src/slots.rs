@@ -8,6 +8,7 @@
 //! | `step`, `x`, `rope` | `Pipeline` | `RunLayer` of layer 0 | everybody | `LayerDone` of the last |
 //! | `x` within a layer | `DeviceLayer` | `LayerDone` | `DeviceLayer`, `Pipeline` if not finite | |
 //! | `normed` | `DeviceLayer` | `Share`, `Compute` | `ColdLayer`s | their reply |
+//! | `normed`, beside a GPU (`Model::takes_in_place`) | the only node's `ColdLayer`, in the job of `Correct` | its first barrier | the same job | its end |
 //! | `heads` | `ColdLayer`s, own columns | `ShareDone` | `DeviceLayer` | next `Share` |
 //! | `attn` | `DeviceLayer` | `Share` | `ColdLayer`s | their reply |
 //! | `projected`, `logits` | `ColdLayer`s, own columns | `ShareDone` | `DeviceLayer`, `Pipeline` | next `Share` |

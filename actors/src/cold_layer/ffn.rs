@@ -21,6 +21,7 @@ use pi_kernels::{ActWriter, Cpu, ROW_GROUP, StridedOut};
 use super::rows::multiply;
 use super::{Job, predicted, threshold, weights_read};
 use crate::counters::Counters;
+use crate::gpu::take_hidden_part;
 use crate::model::group_neurons;
 use crate::pieces::{Cut, Piece};
 use crate::scratch::{ActiveList, NEURON_CHUNK, NodeScratch, ThreadScratch};
@@ -49,7 +50,7 @@ pub(super) fn run(job: Job<'_>, team: &mut Team) -> Counters {
         ) => {
             let alone = !job.candidates.own && share.sketch.is_some();
             match share.sketch.as_ref().filter(|_| alone) {
-                Some(sketch) => team.run(&|member| named_token(&job, rows, sketch, member)),
+                Some(sketch) => run_named(&job, rows, sketch, team),
                 None => team.run(&|member| sparse_token(&job, rows, member)),
             }
         }
@@ -183,11 +184,27 @@ fn sparse_token(job: &Job<'_>, rows: &NeuronStore, member: Member<'_>) {
     sum_token(job, rows, &all.ids, act, spans, &member);
 }
 
+/// The team's part of [`named_token`]; and of the hidden state, where no job before this one has taken it.
+fn run_named(job: &Job<'_>, rows: &NeuronStore, sketch: &SketchShare, team: &mut Team) {
+    let Some(gpu) = job.model.takes_in_place(job.layer) else {
+        return team.run(&|member| named_token(job, rows, sketch, member));
+    };
+    // SAFETY: the device saw it before it sent the message; columns are given behind the barrier.
+    let hidden = unsafe { gpu.hidden(job.layer) };
+    // SAFETY: all other nodes, of which there are none, have answered what they read it for.
+    let writer = unsafe { job.model.slots.normed.get_mut() }.writer();
+    team.run(&|member| {
+        take_hidden_part(job.model, hidden, &writer, &member);
+        member.barrier();
+        named_token(job, rows, sketch, member);
+    });
+}
+
 /// One token, of which a predictor named all candidates: each thread has as many, and takes them from gate to up.
 fn named_token(job: &Job<'_>, rows: &NeuronStore, sketch: &SketchShare, member: Member<'_>) {
     let (model, scratch) = (job.model, job.scratch);
     let up_rows = rows.up_rows().expect("records have up rows");
-    // SAFETY: `normed` was written before the message was sent; the list and the thread's scratch are its own until the
+    // SAFETY: `normed` is complete; the list and the thread's scratch are its own until the
     // barrier.
     let (x, list, mine) = unsafe {
         (

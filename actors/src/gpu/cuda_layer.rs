@@ -4,6 +4,7 @@
 use std::ops::Range;
 use std::sync::Arc;
 
+use pi_kernels::ActWriter;
 use pi_kernels::quant::BLOCK;
 
 use super::error::GpuError;
@@ -17,7 +18,7 @@ use crate::messages::{
 use crate::model::{Model, sums_of};
 use crate::posts::Posts;
 use crate::slots::StepInfo;
-use crate::team::Team;
+use crate::team::{Member, Team};
 
 /// Columns that are joined at a time.
 const JOINED: usize = 1024;
@@ -112,7 +113,11 @@ impl CudaLayer {
     /// Waits for the hidden state, and lets the nodes compute what was predicted.
     pub fn await_hidden(&mut self, message: AwaitHidden, team: &mut Team, posts: &mut Posts<'_>) {
         self.count_message();
-        if let Err(error) = self.take_hidden(team) {
+        let taken = match self.model.takes_in_place(self.layer) {
+            Some(gpu) => gpu.wait_hidden(self.layer).map(|_| ()),
+            None => self.take_hidden(team),
+        };
+        if let Err(error) = taken {
             return self.failed(message.step, error, posts);
         }
         let ids = match self.gpu().ahead_alone(self.layer) {
@@ -197,22 +202,7 @@ impl CudaLayer {
         let hidden = self.gpu().wait_hidden(self.layer)?;
         // SAFETY: all nodes have answered what they read it for.
         let writer = unsafe { model.slots.normed.get_mut() }.writer();
-        team.run(&|member| {
-            let part = member.part(model.shape().n_embd, BLOCK);
-            // SAFETY: the columns are this thread's.
-            unsafe {
-                match hidden {
-                    HiddenState::F32(values) => {
-                        let fill = |out: &mut [f32]| out.copy_from_slice(&values[part.clone()]);
-                        writer.set_columns(model.cpu, 0, part.clone(), fill);
-                    }
-                    HiddenState::Q8 { q, scales } => {
-                        let blocks = part.start / BLOCK..part.end / BLOCK;
-                        writer.set_rounded(0, part.clone(), &q[part], &scales[blocks]);
-                    }
-                }
-            }
-        });
+        team.run(&|member| take_hidden_part(model, hidden, &writer, &member));
         Ok(())
     }
 
@@ -356,6 +346,29 @@ impl CudaLayer {
     fn count(&mut self, own: Counters) {
         self.cell.add(own);
         self.work += own;
+    }
+}
+
+/// Makes the thread's part of the nodes' activations of the hidden state.
+pub(crate) fn take_hidden_part(
+    model: &Model,
+    hidden: HiddenState<'_>,
+    writer: &ActWriter<'_>,
+    member: &Member<'_>,
+) {
+    let part = member.part(model.shape().n_embd, BLOCK);
+    // SAFETY: the columns are this thread's.
+    unsafe {
+        match hidden {
+            HiddenState::F32(values) => {
+                let fill = |out: &mut [f32]| out.copy_from_slice(&values[part.clone()]);
+                writer.set_columns(model.cpu, 0, part.clone(), fill);
+            }
+            HiddenState::Q8 { q, scales } => {
+                let blocks = part.start / BLOCK..part.end / BLOCK;
+                writer.set_rounded(0, part.clone(), &q[part], &scales[blocks]);
+            }
+        }
     }
 }
 

@@ -19,7 +19,7 @@ pub mod weights;
 use pi_kernels::Cpu;
 use pi_kernels::elementwise::add_assign;
 
-pub(crate) use cuda_layer::CudaLayer;
+pub(crate) use cuda_layer::{CudaLayer, take_hidden_part};
 pub use error::GpuError;
 pub use gpu_model::working_bytes;
 pub(crate) use gpu_model::{GpuModel, GpuOptions};
