@@ -1,10 +1,10 @@
 //! Activations, norm, products of rows, embedding.
 
 use pi_kernels::cuda::{
-    Add, DeviceAct, Gates, NeuronList, SUPPORTED, embed, gate_up, gemv, prepare, rms_norm,
+    Add, DeviceAct, Gates, NeuronList, SUPPORTED, ViewMut, embed, gate_up, gemv, prepare, rms_norm,
     row_products,
 };
-use pi_kernels::{ActBatch, ActivationMode, QuantType};
+use pi_kernels::{ActBatch, ActivationMode, KernelError, QuantType};
 
 use crate::common::{
     Activations, List, MODES, Random, Rows, assert_near, bits, column_counts, device, magnitude,
@@ -129,41 +129,31 @@ fn many_rows_have_the_bits_of_few() {
             let m = Rows::random(&device, 21, quant, n, n_cols);
             let up = Rows::random(&device, 22, quant, n, n_cols);
             let x = Activations::new(&stream, MODES[1], &Random(23).activations(n_cols));
-            let mut all = device.upload(&vec![f32::NAN; n]).unwrap();
-            gemv(&stream, m.view(), &x.device, Add::None, all.view_mut(..)).unwrap();
+            let run = |n: usize, launch: &dyn Fn(ViewMut<'_, f32>) -> Result<(), KernelError>| {
+                let mut out = device.upload(&vec![f32::NAN; n]).unwrap();
+                launch(out.view_mut(..)).unwrap();
+                stream.synchronize().unwrap();
+                out.read().unwrap()
+            };
+            let products = |list, n| {
+                run(n, &|out| {
+                    row_products(&stream, m.view(), list, &x.device, Add::None, out)
+                })
+            };
+            let neurons = |list, n| {
+                run(n, &|out| {
+                    let (gate, up) = (m.view(), up.view());
+                    gate_up(&stream, gate, up, list, &x.device, Gates::Relu, out)
+                })
+            };
+            let all = run(n, &|out| gemv(&stream, m.view(), &x.device, Add::None, out));
+            let gated = neurons(NeuronList::All, n);
             // with two rows that do not exist
             let mut long: Vec<u32> = (0..n as u32).collect();
             long[1] = n as u32;
             long[n / 2] = u32::MAX;
             let list = List::new(&device, &long, n);
-            let list = list.view();
-            let mut listed = device.upload(&vec![f32::NAN; n]).unwrap();
-            row_products(
-                &stream,
-                m.view(),
-                list,
-                &x.device,
-                Add::None,
-                listed.view_mut(..),
-            )
-            .unwrap();
-            let mut gated = device.upload(&vec![f32::NAN; n]).unwrap();
-            gate_up(
-                &stream,
-                m.view(),
-                up.view(),
-                NeuronList::All,
-                &x.device,
-                Gates::Relu,
-                gated.view_mut(..),
-            )
-            .unwrap();
-            stream.synchronize().unwrap();
-            let (all, listed, gated) = (
-                all.read().unwrap(),
-                listed.read().unwrap(),
-                gated.read().unwrap(),
-            );
+            let listed = products(list.view(), n);
             for j in 0..n {
                 match long[j] as usize >= n {
                     true => assert!(listed[j].is_nan(), "{what}: there is no row {}", long[j]),
@@ -175,31 +165,9 @@ fn many_rows_have_the_bits_of_few() {
                 .chain([n as u32 - 1])
                 .collect();
             let list = List::new(&device, &few, few.len());
-            let list = list.view();
-            let mut out = device.alloc::<f32>(few.len()).unwrap();
-            row_products(
-                &stream,
-                m.view(),
-                list,
-                &x.device,
-                Add::None,
-                out.view_mut(..),
-            )
-            .unwrap();
-            stream.synchronize().unwrap();
-            let products = out.read().unwrap();
-            gate_up(
-                &stream,
-                m.view(),
-                up.view(),
-                list,
-                &x.device,
-                Gates::Relu,
-                out.view_mut(..),
-            )
-            .unwrap();
-            stream.synchronize().unwrap();
-            for ((id, product), neuron) in few.into_iter().zip(products).zip(out.read().unwrap()) {
+            let few_products = products(list.view(), few.len());
+            let few_neurons = neurons(list.view(), few.len());
+            for ((id, product), neuron) in few.into_iter().zip(few_products).zip(few_neurons) {
                 let id = id as usize;
                 assert_eq!(all[id].to_bits(), product.to_bits(), "{what} row {id}");
                 assert_eq!(gated[id].to_bits(), neuron.to_bits(), "{what} neuron {id}");
