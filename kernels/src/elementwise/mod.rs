@@ -59,6 +59,35 @@ pub fn silu_in_place(cpu: Cpu, x: &mut [f32]) {
     by_tier!(cpu, scalar::silu_in_place, vector::silu_in_place, (x: &mut [f32]))
 }
 
+/// out\[i\] = gelu(gate\[i\]) · up\[i\], all `[n]` f32, with the tanh form of GELU: gelu(x) = x/2 · (1 + tanh(u)) for
+/// u = √(2/π) · (x + 0.044715 x³). Overwrites `out`.
+///
+/// Computed as x / (1 + exp(−2u)), which is the same number and keeps its digits where tanh is near −1. gelu(−∞) is NaN,
+/// as of [`silu_mul`]; below about −10, where exp(−2u) exceeds f32, it is −0.
+///
+/// Source: Hendrycks and Gimpel, *Gaussian Error Linear Units*, section 2.
+///
+/// # Panics
+/// When the lengths differ.
+pub fn gelu_mul(cpu: Cpu, gate: &[f32], up: &[f32], out: &mut [f32]) {
+    assert!(
+        gate.len() == up.len() && gate.len() == out.len(),
+        "lengths of a gated product"
+    );
+    by_tier!(
+        cpu,
+        scalar::gelu_mul,
+        vector::gelu_mul,
+        (gate: &[f32], up: &[f32], out: &mut [f32])
+    )
+}
+
+/// x\[i\] = gelu(x\[i\]), `[n]` f32, as [`gelu_mul`] has it: times up it gives that one's bits.
+/// Overwrites `x`.
+pub fn gelu_in_place(cpu: Cpu, x: &mut [f32]) {
+    by_tier!(cpu, scalar::gelu_in_place, vector::gelu_in_place, (x: &mut [f32]))
+}
+
 /// out\[i\] = max(gate\[i\], 0) · up\[i\], all `[n]` f32. Overwrites `out`.
 ///
 /// A closed gate (≤ 0) gives +0 whatever `up` holds, as if the neuron had been skipped; a NaN gate

@@ -19,6 +19,9 @@ pub(crate) const EXP_COEFFICIENTS: [f32; 6] = [
     0.5,
 ];
 
+/// −2u of GELU is x · (c₀ + c₁ x²), with −2√(2/π) and that times 0.044715.
+pub(super) const GELU_COEFFICIENTS: [f32; 2] = [-1.595_769_2, -0.071_354_814];
+
 /// exp(x) within 2 ulp: x = n ln 2 + r, a polynomial in r, times 2ⁿ.
 pub(crate) fn exp(x: f32) -> f32 {
     // comparisons that are false for NaN, which thus goes through
@@ -93,6 +96,23 @@ pub(super) fn silu_mul(gate: &[f32], up: &[f32], out: &mut [f32]) {
 pub(super) fn silu_in_place(x: &mut [f32]) {
     for value in x {
         *value /= 1.0 + exp(-*value);
+    }
+}
+
+fn gelu(x: f32) -> f32 {
+    let [c0, c1] = GELU_COEFFICIENTS;
+    x / (1.0 + exp((x * x).mul_add(c1, c0) * x))
+}
+
+pub(super) fn gelu_mul(gate: &[f32], up: &[f32], out: &mut [f32]) {
+    for i in 0..out.len() {
+        out[i] = gelu(gate[i]) * up[i];
+    }
+}
+
+pub(super) fn gelu_in_place(x: &mut [f32]) {
+    for value in x {
+        *value = gelu(*value);
     }
 }
 

@@ -40,6 +40,11 @@ fn tiers_equal_the_specification() {
         out.copy_from_slice(a);
         silu_in_place(cpu, out);
     });
+    compare("gelu_mul", gelu_mul);
+    compare("gelu", |cpu, a, _, out| {
+        out.copy_from_slice(a);
+        gelu_in_place(cpu, out);
+    });
     compare("relu_mul", relu_mul);
     compare("exp", |cpu, a, _, out| {
         out.copy_from_slice(a);
@@ -82,6 +87,10 @@ fn vector_algorithms_equal_the_specification_without_any_instruction_set() {
     unsafe { vector::silu_mul::<Array>(&x, &x, &mut got) };
     scalar::silu_mul(&x, &x, &mut want);
     assert_same(&got, &want, "silu_mul");
+    // SAFETY: as above.
+    unsafe { vector::gelu_mul::<Array>(&x, &x, &mut got) };
+    scalar::gelu_mul(&x, &x, &mut want);
+    assert_same(&got, &want, "gelu_mul");
 }
 
 #[test]
@@ -146,6 +155,65 @@ fn gates_follow_their_definitions() {
                 out[i]
             );
         }
+    }
+}
+
+/// By PyTorch 2.15 in f64: `gelu(x, approximate="tanh")`.
+const GELU: [(f32, f64); 9] = [
+    (-6.0, -8.439_648_979_674_53e-11),
+    (-3.0, -0.003_637_392_081_772_994_3),
+    (-1.0, -0.158_808_009_391_723_24),
+    (-0.5, -0.154_285_990_174_856_06),
+    (0.125, 0.068_717_198_624_223_39),
+    (0.5, 0.345_714_009_825_143_94),
+    (1.0, 0.841_191_990_608_276_8),
+    (2.5, 2.484_915_733_910_001),
+    (9.0, 9.0),
+];
+
+#[test]
+fn gelu_is_its_tanh_form() {
+    let tanh_form = |x: f32| {
+        let x = f64::from(x);
+        let u = (2.0 / std::f64::consts::PI).sqrt() * (x + 0.044715 * x.powi(3));
+        0.5 * x * (1.0 + u.tanh())
+    };
+    for (x, want) in GELU {
+        let error = (tanh_form(x) - want).abs();
+        assert!(error < 1e-12, "{x}: {error}");
+    }
+    let near = |x: f32, got: f32| {
+        let want = tanh_form(x);
+        let error = (f64::from(got) - want).abs();
+        assert!(
+            error <= 3e-7 * want.abs() + 1e-8,
+            "gelu({x}) is {got}, not {want}"
+        );
+    };
+    let listed = GELU.map(|(x, _)| x);
+    let swept = (-12_000i16..12_000).map(|n| f32::from(n) / 1000.0);
+    let x: Vec<f32> = listed.into_iter().chain(swept).collect();
+    for cpu in cpus() {
+        let (mut alone, mut doubled) = (x.clone(), vec![7.0; x.len()]);
+        gelu_in_place(cpu, &mut alone);
+        gelu_mul(cpu, &x, &vec![2.0; x.len()], &mut doubled);
+        for ((&x, &got), &twice) in x.iter().zip(&alone).zip(&doubled) {
+            near(x, got);
+            assert_eq!(twice.to_bits(), (got * 2.0).to_bits(), "{x}");
+        }
+    }
+}
+
+#[test]
+fn gelu_of_special_values() {
+    for cpu in cpus() {
+        let mut x = [f32::INFINITY, f32::NEG_INFINITY, f32::NAN, 1e30, -1e30, 0.0];
+        gelu_in_place(cpu, &mut x);
+        assert_same(
+            &x,
+            &[f32::INFINITY, f32::NAN, f32::NAN, 1e30, -0.0, 0.0],
+            "gelu",
+        );
     }
 }
 

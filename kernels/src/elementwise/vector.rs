@@ -1,6 +1,6 @@
 //! The algorithms over vectors of 16 lanes, each equal to its specification in `scalar`.
 
-use super::scalar::{EXP_COEFFICIENTS, EXP_RANGE, LN_2_HIGH, LN_2_LOW};
+use super::scalar::{EXP_COEFFICIENTS, EXP_RANGE, GELU_COEFFICIENTS, LN_2_HIGH, LN_2_LOW};
 use crate::simd::{F32x16, LANES};
 
 /// 16 or, at the end, `n` < 16 values (the others 0).
@@ -115,6 +115,47 @@ pub(super) unsafe fn silu_in_place<V: F32x16>(x: &mut [f32]) {
             let gate: V = load_up_to(to, n);
             let divisor = V::splat(1.0).add(exp(gate.mul(V::splat(-1.0))));
             store_up_to(gate.div(divisor), to, n);
+        }
+    }
+}
+
+/// # Safety
+/// The machine has V's instructions.
+#[inline(always)]
+unsafe fn gelu<V: F32x16>(x: V) -> V {
+    // SAFETY: the machine has V's instructions, by the contract.
+    unsafe {
+        let [c0, c1] = GELU_COEFFICIENTS;
+        let factor = x.mul(x).fma(V::splat(c1), V::splat(c0));
+        x.div(V::splat(1.0).add(exp(factor.mul(x))))
+    }
+}
+
+/// # Safety
+/// As [`add_assign`].
+#[inline(always)]
+pub(super) unsafe fn gelu_mul<V: F32x16>(gate: &[f32], up: &[f32], out: &mut [f32]) {
+    for i in (0..out.len()).step_by(LANES) {
+        let n = out.len() - i;
+        // SAFETY: `n` values lie behind i in all three.
+        unsafe {
+            let gate: V = load_up_to(gate.as_ptr().add(i), n);
+            let up: V = load_up_to(up.as_ptr().add(i), n);
+            store_up_to(gelu(gate).mul(up), out.as_mut_ptr().add(i), n);
+        }
+    }
+}
+
+/// # Safety
+/// As [`add_assign`].
+#[inline(always)]
+pub(super) unsafe fn gelu_in_place<V: F32x16>(x: &mut [f32]) {
+    for i in (0..x.len()).step_by(LANES) {
+        let n = x.len() - i;
+        // SAFETY: `n` values lie behind i.
+        unsafe {
+            let to = x.as_mut_ptr().add(i);
+            store_up_to(gelu(load_up_to::<V>(to, n)), to, n);
         }
     }
 }
