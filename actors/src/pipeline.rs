@@ -270,6 +270,7 @@ impl Pipeline {
             unsafe {
                 let x = model.slots.x.write(token * n_embd..(token + 1) * n_embd);
                 embedding_row(&model.weights, tokens[token] as usize, x);
+                scale(x, model.shape().embedding_scale);
                 if !can_be_normed(model.cpu, x) {
                     finite.store(false, Ordering::Relaxed);
                 }
@@ -565,7 +566,14 @@ fn embedding_row_bytes(weights: &ModelWeights) -> usize {
     }
 }
 
-/// Values of a token's embedding.
+/// Multiplies by a factor that is 1 for most models.
+fn scale(x: &mut [f32], factor: f32) {
+    if factor != 1.0 {
+        x.iter_mut().for_each(|value| *value *= factor);
+    }
+}
+
+/// Values of a token's embedding, as they are stored.
 fn embedding_row(weights: &ModelWeights, token: usize, out: &mut [f32]) {
     match &weights.embedding {
         Embedding::Tied => {

@@ -19,6 +19,8 @@ use crate::replan::NeuronValues;
 pub enum GateActivation {
     /// x · sigmoid(x): no neuron is ever exactly off.
     Silu,
+    /// GELU in its tanh form: no neuron is ever exactly off.
+    Gelu,
     /// max(x, 0): a neuron with a gate of 0 or less is off.
     Relu,
 }
@@ -57,6 +59,8 @@ pub struct ModelShape {
     pub rms_eps: f32,
     /// Activation of the FFN's gate.
     pub gate_activation: GateActivation,
+    /// Factor of the embeddings, commonly 1.
+    pub embedding_scale: f32,
     /// Rotation of queries and keys.
     pub rope: RopeSpec,
     /// Factor of the attention scores, commonly 1/√head_dim.

@@ -2,7 +2,7 @@
 
 mod common;
 
-use common::{Collector, Form, N_CTX, PlainModel, Setup, engine, naive, run, tokens};
+use common::{Collector, Form, N_CTX, N_EMBD, PlainModel, Setup, engine, naive, run, tokens};
 use pi_actors::LogitsWanted;
 use pi_actors::weights::{GateActivation, SparsityMode};
 
@@ -15,6 +15,7 @@ fn logits_and_active_neurons_are_those_of_plain_loops() {
     for (activation, forms) in [
         (GateActivation::Relu, vec![EXACT, OFF, Form::Dense]),
         (GateActivation::Silu, vec![OFF, Form::Dense]),
+        (GateActivation::Gelu, vec![OFF, Form::Dense]),
     ] {
         let model = PlainModel::random(5, activation);
         let (want, active) = naive::logits(&model, &tokens);
@@ -39,6 +40,28 @@ fn logits_and_active_neurons_are_those_of_plain_loops() {
                     }
                 }
             }
+        }
+    }
+}
+
+#[test]
+fn embeddings_are_scaled() {
+    let tokens = tokens(20);
+    let model = PlainModel {
+        embedding_scale: (N_EMBD as f32).sqrt(),
+        ..PlainModel::random(10, GateActivation::Gelu)
+    };
+    let (want, _) = naive::logits(&model, &tokens);
+    let off = Setup {
+        form: OFF,
+        ..Setup::default()
+    };
+    let run = run(&engine(&model, off), Collector::new(&tokens, false));
+    run.outcome.unwrap();
+    for (position, logits) in &run.feeder.logits {
+        for (got, want) in logits.iter().zip(&want[*position]) {
+            let close = (f64::from(*got) - want).abs() < 2e-4;
+            assert!(close, "position {position}: {got} is not {want}");
         }
     }
 }

@@ -22,6 +22,9 @@ const SKIPS: [Skip; 2] = [
     },
 ];
 
+/// Gates that never close.
+const OPEN: [GateActivation; 2] = [GateActivation::Silu, GateActivation::Gelu];
+
 fn with(skip: Skip) -> Setup {
     Setup {
         form: Form::Threshold(skip),
@@ -31,8 +34,14 @@ fn with(skip: Skip) -> Setup {
 
 #[test]
 fn logits_and_neurons_kept_are_those_of_plain_loops() {
+    for activation in OPEN {
+        are_those_of_plain_loops(activation);
+    }
+}
+
+fn are_those_of_plain_loops(activation: GateActivation) {
     let tokens = tokens(40);
-    let model = PlainModel::random(5, GateActivation::Silu);
+    let model = PlainModel::random(5, activation);
     let off = Setup {
         form: OFF,
         ..Setup::default()
@@ -65,8 +74,14 @@ fn logits_and_neurons_kept_are_those_of_plain_loops() {
 
 #[test]
 fn nothing_left_out_is_off() {
+    for activation in OPEN {
+        is_off(activation);
+    }
+}
+
+fn is_off(activation: GateActivation) {
     let tokens = tokens(60);
-    let model = PlainModel::random(6, GateActivation::Silu);
+    let model = PlainModel::random(6, activation);
     let off = Setup {
         form: OFF,
         ..Setup::default()
@@ -83,7 +98,13 @@ fn nothing_left_out_is_off() {
 
 #[test]
 fn bits_do_not_depend_on_nodes_threads_or_batch() {
-    let model = PlainModel::random(7, GateActivation::Silu);
+    for activation in OPEN {
+        bits_do_not_depend(activation);
+    }
+}
+
+fn bits_do_not_depend(activation: GateActivation) {
+    let model = PlainModel::random(7, activation);
     let tokens = tokens(120);
     for skip in SKIPS {
         let want = run(&engine(&model, with(skip)), Collector::new(&tokens, true));

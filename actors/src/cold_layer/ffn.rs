@@ -10,7 +10,7 @@
 use std::ops::Range;
 use std::sync::atomic::Ordering;
 
-use pi_kernels::elementwise::{add_assign, relu_mul, silu_mul};
+use pi_kernels::elementwise::{add_assign, gelu_mul, relu_mul, silu_mul};
 use pi_kernels::ffn_sparse::{
     GroupSpan, SUBTREES_MAX, ask_for_down, down_active, down_tokens, up_active, up_tokens,
 };
@@ -530,6 +530,10 @@ fn activate(job: &Job<'_>, gate: &[f32], up: &[f32], out: &mut [f32]) -> u64 {
         }
         GateActivation::Silu => {
             silu_mul(cpu, gate, up, out);
+            gate.len() as u64
+        }
+        GateActivation::Gelu => {
+            gelu_mul(cpu, gate, up, out);
             gate.len() as u64
         }
     }

@@ -9,14 +9,14 @@ use std::ops::Range;
 use std::sync::atomic::Ordering;
 
 use pi_kernels::StridedOut;
-use pi_kernels::elementwise::silu_in_place;
+use pi_kernels::elementwise::{gelu_in_place, silu_in_place};
 use pi_kernels::ffn_sparse::{gate_active, large_active, zero_small};
 
 use super::Job;
 use super::ffn::{divide, down_batch, gate_up_chunks, gate_up_token, gather, sum_token};
 use crate::scratch::{ActiveList, NEURON_CHUNK, ThreadScratch};
 use crate::team::{Member, Team};
-use crate::weights::{Matrix, NeuronStore};
+use crate::weights::{GateActivation, Matrix, NeuronStore};
 
 /// Lists the neurons `part`, whose gates (before the activation, overwritten) let them contribute.
 pub(super) fn list_gates(
@@ -30,7 +30,7 @@ pub(super) fn list_gates(
     match &job.share.thresholds {
         None => gate_active(gates, first, ids, kept),
         Some(thresholds) => {
-            silu_in_place(job.model.cpu, gates);
+            activate(job, gates);
             large_active(gates, &thresholds[part], first, ids, kept);
         }
     }
@@ -45,10 +45,20 @@ pub(super) fn close_gates(job: &Job<'_>, gates: &mut StridedOut<'_>, neurons: Ra
     let mut active = 0;
     for token in 0..gates.n_tokens() {
         let gates = gates.row(token);
-        silu_in_place(job.model.cpu, gates);
+        activate(job, gates);
         active += zero_small(gates, &thresholds[neurons.clone()]);
     }
     active
+}
+
+/// Applies the activation, of gates that never close.
+fn activate(job: &Job<'_>, gates: &mut [f32]) {
+    let cpu = job.model.cpu;
+    match job.model.shape().gate_activation {
+        GateActivation::Silu => silu_in_place(cpu, gates),
+        GateActivation::Gelu => gelu_in_place(cpu, gates),
+        GateActivation::Relu => unreachable!("thresholds are for gates that never close"),
+    }
 }
 
 fn close_relu_gates(gates: &mut StridedOut<'_>) -> u64 {

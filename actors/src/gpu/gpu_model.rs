@@ -163,12 +163,16 @@ impl GpuModel {
     ///
     /// # Errors
     /// The driver's.
+    ///
+    /// # Panics
+    /// When gates are GELU, which the kernels have not.
     pub fn new(
         mut weights: GpuWeights,
         host: &ModelWeights,
         options: GpuOptions,
     ) -> Result<Self, GpuError> {
         let (device, shape) = (weights.device.clone(), &host.shape);
+        assert_ne!(shape.gate_activation, GateActivation::Gelu, "no GPU has it");
         let GpuOptions {
             rope_len,
             mode,
@@ -1224,6 +1228,7 @@ impl Capture<'_> {
             &buffers.ffn_normed,
             match (shape.gate_activation, self.weights.dense) {
                 (GateActivation::Silu, _) => Gates::Silu,
+                (GateActivation::Gelu, _) => unreachable!("no GPU has it"),
                 (GateActivation::Relu, true) => Gates::ReluDense,
                 (GateActivation::Relu, false) => Gates::Relu,
             },

@@ -72,6 +72,7 @@ pub struct PlainLayer {
 /// A model's weights as plain rows.
 pub struct PlainModel {
     pub activation: GateActivation,
+    pub embedding_scale: f32,
     /// Positions that a token sees, where it does not see all before it.
     pub window: Option<usize>,
     pub embedding: Vec<f32>,
@@ -101,6 +102,7 @@ impl PlainModel {
         };
         Self {
             activation,
+            embedding_scale: 1.0,
             window: None,
             embedding: random.matrix(N_VOCAB, N_EMBD),
             head: random.matrix(N_VOCAB, N_EMBD),
@@ -195,6 +197,7 @@ pub fn weights(model: &PlainModel, n_nodes: usize, form: Form) -> ModelWeights {
         n_ctx: N_CTX,
         rms_eps: 1e-5,
         gate_activation: model.activation,
+        embedding_scale: model.embedding_scale,
         rope: RopeSpec {
             pairs: RopePairs::Adjacent,
             n_dims: HEAD_DIM,

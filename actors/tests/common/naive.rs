@@ -49,7 +49,7 @@ fn compute(
         let at = token as usize * N_EMBD;
         let mut x: Vec<f64> = model.embedding[at..at + N_EMBD]
             .iter()
-            .map(|&v| f64::from(v))
+            .map(|&v| f64::from(v) * f64::from(model.embedding_scale))
             .collect();
         let mut before: Option<Vec<f64>> = None;
         for (layer, cache) in model.layers.iter().zip(&mut caches) {
@@ -171,6 +171,11 @@ fn attention(layer: &PlainLayer, cache: &mut (Rows, Rows), first: usize, x: &mut
     x.iter_mut().zip(out).for_each(|(x, o)| *x += o);
 }
 
+fn gelu(x: f64) -> f64 {
+    let u = (2.0 / std::f64::consts::PI).sqrt() * (x + 0.044715 * x.powi(3));
+    0.5 * x * (1.0 + u.tanh())
+}
+
 fn ffn(
     layer: &PlainLayer,
     activation: GateActivation,
@@ -196,6 +201,7 @@ fn ffn(
         let a = match activation {
             GateActivation::Relu => gate[neuron].max(0.0),
             GateActivation::Silu => gate[neuron] / (1.0 + (-gate[neuron]).exp()),
+            GateActivation::Gelu => gelu(gate[neuron]),
         };
         let row = &layer.down_t[neuron * N_EMBD..(neuron + 1) * N_EMBD];
         let small = skip.is_some_and(|skip| {

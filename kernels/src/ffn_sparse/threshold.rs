@@ -1,6 +1,6 @@
 //! Neurons by how much they contribute: those below a threshold are left out.
 //!
-//! For gates that never close (SiLU). A neuron's value is act(gate), or act(gate) · up; it is small
+//! For gates that never close (SiLU, GELU). A neuron's value is act(gate), or act(gate) · up; it is small
 //! when its magnitude is not above the neuron's threshold. NaN is never small, so that it surfaces.
 
 fn is_small(value: f32, threshold: f32) -> bool {

@@ -63,6 +63,7 @@ pub fn model_shape(
             GateKind::Silu => GateActivation::Silu,
             GateKind::Relu => GateActivation::Relu,
         },
+        embedding_scale: 1.0,
         rope: hyper.rope.spec(tensors.rope_freqs.clone())?,
         attn_scale: 1.0 / (hyper.head_dim as f32).sqrt(),
         window: hyper.window,
