@@ -193,6 +193,13 @@ fn bad_models_are_refused_with_cause_and_cure() {
         ),
         (with("llama.attention.key_length", 8u32.into()), &["shape"]),
         (
+            TinyModel {
+                head_dim: Some(1024),
+                ..TinyModel::default()
+            },
+            &["llama.attention.key_length", "1024", "512"],
+        ),
+        (
             with("llama.attention.value_length", 8u32.into()),
             &["value_length", "16"],
         ),

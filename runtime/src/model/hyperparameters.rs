@@ -1,5 +1,7 @@
 //! The numbers that describe a model, read from GGUF metadata and checked against one another.
 
+use pi_kernels::attention::HEAD_DIM_MAX;
+
 use super::architecture::Architecture;
 use super::error::ModelError;
 use super::rope::Rope;
@@ -79,6 +81,10 @@ impl Hyperparameters {
             return Err(keys.bad("attention.head_count_kv", n_head_kv, needed));
         }
         let head_dim = keys.count_or("attention.key_length", n_embd / n_head)?;
+        if head_dim > HEAD_DIM_MAX {
+            let needed = format!("heads of more than {HEAD_DIM_MAX} values are not supported");
+            return Err(keys.bad("attention.key_length", head_dim, needed));
+        }
         let value_length = keys.count_or("attention.value_length", head_dim)?;
         if value_length != head_dim {
             let needed = format!("only the key's length, {head_dim}, is supported");

@@ -9,11 +9,14 @@ use pi_runtime::model::quantize::quantize_row;
 /// Sizes, types and keys of a model; the default is a ReLU model whose file is neuron-major.
 #[derive(Clone)]
 pub struct TinyModel {
+    pub architecture: &'static str,
     pub n_layer: usize,
     pub n_embd: usize,
     pub n_ff: usize,
     pub n_head: usize,
     pub n_head_kv: usize,
+    /// None: the heads share the width.
+    pub head_dim: Option<usize>,
     pub n_ctx: usize,
     pub quant: QuantType,
     pub neuron_major: bool,
@@ -28,11 +31,13 @@ pub struct TinyModel {
 impl Default for TinyModel {
     fn default() -> Self {
         Self {
+            architecture: "llama",
             n_layer: 2,
             n_embd: 64,
             n_ff: 512,
             n_head: 4,
             n_head_kv: 2,
+            head_dim: None,
             n_ctx: 256,
             quant: QuantType::F32,
             neuron_major: true,
@@ -77,21 +82,26 @@ impl TinyModel {
     }
 
     fn put_keys(&self, header: &mut GgufWriter) -> Result<(), GgufError> {
-        header.put("general.architecture", "llama")?;
+        let prefixed = |key: &str| format!("{}.{key}", self.architecture);
+        header.put("general.architecture", self.architecture)?;
         header.put("general.name", "tiny")?;
         for (key, value) in [
-            ("llama.block_count", self.n_layer),
-            ("llama.embedding_length", self.n_embd),
-            ("llama.feed_forward_length", self.n_ff),
-            ("llama.attention.head_count", self.n_head),
-            ("llama.attention.head_count_kv", self.n_head_kv),
-            ("llama.context_length", self.n_ctx),
+            ("block_count", self.n_layer),
+            ("embedding_length", self.n_embd),
+            ("feed_forward_length", self.n_ff),
+            ("attention.head_count", self.n_head),
+            ("attention.head_count_kv", self.n_head_kv),
+            ("context_length", self.n_ctx),
         ] {
-            header.put(key, value as u32)?;
+            header.put(&prefixed(key), value as u32)?;
         }
-        header.put("llama.attention.layer_norm_rms_epsilon", 1e-5f32)?;
+        header.put(&prefixed("attention.layer_norm_rms_epsilon"), 1e-5f32)?;
+        if let Some(head_dim) = self.head_dim {
+            header.put(&prefixed("attention.key_length"), head_dim as u32)?;
+            header.put(&prefixed("attention.value_length"), head_dim as u32)?;
+        }
         if let Some(gate) = self.gate {
-            header.put("llama.hidden_activation", gate)?;
+            header.put(&prefixed("hidden_activation"), gate)?;
         }
         header.put("tokenizer.ggml.model", "gpt2")?;
         header.put("tokenizer.ggml.pre", "gpt-2")?;
@@ -122,8 +132,9 @@ impl TinyModel {
 
     fn tensors(&self) -> Vec<Tensor> {
         let mut random = Random(self.seed);
-        let (n_embd, n_ff, head_dim) = (self.n_embd, self.n_ff, self.n_embd / self.n_head);
-        let n_kv = self.n_head_kv * head_dim;
+        let (n_embd, n_ff) = (self.n_embd, self.n_ff);
+        let head_dim = self.head_dim.unwrap_or(n_embd / self.n_head);
+        let (n_q, n_kv) = (self.n_head * head_dim, self.n_head_kv * head_dim);
         let mut tensors = vec![];
         let mut add = |name: String, n_rows: usize, n_cols: usize, quant: QuantType| {
             let values = if n_rows == 1 {
@@ -150,10 +161,10 @@ impl TinyModel {
         for layer in 0..self.n_layer {
             let name = |tensor: &str| format!("blk.{layer}.{tensor}.weight");
             add(name("attn_norm"), 1, n_embd, QuantType::F32);
-            add(name("attn_q"), n_embd, n_embd, self.quant);
+            add(name("attn_q"), n_q, n_embd, self.quant);
             add(name("attn_k"), n_kv, n_embd, self.quant);
             add(name("attn_v"), n_kv, n_embd, self.quant);
-            add(name("attn_output"), n_embd, n_embd, self.quant);
+            add(name("attn_output"), n_embd, n_q, self.quant);
             add(name("ffn_norm"), 1, n_embd, QuantType::F32);
             add(name("ffn_gate"), n_ff, n_embd, self.quant);
             add(name("ffn_up"), n_ff, n_embd, self.quant);
