@@ -1,4 +1,4 @@
-//! What thresholds cost a SiLU model: perplexity against the share of neurons skipped.
+//! What thresholds cost a SiLU or GELU model: perplexity against the share of neurons skipped.
 //!
 //! `cargo run --release --example threshold_curve -- MODEL TEXT [OPTION=VALUE...] [WAY...]`, a way being `product`,
 //! `gate`, and `:equal` or `:residual` behind it, then perhaps a type of down rows and how many fragile layers are

@@ -51,6 +51,24 @@ fn sizes_and_defaults_are_read() {
 }
 
 #[test]
+fn a_file_may_name_its_gates() {
+    let cases = [
+        ("silu", GateKind::Silu),
+        ("relu", GateKind::Relu),
+        ("gelu", GateKind::Gelu),
+        ("gelu_pytorch_tanh", GateKind::Gelu),
+    ];
+    for (name, kind) in cases {
+        let (hyper, _) = read(&TinyModel {
+            gate: Some(name),
+            ..TinyModel::default()
+        })
+        .unwrap();
+        assert_eq!(hyper.gate, kind, "{name}");
+    }
+}
+
+#[test]
 fn rope_keys_change_the_rotation() {
     let keys = vec![
         ("llama.rope.dimension_count", 8u32.into()),
@@ -260,8 +278,8 @@ fn bad_models_are_refused_with_cause_and_cure() {
             &["sliding_window", "-1"],
         ),
         (
-            with("llama.hidden_activation", "gelu".into()),
-            &["\"gelu\"", "silu and relu"],
+            with("llama.hidden_activation", "tanh".into()),
+            &["\"tanh\"", "silu, relu and gelu"],
         ),
         (
             with("llama.expert_count", 8u32.into()),

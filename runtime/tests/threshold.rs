@@ -27,6 +27,13 @@ fn silu(neuron_major: bool) -> TinyModel {
     }
 }
 
+fn gelu(neuron_major: bool) -> TinyModel {
+    TinyModel {
+        gate: Some("gelu"),
+        ..silu(neuron_major)
+    }
+}
+
 fn options(path: &Path) -> ModelOptions {
     ModelOptions::new(path.to_path_buf())
 }
@@ -85,8 +92,9 @@ fn section(model: &TinyModel, criterion: Criterion, value: f32, gains: bool) -> 
 
 #[test]
 fn a_calibrated_model_runs_from_its_sidecar_with_equal_bits_however_it_is_run() {
-    for neuron_major in [true, false] {
-        let folder = Folder::with(&silu(neuron_major));
+    for model in [silu(true), silu(false), gelu(true), gelu(false)] {
+        let neuron_major = model.neuron_major;
+        let folder = Folder::with(&model);
         let plan = TopologyFile::default().plan(Some(2)).unwrap();
         let how = CalibrateOptions {
             budget: 0.02,
@@ -149,15 +157,16 @@ fn a_calibrated_model_runs_from_its_sidecar_with_equal_bits_however_it_is_run() 
 
 #[test]
 fn thresholds_of_zero_change_nothing_where_the_file_has_rows_of_neurons() {
-    let model = silu(true);
-    let folder = Folder::with(&model);
-    let path = folder.name("m.gguf");
-    let args = ["-m", &path, "-p", TEXT, "-n", "8", "--temp", "0", "--json"];
-    let off = json_of(&args);
-    for criterion in Criterion::ALL {
-        write(&folder, &section(&model, criterion, 0.0, true));
-        let all = json_of(&[&args[..], &["--sparsity", "threshold"]].concat());
-        assert_eq!(all["logits_hash"], off["logits_hash"], "{criterion:?}");
+    for model in [silu(true), gelu(true)] {
+        let folder = Folder::with(&model);
+        let path = folder.name("m.gguf");
+        let args = ["-m", &path, "-p", TEXT, "-n", "8", "--temp", "0", "--json"];
+        let off = json_of(&args);
+        for criterion in Criterion::ALL {
+            write(&folder, &section(&model, criterion, 0.0, true));
+            let all = json_of(&[&args[..], &["--sparsity", "threshold"]].concat());
+            assert_eq!(all["logits_hash"], off["logits_hash"], "{criterion:?}");
+        }
     }
 }
 
@@ -205,9 +214,14 @@ fn refused(folder: &Folder, words: &[&str]) {
 
 #[test]
 fn thresholds_that_gain_nothing_are_refused_unless_forced() {
-    let model = silu(false);
-    let folder = Folder::with(&model);
-    write(&folder, &section(&model, Criterion::Product, 0.02, false));
+    for model in [silu(false), gelu(false)] {
+        is_refused_unless_forced(&model);
+    }
+}
+
+fn is_refused_unless_forced(model: &TinyModel) {
+    let folder = Folder::with(model);
+    write(&folder, &section(model, Criterion::Product, 0.02, false));
     let figures = ["+2.50 %", "2.0 -> 1.5 MB", "100.0 -> 90.5 tok/s"];
     refused(&folder, &figures);
     refused(&folder, &["--sparsity off", "--force-threshold"]);
@@ -221,8 +235,9 @@ fn thresholds_that_gain_nothing_are_refused_unless_forced() {
 fn without_what_it_needs_the_mode_is_refused() {
     let relu = Folder::with(&TinyModel::default());
     refused(&relu, &["relu", "--sparsity exact"]);
-    let model = silu(true);
-    let folder = Folder::with(&model);
+    let folder = Folder::with(&gelu(true));
+    refused(&folder, &["there is no", "prepare"]);
+    let folder = Folder::with(&silu(true));
     refused(&folder, &["there is no", "prepare"]);
 
     let plan = TopologyFile::default().plan(Some(1)).unwrap();

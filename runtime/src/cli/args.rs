@@ -145,8 +145,8 @@ pub struct ModelArgs {
     #[arg(long, requires = "topology")]
     pub simulate: bool,
     /// off: dense; exact: skip neurons whose ReLU gate is closed (same result); predicted: look only at neurons that
-    /// predictors pick; threshold: skip neurons of SiLU gates that contribute little (both need what `prepare` makes).
-    /// Default: exact where it is free
+    /// predictors pick; threshold: skip neurons of SiLU and GELU gates that contribute little (both need what `prepare`
+    /// makes). Default: exact where it is free
     #[arg(long, value_enum, value_name = "MODE")]
     pub sparsity: Option<SparsityArg>,
     /// sparse: a sketch picks the tokens whose logits are computed, so that most of the head is not read (needs the sidecar)

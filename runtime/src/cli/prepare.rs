@@ -63,7 +63,7 @@ pub struct StageArgs {
     /// Passages of 512 tokens to learn from, evenly over the text; default: 40, fewer for large models
     #[arg(long, value_name = "N", value_parser = clap::value_parser!(u32).range(N_PASSAGES_MIN as i64..))]
     pub chunks: Option<u32>,
-    /// How much higher than that of `exact` (`off` for SiLU models) the perplexity may be
+    /// How much higher than that of `exact` (`off` for SiLU and GELU models) the perplexity may be
     #[arg(long, value_name = "PERCENT", default_value = "0.5%", value_parser = percent)]
     pub quality: f64,
     /// Predictors one layer ahead: trained, or the best linear map of low rank, which is fitted faster

@@ -15,6 +15,8 @@ const MAX_COUNT: usize = 1 << 24;
 pub enum GateKind {
     /// x · sigmoid(x)
     Silu,
+    /// x/2 · (1 + tanh(√(2/π) · (x + 0.044715 x³)))
+    Gelu,
     /// max(x, 0)
     Relu,
 }
@@ -24,6 +26,7 @@ impl GateKind {
     pub fn name(self) -> &'static str {
         match self {
             GateKind::Silu => "silu",
+            GateKind::Gelu => "gelu",
             GateKind::Relu => "relu",
         }
     }
@@ -219,14 +222,16 @@ fn refuse_unknown_features(keys: &Keys<'_>) -> Result<(), ModelError> {
     Ok(())
 }
 
+/// The activation that the file names, else SiLU. As in ggml, `gelu` is the tanh form.
 fn gate_kind(keys: &Keys<'_>) -> Result<GateKind, ModelError> {
     match keys.text("hidden_activation")? {
         None | Some("silu") => Ok(GateKind::Silu),
+        Some("gelu" | "gelu_pytorch_tanh") => Ok(GateKind::Gelu),
         Some("relu") => Ok(GateKind::Relu),
         Some(other) => Err(keys.bad(
             "hidden_activation",
             format!("{other:?}"),
-            "only silu and relu are supported".into(),
+            "only silu, relu and gelu are supported".into(),
         )),
     }
 }

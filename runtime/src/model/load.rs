@@ -61,6 +61,7 @@ pub fn model_shape(
         rms_eps: hyper.rms_eps,
         gate_activation: match hyper.gate {
             GateKind::Silu => GateActivation::Silu,
+            GateKind::Gelu => GateActivation::Gelu,
             GateKind::Relu => GateActivation::Relu,
         },
         embedding_scale: 1.0,

@@ -285,6 +285,7 @@ mod tests {
         assert_eq!(mode(None, GateKind::Relu, &[T, FLOAT]), Sparsity::Exact);
         assert_eq!(mode(None, GateKind::Relu, &[T, PLAIN]), Sparsity::Off);
         assert_eq!(mode(None, GateKind::Silu, &[T, T]), Sparsity::Off);
+        assert_eq!(mode(None, GateKind::Gelu, &[T, T]), Sparsity::Off);
         assert_eq!(
             mode(Some(Sparsity::Exact), GateKind::Relu, &[PLAIN]),
             Sparsity::Exact
@@ -297,8 +298,15 @@ mod tests {
 
     #[test]
     fn exact_without_relu_says_what_to_do() {
-        let error = SparsityPlan::resolve(Some(Sparsity::Exact), GateKind::Silu, &[T]).unwrap_err();
-        assert!(error.to_string().contains("silu") && error.to_string().contains("--sparsity off"));
+        for mode in [Sparsity::Exact, Sparsity::Predicted] {
+            for gate in [GateKind::Silu, GateKind::Gelu] {
+                let error = SparsityPlan::resolve(Some(mode), gate, &[T]).unwrap_err();
+                let message = error.to_string();
+                for words in [mode.name(), gate.name(), "--sparsity off"] {
+                    assert!(message.contains(words), "{message}");
+                }
+            }
+        }
     }
 
     #[test]

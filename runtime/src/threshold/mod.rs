@@ -193,12 +193,14 @@ impl<'a> Calibration<'a> {
         calibration.off = calibration.score(&model)?;
         drop(model);
         progress(Step::Sorting);
-        calibration.layers = LayerStatistics::of_all(
+        let layers = LayerStatistics::of_all(
             options.cpu,
+            calibration.hyper.gate,
             &calibration.tensors.layers,
             &tap,
             plan.n_threads(),
         );
+        calibration.layers = layers.map_err(in_file)?;
         Ok(calibration)
     }
 

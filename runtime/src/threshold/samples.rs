@@ -4,13 +4,17 @@
 use std::sync::{Arc, Mutex, PoisonError};
 
 use pi_actors::LayerTap;
-use pi_kernels::elementwise::{silu_in_place, silu_mul};
+use pi_kernels::elementwise::{gelu_in_place, mul, silu_in_place};
 use pi_kernels::gemm::gemm;
 use pi_kernels::{ActBatch, Cpu, Layout, MatrixRef, MatrixShape, StridedOut};
 
 use super::distribution::{Distribution, down_norms};
 use crate::model::tensors::{FileMatrix, LayerTensors};
 use crate::model::threshold::Criterion;
+use crate::model::{GateKind, ModelError};
+
+/// Applies an activation to gates.
+type Activate = fn(Cpu, &mut [f32]);
 
 /// Keeps the normed input of every layer's FFN for some tokens.
 #[derive(Debug)]
@@ -79,13 +83,13 @@ impl LayerStatistics {
         }
     }
 
-    fn of(cpu: Cpu, tensors: &LayerTensors, sample: &LayerSample) -> Self {
+    fn of(cpu: Cpu, activate: Activate, tensors: &LayerTensors, sample: &LayerSample) -> Self {
         let down_norms = down_norms(&tensors.down);
         let mut gates = product(cpu, &tensors.gate, &sample.normed);
         let ups = product(cpu, &tensors.up, &sample.normed);
         let mut products = vec![0.0; gates.len()];
-        silu_mul(cpu, &gates, &ups, &mut products);
-        silu_in_place(cpu, &mut gates);
+        activate(cpu, &mut gates);
+        mul(cpu, &gates, &ups, &mut products);
         let weighted = |mut values: Vec<f32>| {
             for token in values.chunks_exact_mut(down_norms.len()) {
                 for (value, norm) in token.iter_mut().zip(&down_norms) {
@@ -105,22 +109,31 @@ impl LayerStatistics {
         }
     }
 
-    /// The statistics of all layers, on `n_threads` threads.
+    /// The statistics of all layers of a model with such gates, on `n_threads` threads.
+    ///
+    /// # Errors
+    /// [`ModelError::GatesClose`] for ReLU gates.
     pub fn of_all(
         cpu: Cpu,
+        gate: GateKind,
         layers: &[LayerTensors],
         tap: &SampleTap,
         n_threads: usize,
-    ) -> Vec<Self> {
+    ) -> Result<Vec<Self>, ModelError> {
+        let activate: Activate = match gate {
+            GateKind::Silu => silu_in_place,
+            GateKind::Gelu => gelu_in_place,
+            GateKind::Relu => return Err(ModelError::GatesClose),
+        };
         let share = layers.len().div_ceil(n_threads.max(1)).max(1);
-        std::thread::scope(|scope| {
+        Ok(std::thread::scope(|scope| {
             let parts = layers.chunks(share).zip(tap.layers.chunks(share));
             let threads: Vec<_> = parts
                 .map(|(layers, samples)| {
                     scope.spawn(move || {
                         let of = |(tensors, sample): (&LayerTensors, &Mutex<LayerSample>)| {
                             let sample = sample.lock().unwrap_or_else(PoisonError::into_inner);
-                            Self::of(cpu, tensors, &sample)
+                            Self::of(cpu, activate, tensors, &sample)
                         };
                         layers.iter().zip(samples).map(of).collect::<Vec<_>>()
                     })
@@ -132,7 +145,7 @@ impl LayerStatistics {
                     .unwrap_or_else(|panic| std::panic::resume_unwind(panic))
             });
             parts.flatten().collect()
-        })
+        }))
     }
 }
 
