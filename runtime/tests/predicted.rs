@@ -195,6 +195,20 @@ fn refused(ran: &Ran, words: &[&str]) {
 }
 
 #[test]
+fn gates_that_never_close_are_refused_before_a_sidecar_is_asked_for() {
+    for gate in ["silu", "gelu"] {
+        let folder = Folder::with(&TinyModel {
+            gate: Some(gate),
+            ..TinyModel::default()
+        });
+        let model = folder.name("m.gguf");
+        let args = ["-m", &model, "-p", "a", "-n", "1"];
+        let ran = run(&[&args[..], &["--sparsity", "predicted"]].concat());
+        refused(&ran, &["predicted", gate, "--sparsity off"]);
+    }
+}
+
+#[test]
 fn what_cannot_be_predicted_is_refused_with_cause_and_cure() {
     let folder = Folder::with(&TinyModel::default());
     let model = folder.name("m.gguf");

@@ -24,9 +24,10 @@ pub enum ThresholdSource {
 /// Whether the mode cannot do without the sidecar.
 pub(super) fn needs_sidecar(options: &ModelOptions, hyper: &Hyperparameters) -> bool {
     let given = matches!(options.thresholds, ThresholdSource::Given(_));
+    let relu = hyper.gate == GateKind::Relu;
     match options.sparsity {
-        Some(Sparsity::Predicted) => true,
-        Some(Sparsity::Threshold) => !given && hyper.gate != GateKind::Relu,
+        Some(Sparsity::Predicted) => relu,
+        Some(Sparsity::Threshold) => !given && !relu,
         _ => false,
     }
 }
