@@ -82,6 +82,10 @@ const F32: Tolerance = Tolerance {
     agreement: 0.98,
 };
 
+/// llama.cpp looks GELU up in a table of f16, which moves the logits of `gemma` by up to 0.0017 of 5.0: transformers' do
+/// so too with that table, and then are within 0.00003 of llama.cpp's.
+const GELU_TABLE: Tolerance = Tolerance { logit: 2e-4, ..F32 };
+
 /// Random models decide less clearly than trained ones: llama.cpp's own 8-bit path agrees with f32 at 90 to 95 % of the
 /// positions of these. Rounding activations in a numpy model moves the logits of `llama-yarn` by up to 2.30 of 18.3,
 /// as here, and gives the same agreement to three digits.
@@ -128,15 +132,22 @@ fn compare(name: &str, found: &[Vec<f32>], expected: &Decisions, tolerance: &Tol
     );
 }
 
-/// One model with both arithmetics, on one and two nodes, in one piece, in pieces and token by token.
 fn check(name: &str) {
+    check_with(name, &F32);
+}
+
+/// One model with both arithmetics, on one and two nodes, in one piece, in pieces and token by token. With f32
+/// activations llama.cpp may be as far away as `llama_cpp_f32` says.
+fn check_with(name: &str, llama_cpp_f32: &Tolerance) {
     let reference = reference(name);
     let file = format!("{name}.gguf");
     let metadata = GgufFile::open(fixture(&file)).unwrap();
     let tokenizer = Tokenizer::from_metadata(metadata.metadata()).unwrap();
     let ids = tokenizer.encode(&reference.text, EncodeOptions::PROMPT);
     assert_eq!(ids.unwrap(), reference.tokens);
-    for (setup, tolerance) in [(Setup::f32(), &F32), (Setup::q8(), &Q8)] {
+    for (setup, tolerance, llama_cpp_tolerance) in
+        [(Setup::f32(), &F32, llama_cpp_f32), (Setup::q8(), &Q8, &Q8)]
+    {
         let setup = Setup {
             sparsity: Some(Sparsity::Off),
             n_ctx: 1024,
@@ -164,7 +175,7 @@ fn check(name: &str) {
             compare(&name, &found, &reference.transformers, tolerance);
             if let Some(llama_cpp) = &reference.llama_cpp {
                 let name = format!("{name}, llama.cpp");
-                compare(&name, &found, llama_cpp, tolerance);
+                compare(&name, &found, llama_cpp, llama_cpp_tolerance);
             }
             // a plain `ffn_down` is summed node by node: bits are the same for one number of nodes
             if n_nodes == 1 {
@@ -195,6 +206,13 @@ fn llama_with_yarn_and_an_attention_factor() {
 fn mistral_with_a_sliding_window() {
     assert!(reference("mistral-window").llama_cpp.is_none());
     check("mistral-window");
+}
+
+/// GELU gates, scaled embeddings, heads wider than their share of the residual stream, one key/value head, and
+/// SentencePiece without a space before.
+#[test]
+fn gemma() {
+    check_with("gemma", &GELU_TABLE);
 }
 
 #[test]
@@ -247,7 +265,7 @@ fn a_window_matters_from_the_first_hidden_position_on() {
 
 #[test]
 fn every_tier_gives_the_same_bits() {
-    for name in ["k-quants", "qwen2-yarn"] {
+    for name in ["k-quants", "qwen2-yarn", "gemma"] {
         let tokens = &reference(name).tokens[..20];
         for activations in [ActivationMode::F32, ActivationMode::Q8] {
             let run = |tier| {

@@ -51,6 +51,22 @@ fn sizes_and_defaults_are_read() {
 }
 
 #[test]
+fn gemma_s_sizes_and_defaults_are_read() {
+    let (hyper, tensors) = read(&TinyModel::gemma()).unwrap();
+    assert_eq!((hyper.n_head, hyper.n_head_kv, hyper.head_dim), (4, 1, 32));
+    assert_eq!((hyper.n_embd_q(), hyper.n_embd_kv()), (128, 32));
+    assert_eq!(
+        (hyper.gate, hyper.embedding_scale, hyper.window),
+        (GateKind::Gelu, 8.0, None)
+    );
+    assert_eq!(
+        (hyper.rope.pairs, hyper.rope.n_rot),
+        (RopePairs::Halves, 32)
+    );
+    assert!(tensors.output.is_none());
+}
+
+#[test]
 fn a_file_may_name_its_gates() {
     let cases = [
         ("silu", GateKind::Silu),
@@ -59,12 +75,11 @@ fn a_file_may_name_its_gates() {
         ("gelu_pytorch_tanh", GateKind::Gelu),
     ];
     for (name, kind) in cases {
-        let (hyper, _) = read(&TinyModel {
-            gate: Some(name),
-            ..TinyModel::default()
-        })
-        .unwrap();
-        assert_eq!(hyper.gate, kind, "{name}");
+        for model in [TinyModel::default(), TinyModel::gemma()] {
+            let gate = Some(name);
+            let (hyper, _) = read(&TinyModel { gate, ..model }).unwrap();
+            assert_eq!(hyper.gate, kind, "{name}");
+        }
     }
 }
 
@@ -183,7 +198,7 @@ fn bad_models_are_refused_with_cause_and_cure() {
     let cases: Vec<(TinyModel, &[&str])> = vec![
         (
             with("general.architecture", "falcon".into()),
-            &["\"falcon\"", "supported: llama, qwen2"],
+            &["\"falcon\"", "supported: llama, qwen2, gemma"],
         ),
         (
             with("llama.block_count", 0u32.into()),
@@ -280,6 +295,13 @@ fn bad_models_are_refused_with_cause_and_cure() {
         (
             with("llama.hidden_activation", "tanh".into()),
             &["\"tanh\"", "silu, relu and gelu"],
+        ),
+        (
+            TinyModel {
+                keys: vec![("gemma.attention.sliding_window", 64u32.into())],
+                ..TinyModel::gemma()
+            },
+            &["gemma.attention.sliding_window", "some layers only"],
         ),
         (
             with("llama.expert_count", 8u32.into()),

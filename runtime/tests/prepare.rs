@@ -275,18 +275,23 @@ fn a_stage_keeps_the_others_parts_and_plots_are_drawn() {
 
 #[test]
 fn gates_that_never_close_get_thresholds_and_no_predictors() {
-    let folder = Folder::with(&TinyModel {
+    let silu = TinyModel {
         gate: None,
-        quant: QuantType::Q8_0,
-        neuron_major: false,
         ..TinyModel::default()
-    });
-    let (model, output) = (folder.name("m.gguf"), folder.name("s.gguf"));
-    let ran = run(&["prepare", "-m", &model, "-o", &output, "--chunks", "8"]);
-    assert_eq!(ran.code, 0, "{}", ran.err);
-    assert!(ran.err.contains("thresholds"), "{}", ran.err);
-    let ran = run(&["prepare", "predictors", "-m", &model, "-o", &output]);
-    refused(&ran, &["never close", "prepare thresholds"]);
+    };
+    for model in [silu, TinyModel::gemma()] {
+        let folder = Folder::with(&TinyModel {
+            quant: QuantType::Q8_0,
+            neuron_major: false,
+            ..model
+        });
+        let (model, output) = (folder.name("m.gguf"), folder.name("s.gguf"));
+        let ran = run(&["prepare", "-m", &model, "-o", &output, "--chunks", "8"]);
+        assert_eq!(ran.code, 0, "{}", ran.err);
+        assert!(ran.err.contains("thresholds"), "{}", ran.err);
+        let ran = run(&["prepare", "predictors", "-m", &model, "-o", &output]);
+        refused(&ran, &["never close", "prepare thresholds"]);
+    }
 }
 
 fn refused(ran: &Ran, words: &[&str]) {

@@ -29,8 +29,11 @@ fn silu(neuron_major: bool) -> TinyModel {
 
 fn gelu(neuron_major: bool) -> TinyModel {
     TinyModel {
-        gate: Some("gelu"),
-        ..silu(neuron_major)
+        neuron_major,
+        quant: QuantType::Q4_1,
+        n_embd: 128,
+        head_dim: Some(64),
+        ..TinyModel::gemma()
     }
 }
 

@@ -57,6 +57,8 @@ pub struct Hyperparameters {
     pub rms_eps: f32,
     /// Activation of the FFN gate.
     pub gate: GateKind,
+    /// Factor of the embeddings.
+    pub embedding_scale: f32,
     /// Position embedding.
     pub rope: Rope,
     /// Sliding window: a token sees the last so many positions, its own included.
@@ -108,7 +110,11 @@ impl Hyperparameters {
             n_vocab: n_vocab(file, &keys)?,
             n_ctx_max,
             rms_eps,
-            gate: gate_kind(&keys)?,
+            gate: gate_kind(&keys, architecture)?,
+            embedding_scale: match architecture.scaled_embeddings {
+                true => (n_embd as f32).sqrt(),
+                false => 1.0,
+            },
             rope,
             window: window(&keys, architecture, n_ctx_max)?,
         })
@@ -222,10 +228,11 @@ fn refuse_unknown_features(keys: &Keys<'_>) -> Result<(), ModelError> {
     Ok(())
 }
 
-/// The activation that the file names, else SiLU. As in ggml, `gelu` is the tanh form.
-fn gate_kind(keys: &Keys<'_>) -> Result<GateKind, ModelError> {
+/// The activation that the file names, else the architecture's. As in ggml, `gelu` is the tanh form.
+fn gate_kind(keys: &Keys<'_>, architecture: &Architecture) -> Result<GateKind, ModelError> {
     match keys.text("hidden_activation")? {
-        None | Some("silu") => Ok(GateKind::Silu),
+        None => Ok(architecture.gate),
+        Some("silu") => Ok(GateKind::Silu),
         Some("gelu" | "gelu_pytorch_tanh") => Ok(GateKind::Gelu),
         Some("relu") => Ok(GateKind::Relu),
         Some(other) => Err(keys.bad(

@@ -64,7 +64,7 @@ pub fn model_shape(
             GateKind::Gelu => GateActivation::Gelu,
             GateKind::Relu => GateActivation::Relu,
         },
-        embedding_scale: 1.0,
+        embedding_scale: hyper.embedding_scale,
         rope: hyper.rope.spec(tensors.rope_freqs.clone())?,
         attn_scale: 1.0 / (hyper.head_dim as f32).sqrt(),
         window: hyper.window,

@@ -39,7 +39,14 @@ pub fn kinds(folder: &Path) -> Vec<(&'static str, Parts)> {
         gate: None,
         ..plain(QuantType::Q5_K)
     };
-    let kinds: [(_, TinyModel, &[u8; 4], u32); 8] = [
+    let gemma = TinyModel {
+        architecture: "gemma",
+        n_head_kv: 1,
+        head_dim: Some(32),
+        gate: None,
+        ..sentence_piece(plain(QuantType::Q4_0))
+    };
+    let kinds: [(_, TinyModel, &[u8; 4], u32); 9] = [
         ("F32", small(QuantType::F32), b"GGUF", 3),
         ("Q4_0, version 2", small(QuantType::Q4_0), b"GGUF", 2),
         ("plain Q4_K", plain(QuantType::Q4_K), b"GGUF", 3),
@@ -58,6 +65,7 @@ pub fn kinds(folder: &Path) -> Vec<(&'static str, Parts)> {
         ),
         ("SiLU, Q5_K", silu, b"GGUF", 3),
         ("plain BF16", plain(QuantType::BF16), b"GGUF", 3),
+        ("Gemma, plain Q4_0, SentencePiece", gemma, b"GGUF", 3),
     ];
     let path = folder.join("kind.gguf");
     let taken_apart = kinds.map(|(name, model, magic, version)| {

@@ -57,6 +57,17 @@ const MERGE: (&str, &str) = ("q z", "qz");
 pub const N_VOCAB: usize = 256 + SPECIAL.len() + 1;
 
 impl TinyModel {
+    /// A neuron-major one with GELU gates, one key/value head, and heads of 32 values where 16 would be their share.
+    pub fn gemma() -> Self {
+        Self {
+            architecture: "gemma",
+            gate: None,
+            n_head_kv: 1,
+            head_dim: Some(32),
+            ..Self::default()
+        }
+    }
+
     /// Writes the model's file.
     pub fn write(&self, path: &Path) {
         self.try_write(path).unwrap();
