@@ -290,25 +290,8 @@ __device__ __forceinline__ void attend(const AttendArgs& args) {
     // what each part's values are multiplied by
     __shared__ float shares[HEADS][ATTEND_PARTS_MAX];
 #pragma unroll 1
-    for (u32 h = warp; h < n_heads; h += ATTEND_THREADS / WARP) {
-        float2 of[ATTEND_PARTS_MAX / WARP];
-        float largest = -infinity(), sum = 0.0f;
-#pragma unroll
-        for (u32 r = 0; r < ATTEND_PARTS_MAX / WARP; r++) {
-            u32 part = r * WARP + lane;
-            of[r] = part < parts ? __ldcg(all_weights + (u64)part * args.n_head + first_head + h)
-                                     : make_float2(-infinity(), 0.0f);
-            largest = fmaxf(largest, of[r].x);
-        }
-        largest = warp_max(largest);
-#pragma unroll
-        for (u32 r = 0; r < ATTEND_PARTS_MAX / WARP; r++) {
-            of[r].x = of[r].y == 0.0f ? 0.0f : expf(of[r].x - largest);
-            sum += warp_sum(of[r].x * of[r].y);
-        }
-#pragma unroll
-        for (u32 r = 0; r < ATTEND_PARTS_MAX / WARP; r++) shares[h][r * WARP + lane] = __fdiv_rn(of[r].x, sum);
-    }
+    for (u32 h = warp; h < n_heads; h += ATTEND_THREADS / WARP)
+        share_parts<false>(all_weights + first_head + h, args.n_head, parts, shares[h]);
     __syncthreads();
 #pragma unroll 1
     for (u32 i = tid * 4; i < n_heads * dim; i += ATTEND_THREADS * 4) {

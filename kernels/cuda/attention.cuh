@@ -1,4 +1,4 @@
-// What both kernels for one token's attention are given, and how they rotate and append it.
+// What all kernels for one token's attention are given, and how they rotate and append it.
 #pragma once
 #include "activations.cuh"
 
@@ -49,3 +49,28 @@ __device__ __forceinline__ float rotated(const AttendArgs& args, const float* he
 
 __device__ __forceinline__ void store(u16* at, float value) { *at = float_to_half(value); }
 __device__ __forceinline__ void store(float* at, float value) { *at = value; }
+
+// What each part's sums of a head's values are multiplied by, [parts]: of the parts' maxima and sums of weights, [parts, n_head]. BASE_2:
+// weights are powers of two, not of e. Called by a warp; zeros lie behind the last part.
+template <bool BASE_2>
+__device__ __forceinline__ void share_parts(const float2* weights, u32 n_head, u32 parts, float (&shares)[ATTEND_PARTS_MAX]) {
+    constexpr u32 ROUNDS = ATTEND_PARTS_MAX / WARP;
+    const u32 lane = threadIdx.x % WARP;
+    float2 of[ROUNDS];
+    float largest = -infinity(), total = 0.0f;
+#pragma unroll
+    for (u32 r = 0; r < ROUNDS; r++) {
+        const u32 part = r * WARP + lane;
+        of[r] = part < parts ? __ldcg(weights + (u64)part * n_head) : make_float2(-infinity(), 0.0f);
+        largest = fmaxf(largest, of[r].x);
+    }
+    largest = warp_max(largest);
+#pragma unroll
+    for (u32 r = 0; r < ROUNDS; r++) {
+        const float below = of[r].x - largest;
+        of[r].x = of[r].y == 0.0f ? 0.0f : BASE_2 ? exp2f(below) : expf(below);
+        total += warp_sum(of[r].x * of[r].y);
+    }
+#pragma unroll
+    for (u32 r = 0; r < ROUNDS; r++) shares[r * WARP + lane] = __fdiv_rn(of[r].x, total);
+}

@@ -7,7 +7,8 @@
 //
 // Scores are [positions, heads], a product of 16 keys with the queries; the sums [columns of values, heads]. Keys and values go
 // from the cache to the registers that products want them in: which of a row's values a lane has there is free, as long as it has
-// the same of the query, or writes sums where they belong. So all its loads are of 16 bytes.
+// the same of the query, or writes sums where they belong. So all its loads are of 16 bytes. They come first: what earlier tokens have
+// in the cache is asked for while the launch before ends. The token's own key and value take their place when they are there.
 #include "attention.cuh"
 #include "mma.cuh"
 
@@ -17,11 +18,11 @@ constexpr u32 GROUP_HEADS = 8;
 // Positions of a tile: rows of a product.
 constexpr u32 GROUP_TILE = 16;
 // Positions of a part at least, where there are several; and up to which there is one.
-constexpr u32 GROUP_PART_MIN = 64, GROUP_ALONE = 128;
+constexpr u32 GROUP_PART_MIN = 128, GROUP_ALONE = 128;
 // States that a thread asks for before it uses the first.
 constexpr u32 GROUP_TOGETHER = 16;
 
-// 16 bytes of a cache, which this launch may have written: not from the first cache. Several are under way at a time.
+// 16 bytes of a cache, which earlier launches wrote: not from the first cache. Several are under way at a time.
 __device__ __forceinline__ uint4 load_cached(const u16* at) {
     uint4 v;
     asm volatile("ld.global.cg.v4.u32 {%0, %1, %2, %3}, [%4];" : "=r"(v.x), "=r"(v.y), "=r"(v.z), "=r"(v.w) : "l"(at));
@@ -43,10 +44,12 @@ __device__ __forceinline__ void attend_group(const AttendArgs& args) {
     constexpr u32 KEY_PIECES = DIM / 32, VALUE_PIECES = DIM / 64;
     // f16 between queries of two heads: these lie in different banks
     constexpr u32 Q_STRIDE = DIM + 32;
-    // the queries; then sums [GROUP_WARPS, GROUP_HEADS, DIM], of which the first warp's become the results
+    // the queries; then sums [GROUP_WARPS, GROUP_HEADS, DIM]
     __shared__ float4 shared[GROUP_WARPS * GROUP_HEADS * DIM / 4];
     __shared__ float warp_maxima[GROUP_WARPS][GROUP_HEADS], warp_sums[GROUP_WARPS][GROUP_HEADS];
     __shared__ float maxima_of_all[GROUP_HEADS], sums_of_all[GROUP_HEADS];
+    // the token's own key and value, as the cache has them
+    __shared__ __align__(16) u16 own_key[DIM], own_value[DIM];
     u16* const q_tile = (u16*)shared;
     float* const buffer = (float*)shared;
 
@@ -67,12 +70,15 @@ __device__ __forceinline__ void attend_group(const AttendArgs& args) {
     const u32 end = visible_end - visible + (u32)((u64)visible * (blockIdx.x + 1) / parts);
     u32 start = begin + warp * GROUP_TILE;
 
+    // the last part has the token itself, unless it has no place in the cache; what earlier tokens wrote is there
+    const bool has_own = blockIdx.x + 1 == parts && position < args.n_ctx;
+    const u32 last = has_own ? max(end, 2) - 2 : end - 1;
     uint4 k[KEY_PIECES][2], v[VALUE_PIECES][4];
-    // rows behind the part's last one are that one again; they get no weight
+    // rows behind the last one are that one again: they get no weight, or are the token's own
     const auto load_keys = [&](u32 start) {
 #pragma unroll
         for (u32 r = 0; r < 2; r++) {
-            const u16* from = keys + (u64)min(start + row + 8 * r, end - 1) * DIM + quarter * 8;
+            const u16* from = keys + (u64)min(start + row + 8 * r, last) * DIM + quarter * 8;
 #pragma unroll
             for (u32 piece = 0; piece < KEY_PIECES; piece++) k[piece][r] = load_cached(from + piece * 32);
         }
@@ -80,14 +86,12 @@ __device__ __forceinline__ void attend_group(const AttendArgs& args) {
     const auto load_values = [&](u32 start) {
 #pragma unroll
         for (u32 r = 0; r < 4; r++) {
-            const u16* from = values + (u64)min(start + quarter * 2 + r % 2 + r / 2 * 8, end - 1) * DIM + row * 8;
+            const u16* from = values + (u64)min(start + quarter * 2 + r % 2 + r / 2 * 8, last) * DIM + row * 8;
 #pragma unroll
             for (u32 piece = 0; piece < VALUE_PIECES; piece++) v[piece][r] = load_cached(from + piece * 64);
         }
     };
-    // what earlier tokens wrote is there
-    const bool early = start < end && start + GROUP_TILE <= position;
-    if (early) {
+    if (start < end) {
         load_keys(start);
         load_values(start);
     }
@@ -103,18 +107,19 @@ __device__ __forceinline__ void attend_group(const AttendArgs& args) {
         }
         q_tile[i / DIM * Q_STRIDE + d] = float_to_half(q * (args.scale * LOG2_E));
     }
-    if (args.rotation != nullptr && blockIdx.x + 1 == parts && position < args.n_ctx && tid < DIM) {
-        // only this part reads the row; other groups of the same key/value head write the same to it
+    if (has_own && tid < DIM) {
+        // other groups of the same key/value head write the same
         const u64 at = (u64)position * DIM + tid;
-        store(keys + at, rotated(args, args.k + kv * DIM, tid));
-        store(values + at, args.v[kv * DIM + tid]);
-        __threadfence_block();
+        u16 key, value;
+        if (args.rotation != nullptr) {
+            key = float_to_half(rotated(args, args.k + kv * DIM, tid)), value = float_to_half(args.v[kv * DIM + tid]);
+            keys[at] = key, values[at] = value;
+        } else {
+            key = __ldcg(keys + at), value = __ldcg(values + at);
+        }
+        own_key[tid] = key, own_value[tid] = value;
     }
     __syncthreads();
-    if (start < end && !early) {
-        load_keys(start);
-        load_values(start);
-    }
     uint4 q[KEY_PIECES];
 #pragma unroll
     for (u32 piece = 0; piece < KEY_PIECES; piece++) q[piece] = *(const uint4*)(q_tile + row * Q_STRIDE + piece * 32 + quarter * 8);
@@ -128,6 +133,19 @@ __device__ __forceinline__ void attend_group(const AttendArgs& args) {
 #pragma unroll 1
     for (; start < end; start += GROUP_WARPS * GROUP_TILE) {
         const u32 next = start + GROUP_WARPS * GROUP_TILE;
+        if (has_own && position < start + GROUP_TILE) {
+            // this tile has the token itself, and what is behind it must be as finite
+#pragma unroll
+            for (u32 r = 0; r < 2; r++)
+                if (start + row + 8 * r >= position)
+#pragma unroll
+                    for (u32 piece = 0; piece < KEY_PIECES; piece++) k[piece][r] = *(const uint4*)(own_key + piece * 32 + quarter * 8);
+#pragma unroll
+            for (u32 r = 0; r < 4; r++)
+                if (start + quarter * 2 + r % 2 + r / 2 * 8 >= position)
+#pragma unroll
+                    for (u32 piece = 0; piece < VALUE_PIECES; piece++) v[piece][r] = *(const uint4*)(own_value + piece * 64 + row * 8);
+        }
         // two sums, so that a product does not wait for the one before
         float both[2][4] = {};
 #pragma unroll
@@ -241,39 +259,25 @@ __device__ __forceinline__ void attend_group(const AttendArgs& args) {
             all_weights[(u64)blockIdx.x * args.n_head + first_head + tid] = make_float2(maxima_of_all[tid], sums_of_all[tid]);
         if (!is_last_block(args.tickets + blockIdx.y, parts)) return;
 
-        // what each part's values are multiplied by
-        __shared__ float shares[GROUP_HEADS][ATTEND_PARTS_MAX];
-        static_assert(GROUP_WARPS == GROUP_HEADS, "a warp a head");
-        if (warp < n_heads) {
-            float2 of[ATTEND_PARTS_MAX / WARP];
-            float largest = -infinity(), total = 0.0f;
-#pragma unroll
-            for (u32 r = 0; r < ATTEND_PARTS_MAX / WARP; r++) {
-                const u32 part = r * WARP + lane;
-                of[r] = part < parts ? __ldcg(all_weights + (u64)part * args.n_head + first_head + warp)
-                                     : make_float2(-infinity(), 0.0f);
-                largest = fmaxf(largest, of[r].x);
-            }
-            largest = warp_max(largest);
-#pragma unroll
-            for (u32 r = 0; r < ATTEND_PARTS_MAX / WARP; r++) {
-                of[r].x = of[r].y == 0.0f ? 0.0f : exp2f(of[r].x - largest);
-                total += warp_sum(of[r].x * of[r].y);
-            }
-#pragma unroll
-            for (u32 r = 0; r < ATTEND_PARTS_MAX / WARP; r++) shares[warp][r * WARP + lane] = __fdiv_rn(of[r].x, total);
-        }
-        __syncthreads();
-        sum = make_float4(0.0f, 0.0f, 0.0f, 0.0f);
-#pragma unroll 1
-        for (u32 first = 0; owns && first < parts; first += GROUP_TOGETHER) {
-            float4 of[GROUP_TOGETHER];
+        // the first states are asked for before what they are multiplied by
+        float4 of[GROUP_TOGETHER];
+        const auto load_states = [&](u32 first) {
 #pragma unroll
             for (u32 part = 0; part < GROUP_TOGETHER; part++) {
                 // behind the last part it again, which is not used
                 const u64 from = min(first + part, parts - 1);
-                of[part] = __ldcg((const float4*)(args.states + (from * args.n_head + first_head) * DIM + own));
+                if (owns) of[part] = __ldcg((const float4*)(args.states + (from * args.n_head + first_head) * DIM + own));
             }
+        };
+        load_states(0);
+        __shared__ float shares[GROUP_HEADS][ATTEND_PARTS_MAX];
+        static_assert(GROUP_WARPS == GROUP_HEADS, "a warp a head");
+        if (warp < n_heads) share_parts<true>(all_weights + first_head + warp, args.n_head, parts, shares[warp]);
+        __syncthreads();
+        sum = make_float4(0.0f, 0.0f, 0.0f, 0.0f);
+#pragma unroll 1
+        for (u32 first = 0; owns && first < parts; first += GROUP_TOGETHER) {
+            if (first != 0) load_states(first);
 #pragma unroll
             for (u32 part = 0; part < GROUP_TOGETHER; part++) {
                 if (first + part >= parts) break;
@@ -285,13 +289,11 @@ __device__ __forceinline__ void attend_group(const AttendArgs& args) {
             }
         }
     }
-    // the first warp's sums have been read by who writes here
-    if (owns) *(float4*)((args.out == nullptr ? buffer : args.out + first_head * DIM) + own) = sum;
-    if (args.out != nullptr) return;
-    __syncthreads();
-#pragma unroll 4
-    for (u32 block = warp; block < n_heads * DIM / BLOCK; block += GROUP_WARPS)
-        store_block(args.act, first_head * DIM / BLOCK + block, buffer[block * BLOCK + lane]);
+    if (args.out == nullptr)
+        // eight lanes have a block of one head; all call it
+        store_quad(args.act, owns ? first_head * DIM + own : args.act.n_blocks * BLOCK, sum);
+    else if (owns)
+        *(float4*)(args.out + first_head * DIM + own) = sum;
 }
 
 #define ATTEND_GROUP(DIM)                                                                                      \

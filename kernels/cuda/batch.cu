@@ -95,8 +95,8 @@ struct GateUpBatchArgs {
     const float* gate;
     const float* up;
     Batch to;
-    // ReLU, else SiLU
-    u32 relu;
+    // 0: SiLU, 1: ReLU, 3: GELU, as `rows.cu` numbers them
+    u32 gates;
 };
 static_assert(sizeof(GateUpBatchArgs) == 64, "as the launcher has it");
 
@@ -104,10 +104,11 @@ extern "C" __global__ void __launch_bounds__(BATCH_THREADS) gate_up_batch(GateUp
     wait_for_launch_before();
     const u64 row = (u64)blockIdx.x * args.to.n_cols;
     const float *gate = args.gate + row, *up = args.up + row;
-    if (args.relu)
+    if (args.gates == 1)
         // a gate that is NaN is open
         store_token(args.to, blockIdx.x, [=](u32 i) { return gate[i] <= 0.0f ? 0.0f : gate[i] * up[i]; });
+    else if (args.gates == 3)
+        store_token(args.to, blockIdx.x, [=](u32 i) { return gelu(gate[i]) * up[i]; });
     else
-        store_token(args.to, blockIdx.x,
-                    [=](u32 i) { return __fdiv_rn(gate[i], 1.0f + expf(-gate[i])) * up[i]; });
+        store_token(args.to, blockIdx.x, [=](u32 i) { return silu(gate[i]) * up[i]; });
 }

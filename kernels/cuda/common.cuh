@@ -98,9 +98,9 @@ __device__ __forceinline__ void wait_for_launch_before() {
 #endif
 }
 
-// Every kernel's blocks call it, behind `wait_for_launch_before`. The next kernel starts when all have: where it reads weights and
-// this one does not, at once, so that it has asked for its first rows by the time it may go on; else when most of the work is done,
-// or its blocks would gather on the multiprocessors that happen to be free.
+// Every kernel's blocks call it, behind `wait_for_launch_before`. The next kernel's blocks start when all have, and find room as blocks
+// of this one end. Kernels of few blocks, and products, call it at once: what comes next has asked for its first rows, or for what is
+// cached, by the time it may go on. Others do when most of the work is done.
 __device__ __forceinline__ void start_next_launch() {
 #if __CUDA_ARCH__ >= 900
     asm volatile("griddepcontrol.launch_dependents;");
@@ -124,6 +124,13 @@ __device__ __forceinline__ float warp_max(float v) {
 #pragma unroll
     for (int step = 16; step > 0; step /= 2) v = fmaxf(v, __shfl_xor_sync(ALL_LANES, v, step));
     return v;
+}
+
+__device__ __forceinline__ float silu(float x) { return __fdiv_rn(x, 1.0f + expf(-x)); }
+
+// The tanh form, as the CPU has it: x / (1 + exp(-2 u)), -2 u = x (c + d x^2).
+__device__ __forceinline__ float gelu(float x) {
+    return __fdiv_rn(x, 1.0f + expf(__fmul_rn(fmaf(__fmul_rn(x, x), -0.071354814f, -1.5957692f), x)));
 }
 
 // Whether this block is the last of `n` that called it with the same ticket; then what the others wrote before is

@@ -112,6 +112,8 @@ static_assert(DOWN_WARPS <= WARP, "a lane for each warp's counts");
 constexpr u32 DOWN_ITEMS = 8;
 constexpr u32 DOWN_GROUPS = WARP / DOWN_ITEMS;
 static_assert(DOWN_GROUPS == 4, "two steps join them");
+// Neurons of a group that are under way at a time; and how many are taken at once where there are no more.
+constexpr int DOWN_TOGETHER = 4, DOWN_FEW = 6;
 // Blocks' parts that a thread asks for before it adds the first.
 constexpr u32 DOWN_JOINED = 16;
 
@@ -152,24 +154,21 @@ struct DownListed {
 
 // Sums over neurons of one item of their rows. A group of 8 lanes has an item each of one neuron; group g of warp w takes neurons
 // 4 w + g, 4 w + g + 32, .... Those of the next step are asked for before those of this one are used.
-template <class Q>
+template <class Q, int TOGETHER>
 struct DownSums {
-    static constexpr int VALUES = Q::PARTS * Q::PART, TOGETHER = 4;
+    static constexpr int VALUES = Q::PARTS * Q::PART;
     static constexpr u32 STEP = DOWN_WARPS * DOWN_GROUPS;
     const DownArgs& args;
     const u32 item, first;
     const bool exists;
-    float acc[VALUES];
+    float (&acc)[VALUES];
     u32 ids[TOGETHER];
     Q next[TOGETHER];
     float next_a[TOGETHER];
 
-    __device__ __forceinline__ explicit DownSums(const DownArgs& args)
+    __device__ __forceinline__ DownSums(const DownArgs& args, float (&acc)[VALUES])
         : args(args), item(blockIdx.x * DOWN_ITEMS + threadIdx.x % DOWN_ITEMS), first(threadIdx.x / DOWN_ITEMS),
-          exists(item < Q::items(args.n_cols)) {
-#pragma unroll
-        for (int v = 0; v < VALUES; v++) acc[v] = 0.0f;
-    }
+          exists(item < Q::items(args.n_cols)), acc(acc) {}
 
     // All ids are asked for before the first item. Of a neuron that does not exist the first row is taken, times NaN.
     template <class Neurons>
@@ -205,22 +204,36 @@ struct DownSums {
 #pragma unroll
             for (int t = 0; t < TOGETHER; t++) {
                 if (!neurons.has(k + t * STEP)) break;
+                add_item(items[t], a[t]);
+            }
+        }
+    }
+
+    // The same, where there are none behind the first step's.
+    template <class Neurons>
+    __device__ __forceinline__ void add_first(const Neurons& neurons) {
+        if (!exists) return;
 #pragma unroll
-                for (int part = 0; part < Q::PARTS; part++) {
-                    float w[Q::PART];
-                    if constexpr (Q::QUANTISED && !Q::HAS_MIN) {
-                        part_integers(items[t], part, w);
-                        const float scale = a[t] * items[t].scale(item, part);
+        for (int t = 0; t < TOGETHER; t++) {
+            if (!neurons.has(first + t * STEP)) break;
+            add_item(next[t], next_a[t]);
+        }
+    }
+
+    __device__ __forceinline__ void add_item(const Q& of_row, float a) {
 #pragma unroll
-                        for (int v = 0; v < Q::PART; v++)
-                            acc[part * Q::PART + v] = fmaf(w[v], scale, acc[part * Q::PART + v]);
-                    } else {
-                        // scaled value and minimum may nearly cancel: their sum is taken first
-                        part_values(items[t], item, part, w);
+        for (int part = 0; part < Q::PARTS; part++) {
+            float w[Q::PART];
+            if constexpr (Q::QUANTISED && !Q::HAS_MIN) {
+                part_integers(of_row, part, w);
+                const float scale = a * of_row.scale(item, part);
 #pragma unroll
-                        for (int v = 0; v < Q::PART; v++) acc[v] = fmaf(w[v], a[t], acc[v]);
-                    }
-                }
+                for (int v = 0; v < Q::PART; v++) acc[part * Q::PART + v] = fmaf(w[v], scale, acc[part * Q::PART + v]);
+            } else {
+                // scaled value and minimum may nearly cancel: their sum is taken first
+                part_values(of_row, item, part, w);
+#pragma unroll
+                for (int v = 0; v < Q::PART; v++) acc[v] = fmaf(w[v], a, acc[v]);
             }
         }
     }
@@ -235,13 +248,20 @@ __device__ __forceinline__ void down(const DownArgs& args) {
     __shared__ DownList list;
     __shared__ float sums[DOWN_WARPS][TILE];
     const u32 lane = threadIdx.x % WARP, warp = threadIdx.x / WARP;
-    DownSums<Q> own(args);
+    float acc[VALUES];
+#pragma unroll
+    for (int v = 0; v < VALUES; v++) acc[v] = 0.0f;
+    DownSums<Q, DOWN_TOGETHER> own(args, acc);
+    DownSums<Q, DOWN_FEW> of_few(args, acc);
     const u32 n = args.n_ids == nullptr ? args.n_neurons : min(load_written(args.n_ids), args.n_a);
     const bool listed = args.n_ids != nullptr;
     const DownPlaces places(listed, n);
     const DownGiven<true> of_list(args, places);
     const DownGiven<false> of_all(args, places);
-    if (!args.skip && listed) own.load_items(of_list, own.first);
+    // the same in all threads of a block
+    const bool few = listed && places.end - places.begin <= DOWN_FEW * of_few.STEP;
+    if (!args.skip && few) of_few.load_items(of_list, own.first);
+    if (!args.skip && listed && !few) own.load_items(of_list, own.first);
     if (!args.skip && !listed) own.load_items(of_all, own.first);
     wait_for_launch_before();
     // the value that this thread has in the end, and what it is added to
@@ -249,7 +269,10 @@ __device__ __forceinline__ void down(const DownArgs& args) {
     const bool has_column = i < TILE && of_item < Q::items(args.n_cols);
     const u32 column = has_column ? Q::column(of_item, of_value / Q::PART) + of_value % Q::PART : args.n_cols;
     const float before = args.add != nullptr && column < args.n_cols ? args.add[column] : 0.0f;
-    if (!args.skip && listed) {
+    if (!args.skip && few) {
+        of_few.load_a(of_list, own.first);
+        of_few.add_first(of_list);
+    } else if (!args.skip && listed) {
         own.load_a(of_list, own.first);
         own.add(of_list);
     } else if (!args.skip) {
@@ -264,11 +287,11 @@ __device__ __forceinline__ void down(const DownArgs& args) {
         }
     }
 
-    join_lanes<16, VALUES / 2>(own.acc);
-    join_lanes<8, VALUES / 4>(own.acc);
+    join_lanes<16, VALUES / 2>(acc);
+    join_lanes<8, VALUES / 4>(acc);
     float* mine = sums[warp] + lane % DOWN_ITEMS * VALUES + lane / 16 * (VALUES / 2) + lane / 8 % 2 * (VALUES / 4);
 #pragma unroll
-    for (int v = 0; v < VALUES / (int)DOWN_GROUPS; v++) mine[v] = own.acc[v];
+    for (int v = 0; v < VALUES / (int)DOWN_GROUPS; v++) mine[v] = acc[v];
     __syncthreads();
     float* tile = args.partials + (u64)blockIdx.x * gridDim.y * TILE;
     float sum = 0.0f;

@@ -3,6 +3,7 @@
 #include "attention.cu"
 #include "attention_batch.cu"
 #include "attention_group.cu"
+#include "attention_lone.cu"
 #include "batch.cu"
 #include "compact.cu"
 #include "embed.cu"

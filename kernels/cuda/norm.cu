@@ -24,54 +24,74 @@ struct RmsNormArgs {
 };
 static_assert(sizeof(RmsNormArgs) == 168, "as the launcher has it");
 
-// Values that a thread asks for before it uses the first. (The rest of a loop that is merely unrolled waits for each.)
+// Threads of a block, which has a column of each NORM_COLUMNS.
+constexpr u32 NORM_THREADS = 256, NORM_COLUMNS = 4 * NORM_THREADS;
+// Quads that a thread asks for before it uses the first. (The rest of a loop that is merely unrolled waits for each.)
 constexpr u32 NORM_TOGETHER = 8;
 
-// Blocks of 1024 threads: each sums all squares, in the same order, and writes every gridDim.x-th run of 32 activation blocks.
-// Thread t adds squares t, t + 1024, ... in ascending order; then lanes and warps are joined.
-extern "C" __global__ void __launch_bounds__(1024) rms_norm(RmsNormArgs args) {
-    __shared__ float sums[WARP];
+// Columns `column` ... `column` + 3, zeros behind the last one. `wide`: `from` is aligned to 16 bytes.
+__device__ __forceinline__ float4 load_quad(const float* from, u32 column, u32 n, bool wide) {
+    if (wide && column + 4 <= n) return *(const float4*)(from + column);
+    float4 v = make_float4(0.0f, 0.0f, 0.0f, 0.0f);
+    if (column < n) v.x = from[column];
+    if (column + 1 < n) v.y = from[column + 1];
+    if (column + 2 < n) v.z = from[column + 2];
+    if (column + 3 < n) v.w = from[column + 3];
+    return v;
+}
+
+// Each block sums all squares, in the same order, and writes every gridDim.x-th NORM_COLUMNS columns, of which there are no more.
+// Thread t adds squares of columns 4 t ... 4 t + 3, then of those NORM_COLUMNS behind them; then lanes are joined, and warps in ascending order.
+extern "C" __global__ void __launch_bounds__(NORM_THREADS) rms_norm(RmsNormArgs args) {
+    constexpr u32 WARPS = NORM_THREADS / WARP;
+    __shared__ float sums[WARPS];
     const u32 n = args.to.n_cols, lane = threadIdx.x % WARP, warp = threadIdx.x / WARP;
-    const u32 own = (blockIdx.x * WARP + warp) * BLOCK + lane;
-    const float own_weight = own < n ? __ldg(args.weight + own) : 0.0f;
+    const u32 column = blockIdx.x * NORM_COLUMNS + threadIdx.x * 4;
+    const bool wide = ((u64)args.x | (u64)args.weight) % 16 == 0;
+    const float4 weight = load_quad(args.weight, column, n, wide);
     wait_for_launch_before();
     start_next_launch();
     if (args.begun != nullptr && blockIdx.x == 0 && threadIdx.x == 0) *args.begun = time_ns();
-    const float own_x = own < n ? args.x[own] : 0.0f;
+    const float4 own = load_quad(args.x, column, n, wide);
     float sum = 0.0f;
 #pragma unroll 1
-    for (u32 first = threadIdx.x; first < n; first += NORM_TOGETHER * 1024) {
-        float x[NORM_TOGETHER];
+    for (u32 first = threadIdx.x * 4; first < n; first += NORM_TOGETHER * NORM_COLUMNS) {
+        float4 x[NORM_TOGETHER];
 #pragma unroll
-        for (u32 k = 0; k < NORM_TOGETHER; k++) x[k] = first + k * 1024 < n ? args.x[first + k * 1024] : 0.0f;
+        for (u32 k = 0; k < NORM_TOGETHER; k++) x[k] = load_quad(args.x, first + k * NORM_COLUMNS, n, wide);
 #pragma unroll
-        for (u32 k = 0; k < NORM_TOGETHER; k++) sum = fmaf(x[k], x[k], sum);
+        for (u32 k = 0; k < NORM_TOGETHER; k++) {
+            sum = fmaf(x[k].x, x[k].x, sum);
+            sum = fmaf(x[k].y, x[k].y, sum);
+            sum = fmaf(x[k].z, x[k].z, sum);
+            sum = fmaf(x[k].w, x[k].w, sum);
+        }
     }
     sum = warp_sum(sum);
     if (lane == 0) sums[warp] = sum;
     __syncthreads();
-    float mean = __fdiv_rn(warp_sum(sums[lane]), (float)n);
-    float scale = __fdiv_rn(1.0f, __fsqrt_rn(mean + args.eps));
+    sum = 0.0f;
+#pragma unroll
+    for (u32 w = 0; w < WARPS; w++) sum += sums[w];
+    const float mean = __fdiv_rn(sum, (float)n), scale = __fdiv_rn(1.0f, __fsqrt_rn(mean + args.eps));
     if (args.not_finite != nullptr && !(mean < infinity()) && blockIdx.x == 0 && threadIdx.x == 0) {
         volatile u32* note = args.not_finite;
         if (*note == 0) *note = args.part;
     }
-#pragma unroll 1
-    for (u32 block = blockIdx.x * WARP + warp; block < args.to.n_blocks; block += gridDim.x * WARP) {
-        const u32 column = block * BLOCK + lane;
-        const bool first = column == own;
-        const float x = first ? own_x : column < n ? args.x[column] : 0.0f;
-        const float weight = first ? own_weight : column < n ? args.weight[column] : 0.0f;
-        const float normed = __fmul_rn(x, scale);
-        const float value = __fmul_rn(normed, weight);
-        const Rounded rounded = store_block(args.to, block, value);
-        if (args.host != nullptr && args.host_q8) {
-            ((i8*)args.host)[column] = (i8)rounded.q;
-            if (lane == 0) args.host[args.to.n_blocks * (BLOCK / 4) + block] = rounded.scale;
-        } else if (args.host != nullptr && column < n) {
-            args.host[column] = value;
-        }
-        if (args.plain.values != nullptr) store_block(args.plain, block, normed);
+    const float4 normed = make_float4(__fmul_rn(own.x, scale), __fmul_rn(own.y, scale), __fmul_rn(own.z, scale), __fmul_rn(own.w, scale));
+    const float4 value = make_float4(__fmul_rn(normed.x, weight.x), __fmul_rn(normed.y, weight.y), __fmul_rn(normed.z, weight.z),
+                                     __fmul_rn(normed.w, weight.w));
+    const RoundedQuad rounded = store_quad(args.to, column, value);
+    if (args.plain.values != nullptr) store_quad(args.plain, column, normed);
+    if (args.host == nullptr) return;
+    if (args.host_q8) {
+        if (column < args.to.n_blocks * BLOCK) ((u32*)args.host)[column / 4] = rounded.q;
+        if (column % BLOCK == 0 && column < n) args.host[args.to.n_blocks * (BLOCK / 4) + column / BLOCK] = rounded.scale;
+    } else {
+        const float values[4] = {value.x, value.y, value.z, value.w};
+#pragma unroll
+        for (u32 k = 0; k < 4; k++)
+            if (column + k < n) args.host[column + k] = values[k];
     }
-    if (args.host != nullptr) set_flag(args.hand, nullptr, 0);
+    set_flag(args.hand, nullptr, 0);
 }

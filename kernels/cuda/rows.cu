@@ -20,14 +20,12 @@ struct RowsArgs {
     const float* add;
     // [n_out] f32, by place in the list: row * x, or act(gate * x) * (up * x)
     float* out;
-    // 0: SiLU; 1: ReLU, and up rows of closed gates are not read; 2: ReLU, and they are
+    // 0: SiLU; 1: ReLU, and up rows of closed gates are not read; 2: ReLU, and they are; 3: GELU
     u32 gates;
     // whether a block's warps take a row together, else each its own
     u32 together;
 };
 static_assert(sizeof(RowsArgs) == 120, "as the launcher has it");
-
-__device__ __forceinline__ float silu(float x) { return __fdiv_rn(x, 1.0f + expf(-x)); }
 
 constexpr u32 ROWS_WARPS = 4;
 
@@ -161,6 +159,7 @@ __device__ __forceinline__ void rows_of_block(const RowsArgs& args, u32 n, u32 t
     }
     if (loaded) rows.load(first_rows, n_first, rows.thread);
     wait_for_launch_before();
+    start_next_launch();
 #pragma unroll 1
     for (u32 first = team; first < n; first += step * WARP) {
         const u32 j = first + lane * step;
@@ -171,9 +170,11 @@ __device__ __forceinline__ void rows_of_block(const RowsArgs& args, u32 n, u32 t
         product = of_team(product, args.together, sums);
         if (args.up != nullptr) {
             // NaN is open; a closed gate gives 0, never -0 or NaN
-            const bool closed = args.gates != 0 && product <= 0.0f;
+            const bool closed = (args.gates == 1 || args.gates == 2) && product <= 0.0f;
             const u32 read = __ballot_sync(ALL_LANES, exists && !(closed && args.gates == 1));
-            const float factor = args.gates != 0 ? product : silu(product);
+            float factor = product;
+            if (args.gates == 0) factor = silu(product);
+            if (args.gates == 3) factor = gelu(product);
             product = rows.products(args.up, args.up_stride, row, read, false);
             product = of_team(product, args.together, sums);
             product = closed ? 0.0f : factor * product;
@@ -181,7 +182,6 @@ __device__ __forceinline__ void rows_of_block(const RowsArgs& args, u32 n, u32 t
         const float result = exists ? product : not_a_number();
         if (j < n && (!args.together || warp == 0)) args.out[j] = args.add == nullptr ? result : args.add[j] + result;
     }
-    start_next_launch();
 }
 
 // Warps or whole blocks take rows or neurons in steps of the grid, a lane having the result of one.

@@ -3,7 +3,7 @@
 mod common;
 
 use common::gpu::has_gpu;
-use common::running::{Folder, Ran, TEXT, json_of, run, text_of};
+use common::running::{Folder, Ran, run, text_of};
 use common::tiny_model::TinyModel;
 use common::workspace;
 
@@ -22,11 +22,15 @@ fn refused(ran: &Ran, words: &[&str]) {
 /// The reference is llama-perplexity's of the same values as f32, with a cache of f32.
 #[test]
 fn perplexity_is_llama_cpp_s() {
+    check_perplexity(&[]);
+}
+
+fn check_perplexity(flags: &[&str]) {
     const LLAMA_CPP: f64 = 670.3934;
     let (model, text) = (fixture("family/gemma.gguf"), fixture("text/bench.txt"));
     let args = ["perplexity", "-m", &model, "-f", &text, "-c", "256"];
     let more = ["--chunks", "3", "--activations", "f32"];
-    let printed = text_of(&[&args[..], &more].concat());
+    let printed = text_of(&[&args[..], &more, flags].concat());
     let (_, figures) = printed.split_once("PPL = ").unwrap();
     let found: f64 = figures.split(' ').next().unwrap().parse().unwrap();
     let difference = found / LLAMA_CPP - 1.0;
@@ -49,30 +53,16 @@ fn modes_for_gates_that_close_are_refused() {
     assert!(planned.contains("no gate is ever closed"), "{planned}");
 }
 
-/// Where there is a GPU, it has no GELU; else there is none.
+/// Together and token by token.
 #[test]
-fn a_gpu_is_refused_or_left_out() {
+fn a_gpu_gives_the_same_perplexity() {
+    if !has_gpu() {
+        println!("skipped: no NVIDIA GPU");
+        return;
+    }
     let folder = Folder::with(&TinyModel::gemma());
-    let model = folder.name("m.gguf");
-    let args = ["-m", &model, "-p", TEXT, "-n", "4", "--temp", "0", "--json"];
-    let host = json_of(&args);
-    let with = |required: bool| {
-        let text = format!("[[gpu]]\nrequired = {required}\n");
-        let topology = folder.file("t.toml", &text);
-        run(&[&args[..], &["--topology", &topology]].concat())
-    };
-    let left_out = with(false);
-    assert_eq!(left_out.code, 0, "{}", left_out.err);
-    assert!(
-        left_out.err.contains("the host computes in its place"),
-        "{}",
-        left_out.err
-    );
-    let left_out: serde_json::Value = serde_json::from_str(&left_out.out).unwrap();
-    assert_eq!(left_out["logits_hash"], host["logits_hash"]);
-    let cause = match has_gpu() {
-        true => "a model with GELU gates does not run on a GPU",
-        false => "no NVIDIA GPU",
-    };
-    refused(&with(true), &[cause]);
+    let topology = folder.file("t.toml", "[[gpu]]\nrequired = true\n");
+    for batch in ["256", "1"] {
+        check_perplexity(&["--topology", &topology, "-b", batch]);
+    }
 }

@@ -311,17 +311,3 @@ fn a_hidden_state_of_odd_width_is_refused() {
         "a hidden state of odd width does not run on a GPU: set required = false for its [[gpu]], or leave [[gpu]] out"
     );
 }
-
-#[test]
-fn gelu_gates_are_refused() {
-    let gelu = TinyModel {
-        gate: Some("gelu"),
-        ..TinyModel::default()
-    };
-    let case = Case::new(gelu, Sparsity::Off);
-    let error = case.chosen_with(&case.shape(), 1 << 40).unwrap_err();
-    assert_eq!(
-        error.to_string(),
-        "a model with GELU gates does not run on a GPU: set required = false for its [[gpu]], or leave [[gpu]] out"
-    );
-}

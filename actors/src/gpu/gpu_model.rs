@@ -163,16 +163,12 @@ impl GpuModel {
     ///
     /// # Errors
     /// The driver's.
-    ///
-    /// # Panics
-    /// When gates are GELU, which the kernels have not.
     pub fn new(
         mut weights: GpuWeights,
         host: &ModelWeights,
         options: GpuOptions,
     ) -> Result<Self, GpuError> {
         let (device, shape) = (weights.device.clone(), &host.shape);
-        assert_ne!(shape.gate_activation, GateActivation::Gelu, "no GPU has it");
         let GpuOptions {
             rope_len,
             mode,
@@ -739,7 +735,7 @@ impl GpuModel {
 
     fn token_work(&self, shape: &ModelShape) -> Counters {
         let read_too = RowsRead {
-            ups: shape.gate_activation == GateActivation::Silu,
+            ups: shape.gate_activation != GateActivation::Relu,
             all: self.weights.dense,
         };
         let layers = self.weights.layers.iter().enumerate();
@@ -864,6 +860,16 @@ fn noting<'a>(
     AroundNorm {
         not_finite: (number > 0).then(|| (exchange.flag(Flag::NotFinite), number as u32)),
         ..AroundNorm::default()
+    }
+}
+
+/// What lies between gate and up. `dense`: up rows of closed gates are read.
+pub(super) fn gates_of(shape: &ModelShape, dense: bool) -> Gates {
+    match shape.gate_activation {
+        GateActivation::Silu => Gates::Silu,
+        GateActivation::Gelu => Gates::Gelu,
+        GateActivation::Relu if dense => Gates::ReluDense,
+        GateActivation::Relu => Gates::Relu,
     }
 }
 
@@ -1226,12 +1232,7 @@ impl Capture<'_> {
             ffn.up.view(arena),
             list,
             &buffers.ffn_normed,
-            match (shape.gate_activation, self.weights.dense) {
-                (GateActivation::Silu, _) => Gates::Silu,
-                (GateActivation::Gelu, _) => unreachable!("no GPU has it"),
-                (GateActivation::Relu, true) => Gates::ReluDense,
-                (GateActivation::Relu, false) => Gates::Relu,
-            },
+            gates_of(shape, self.weights.dense),
             buffers.act.view_mut(..n_hot),
         )?;
         if self.reads {

@@ -6,17 +6,16 @@ use std::ops::Range;
 
 use bytes::Bytes;
 use pi_kernels::cuda::{
-    Add, Device, DeviceBatch, DeviceBuffer, DeviceCache, DeviceRows, Event, GemmScratch, HostRows,
-    Registered, RopeAppend, RowsView, Stream, View, attend_batch, copy_in, gate_up_batch, gemm,
-    is_supported, prepare_batch, rms_norm_batch, rope_append_batch, transpose, transposed_rows,
-    unpack,
+    Add, Device, DeviceBatch, DeviceBuffer, DeviceCache, DeviceRows, Event, Gates, GemmScratch,
+    HostRows, Registered, RopeAppend, RowsView, Stream, View, attend_batch, copy_in, gate_up_batch,
+    gemm, is_supported, prepare_batch, rms_norm_batch, rope_append_batch, transpose,
+    transposed_rows, unpack,
 };
 use pi_kernels::{ActivationMode, KernelError, Layout, MatrixShape, ROW_GROUP};
 
+use super::gpu_model::gates_of;
 use super::weights::{GpuDown, GpuFfn, GpuLayer, GpuRows, GpuWeights, values};
-use crate::weights::{
-    FfnShare, GateActivation, LayerShare, Matrix, ModelShape, ModelWeights, UpRows,
-};
+use crate::weights::{FfnShare, LayerShare, Matrix, ModelShape, ModelWeights, UpRows};
 
 /// Neurons that are multiplied together.
 const NEURONS: usize = 2048;
@@ -411,7 +410,7 @@ impl Prefill {
             None,
             &mut self.normed,
         )?;
-        let relu = shape.gate_activation == GateActivation::Relu;
+        let gates = gates_of(shape, true);
         // hot and cold parts in turns, so that copies have products to hide behind
         let mut hot = match &layer.ffn {
             Some(ffn) => hot_parts(ffn),
@@ -428,10 +427,10 @@ impl Prefill {
                 self.start_copy((index, part))?;
             }
             if let (Some(neurons), Some(ffn)) = (hot, &layer.ffn) {
-                self.hot(stream, ffn, neurons, arena, relu)?;
+                self.hot(stream, ffn, neurons, arena, gates)?;
             }
             if let Some(part) = cold {
-                self.cold(stream, (index, part), relu)?;
+                self.cold(stream, (index, part), gates)?;
             }
         }
     }
@@ -520,7 +519,7 @@ impl Prefill {
         ffn: &GpuFfn,
         neurons: Range<usize>,
         arena: &DeviceBuffer<u8>,
-        relu: bool,
+        gates: Gates,
     ) -> Result<(), KernelError> {
         let part = |rows: &GpuRows| rows_of(std::slice::from_ref(rows), neurons.clone());
         let (gate, up) = (part(&ffn.gate), part(&ffn.up));
@@ -530,7 +529,7 @@ impl Prefill {
             &self.normed,
             &mut self.scratch,
             [&mut self.gate, &mut self.up],
-            relu,
+            gates,
             &mut self.act,
         )?;
         match &ffn.down {
@@ -564,17 +563,17 @@ impl Prefill {
         &mut self,
         stream: &Stream,
         (layer, part): (usize, usize),
-        relu: bool,
+        gates: Gates,
     ) -> Result<(), KernelError> {
         let part = &self.cold[layer][part];
         let stage = &self.stages[self.next];
         self.next = (self.next + 1) % self.stages.len();
         stream.wait_for(&stage.copied)?;
         let bytes = stage.bytes.view(..);
-        let [gates, ups, downs] = &mut self.unpacked;
+        let [gate_rows, up_rows, downs] = &mut self.unpacked;
         // what lies as products take it is copied too: the stage is free for the next part before they begin
-        let gate = take(stream, part.gate.rows(bytes), gates)?;
-        let up = take(stream, part.up.rows(bytes), ups)?;
+        let gate = take(stream, part.gate.rows(bytes), gate_rows)?;
+        let up = take(stream, part.up.rows(bytes), up_rows)?;
         let down = part.down.rows(bytes);
         let turned = match down.as_rows() {
             Some(rows) => turn(stream, rows, self.mode, &mut self.turned)?,
@@ -586,14 +585,14 @@ impl Prefill {
         };
         stage.used.record(stream)?;
         stream.start_next_late();
-        let [gates, ups, _] = &self.unpacked;
+        let [gate_rows, up_rows, _] = &self.unpacked;
         gate_up_products(
             stream,
-            [dense(gate, gates), dense(up, ups)],
+            [dense(gate, gate_rows), dense(up, up_rows)],
             &self.normed,
             &mut self.scratch,
             [&mut self.gate, &mut self.up],
-            relu,
+            gates,
             &mut self.act,
         )?;
         self.add_turned(stream, turned)
@@ -620,16 +619,18 @@ fn gate_up_products(
     [gate, up]: [RowsView<'_>; 2],
     x: &DeviceBatch,
     scratch: &mut GemmScratch,
-    [gates, ups]: [&mut DeviceBuffer<f32>; 2],
-    relu: bool,
+    [gate_products, up_products]: [&mut DeviceBuffer<f32>; 2],
+    gates: Gates,
     act: &mut DeviceBatch,
 ) -> Result<(), KernelError> {
     let n_rows = gate.rows().n_rows;
     let n = x.n_tokens() * n_rows;
-    gemm(stream, gate, x, Add::None, scratch, gates.view_mut(..n))?;
-    gemm(stream, up, x, Add::None, scratch, ups.view_mut(..n))?;
+    let products = gate_products.view_mut(..n);
+    gemm(stream, gate, x, Add::None, scratch, products)?;
+    gemm(stream, up, x, Add::None, scratch, up_products.view_mut(..n))?;
     act.set_columns(n_rows);
-    gate_up_batch(stream, gates.view(..n), ups.view(..n), relu, act)
+    let (gate, up) = (gate_products.view(..n), up_products.view(..n));
+    gate_up_batch(stream, gate, up, gates, act)
 }
 
 /// Rows at the start of a buffer.

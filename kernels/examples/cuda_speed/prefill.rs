@@ -2,8 +2,8 @@
 
 use pi_kernels::attention::KvType;
 use pi_kernels::cuda::{
-    Add, DeviceBatch, DeviceCache, GemmScratch, attend_batch, gate_up_batch, gemm, prepare_batch,
-    rms_norm_batch,
+    Add, DeviceBatch, DeviceCache, Gates, GemmScratch, attend_batch, gate_up_batch, gemm,
+    prepare_batch, rms_norm_batch,
 };
 use pi_kernels::{ActivationMode, KernelError, QuantType};
 
@@ -84,7 +84,7 @@ impl Bench {
         self.report(&name, us, 6 * n_tokens * n_embd);
         let mut batch = DeviceBatch::new(&self.device, q8, n_tokens, n_ff)?;
         let us = self.time(20, |stream, _| {
-            gate_up_batch(stream, x.view(..), x.view(..), false, &mut batch)
+            gate_up_batch(stream, x.view(..), x.view(..), Gates::Silu, &mut batch)
         })?;
         let name = format!("gate_up_batch {n_ff}, {n_tokens} tokens");
         self.report(&name, us, 10 * n_tokens * n_ff);

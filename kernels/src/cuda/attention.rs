@@ -22,7 +22,11 @@ const GROUP_HEADS: usize = 8;
 /// Query heads that share a key/value head from which on it is faster: it computes with all eight.
 const GROUP_HEADS_MIN: usize = 3;
 /// Positions of a part of it, at least.
-const GROUP_POSITIONS_MIN: usize = 64;
+const GROUP_POSITIONS_MIN: usize = 128;
+/// Threads of a block of `attend_lone`.
+const LONE_THREADS: usize = 256;
+/// Positions of a part of it, at least.
+const LONE_POSITIONS_MIN: usize = 128;
 /// Parts that one block can join.
 const PARTS_MAX: usize = 64;
 /// Positions below which dividing a context further gains nothing.
@@ -129,6 +133,8 @@ enum Kernel {
     Heads(usize),
     /// `attend_group`, by place in [`ATTEND_GROUP_DIMS`].
     Group(usize),
+    /// `attend_lone`, likewise.
+    Lone(usize),
 }
 
 impl Kernel {
@@ -137,6 +143,7 @@ impl Kernel {
         match self {
             Kernel::Heads(place) => ATTEND_HEADS[place],
             Kernel::Group(_) => GROUP_HEADS,
+            Kernel::Lone(_) => 1,
         }
     }
 }
@@ -145,6 +152,7 @@ impl Kernel {
 #[derive(Debug)]
 pub struct AttendScratch {
     n_head: usize,
+    n_head_kv: usize,
     head_dim: usize,
     kv_type: KvType,
     kernel: Kernel,
@@ -184,9 +192,10 @@ impl AttendScratch {
         let of_dim = ATTEND_GROUP_DIMS.iter().position(|&dim| dim == head_dim);
         let shares =
             mode == ActivationMode::Q8 && kv_type == KvType::F16 && shared_by >= GROUP_HEADS_MIN;
-        let kernel = match of_dim.filter(|_| shares) {
-            Some(place) => Kernel::Group(place),
-            None => {
+        let kernel = match of_dim {
+            Some(place) if shared_by == 1 => Kernel::Lone(place),
+            Some(place) if shares => Kernel::Group(place),
+            _ => {
                 let most = match n_ctx {
                     0..=SHORT_CONTEXT => ATTEND_HEADS.len() - 2,
                     _ => ATTEND_HEADS.len() - 1,
@@ -198,12 +207,14 @@ impl AttendScratch {
         let (blocks, positions) = match kernel {
             Kernel::Heads(_) => (BLOCKS_PER_MULTIPROCESSOR, POSITIONS_MIN),
             Kernel::Group(_) => (1, GROUP_POSITIONS_MIN),
+            Kernel::Lone(_) => (BLOCKS_PER_MULTIPROCESSOR, LONE_POSITIONS_MIN),
         };
         let n_groups = n_head_kv * shared_by.div_ceil(kernel.heads());
         let room = device.info().n_multiprocessors * blocks;
         let n_parts = (room / n_groups).clamp(1, n_ctx.div_ceil(positions).clamp(1, PARTS_MAX));
         Ok(Self {
             n_head,
+            n_head_kv,
             head_dim,
             kv_type,
             kernel,
@@ -379,11 +390,8 @@ fn launch(
 ) -> Result<(), KernelError> {
     let (n_head, head_dim) = (scratch.n_head, scratch.head_dim);
     assert_eq!(cache.head_dim, head_dim, "head_dim of the scratch");
-    assert_eq!(n_head % cache.n_head_kv, 0, "heads of the scratch");
+    assert_eq!(cache.n_head_kv, scratch.n_head_kv, "heads of the scratch");
     assert_eq!(cache.kv_type, scratch.kv_type, "values of the scratch");
-    let heads = scratch.kernel.heads();
-    let n_groups = cache.n_head_kv * (n_head / cache.n_head_kv).div_ceil(heads);
-    assert_eq!(scratch.n_groups, n_groups, "groups of the scratch");
     assert_eq!(q.len(), n_head * head_dim, "heads of a token");
     assert_eq!(position.len(), 1, "one position");
     assert!(window != Some(0), "a window sees at least the token itself");
@@ -416,7 +424,7 @@ fn launch(
         Kernel::Heads(place) => {
             // sums of as many groups of threads as a row leaves room for
             let row_groups = THREADS / (head_dim / 8);
-            let shared_bytes = row_groups * heads * head_dim * size_of::<f32>();
+            let shared_bytes = row_groups * scratch.kernel.heads() * head_dim * size_of::<f32>();
             let grid = Grid {
                 blocks,
                 threads: THREADS,
@@ -431,6 +439,15 @@ fn launch(
                 shared_bytes: 0,
             };
             (stream.functions().attend_group(place), grid)
+        }
+        Kernel::Lone(place) => {
+            let grid = Grid {
+                blocks,
+                threads: LONE_THREADS,
+                shared_bytes: 0,
+            };
+            let function = stream.functions().attend_lone(cache.kv_type, place);
+            (function, grid)
         }
     };
     // SAFETY: all shapes fit (asserted); the scratch was made for them; shared memory is at most 32 KiB.

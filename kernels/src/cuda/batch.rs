@@ -5,6 +5,7 @@ use half::f16;
 use super::buffer::{DeviceBuffer, View, ViewMut};
 use super::device::Device;
 use super::functions::Function;
+use super::rows::Gates;
 use super::stream::{Grid, Stream};
 use crate::activations::ActivationMode;
 use crate::error::KernelError;
@@ -272,13 +273,13 @@ struct GateUpArgs {
     gate: u64,
     up: u64,
     to: RawBatch,
-    relu: u32,
+    gates: u32,
 }
 
 const _: () = assert!(size_of::<GateUpArgs>() == 64);
 
 /// `act(gate) · up` of each value, as activations; both are `[n_tokens, n_cols]` f32, products of [`super::gemm`].
-/// Overwrites `to`. ReLU where `relu`: a closed gate gives 0 whatever `up` is, one that is NaN is open; else SiLU.
+/// Overwrites `to`. A closed ReLU gate gives 0 whatever `up` is, one that is NaN is open.
 ///
 /// # Errors
 /// The driver's.
@@ -289,7 +290,7 @@ pub fn gate_up_batch(
     stream: &Stream,
     gate: View<'_, f32>,
     up: View<'_, f32>,
-    relu: bool,
+    gates: Gates,
     to: &mut DeviceBatch,
 ) -> Result<(), KernelError> {
     to.take(gate.len());
@@ -299,7 +300,10 @@ pub fn gate_up_batch(
         gate: gate.address(),
         up: up.address(),
         to: to.raw(),
-        relu: u32::from(relu),
+        gates: match gates {
+            Gates::ReluDense => Gates::Relu,
+            gates => gates,
+        } as u32,
     };
     let function = stream.functions().prefill.gate_up_batch;
     // SAFETY: both have the tokens, `to` has room for them.

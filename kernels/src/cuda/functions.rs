@@ -16,7 +16,7 @@ use crate::quant::QuantType;
 
 /// Query heads that share a block in `attend`, ascending: one kernel each.
 pub(super) const ATTEND_HEADS: [usize; 3] = [1, 2, 4];
-/// Values of a head for which there is an `attend_group`, ascending.
+/// Values of a head for which there are `attend_group` and `attend_lone`, ascending.
 pub(super) const ATTEND_GROUP_DIMS: [usize; 2] = [64, 128];
 
 /// Threads of a block of the `rows` kernels.
@@ -61,6 +61,8 @@ pub(super) struct Functions {
     attend: [Vec<Function>; 2],
     /// By place in [`ATTEND_GROUP_DIMS`].
     attend_group: Vec<Function>,
+    /// f16 and f32 caches, likewise.
+    attend_lone: [Vec<Function>; 2],
     pub(super) prefill: PrefillFunctions,
     pub(super) compact: Function,
     pub(super) count_active: Function,
@@ -120,6 +122,10 @@ impl Functions {
             let name = |heads: &usize| get(format!("attend_{cache}_{heads}"));
             ATTEND_HEADS.iter().map(name).collect()
         };
+        let attend_lone = |cache: &str| -> Result<Vec<_>, _> {
+            let name = |dim: &usize| get(format!("attend_lone_{cache}_{dim}"));
+            ATTEND_GROUP_DIMS.iter().map(name).collect()
+        };
         Ok(Self {
             prefill: PrefillFunctions::fetch(&get)?,
             rows: SUPPORTED.iter().map(rows).collect::<Result<_, _>>()?,
@@ -130,6 +136,7 @@ impl Functions {
                 .iter()
                 .map(|dim| get(format!("attend_group_{dim}")))
                 .collect::<Result<_, _>>()?,
+            attend_lone: [attend_lone("f16")?, attend_lone("f32")?],
             compact: get("compact".to_owned())?,
             count_active: get("count_active".to_owned())?,
             prepare: get("prepare".to_owned())?,
@@ -167,6 +174,11 @@ impl Functions {
     /// `place` is one in [`ATTEND_GROUP_DIMS`].
     pub(super) fn attend_group(&self, place: usize) -> Function {
         self.attend_group[place]
+    }
+
+    /// `place` is one in [`ATTEND_GROUP_DIMS`].
+    pub(super) fn attend_lone(&self, cache: KvType, place: usize) -> Function {
+        self.attend_lone[usize::from(cache == KvType::F32)][place]
     }
 
     /// `place` is one in [`ATTEND_HEADS`].

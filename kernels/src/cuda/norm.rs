@@ -7,6 +7,9 @@ use super::stream::{Grid, Stream};
 use crate::activations::ActivationMode;
 use crate::error::KernelError;
 
+/// Threads of a block, which take four columns each.
+const THREADS: usize = 256;
+
 #[repr(C)]
 struct RmsNormArgs {
     x: u64,
@@ -115,8 +118,8 @@ pub fn rms_norm_with(
         host_q8: around.after.is_some_and(|after| after.q8).into(),
     };
     let grid = Grid {
-        blocks: [n.div_ceil(1024), 1],
-        threads: 1024,
+        blocks: [n.div_ceil(4 * THREADS), 1],
+        threads: THREADS,
         shared_bytes: 0,
     };
     // SAFETY: all have the columns (asserted).

@@ -158,6 +158,8 @@ pub enum Gates {
     Relu = 1,
     /// ReLU; they are read, for the same result.
     ReluDense = 2,
+    /// GELU, in its tanh form.
+    Gelu = 3,
 }
 
 /// Writes `act(gate · x) · (up · x)` of each neuron in `list` to `out` (f32, as long as the list). With ReLU a closed gate

@@ -125,7 +125,8 @@ fn check_attention(case: &Case, positions: &[usize]) {
     };
     let scale = 1.0 / (head_dim as f32).sqrt();
     let shared_by = n_head / n_head_kv;
-    for &position in positions {
+    // and one behind the cache, which is taken as its last
+    for position in positions.iter().copied().chain([n_ctx]) {
         let q: Vec<f32> = random
             .floats(n_head * head_dim)
             .iter()
@@ -147,7 +148,7 @@ fn check_attention(case: &Case, positions: &[usize]) {
                 stride: heads.len(),
                 n_tokens: 1,
                 n_heads: shared_by,
-                first_position: position,
+                first_position: position.min(n_ctx - 1),
                 window,
             };
             let mut states = vec![0.0; shared_by * attention::state_len(head_dim)];
@@ -190,6 +191,7 @@ fn attention_is_near_the_scalar_one() {
     let shapes = [
         (1, 1, 8),
         (4, 4, 64),
+        (3, 3, 128),
         (6, 3, 64),
         (9, 3, 80),
         (8, 1, 128),
@@ -221,7 +223,8 @@ fn attention_is_near_the_scalar_one() {
 
 #[test]
 fn windows_and_long_contexts_are_near_the_scalar_ones() {
-    for ((n_head_kv, window, positions), mode) in [
+    // heads that share a key/value head with three others, and heads with one of their own
+    for ((n_head_kv, window, positions), (shared_by, head_dim, kv_type, mode)) in [
         (2, Some(1), vec![0, 400]),
         (2, Some(100), vec![50, 99, 100, 1000]),
         (2, Some(100_000), vec![500]),
@@ -229,13 +232,21 @@ fn windows_and_long_contexts_are_near_the_scalar_ones() {
         (12, None, vec![6000]),
     ]
     .into_iter()
-    .flat_map(|case| MODES.map(|mode| (case.clone(), mode)))
-    {
+    .flat_map(|case| {
+        [
+            (1, 64, KvType::F16, ActivationMode::Q8),
+            (1, 128, KvType::F16, ActivationMode::F32),
+            (1, 128, KvType::F32, ActivationMode::Q8),
+            (4, 64, KvType::F16, ActivationMode::F32),
+            (4, 64, KvType::F16, ActivationMode::Q8),
+        ]
+        .map(|kernel| (case.clone(), kernel))
+    }) {
         let case = Case {
-            n_head: 4 * n_head_kv,
+            n_head: shared_by * n_head_kv,
             n_head_kv,
-            head_dim: 64,
-            kv_type: KvType::F16,
+            head_dim,
+            kv_type,
             window,
             mode,
         };

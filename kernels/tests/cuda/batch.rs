@@ -1,7 +1,7 @@
 //! Activations of several tokens.
 
 use pi_kernels::ActivationMode;
-use pi_kernels::cuda::{DeviceBatch, gate_up_batch, prepare_batch, rms_norm_batch};
+use pi_kernels::cuda::{DeviceBatch, Gates, gate_up_batch, prepare_batch, rms_norm_batch};
 
 use crate::common::{MODES, Random, assert_near, device, scalar};
 
@@ -88,25 +88,27 @@ fn gates_and_ups_are_near_the_scalar_ones() {
         let n = N_TOKENS * n_cols;
         let (gate, mut up) = (random.activations(n), random.floats(n));
         let closed = gate.iter().position(|&g| g < 0.0);
-        for relu in [false, true] {
-            if let (true, Some(closed)) = (relu, closed) {
+        for gates in [Gates::Silu, Gates::Gelu, Gates::Relu] {
+            if let (Gates::Relu, Some(closed)) = (gates, closed) {
                 up[closed] = f32::INFINITY;
             }
-            let act = |g: f32| {
-                if relu {
-                    g.max(0.0)
-                } else {
-                    g / (1.0 + (-g).exp())
+            let act = |g: f32| match gates {
+                Gates::Silu => g / (1.0 + (-g).exp()),
+                Gates::Gelu => {
+                    let g = f64::from(g);
+                    let u = (2.0 / std::f64::consts::PI).sqrt() * (g + 0.044715 * g.powi(3));
+                    (0.5 * g * (1.0 + u.tanh())) as f32
                 }
+                Gates::Relu | Gates::ReluDense => g.max(0.0),
             };
             let product = |(&g, &u): (&f32, &f32)| if act(g) == 0.0 { 0.0 } else { act(g) * u };
             let want: Vec<f32> = gate.iter().zip(&up).map(product).collect();
             let (gate, up) = (device.upload(&gate).unwrap(), device.upload(&up).unwrap());
             for mode in MODES {
                 let mut batch = DeviceBatch::new(&device, mode, N_TOKENS, n_cols).unwrap();
-                gate_up_batch(&stream, gate.view(..), up.view(..), relu, &mut batch).unwrap();
+                gate_up_batch(&stream, gate.view(..), up.view(..), gates, &mut batch).unwrap();
                 stream.synchronize().unwrap();
-                check(&batch, &want, 1e-6, &format!("{n_cols} {mode} relu {relu}"));
+                check(&batch, &want, 1e-6, &format!("{n_cols} {mode} {gates:?}"));
             }
         }
     }

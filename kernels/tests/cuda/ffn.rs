@@ -8,7 +8,8 @@ use pi_kernels::ffn_sparse::{self, FFN_GROUPS, GroupSpan};
 use pi_kernels::{ActivationMode, QuantType};
 
 use crate::common::{
-    Activations, MODES, Random, Rows, assert_near, bits, column_counts, device, magnitude, scalar,
+    Activations, List, MODES, Random, Rows, assert_near, bits, column_counts, device, magnitude,
+    scalar,
 };
 
 /// No neuron, one, some, all; ascending.
@@ -30,17 +31,19 @@ fn gates_and_ups_are_near_the_scalar_ones() {
             let mut random = Random(3);
             let x = Activations::new(&stream, mode, &random.activations(n_cols));
             let (host, effective, cpu) = (x.host.token(0), x.effective(quant), scalar(mode));
-            let kinds = [Gates::Relu, Gates::ReluDense, Gates::Silu];
+            let kinds = [Gates::Relu, Gates::ReluDense, Gates::Silu, Gates::Gelu];
             for (ids, kind) in lists(n, &mut random)
                 .into_iter()
                 .flat_map(|ids| kinds.map(|kind| (ids.clone(), kind)))
             {
-                let relu = kind != Gates::Silu;
+                let relu = matches!(kind, Gates::Relu | Gates::ReluDense);
                 let (mut gates, mut want) = (vec![0.0; ids.len()], vec![0.0; ids.len()]);
                 ffn_sparse::row_products(cpu, gate.by_row(), host, &ids, &mut gates);
                 let before = gates.clone();
-                if !relu {
-                    pi_kernels::elementwise::silu_in_place(cpu, &mut gates);
+                match kind {
+                    Gates::Silu => pi_kernels::elementwise::silu_in_place(cpu, &mut gates),
+                    Gates::Gelu => pi_kernels::elementwise::gelu_in_place(cpu, &mut gates),
+                    Gates::Relu | Gates::ReluDense => {}
                 }
                 ffn_sparse::up_active(cpu, up.by_row(), host, &ids, &gates, &mut want, |_| ());
                 let (list, count) = (device.upload(&ids).unwrap(), [ids.len() as u32]);
@@ -182,54 +185,49 @@ fn sums_of_downs_are_near_the_scalar_ones() {
     }
 }
 
+/// All neurons, and lists of which a block has many, or few.
 #[test]
 fn a_wide_layer_is_summed_alike_every_time() {
     let Some(device) = device() else { return };
     let stream = device.stream().unwrap();
-    let (n, n_cols) = (5000, 1024);
-    let down = Rows::random(&device, 5, QuantType::Q4_0, n, n_cols);
-    let mut scratch = DownScratch::new(&device, down.shape).unwrap();
-    let a: Vec<f32> = Random(6)
-        .floats(n)
-        .iter()
-        .map(|a| (a - 0.7).max(0.0))
-        .collect();
-    let mut exact = vec![0.0f64; n_cols];
-    let mut sizes = vec![0.0f64; n_cols];
-    for (row, &a) in a.iter().enumerate().filter(|(_, a)| **a != 0.0) {
-        for (c, &w) in down.values(row).iter().enumerate() {
-            exact[c] += f64::from(a) * f64::from(w);
-            sizes[c] += (f64::from(a) * f64::from(w)).abs();
+    const N: u32 = 5000;
+    for (n_cols, every, skip) in [(1024, 1, true), (8192, 2, false), (8192, 5, false)] {
+        let down = Rows::random(&device, 5, QuantType::Q4_0, N as usize, n_cols);
+        let mut scratch = DownScratch::new(&device, down.shape).unwrap();
+        let ids: Vec<u32> = (0..N).step_by(every).collect();
+        let a: Vec<f32> = Random(6)
+            .floats(ids.len())
+            .iter()
+            .map(|a| (a - 0.7).max(0.0))
+            .collect();
+        let mut exact = vec![0.0f64; n_cols];
+        let mut sizes = vec![0.0f64; n_cols];
+        for (&row, &a) in ids.iter().zip(&a).filter(|(_, a)| **a != 0.0) {
+            for (c, &w) in down.values(row as usize).iter().enumerate() {
+                exact[c] += f64::from(a) * f64::from(w);
+                sizes[c] += (f64::from(a) * f64::from(w)).abs();
+            }
         }
-    }
-    let a = device.upload(&a).unwrap();
-    let mut first = None;
-    for _ in 0..20 {
-        let mut out = device.upload(&vec![f32::NAN; n_cols]).unwrap();
-        let (rows, all, out_view) = (down.view(), NeuronList::All, out.view_mut(..));
-        let a = a.view(..);
-        down_active(
-            &stream,
-            rows,
-            all,
-            a,
-            true,
-            Add::None,
-            &mut scratch,
-            out_view,
-        )
-        .unwrap();
-        stream.synchronize().unwrap();
-        let out = out.read().unwrap();
-        for c in 0..n_cols {
-            assert_near(
-                out[c],
-                exact[c] as f32,
-                1e-6 * sizes[c],
-                &format!("column {c}"),
-            );
+        let a = device.upload(&a).unwrap();
+        let listed = List::new(&device, &ids, ids.len());
+        let list = match every {
+            1 => NeuronList::All,
+            _ => listed.view(),
+        };
+        let mut first = None;
+        for _ in 0..20 {
+            let mut out = device.upload(&vec![f32::NAN; n_cols]).unwrap();
+            let (rows, a, out_view) = (down.view(), a.view(..), out.view_mut(..));
+            let add = Add::None;
+            down_active(&stream, rows, list, a, skip, add, &mut scratch, out_view).unwrap();
+            stream.synchronize().unwrap();
+            let out = out.read().unwrap();
+            for c in 0..n_cols {
+                let what = format!("every {every}th, column {c}");
+                assert_near(out[c], exact[c] as f32, 1e-6 * sizes[c], &what);
+            }
+            assert_eq!(bits(first.get_or_insert(out.clone())), bits(&out));
         }
-        assert_eq!(bits(first.get_or_insert(out.clone())), bits(&out));
     }
 }
 
@@ -286,6 +284,7 @@ fn a_gate_of_zero_hides_no_nan() {
     let x = Activations::new(&stream, ActivationMode::F32, &[1.0; N]);
     for (gates, closed) in [
         (Gates::Silu, false),
+        (Gates::Gelu, false),
         (Gates::Relu, true),
         (Gates::ReluDense, true),
     ] {

@@ -2,17 +2,17 @@
 
 use std::time::Duration;
 
-use pi_kernels::ActivationMode;
 use pi_kernels::attention::KvType;
 use pi_kernels::cuda::{
-    AroundNorm, AttendScratch, AttendToken, BeginToken, Device, DeviceAct, DeviceCache, Event,
-    Graph, HandOver, HandOverNormed, PinnedBuffer, RopeAppend, TakeOver, attend, attend_token,
-    begin_token, hand_over, prepare, prepare_relu, rms_norm, rms_norm_with, rope_append, tagged,
-    take_over,
+    Add, AroundNorm, AttendScratch, AttendToken, BeginToken, Device, DeviceAct, DeviceBuffer,
+    DeviceCache, Event, Graph, HandOver, HandOverNormed, PinnedBuffer, RopeAppend, Stream,
+    TakeOver, View, attend, attend_token, begin_token, gemv, hand_over, prepare, prepare_relu,
+    rms_norm, rms_norm_with, rope_append, tagged, take_over,
 };
 use pi_kernels::rope::{RopePairs, RopeScaling, RopeSpec, RopeTable};
+use pi_kernels::{ActivationMode, KernelError, QuantType};
 
-use crate::common::{MODES, Random, bits, device};
+use crate::common::{MODES, Random, Rows, bits, device};
 
 /// All that a product can read of activations.
 fn read(act: &DeviceAct) -> (Vec<u32>, pi_kernels::cuda::Q8Copy) {
@@ -28,6 +28,8 @@ fn a_token_s_attention_in_one_launch_has_the_bits_of_three() {
         (9, 3, 96, 32, Some(40)),
         (16, 1, 128, 128, None),
         (10, 2, 64, 32, Some(170)),
+        (4, 4, 64, 64, None),
+        (3, 3, 128, 96, Some(280)),
     ];
     for (n_head, n_head_kv, head_dim, n_dims, window) in cases {
         for (pairs, kv_type, mode) in [RopePairs::Adjacent, RopePairs::Halves]
@@ -53,8 +55,9 @@ fn a_token_s_attention_in_one_launch_has_the_bits_of_three() {
             let (n_q, n_kv) = (n_head * head_dim, n_head_kv * head_dim);
             let act = || DeviceAct::new(&device, mode, n_q).unwrap();
             let (mut got, mut want) = (act(), act());
-            // every position attends over those before it
-            for position in 0..n_ctx {
+            // every position attends over those before it; the last one has no place in the cache, where nothing is written, nor are its
+            // queries rotated by a launch of their own
+            for position in 0..=n_ctx {
                 let mut row = vec![0.0; table.row_len()];
                 table.fill(position, &mut row);
                 let mut upload = |n: usize| device.upload(&random.floats(n)).unwrap();
@@ -96,12 +99,149 @@ fn a_token_s_attention_in_one_launch_has_the_bits_of_three() {
                 prepare(&stream, heads.view(..), &mut want).unwrap();
                 stream.synchronize().unwrap();
                 let what = format!("{n_head}/{n_head_kv} heads of {head_dim} at {position}");
-                assert!(read(&got) == read(&want), "{what}");
+                assert!(position == n_ctx || read(&got) == read(&want), "{what}");
             }
             let all = |cache: &DeviceCache| {
                 (cache.keys().read().unwrap(), cache.values().read().unwrap())
             };
             assert!(all(&one) == all(&three), "the same cache");
+        }
+    }
+}
+
+#[test]
+fn what_is_no_number_surfaces_in_its_heads() {
+    let Some(device) = device() else { return };
+    let stream = device.stream().unwrap();
+    let rotation = device.upload(&[[1.0f32; 64], [0.0; 64]].concat()).unwrap();
+    for (n_head, mode) in [
+        (4, ActivationMode::Q8),
+        (16, ActivationMode::Q8),
+        (16, ActivationMode::F32),
+    ] {
+        // of the query, a key and a value of the second key/value head, each alone
+        for what in 0..3 {
+            let mut cache = DeviceCache::new(&device, KvType::F16, 4, 8, 64).unwrap();
+            let mut scratch =
+                AttendScratch::new(&device, n_head, 4, 64, 8, KvType::F16, mode).unwrap();
+            let mut to = DeviceAct::new(&device, mode, n_head * 64).unwrap();
+            let by = n_head / 4;
+            for position in 0..3u32 {
+                let mut random = Random(u64::from(position));
+                let [mut q, mut k, mut v] = [n_head, 4, 4].map(|n| random.floats(n * 64));
+                match (what, position) {
+                    (0, 2) => q[by * 64 + 5] = f32::NAN,
+                    (1, 1) => k[64 + 5] = f32::NAN,
+                    (2, 1) => v[64 + 5] = f32::NAN,
+                    _ => {}
+                }
+                let [q, k, v] = [q, k, v].map(|values| device.upload(&values).unwrap());
+                let at = device.upload(&[position]).unwrap();
+                let token = AttendToken {
+                    q: q.view(..),
+                    k: k.view(..),
+                    v: v.view(..),
+                    rotation: rotation.view(..),
+                    pairs: RopePairs::Halves,
+                    position: at.view(..),
+                };
+                attend_token(&stream, token, &mut cache, None, 0.1, &mut scratch, &mut to).unwrap();
+                stream.synchronize().unwrap();
+            }
+            let heads = to.values().read().unwrap();
+            for (head, values) in heads.chunks(64).enumerate() {
+                let hit = match what {
+                    0 => head == by,
+                    _ => head / by == 1,
+                };
+                for (d, value) in values.iter().enumerate() {
+                    let lost = hit && (what != 2 || d == 5);
+                    assert_eq!(value.is_nan(), lost, "{what}: {head} of {n_head}, {d}");
+                }
+            }
+        }
+    }
+}
+
+/// Residual stream, product, normed, heads, cache and scratch of a token.
+type Side = (
+    DeviceBuffer<f32>,
+    DeviceBuffer<f32>,
+    DeviceAct,
+    DeviceAct,
+    DeviceCache,
+    AttendScratch,
+);
+
+/// Products, attention and norms as a token has them: launches that start while those before them end read nothing too early.
+#[test]
+fn attention_between_products_has_the_bits_of_launches_one_by_one() {
+    let Some(device) = device() else { return };
+    let stream = device.stream().unwrap();
+    const POSITIONS: u32 = 40;
+    let mode = ActivationMode::Q8;
+    for (n_head, n_head_kv) in [(32, 32), (32, 16), (32, 4)] {
+        let (dim, n_embd, n_kv) = (128, n_head * 128, n_head_kv * 128);
+        let rows = |seed, n| Rows::random(&device, seed, QuantType::Q4_0, n, n_embd);
+        let (qkv, wo) = (rows(1, n_embd + 2 * n_kv), rows(2, n_embd));
+        let weight = device.upload(&vec![0.1f32; n_embd]).unwrap();
+        let mut at = device.alloc::<u32>(1).unwrap();
+        let rotation = device.upload(&Random(3).floats(2 * dim)).unwrap();
+        let mut sides = [(); 2].map(|()| {
+            (
+                device.alloc::<f32>(n_embd).unwrap(),
+                device.alloc::<f32>(n_embd + 2 * n_kv).unwrap(),
+                DeviceAct::new(&device, mode, n_embd).unwrap(),
+                DeviceAct::new(&device, mode, n_embd).unwrap(),
+                DeviceCache::new(&device, KvType::F16, n_head_kv, 64, dim).unwrap(),
+                AttendScratch::new(&device, n_head, n_head_kv, dim, 64, KvType::F16, mode).unwrap(),
+            )
+        });
+        let [together, apart] = &mut sides;
+        let token = |stream: &Stream,
+                     side: &mut Side,
+                     position: View<'_, u32>,
+                     end: &dyn Fn()|
+         -> Result<(), KernelError> {
+            let (x, out, normed, heads, cache, scratch) = side;
+            for _ in 0..2 {
+                rms_norm(stream, x.view(..), weight.view(..), 1e-5, normed)?;
+                end();
+                gemv(stream, qkv.view(), normed, Add::None, out.view_mut(..))?;
+                end();
+                let out = out.view(..);
+                let token = AttendToken {
+                    q: out.part(0..n_embd),
+                    k: out.part(n_embd..n_embd + n_kv),
+                    v: out.part(n_embd + n_kv..n_embd + 2 * n_kv),
+                    rotation: rotation.view(..),
+                    pairs: RopePairs::Halves,
+                    position,
+                };
+                attend_token(stream, token, cache, None, 0.1, scratch, heads)?;
+                end();
+                gemv(stream, wo.view(), heads, Add::Out, x.view_mut(..))?;
+                end();
+            }
+            Ok(())
+        };
+        let graph = Graph::capture(&stream, |stream| {
+            token(stream, together, at.view(..), &|| ())
+        })
+        .unwrap();
+        for position in 0..POSITIONS {
+            let values = Random(u64::from(position)).activations(n_embd);
+            at.write(0, &[position]).unwrap();
+            together.0.write(0, &values).unwrap();
+            apart.0.write(0, &values).unwrap();
+            graph.launch(&stream).unwrap();
+            stream.synchronize().unwrap();
+            token(&stream, apart, at.view(..), &|| {
+                stream.synchronize().unwrap()
+            })
+            .unwrap();
+            let [got, want] = [&together.0, &apart.0].map(|x| bits(&x.read().unwrap()));
+            assert!(got == want, "{n_head}/{n_head_kv} at {position}");
         }
     }
 }
@@ -121,6 +261,12 @@ fn a_norm_gives_its_values_without_the_weight_and_to_the_host() {
             let (mut want, mut want_plain) = (act(), act());
             rms_norm(&stream, x.view(..), weight.view(..), 1e-5, &mut want).unwrap();
             rms_norm(&stream, x.view(..), ones.view(..), 1e-5, &mut want_plain).unwrap();
+            // as it is where nothing is aligned
+            let shifted = [&[7.0], &x.read().unwrap()[..]].concat();
+            let shifted = device.upload(&shifted).unwrap();
+            rms_norm(&stream, shifted.view(1..), weight.view(..), 1e-5, &mut to).unwrap();
+            stream.synchronize().unwrap();
+            assert!(read(&to) == read(&want), "{n}, not aligned");
             let q8 = mode == ActivationMode::Q8 && n % 32 == 0;
             let host = PinnedBuffer::<f32>::new(&device, n).unwrap();
             let flags = PinnedBuffer::<u32>::new(&device, 1).unwrap();

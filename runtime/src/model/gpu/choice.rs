@@ -4,7 +4,7 @@ use std::fmt;
 use std::ops::Range;
 
 use pi_actors::gpu::PrefillSizes;
-use pi_actors::weights::{GateActivation, ModelShape};
+use pi_actors::weights::ModelShape;
 use pi_kernels::ActivationMode;
 use pi_kernels::attention::KvType;
 use pi_kernels::ffn_sparse::FFN_GROUPS;
@@ -210,12 +210,6 @@ fn choose(
         // what the host hands over is taken in pairs
         return Err(GpuModelError::Mode {
             what: "a hidden state of odd width",
-            cure: "set required = false for its [[gpu]]",
-        });
-    }
-    if shape.gate_activation == GateActivation::Gelu {
-        return Err(GpuModelError::Mode {
-            what: "a model with GELU gates",
             cure: "set required = false for its [[gpu]]",
         });
     }
