@@ -3,17 +3,11 @@
 #pragma once
 #include "common.cuh"
 
-// A block's scale and this lane's 8-bit value; zeros where there is no 8-bit arithmetic.
-struct Rounded {
-    float scale;
-    int q;
-};
-
-__device__ __forceinline__ Rounded store_block(const Act& to, u32 block, float value) {
+__device__ __forceinline__ void store_block(const Act& to, u32 block, float value) {
     const u32 lane = threadIdx.x % WARP;
     to.values[block * BLOCK + lane] = value;
     if (to.quads != nullptr) ((float*)(to.quads + lane / 4 * to.n_blocks + block))[lane % 4] = value;
-    if (to.halves == nullptr) return Rounded{0.0f, 0};
+    if (to.halves == nullptr) return;
     float amax = warp_max(fabsf(value));
     // false for NaN too, which fmaxf leaves out
     bool finite = __all_sync(ALL_LANES, fabsf(value) < infinity());
@@ -27,23 +21,22 @@ __device__ __forceinline__ Rounded store_block(const Act& to, u32 block, float v
     for (int step = 8; step > 0; step /= 2) sum += __shfl_xor_sync(ALL_LANES, sum, step);
     int second = __shfl_sync(ALL_LANES, sum, 16);
     if (lane == 0) to.meta[block] = make_int4(__float_as_int(scale), sum, second, 0);
-    return Rounded{scale, q};
 }
 
 // A block's scale and this lane's four 8-bit values, the first in the lowest byte; zeros where there is no 8-bit arithmetic.
-struct RoundedQuad {
+struct Rounded {
     float scale;
     u32 q;
 };
 
 // Values `column` ... `column` + 3, a multiple of 4, those of neighbouring lanes behind them. Called by whole warps; what lies behind the
 // last block is not stored.
-__device__ __forceinline__ RoundedQuad store_quad(const Act& to, u32 column, float4 value) {
+__device__ __forceinline__ Rounded store_quad(const Act& to, u32 column, float4 value) {
     const u32 block = column / BLOCK, quad = column % BLOCK / 4;
     const bool stores = block < to.n_blocks;
     if (stores) *(float4*)(to.values + column) = value;
     if (stores && to.quads != nullptr) to.quads[quad * to.n_blocks + block] = value;
-    if (to.halves == nullptr) return RoundedQuad{0.0f, 0};
+    if (to.halves == nullptr) return Rounded{0.0f, 0};
     const float values[4] = {value.x, value.y, value.z, value.w};
     // as integers absolute values are in the same order, and NaN is the largest
     u32 most = 0;
@@ -69,5 +62,5 @@ __device__ __forceinline__ RoundedQuad store_quad(const Act& to, u32 column, flo
     sum += __shfl_xor_sync(ALL_LANES, sum, 2);
     const int second = __shfl_xor_sync(ALL_LANES, sum, 4);
     if (stores && quad == 0) to.meta[block] = make_int4(__float_as_int(scale), sum, second, 0);
-    return RoundedQuad{scale, q};
+    return Rounded{scale, q};
 }

@@ -13,36 +13,6 @@ constexpr u32 QUERIES_TOGETHER = 4, STATES_TOGETHER = 8;
 // Threads that share a key: each takes 8 of every 64 values.
 constexpr u32 KEY_LANES = 8;
 
-// Eight cached values, as they are loaded and as f32.
-struct CachedF16 {
-    typedef u16 Value;
-    uint4 raw;
-
-    __device__ __forceinline__ void load(const u16* at) { raw = *(const uint4*)at; }
-    __device__ __forceinline__ void floats(float* v) const {
-        u32 words[4] = {raw.x, raw.y, raw.z, raw.w};
-#pragma unroll
-        for (int k = 0; k < 4; k++) {
-            v[2 * k] = half_to_float((u16)words[k]);
-            v[2 * k + 1] = half_to_float((u16)(words[k] >> 16));
-        }
-    }
-};
-
-struct CachedF32 {
-    typedef float Value;
-    float4 low, high;
-
-    __device__ __forceinline__ void load(const float* at) {
-        low = ((const float4*)at)[0];
-        high = ((const float4*)at)[1];
-    }
-    __device__ __forceinline__ void floats(float* v) const {
-        v[0] = low.x, v[1] = low.y, v[2] = low.z, v[3] = low.w;
-        v[4] = high.x, v[5] = high.y, v[6] = high.z, v[7] = high.w;
-    }
-};
-
 // Makes activations of `values`, `[n_heads, dim]` in shared memory, when all threads have written them. A warp has a block of 32.
 __device__ __forceinline__ void store_heads(const AttendArgs& args, const float* values, u32 first_head, u32 n_heads) {
     __syncthreads();
@@ -310,10 +280,7 @@ __device__ __forceinline__ void attend(const AttendArgs& args) {
             for (u32 k = 0; k < STATES_TOGETHER; k++) {
                 if (first + k >= parts) break;
                 float by = share[first + k];
-                sum.x = fmaf(v[k].x, by, sum.x);
-                sum.y = fmaf(v[k].y, by, sum.y);
-                sum.z = fmaf(v[k].z, by, sum.z);
-                sum.w = fmaf(v[k].w, by, sum.w);
+                add_times(sum, v[k], by);
             }
         }
         // other warps have left `buffer`

@@ -50,6 +50,55 @@ __device__ __forceinline__ float rotated(const AttendArgs& args, const float* he
 __device__ __forceinline__ void store(u16* at, float value) { *at = float_to_half(value); }
 __device__ __forceinline__ void store(float* at, float value) { *at = value; }
 
+// Eight cached values, as they are loaded and as f32.
+struct CachedF16 {
+    typedef u16 Value;
+    uint4 raw;
+
+    __device__ __forceinline__ void load(const u16* at) { raw = *(const uint4*)at; }
+    __device__ __forceinline__ void floats(float* v) const {
+        u32 words[4] = {raw.x, raw.y, raw.z, raw.w};
+#pragma unroll
+        for (int k = 0; k < 4; k++) {
+            v[2 * k] = half_to_float((u16)words[k]);
+            v[2 * k + 1] = half_to_float((u16)(words[k] >> 16));
+        }
+    }
+};
+
+struct CachedF32 {
+    typedef float Value;
+    float4 low, high;
+
+    __device__ __forceinline__ void load(const float* at) {
+        low = ((const float4*)at)[0];
+        high = ((const float4*)at)[1];
+    }
+    __device__ __forceinline__ void floats(float* v) const {
+        v[0] = low.x, v[1] = low.y, v[2] = low.z, v[3] = low.w;
+        v[4] = high.x, v[5] = high.y, v[6] = high.z, v[7] = high.w;
+    }
+};
+
+// 16 bytes of a cache, which earlier launches wrote: not from the first cache. Several are under way at a time.
+__device__ __forceinline__ uint4 load_cached(const void* at) {
+    uint4 v;
+    asm volatile("ld.global.cg.v4.u32 {%0, %1, %2, %3}, [%4];" : "=r"(v.x), "=r"(v.y), "=r"(v.z), "=r"(v.w) : "l"(at));
+    return v;
+}
+
+__device__ __forceinline__ float4 as_floats(uint4 v) {
+    return make_float4(__uint_as_float(v.x), __uint_as_float(v.y), __uint_as_float(v.z), __uint_as_float(v.w));
+}
+
+// sum + v * by.
+__device__ __forceinline__ void add_times(float4& sum, float4 v, float by) {
+    sum.x = fmaf(v.x, by, sum.x);
+    sum.y = fmaf(v.y, by, sum.y);
+    sum.z = fmaf(v.z, by, sum.z);
+    sum.w = fmaf(v.w, by, sum.w);
+}
+
 // What each part's sums of a head's values are multiplied by, [parts]: of the parts' maxima and sums of weights, [parts, n_head]. BASE_2:
 // weights are powers of two, not of e. Called by a warp; zeros lie behind the last part.
 template <bool BASE_2>

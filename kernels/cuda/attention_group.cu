@@ -22,13 +22,6 @@ constexpr u32 GROUP_PART_MIN = 128, GROUP_ALONE = 128;
 // States that a thread asks for before it uses the first.
 constexpr u32 GROUP_TOGETHER = 16;
 
-// 16 bytes of a cache, which earlier launches wrote: not from the first cache. Several are under way at a time.
-__device__ __forceinline__ uint4 load_cached(const u16* at) {
-    uint4 v;
-    asm volatile("ld.global.cg.v4.u32 {%0, %1, %2, %3}, [%4];" : "=r"(v.x), "=r"(v.y), "=r"(v.z), "=r"(v.w) : "l"(at));
-    return v;
-}
-
 // An 8 x 8 tile of f16, of which a lane has two neighbours of row lane / 4, transposed.
 __device__ __forceinline__ u32 transposed(u32 tile) {
     u32 to;
@@ -282,10 +275,7 @@ __device__ __forceinline__ void attend_group(const AttendArgs& args) {
             for (u32 part = 0; part < GROUP_TOGETHER; part++) {
                 if (first + part >= parts) break;
                 const float by = shares[own_head][first + part];
-                sum.x = fmaf(of[part].x, by, sum.x);
-                sum.y = fmaf(of[part].y, by, sum.y);
-                sum.z = fmaf(of[part].z, by, sum.z);
-                sum.w = fmaf(of[part].w, by, sum.w);
+                add_times(sum, of[part], by);
             }
         }
     }

@@ -12,41 +12,21 @@ constexpr u32 LONE_PART_MIN = 128, LONE_ALONE = 256;
 // States that a thread asks for before it uses the first.
 constexpr u32 LONE_TOGETHER = 8;
 
-// Eight cached values, which earlier launches wrote: not from the first cache. Several are under way at a time.
-struct LoneF16 {
-    typedef u16 Value;
+// What earlier launches wrote: not from the first cache.
+struct LoneF16 : CachedF16 {
     static constexpr int TOGETHER = 8;
-    uint4 raw;
 
-    __device__ __forceinline__ void load(const u16* at) {
-        asm volatile("ld.global.cg.v4.u32 {%0, %1, %2, %3}, [%4];" : "=r"(raw.x), "=r"(raw.y), "=r"(raw.z), "=r"(raw.w) : "l"(at));
-    }
-    __device__ __forceinline__ void floats(float (&v)[8]) const {
-        const u32 words[4] = {raw.x, raw.y, raw.z, raw.w};
-#pragma unroll
-        for (int k = 0; k < 4; k++) {
-            v[2 * k] = half_to_float((u16)words[k]);
-            v[2 * k + 1] = half_to_float((u16)(words[k] >> 16));
-        }
-    }
+    __device__ __forceinline__ void load(const u16* at) { raw = load_cached(at); }
     static __device__ __forceinline__ float rounded(float v) { return half_to_float(float_to_half(v)); }
     static __device__ __forceinline__ float value(u16 v) { return half_to_float(v); }
 };
 
-struct LoneF32 {
-    typedef float Value;
+struct LoneF32 : CachedF32 {
     static constexpr int TOGETHER = 4;
-    float low[4], high[4];
 
     __device__ __forceinline__ void load(const float* at) {
-        asm volatile("ld.global.cg.v4.f32 {%0, %1, %2, %3}, [%4];" : "=f"(low[0]), "=f"(low[1]), "=f"(low[2]), "=f"(low[3]) : "l"(at));
-        asm volatile("ld.global.cg.v4.f32 {%0, %1, %2, %3}, [%4];"
-                     : "=f"(high[0]), "=f"(high[1]), "=f"(high[2]), "=f"(high[3])
-                     : "l"(at + 4));
-    }
-    __device__ __forceinline__ void floats(float (&v)[8]) const {
-#pragma unroll
-        for (int k = 0; k < 4; k++) v[k] = low[k], v[4 + k] = high[k];
+        low = as_floats(load_cached(at));
+        high = as_floats(load_cached(at + 4));
     }
     static __device__ __forceinline__ float rounded(float v) { return v; }
     static __device__ __forceinline__ float value(float v) { return v; }
@@ -196,10 +176,7 @@ __device__ __forceinline__ void attend_lone(const AttendArgs& args) {
         for (u32 g = 0; g < GROUPS; g++) {
             const float by = __shfl_sync(ALL_LANES, factor, g);
             const float4 of = *(const float4*)&group_values[g][owns ? tid * 4 : 0];
-            value.x = fmaf(of.x, by, value.x);
-            value.y = fmaf(of.y, by, value.y);
-            value.z = fmaf(of.z, by, value.z);
-            value.w = fmaf(of.w, by, value.w);
+            add_times(value, of, by);
         }
     }
     if (parts == 1) {
@@ -235,10 +212,7 @@ __device__ __forceinline__ void attend_lone(const AttendArgs& args) {
             for (u32 part = 0; part < LONE_TOGETHER; part++) {
                 if (first + part >= parts) break;
                 const float by = shares[first + part];
-                value.x = fmaf(of[part].x, by, value.x);
-                value.y = fmaf(of[part].y, by, value.y);
-                value.z = fmaf(of[part].z, by, value.z);
-                value.w = fmaf(of[part].w, by, value.w);
+                add_times(value, of[part], by);
             }
         }
         __syncwarp();

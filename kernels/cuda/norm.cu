@@ -81,7 +81,7 @@ extern "C" __global__ void __launch_bounds__(NORM_THREADS) rms_norm(RmsNormArgs 
     const float4 normed = make_float4(__fmul_rn(own.x, scale), __fmul_rn(own.y, scale), __fmul_rn(own.z, scale), __fmul_rn(own.w, scale));
     const float4 value = make_float4(__fmul_rn(normed.x, weight.x), __fmul_rn(normed.y, weight.y), __fmul_rn(normed.z, weight.z),
                                      __fmul_rn(normed.w, weight.w));
-    const RoundedQuad rounded = store_quad(args.to, column, value);
+    const Rounded rounded = store_quad(args.to, column, value);
     if (args.plain.values != nullptr) store_quad(args.plain, column, normed);
     if (args.host == nullptr) return;
     if (args.host_q8) {

@@ -419,36 +419,25 @@ fn launch(
         halves: rest.halves,
         act: rest.act,
     };
-    let blocks = [scratch.n_parts, scratch.n_groups];
-    let (function, grid) = match scratch.kernel {
+    let functions = stream.functions();
+    let (function, threads, shared_bytes) = match scratch.kernel {
         Kernel::Heads(place) => {
             // sums of as many groups of threads as a row leaves room for
             let row_groups = THREADS / (head_dim / 8);
             let shared_bytes = row_groups * scratch.kernel.heads() * head_dim * size_of::<f32>();
-            let grid = Grid {
-                blocks,
-                threads: THREADS,
+            (
+                functions.attend(cache.kv_type, place),
+                THREADS,
                 shared_bytes,
-            };
-            (stream.functions().attend(cache.kv_type, place), grid)
+            )
         }
-        Kernel::Group(place) => {
-            let grid = Grid {
-                blocks,
-                threads: GROUP_THREADS,
-                shared_bytes: 0,
-            };
-            (stream.functions().attend_group(place), grid)
-        }
-        Kernel::Lone(place) => {
-            let grid = Grid {
-                blocks,
-                threads: LONE_THREADS,
-                shared_bytes: 0,
-            };
-            let function = stream.functions().attend_lone(cache.kv_type, place);
-            (function, grid)
-        }
+        Kernel::Group(place) => (functions.attend_group(place), GROUP_THREADS, 0),
+        Kernel::Lone(place) => (functions.attend_lone(cache.kv_type, place), LONE_THREADS, 0),
+    };
+    let grid = Grid {
+        blocks: [scratch.n_parts, scratch.n_groups],
+        threads,
+        shared_bytes,
     };
     // SAFETY: all shapes fit (asserted); the scratch was made for them; shared memory is at most 32 KiB.
     unsafe { stream.launch("launch attend", function, grid, args) }

@@ -1,7 +1,6 @@
 //! What a layer's neurons do for given hidden states: gates, and how much each neuron contributes.
 
-use std::f32::consts::PI;
-
+use pi_kernels::elementwise::gelu_in_place;
 use pi_kernels::gemm::gemm;
 use pi_kernels::{ActBatch, Cpu, Layout, MatrixRef, MatrixShape, StridedOut};
 
@@ -133,7 +132,11 @@ impl LayerActivity {
                 let act = match self.gate_kind {
                     GateKind::Relu => gate.max(0.0),
                     GateKind::Silu => gate / (1.0 + (-gate).exp()),
-                    GateKind::Gelu => gelu(*gate),
+                    GateKind::Gelu => {
+                        let mut act = [*gate];
+                        gelu_in_place(self.cpu, &mut act);
+                        act[0]
+                    }
                 };
                 *up = (act * *up).abs() * norm;
             }
@@ -172,12 +175,6 @@ impl LayerActivity {
                 .collect()
         })
     }
-}
-
-/// GELU in its tanh form.
-fn gelu(x: f32) -> f32 {
-    let u = (2.0 / PI).sqrt() * (x + 0.044715 * x.powi(3));
-    0.5 * x * (1.0 + u.tanh())
 }
 
 /// L2 norm of each neuron's down row.
