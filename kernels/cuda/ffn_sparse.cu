@@ -1,6 +1,7 @@
 // The second half of the feed-forward network over a list of neurons: the sum of their down rows, of which those whose factor
 // is zero can be left unread. (The first half is in rows.cu.) No sum depends on which block is first.
 #include "quant.cuh"
+#include "then_norm.cuh"
 
 struct DownArgs {
     // [n_neurons] rows, `stride` bytes apart
@@ -25,8 +26,10 @@ struct DownArgs {
     u32* tickets;
     // whether rows whose factor is zero are left unread
     u32 skip;
+    // of the results
+    ThenNorm then;
 };
-static_assert(sizeof(DownArgs) == 96, "as the launcher has it");
+static_assert(sizeof(DownArgs) == 168, "as the launcher has it");
 
 // Two blocks fill a multiprocessor.
 constexpr u32 DOWN_WARPS = 8;
@@ -264,11 +267,13 @@ __device__ __forceinline__ void down(const DownArgs& args) {
     if (!args.skip && listed && !few) own.load_items(of_list, own.first);
     if (!args.skip && !listed) own.load_items(of_all, own.first);
     wait_for_launch_before();
+    start_next_launch();
     // the value that this thread has in the end, and what it is added to
     const u32 i = threadIdx.x, of_item = blockIdx.x * DOWN_ITEMS + i / VALUES, of_value = i % VALUES;
     const bool has_column = i < TILE && of_item < Q::items(args.n_cols);
     const u32 column = has_column ? Q::column(of_item, of_value / Q::PART) + of_value % Q::PART : args.n_cols;
     const float before = args.add != nullptr && column < args.n_cols ? args.add[column] : 0.0f;
+    const float weight = args.then.squares != nullptr && column < args.n_cols ? args.then.weight[column] : 0.0f;
     if (!args.skip && few) {
         of_few.load_a(of_list, own.first);
         of_few.add_first(of_list);
@@ -300,7 +305,6 @@ __device__ __forceinline__ void down(const DownArgs& args) {
         for (u32 w = 0; w < DOWN_WARPS; w++) sum += sums[w][i];
     if (gridDim.y > 1) {
         if (i < TILE) tile[blockIdx.y * TILE + i] = sum;
-        start_next_launch();
         if (!is_last_block(args.tickets + blockIdx.x, gridDim.y)) return;
         sum = 0.0f;
         if (i < TILE)
@@ -314,7 +318,10 @@ __device__ __forceinline__ void down(const DownArgs& args) {
                 for (u32 k = 0; k < DOWN_JOINED; k++) sum += parts[k];
             }
     }
-    if (column < args.n_cols) args.out[column] = sum + before;
+    // columns are those of lanes, in whole blocks where there is a norm behind
+    if (column >= args.n_cols) return;
+    args.out[column] = sum + before;
+    if (args.then.squares != nullptr) then_norm(args.then, column / BLOCK, sum + before, weight);
 }
 static_assert(32 * DOWN_ITEMS <= DOWN_WARPS * WARP, "a thread for each value of a tile");
 

@@ -13,6 +13,8 @@
 #include "norm.cu"
 #include "replan.cu"
 #include "rope.cu"
+#include "row_pairs.cu"
 #include "rows.cu"
+#include "rows_then_norm.cu"
 #include "sample.cu"
 #include "streamed.cu"

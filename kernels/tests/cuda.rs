@@ -24,3 +24,5 @@ mod rows;
 mod sample;
 #[path = "cuda/streamed.rs"]
 mod streamed;
+#[path = "cuda/then_norm.rs"]
+mod then_norm;

@@ -9,9 +9,10 @@ use std::time::{Duration, Instant};
 use pi_kernels::attention::KvType;
 use pi_kernels::cuda::{
     Add, AroundNorm, AttendToken, BeginToken, DeviceAct, DeviceBuffer, DownScratch, Event, Gates,
-    Graph, HandOver, HandOverNormed, NeuronList, RopeAppend, Stream, TakeOver, attend,
-    attend_token, begin_token, can_attend_token, compact, copy, count_active, down_active, gate_up,
-    gemv, hand_over, prepare, prepare_relu, rms_norm_with, rope_append, take_over, trap,
+    Graph, HandOver, HandOverNormed, NeuronList, RopeAppend, Stream, TakeOver, ThenNorm, View,
+    attend, attend_token, begin_token, can_attend_token, can_norm, can_norm_products, compact,
+    copy, count_active, down_active, gate_up, gemv, gemv_then_norm, hand_over, prepare,
+    prepare_relu, rms_norm_with, rope_append, take_over, trap,
 };
 use pi_kernels::{ActivationMode, KernelError, QuantType};
 
@@ -24,7 +25,9 @@ use super::moving::Moving;
 use super::prefill::{Prefill, PrefillSizes};
 use super::reads::{self, HotCounted, RowsRead};
 use super::times::{GpuTimes, LayerTimes};
-use super::weights::{GpuAhead, GpuDown, GpuFfn, GpuHead, GpuLayer, GpuSync, GpuWeights, values};
+use super::weights::{
+    GpuAhead, GpuDown, GpuFfn, GpuHead, GpuLayer, GpuSync, GpuValues, GpuWeights, values,
+};
 use crate::counters::Counters;
 use crate::messages::Step;
 use crate::trace::{GpuEvent, GpuPart, Recorder};
@@ -849,16 +852,25 @@ struct Capture<'a> {
 
 type Launched = Result<(), KernelError>;
 
-/// A norm that notes whether what one of the GPU's layers gave is not finite; of none it is what was before the first one.
+/// Where a norm notes that what one of the GPU's layers gave is not finite, and as what; of none it is what was before the first one.
+fn not_finite<'a>(
+    exchange: &'a Exchange,
+    weights: &GpuWeights,
+    layer: Option<usize>,
+) -> Option<(View<'a, u32>, u32)> {
+    // the host has looked at embeddings
+    let number = weights.first_layer + layer.map_or(0, |own| own + 1);
+    (number > 0).then(|| (exchange.flag(Flag::NotFinite), number as u32))
+}
+
+/// A norm that notes it.
 fn noting<'a>(
     exchange: &'a Exchange,
     weights: &GpuWeights,
     layer: Option<usize>,
 ) -> AroundNorm<'a> {
-    // the host has looked at embeddings
-    let number = weights.first_layer + layer.map_or(0, |own| own + 1);
     AroundNorm {
-        not_finite: (number > 0).then(|| (exchange.flag(Flag::NotFinite), number as u32)),
+        not_finite: not_finite(exchange, weights, layer),
         ..AroundNorm::default()
     }
 }
@@ -976,6 +988,9 @@ impl Capture<'_> {
     fn until_hidden(&mut self, stream: &Stream, index: usize, join: bool) -> Launched {
         let layer = &self.weights.layers[index];
         self.attention(stream, index, layer)?;
+        if self.norms_with_wo(index) {
+            return Ok(());
+        }
         if layer.ahead.is_some() && join {
             // its list is needed from here on, and what it has read is written
             stream.wait_for(&self.events[1])?;
@@ -1020,15 +1035,18 @@ impl Capture<'_> {
             // the take-over of the layer before has ended
             before.begun = Some(self.exchange.stamps(Stamp::Taken(index - 1), 1));
         }
+        let is_normed = index > 0 && self.next_norm(index - 1).is_some();
         let buffers = &mut *self.buffers;
-        rms_norm_with(
-            stream,
-            buffers.x.view(..),
-            values(arena, &layer.attn_norm),
-            shape.rms_eps,
-            &mut buffers.normed,
-            before,
-        )?;
+        if !is_normed {
+            rms_norm_with(
+                stream,
+                buffers.x.view(..),
+                values(arena, &layer.attn_norm),
+                shape.rms_eps,
+                &mut buffers.normed,
+                before,
+            )?;
+        }
         let mut first = 0;
         for rows in &layer.qkv {
             let out = first..first + rows.rows.n_rows;
@@ -1044,14 +1062,50 @@ impl Capture<'_> {
             first = out.end;
         }
         self.attend(stream, index)?;
+        let is_normed = self.norms_with_wo(index);
         let buffers = &mut *self.buffers;
-        gemv(
-            stream,
-            layer.wo.view(arena),
-            &buffers.attn,
-            Add::Out,
-            buffers.x.view_mut(..),
-        )
+        let (wo, x) = (layer.wo.view(arena), buffers.x.view_mut(..));
+        if !is_normed {
+            return gemv(stream, wo, &buffers.attn, Add::Out, x);
+        }
+        let then = ThenNorm {
+            weight: values(arena, &layer.ffn_norm),
+            eps: shape.rms_eps,
+            to: &mut buffers.ffn_normed,
+            not_finite: not_finite(self.exchange, self.weights, Some(index)),
+        };
+        gemv_then_norm(stream, wo, &buffers.attn, then, x)
+    }
+
+    /// Whether neither the host nor a predictor takes part in the layer: then norms are made by the launches before them. (What waits for
+    /// two streams starts late, and costs a projection more than a norm.)
+    fn is_alone(&self, index: usize) -> bool {
+        let layer = &self.weights.layers[index];
+        !layer.has_cold && layer.ahead.is_none() && !self.is_predicted(index + 1)
+    }
+
+    /// Whether the output projection makes the norm before the FFN.
+    fn norms_with_wo(&self, index: usize) -> bool {
+        let layer = &self.weights.layers[index];
+        let takes =
+            |ffn: &GpuFfn| ffn.gate.rows.quant.is_quantised() && ffn.up.rows.quant.is_quantised();
+        self.is_alone(index)
+            && layer.ffn.as_ref().is_some_and(takes)
+            && can_norm_products(layer.wo.rows, self.buffers.attn.mode())
+    }
+
+    /// The norm before the next layer's attention, if the sum of this one's neurons, its last launch, makes it: the weight. (The head's
+    /// is in a graph of its own.)
+    fn next_norm(&self, index: usize) -> Option<&'_ GpuValues> {
+        let mode = self.buffers.normed.mode();
+        let layers = &self.weights.layers;
+        let (layer, next) = (&layers[index], layers.get(index + 1)?);
+        let gives = match layer.ffn.as_ref()?.down {
+            GpuDown::Neurons(_) => can_norm(self.shape.n_embd, mode),
+            GpuDown::Plain(rows) => can_norm_products(rows.rows, mode),
+        };
+        let takes = next.qkv.iter().all(|rows| rows.rows.quant.is_quantised());
+        (self.is_alone(index) && gives && takes).then_some(&next.attn_norm)
     }
 
     fn attend(&mut self, stream: &Stream, index: usize) -> Launched {
@@ -1216,6 +1270,7 @@ impl Capture<'_> {
     /// Adds the hot neurons' part to the residual stream.
     fn hot(&mut self, stream: &Stream, index: usize, ffn: &GpuFfn, by_list: bool) -> Launched {
         let (arena, shape) = (&self.weights.arena, self.shape);
+        let next_norm = self.next_norm(index).cloned();
         let buffers = &mut *self.buffers;
         let n_hot = ffn.n_hot();
         let predicted = &buffers.hot[index % 2];
@@ -1232,13 +1287,20 @@ impl Capture<'_> {
             ffn.up.view(arena),
             list,
             &buffers.ffn_normed,
-            gates_of(shape, self.weights.dense),
+            // of those that are named nearly all fire: nothing is gained by waiting for gates
+            gates_of(shape, self.weights.dense || by_list),
             buffers.act.view_mut(..n_hot),
         )?;
         if self.reads {
             let counts = self.exchange.counts_view(index);
             count_active(stream, buffers.act.view(..n_hot), list, counts)?;
         }
+        let then = next_norm.as_ref().map(|weight| ThenNorm {
+            weight: values(arena, weight),
+            eps: shape.rms_eps,
+            to: &mut buffers.normed,
+            not_finite: not_finite(self.exchange, self.weights, Some(index)),
+        });
         match &ffn.down {
             GpuDown::Neurons(down) => {
                 let scratch = (buffers.downs.iter_mut()).find(|(rows, _)| *rows == down.rows);
@@ -1252,6 +1314,7 @@ impl Capture<'_> {
                     // named ones are read at once: nearly all fire
                     matches!(list, NeuronList::All) && !self.weights.dense,
                     Add::Out,
+                    then,
                     scratch,
                     buffers.x.view_mut(..),
                 )?
@@ -1260,8 +1323,11 @@ impl Capture<'_> {
                 let rows = buffers.act_rows.as_mut();
                 let rows = rows.expect("there are some where a down projection is plain");
                 prepare(stream, buffers.act.view(..n_hot), rows)?;
-                let to = buffers.x.view_mut(..);
-                gemv(stream, down.view(arena), rows, Add::Out, to)?
+                let (down, to) = (down.view(arena), buffers.x.view_mut(..));
+                match then {
+                    Some(then) => gemv_then_norm(stream, down, rows, then, to)?,
+                    None => gemv(stream, down, rows, Add::Out, to)?,
+                }
             }
         }
         if let Some(counts) = &mut self.counts {

@@ -36,13 +36,13 @@ pub(super) fn of_token(layer: &GpuLayer, counted: HotCounted, read_too: RowsRead
     if let Some(ffn) = &layer.ffn {
         neurons = ffn.n_hot();
         let listed = layer.ahead.as_ref().is_some_and(|ahead| ahead.alone);
-        let up_rows = if dense || read_too.ups {
+        // of a list all are read before it is known which of them fire
+        let up_rows = if dense || read_too.ups || listed {
             candidates
         } else {
             open
         };
         let down_bytes = match &ffn.down {
-            // of a list all are read before it is known which of them fire
             GpuDown::Neurons(down) if dense || listed => candidates * row_bytes(down),
             GpuDown::Neurons(down) => open * row_bytes(down),
             GpuDown::Plain(down) => down.rows.bytes(),

@@ -75,6 +75,7 @@ impl Bench {
                 a.view(..),
                 true,
                 Add::None,
+                None,
                 &mut scratch,
                 y,
             )
@@ -102,6 +103,7 @@ impl Bench {
                 a.view(..),
                 true,
                 Add::None,
+                None,
                 &mut scratch,
                 y,
             )

@@ -3,6 +3,7 @@
 use super::buffer::{DeviceBuffer, View};
 use super::device::Device;
 use super::stream::{Grid, Stream};
+use super::then_norm::{RawNormBefore, can_norm};
 use crate::activations::ActivationMode;
 use crate::error::KernelError;
 use crate::quant::BLOCK;
@@ -23,6 +24,10 @@ pub struct DeviceAct {
     halves: DeviceBuffer<i8>,
     /// Mode `Q8`: `[n_blocks, 4]`: scale (its bits), integer sums of both halves, 0; else empty.
     meta: DeviceBuffer<i32>,
+    /// Mode `Q8`: `[n_blocks]`, padded with zeros to 16 bytes: sums of squares, where products take a norm's scale; else empty.
+    squares: DeviceBuffer<f32>,
+    /// Of a norm whose scale products still have to take.
+    eps: Option<f32>,
 }
 
 /// A copy of 8-bit blocks, as [`crate::ActRef`] has them.
@@ -80,6 +85,8 @@ impl DeviceAct {
             quads: device.alloc(f32 * BLOCK)?,
             halves: device.alloc(q8 * BLOCK)?,
             meta: device.alloc(q8 * 4)?,
+            squares: device.alloc(q8.next_multiple_of(4))?,
+            eps: None,
         })
     }
 
@@ -95,10 +102,14 @@ impl DeviceAct {
 
     /// Bytes of device memory.
     pub fn bytes(&self) -> usize {
-        self.values.bytes() + self.quads.bytes() + self.halves.bytes() + self.meta.bytes()
+        self.values.bytes()
+            + self.quads.bytes()
+            + self.halves.bytes()
+            + self.meta.bytes()
+            + self.squares.bytes()
     }
 
-    /// The values, `[n_cols]` f32.
+    /// The values, `[n_cols]` f32; before a norm's scale where a launch did [`super::ThenNorm`].
     pub fn values(&self) -> View<'_, f32> {
         self.values.view(..self.n_cols)
     }
@@ -119,6 +130,30 @@ impl DeviceAct {
             scales: meta.iter().map(|m| f32::from_bits(m[0] as u32)).collect(),
             block_sums: meta.iter().map(|m| m[1] + m[2]).collect(),
         })
+    }
+
+    /// What they are from the next launch on: whole.
+    pub(super) fn written(&mut self) -> RawAct {
+        self.eps = None;
+        self.raw()
+    }
+
+    /// What they are from the next launch on: before a norm's scale. Where sums of squares go.
+    pub(super) fn before_norm(&mut self, eps: f32) -> u64 {
+        assert!(
+            can_norm(self.n_cols, self.mode),
+            "whole blocks in 8-bit arithmetic"
+        );
+        self.eps = Some(eps);
+        self.squares.view(..).address()
+    }
+
+    /// What products multiply by.
+    pub(super) fn norm(&self) -> RawNormBefore {
+        RawNormBefore {
+            squares: self.eps.map_or(0, |_| self.squares.view(..).address()),
+            eps: self.eps.unwrap_or(0.0),
+        }
     }
 
     pub(super) fn raw(&self) -> RawAct {
@@ -183,7 +218,7 @@ fn launch(
     stream.check(&[x.device(), to.device()]);
     let args = PrepareArgs {
         x: x.address(),
-        to: to.raw(),
+        to: to.written(),
         relu: u32::from(relu),
     };
     let grid = Grid {

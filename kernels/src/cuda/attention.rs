@@ -315,7 +315,7 @@ pub fn attend_token(
         rotation: token.rotation.address(),
         n_dims: n_dims as u32,
         halves: u32::from(token.pairs == RopePairs::Halves),
-        act: to.raw(),
+        act: to.written(),
         out: 0,
     };
     launch(

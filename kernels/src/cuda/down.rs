@@ -5,6 +5,7 @@ use super::device::Device;
 use super::layout::{DeviceRows, RowsView, item_values};
 use super::rows::{Add, NeuronList};
 use super::stream::{Grid, Stream};
+use super::then_norm::{RawThenNorm, ThenNorm};
 use crate::error::KernelError;
 
 /// Items of a row that a block has.
@@ -67,11 +68,12 @@ struct DownArgs {
     partials: u64,
     tickets: u64,
     skip: u32,
+    then: RawThenNorm,
 }
 
-const _: () = assert!(size_of::<DownArgs>() == 96);
+const _: () = assert!(size_of::<DownArgs>() == 168);
 
-/// Writes `Σ a[j] · down[ids[j]]`, plus `add`, to `out` (`[n_cols]` f32). With `skip`, rows whose `a` (f32, as long as the
+/// Writes `Σ a[j] · down[ids[j]]`, plus `add`, to `out` (`[n_cols]` f32), and the first half of a norm of it. With `skip`, rows whose `a` (f32, as long as the
 /// list) is zero are not read.
 ///
 /// Activations stay f32 with every [`crate::ActivationMode`]: rounding them to 8 bits, as the CPU does beside 8-bit
@@ -89,6 +91,7 @@ pub fn down_active(
     a: View<'_, f32>,
     skip: bool,
     add: Add<'_>,
+    then: Option<ThenNorm<'_>>,
     scratch: &mut DownScratch,
     out: ViewMut<'_, f32>,
 ) -> Result<(), KernelError> {
@@ -119,6 +122,7 @@ pub fn down_active(
         partials: scratch.partials.view(..).address(),
         tickets: scratch.tickets.view(..).address(),
         skip: u32::from(skip),
+        then: then.map_or(RawThenNorm::NONE, |then| then.raw(stream, shape.n_cols)),
     };
     let grid = Grid {
         blocks: [scratch.n_tiles, scratch.n_parts],

@@ -22,6 +22,9 @@ pub(super) const ATTEND_GROUP_DIMS: [usize; 2] = [64, 128];
 /// Threads of a block of the `rows` kernels.
 pub(super) const ROWS_THREADS: usize = 128;
 
+/// Threads of a block of the `rows_then_norm` kernels.
+pub(super) const ROWS_THEN_NORM_THREADS: usize = 512;
+
 /// A kernel of the loaded image.
 #[derive(Debug, Clone, Copy)]
 pub(super) struct Function(pub(super) sys::CUfunction);
@@ -30,7 +33,7 @@ pub(super) struct Function(pub(super) sys::CUfunction);
 #[derive(Debug, Clone, Copy)]
 pub(super) struct ResidentFunction {
     pub(super) function: Function,
-    /// Blocks of [`ROWS_THREADS`] that a multiprocessor holds at a time.
+    /// Blocks that a multiprocessor holds at a time.
     pub(super) blocks_per_multiprocessor: usize,
 }
 
@@ -55,6 +58,9 @@ pub(super) struct PrefillFunctions {
 pub(super) struct Functions {
     /// By place in [`SUPPORTED`]: f32 and 8-bit activations (the same for float weights).
     rows: Vec<[ResidentFunction; 2]>,
+    /// By place in [`SUPPORTED`], of those that are quantised.
+    row_pairs: Vec<Option<ResidentFunction>>,
+    rows_then_norm: Vec<Option<ResidentFunction>>,
     down: Vec<Function>,
     embed: Vec<Function>,
     /// f16 and f32 caches, by place in [`ATTEND_HEADS`].
@@ -97,11 +103,11 @@ impl Functions {
             let name = |quant: &QuantType| get(format!("{family}_{}", quant.name()));
             SUPPORTED.iter().map(name).collect()
         };
-        let resident = |name: String| {
+        let resident = |name: String, threads: usize| {
             let function = get(name)?;
             // SAFETY: a function of the module.
             let blocks = unsafe {
-                let threads = ROWS_THREADS as i32;
+                let threads = threads as i32;
                 result::occupancy::max_active_block_per_multiprocessor(function.0, threads, 0)
             };
             let blocks = call("ask for a kernel's occupancy", blocks)?;
@@ -111,12 +117,20 @@ impl Functions {
             })
         };
         let rows = |quant: &QuantType| -> Result<_, KernelError> {
-            let f32 = resident(format!("rows_{}_f32", quant.name()))?;
+            let f32 = resident(format!("rows_{}_f32", quant.name()), ROWS_THREADS)?;
             let q8 = match quant.is_quantised() {
-                true => resident(format!("rows_{}_q8", quant.name()))?,
+                true => resident(format!("rows_{}_q8", quant.name()), ROWS_THREADS)?,
                 false => f32,
             };
             Ok([f32, q8])
+        };
+        let quantised = |family: &str, threads: usize| -> Result<Vec<_>, _> {
+            let name = |quant: &QuantType| {
+                let name = format!("{family}_{}", quant.name());
+                let there = quant.is_quantised();
+                there.then(|| resident(name, threads)).transpose()
+            };
+            SUPPORTED.iter().map(name).collect()
         };
         let attend = |cache: &str| -> Result<Vec<_>, _> {
             let name = |heads: &usize| get(format!("attend_{cache}_{heads}"));
@@ -129,6 +143,8 @@ impl Functions {
         Ok(Self {
             prefill: PrefillFunctions::fetch(&get)?,
             rows: SUPPORTED.iter().map(rows).collect::<Result<_, _>>()?,
+            row_pairs: quantised("row_pairs", ROWS_THREADS)?,
+            rows_then_norm: quantised("rows_then_norm", ROWS_THEN_NORM_THREADS)?,
             down: each("down")?,
             embed: each("embed")?,
             attend: [attend("f16")?, attend("f32")?],
@@ -161,6 +177,14 @@ impl Functions {
 
     pub(super) fn rows(&self, quant: QuantType, mode: ActivationMode) -> ResidentFunction {
         self.rows[Self::place(quant)][usize::from(mode == ActivationMode::Q8)]
+    }
+
+    pub(super) fn row_pairs(&self, quant: QuantType) -> ResidentFunction {
+        self.row_pairs[Self::place(quant)].expect("rows are quantised")
+    }
+
+    pub(super) fn rows_then_norm(&self, quant: QuantType) -> ResidentFunction {
+        self.rows_then_norm[Self::place(quant)].expect("rows are quantised")
     }
 
     pub(super) fn down(&self, quant: QuantType) -> Function {

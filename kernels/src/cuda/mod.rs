@@ -34,6 +34,7 @@ mod rows;
 mod sample;
 mod stream;
 mod streamed;
+mod then_norm;
 
 pub use activations::{DeviceAct, Q8Copy, prepare, prepare_relu};
 pub use attention::{
@@ -57,7 +58,10 @@ pub use norm::{AroundNorm, rms_norm, rms_norm_with};
 pub use pinned::{PinnedBuffer, copy_to_device, copy_to_host};
 pub use replan::{MARK_TOKENS, Scatter, count_marks, mark_active, mark_words};
 pub use rope::{RopeAppend, rope_append, rope_append_batch};
-pub use rows::{Add, Gates, NeuronList, gate_up, gemv, row_products};
+pub use rows::{
+    Add, Gates, NeuronList, can_norm_products, gate_up, gemv, gemv_then_norm, row_products,
+};
 pub use sample::{SampleScratch, TOP_K_MAX, argmax, top_k};
 pub use stream::{Event, Stream};
 pub use streamed::{HostRows, Registered, copy, copy_in, transpose, transposed_rows, trap, unpack};
+pub use then_norm::{ThenNorm, can_norm};

@@ -82,7 +82,7 @@ pub fn rms_norm_with(
     let plain = around.plain.map_or(RawAct::NONE, |plain| {
         assert_eq!(plain.n_cols(), n, "lengths of a norm");
         stream.check(&[plain.device()]);
-        plain.raw()
+        plain.written()
     });
     let (host, hand) = match &around.after {
         Some(after) => {
@@ -107,7 +107,7 @@ pub fn rms_norm_with(
     let args = RmsNormArgs {
         x: x.address(),
         weight: weight.address(),
-        to: to.raw(),
+        to: to.written(),
         plain,
         host,
         hand,

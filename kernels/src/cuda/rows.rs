@@ -2,10 +2,13 @@
 
 use super::activations::{DeviceAct, RawAct};
 use super::buffer::{View, ViewMut};
-use super::functions::ROWS_THREADS;
-use super::layout::{RowsView, item_values};
+use super::functions::{ROWS_THEN_NORM_THREADS, ROWS_THREADS};
+use super::layout::{DeviceRows, RowsView, item_values};
 use super::stream::{Grid, Stream};
+use super::then_norm::{RawNormBefore, RawThenNorm, ThenNorm, can_norm};
+use crate::activations::ActivationMode;
 use crate::error::KernelError;
+use crate::quant::BLOCK;
 
 /// What is added to a result.
 #[derive(Debug, Clone, Copy)]
@@ -82,9 +85,24 @@ struct RowsArgs {
     out: u64,
     gates: u32,
     together: u32,
+    norm: RawNormBefore,
 }
 
-const _: () = assert!(size_of::<RowsArgs>() == 120);
+const _: () = assert!(size_of::<RowsArgs>() == 136);
+
+#[repr(C)]
+struct RowsThenNormArgs {
+    rows: u64,
+    stride: u64,
+    n_rows: u32,
+    x: RawAct,
+    add: u64,
+    out: u64,
+    then: RawThenNorm,
+    norm: RawNormBefore,
+}
+
+const _: () = assert!(size_of::<RowsThenNormArgs>() == 168);
 
 /// Items of a row, in blocks' threads, from which on a block's warps take it together: work is divided more evenly.
 const TOGETHER_ITEMS_MIN: usize = 2;
@@ -117,6 +135,54 @@ pub fn gemv(
         Gates::Silu,
         out,
     )
+}
+
+/// Whether [`gemv_then_norm`] takes rows of this format and size.
+pub fn can_norm_products(rows: DeviceRows, mode: ActivationMode) -> bool {
+    rows.quant.is_quantised() && can_norm(rows.n_rows, mode)
+}
+
+/// As [`gemv`] with [`Add::Out`], and the first half of a norm of `out` in the same launch.
+///
+/// # Errors
+/// The driver's.
+///
+/// # Panics
+/// When shapes or devices do not fit, or not [`can_norm_products`].
+pub fn gemv_then_norm(
+    stream: &Stream,
+    m: RowsView<'_>,
+    x: &DeviceAct,
+    then: ThenNorm<'_>,
+    out: ViewMut<'_, f32>,
+) -> Result<(), KernelError> {
+    let shape = m.rows();
+    assert!(
+        can_norm_products(shape, x.mode()),
+        "rows that can be normed"
+    );
+    assert_eq!(x.n_cols(), shape.n_cols, "columns");
+    assert_eq!(out.len(), shape.n_rows, "one output per row");
+    stream.check(&[m.bytes().device(), x.device(), out.device()]);
+    let args = RowsThenNormArgs {
+        rows: m.bytes().address(),
+        stride: m.stride_bytes() as u64,
+        n_rows: shape.n_rows as u32,
+        x: x.raw(),
+        add: out.address(),
+        out: out.address(),
+        then: then.raw(stream, shape.n_rows),
+        norm: x.norm(),
+    };
+    let kernel = stream.functions().rows_then_norm(shape.quant);
+    let room = stream.device().info().n_multiprocessors * kernel.blocks_per_multiprocessor;
+    let grid = Grid {
+        blocks: [(shape.n_rows / BLOCK).min(room), 1],
+        threads: ROWS_THEN_NORM_THREADS,
+        shared_bytes: 0,
+    };
+    // SAFETY: rows, activations and output fit (asserted), and are in 8-bit arithmetic.
+    unsafe { stream.launch("launch gemv_then_norm", kernel.function, grid, args) }
 }
 
 /// As [`gemv`], of the rows in `list` only: `out[j]` (f32, as long as the list) belongs to the j-th. Places
@@ -210,6 +276,11 @@ fn launch(
     assert_eq!(out.len(), n_out, "one output per row");
     stream.check(&[rows.bytes().device(), x.device(), out.device()]);
     add.check(stream);
+    let norm = x.norm();
+    assert!(
+        norm.squares == 0 || shape.quant.is_quantised(),
+        "rows that take a norm's scale"
+    );
     if n_out == 0 {
         return Ok(());
     }
@@ -229,8 +300,15 @@ fn launch(
         out: out.address(),
         gates: gates as u32,
         together: u32::from(together),
+        norm,
     };
-    let kernel = stream.functions().rows(shape.quant, x.mode());
+    // of a list gate and up rows are taken at once, where none of the latter is left out
+    let pairs = up.is_some() && gates != Gates::Relu && matches!(list, NeuronList::Ids { .. });
+    let functions = stream.functions();
+    let kernel = match pairs && x.mode() == ActivationMode::Q8 && shape.quant.is_quantised() {
+        true => functions.row_pairs(shape.quant),
+        false => functions.rows(shape.quant, x.mode()),
+    };
     let n_teams = if together {
         n_out
     } else {

@@ -113,6 +113,7 @@ fn a_graph_reads_lists_when_it_runs_and_repeats_every_bit() {
             a.view(..),
             true,
             add,
+            None,
             &mut scratch,
             out,
         )
@@ -216,6 +217,7 @@ fn a_list_that_is_made_beside_is_there_behind_the_join() {
             a.view(..),
             false,
             Add::None,
+            None,
             scratch,
             out.view_mut(..),
         )

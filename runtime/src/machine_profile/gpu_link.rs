@@ -232,6 +232,7 @@ fn products(
                 a.view(..),
                 false,
                 Add::Out,
+                None,
                 &mut down,
                 to,
             )?;
