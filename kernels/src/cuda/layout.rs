@@ -2,7 +2,7 @@
 
 use super::buffer::View;
 use crate::matrix::MatrixShape;
-use crate::quant::{QuantType, scale_min_k4};
+use crate::quant::QuantType;
 
 /// Formats that the CUDA kernels run.
 pub const SUPPORTED: [QuantType; 10] = [
@@ -97,7 +97,7 @@ impl DeviceRows {
             n_rows == 0 || dst.len() >= (n_rows - 1) * stride_bytes + row_bytes,
             "{n_rows} rows fit"
         );
-        let (fields, block_bytes) = (fields(self.quant), self.quant.block_bytes());
+        let fields = fields(self.quant);
         for (row, dst) in file_rows
             .chunks_exact(file_bytes)
             .zip(dst.chunks_mut(stride_bytes))
@@ -107,7 +107,7 @@ impl DeviceRows {
                 let plane_bytes = self.n_blocks() * field.bytes;
                 let (plane, behind) = rest.split_at_mut(plane_bytes.next_multiple_of(ALIGN));
                 let (plane, padding) = plane.split_at_mut(plane_bytes);
-                field.write_plane(row, block_bytes, plane);
+                (field.write)(row, plane);
                 padding.fill(0);
                 rest = behind;
             }
@@ -118,81 +118,70 @@ impl DeviceRows {
 /// One plane of a format: what a block has in it.
 struct Field {
     bytes: usize,
-    from: From,
+    /// From the blocks of a row in the file's order to the plane, `[n_blocks, bytes]`.
+    write: fn(&[u8], &mut [u8]),
 }
 
-/// Where a block's field comes from, in the file's block.
-enum From {
-    /// Its bytes from here on.
-    Offset(usize),
-    /// Nibbles of `Q4_K` and `Q5_K` from here on.
-    NibblesK45(usize),
-    /// Fifth bits of `Q5_K`.
-    FifthBits,
-    /// Scales and minima of `Q4_K` and `Q5_K`.
-    ScalesK45,
-    /// Low bits of `Q6_K`.
-    NibblesQ6,
-    /// High bits of `Q6_K`.
-    HighBitsQ6,
+const fn field(bytes: usize, write: fn(&[u8], &mut [u8])) -> Field {
+    Field { bytes, write }
 }
 
-const fn field(bytes: usize, from: From) -> Field {
-    Field { bytes, from }
+/// `BYTES` bytes of each block of `BLOCK`, from `OFFSET` on.
+const fn bytes<const BLOCK: usize, const OFFSET: usize, const BYTES: usize>() -> Field {
+    field(BYTES, copy_bytes::<BLOCK, OFFSET, BYTES>)
 }
 
 /// The planes of a format on a device.
 fn fields(quant: QuantType) -> &'static [Field] {
-    use From::{FifthBits, HighBitsQ6, NibblesK45, NibblesQ6, Offset, ScalesK45};
     match quant {
-        QuantType::F32 => const { &[field(4, Offset(0))] },
-        QuantType::F16 | QuantType::BF16 => const { &[field(2, Offset(0))] },
-        QuantType::Q4_0 => const { &[field(16, Offset(2)), field(2, Offset(0))] },
+        QuantType::F32 => const { &[field(4, copy)] },
+        QuantType::F16 | QuantType::BF16 => const { &[field(2, copy)] },
+        QuantType::Q4_0 => const { &[bytes::<18, 2, 16>(), bytes::<18, 0, 2>()] },
         QuantType::Q4_1 => {
             const {
                 &[
-                    field(16, Offset(4)),
-                    field(2, Offset(0)),
-                    field(2, Offset(2)),
+                    bytes::<20, 4, 16>(),
+                    bytes::<20, 0, 2>(),
+                    bytes::<20, 2, 2>(),
                 ]
             }
         }
         QuantType::Q5_0 => {
             const {
                 &[
-                    field(16, Offset(6)),
-                    field(4, Offset(2)),
-                    field(2, Offset(0)),
+                    bytes::<22, 6, 16>(),
+                    bytes::<22, 2, 4>(),
+                    bytes::<22, 0, 2>(),
                 ]
             }
         }
-        QuantType::Q8_0 => const { &[field(32, Offset(2)), field(2, Offset(0))] },
+        QuantType::Q8_0 => const { &[bytes::<34, 2, 32>(), bytes::<34, 0, 2>()] },
         QuantType::Q4_K => {
             const {
                 &[
-                    field(128, NibblesK45(16)),
-                    field(16, ScalesK45),
-                    field(4, Offset(0)),
+                    field(128, nibbles_k45::<144, 16>),
+                    field(16, scales_k45::<144>),
+                    bytes::<144, 0, 4>(),
                 ]
             }
         }
         QuantType::Q5_K => {
             const {
                 &[
-                    field(128, NibblesK45(48)),
-                    field(32, FifthBits),
-                    field(16, ScalesK45),
-                    field(4, Offset(0)),
+                    field(128, nibbles_k45::<176, 48>),
+                    field(32, fifth_bits),
+                    field(16, scales_k45::<176>),
+                    bytes::<176, 0, 4>(),
                 ]
             }
         }
         QuantType::Q6_K => {
             const {
                 &[
-                    field(128, NibblesQ6),
-                    field(64, HighBitsQ6),
-                    field(16, Offset(192)),
-                    field(2, Offset(208)),
+                    field(128, nibbles_q6),
+                    field(64, high_bits_q6),
+                    bytes::<210, 192, 16>(),
+                    bytes::<210, 208, 2>(),
                 ]
             }
         }
@@ -200,90 +189,131 @@ fn fields(quant: QuantType) -> &'static [Field] {
     }
 }
 
-impl Field {
-    /// Writes the field of all blocks of a row, in the file's order, to `plane` (`[n_blocks, bytes]`).
-    fn write_plane(&self, row: &[u8], block_bytes: usize, plane: &mut [u8]) {
-        // sizes that the compiler knows: a copy of 16 bytes is two instructions then, and no call
-        match self.from {
-            From::Offset(0) if self.bytes == block_bytes => plane.copy_from_slice(row),
-            From::Offset(offset) => match self.bytes {
-                2 => copy_fields::<2>(row, block_bytes, offset, plane),
-                4 => copy_fields::<4>(row, block_bytes, offset, plane),
-                16 => copy_fields::<16>(row, block_bytes, offset, plane),
-                32 => copy_fields::<32>(row, block_bytes, offset, plane),
-                bytes => unreachable!("no format has a field of {bytes} bytes"),
-            },
-            _ => {
-                let blocks = row.chunks_exact(block_bytes);
-                for (block, out) in blocks.zip(plane.chunks_exact_mut(self.bytes)) {
-                    self.write(block, out);
-                }
-            }
+// All sizes are the compiler's: a copy of 16 bytes is two instructions then, and loops over fixed arrays are vectorised.
+
+/// Blocks of a row, and what each has in a plane.
+fn blocks<'a, const BLOCK: usize, const BYTES: usize>(
+    row: &'a [u8],
+    plane: &'a mut [u8],
+) -> impl Iterator<Item = (&'a [u8; BLOCK], &'a mut [u8; BYTES])> {
+    let (row, plane) = (row.as_chunks().0, plane.as_chunks_mut().0);
+    row.iter().zip(plane)
+}
+
+/// `N` bytes from the `at`-th on.
+fn part<const N: usize>(bytes: &[u8], at: usize) -> &[u8; N] {
+    bytes[at..].first_chunk().expect("a block is longer")
+}
+
+fn copy(row: &[u8], plane: &mut [u8]) {
+    plane.copy_from_slice(row);
+}
+
+fn copy_bytes<const BLOCK: usize, const OFFSET: usize, const BYTES: usize>(
+    row: &[u8],
+    plane: &mut [u8],
+) {
+    for (block, out) in blocks::<BLOCK, BYTES>(row, plane) {
+        *out = *part(block, OFFSET);
+    }
+}
+
+/// Of 32 bytes, all low nibbles and all high ones: those of bytes 0 ... 15 become low nibbles, those of the others high ones.
+fn apart(bytes: &[u8; 32]) -> [[u8; 16]; 2] {
+    const LOW: u64 = 0x0F0F_0F0F_0F0F_0F0F;
+    let mut nibbles = [[0; 16]; 2];
+    for half in [0, 8] {
+        let [first, second] = [half, 16 + half].map(|at| u64::from_le_bytes(*part(bytes, at)));
+        let low = (first & LOW) | (second & LOW) << 4;
+        let high = ((first >> 4) & LOW) | (second & !LOW);
+        nibbles[0][half..half + 8].copy_from_slice(&low.to_le_bytes());
+        nibbles[1][half..half + 8].copy_from_slice(&high.to_le_bytes());
+    }
+    nibbles
+}
+
+/// Nibbles of `Q4_K` and `Q5_K`: 32 bytes hold two sub-blocks, one in low nibbles, one in high ones.
+fn nibbles_k45<const BLOCK: usize, const OFFSET: usize>(row: &[u8], plane: &mut [u8]) {
+    for (block, out) in blocks::<BLOCK, 128>(row, plane) {
+        let nibbles: &[u8; 128] = part(block, OFFSET);
+        let (nibbles, out) = (nibbles.as_chunks().0, out.as_chunks_mut::<32>().0);
+        for (nibbles, out) in nibbles.iter().zip(out) {
+            out.copy_from_slice(apart(nibbles).as_flattened());
         }
     }
+}
 
-    /// Writes the field of `block`, a block of the file, to `out` (`[bytes]`).
-    fn write(&self, block: &[u8], out: &mut [u8]) {
-        match self.from {
-            From::Offset(_) => unreachable!("copied plane by plane"),
-            From::NibblesK45(offset) => {
-                // 32 bytes hold two sub-blocks: one in low nibbles, one in high ones
-                let nibbles = &block[offset..offset + 128];
-                for (chunk, out) in nibbles.chunks_exact(32).zip(out.chunks_exact_mut(32)) {
-                    for j in 0..16 {
-                        let (first, second) = (chunk[j], chunk[16 + j]);
-                        out[j] = (first & 0xF) | (second << 4);
-                        out[16 + j] = (first >> 4) | (second & 0xF0);
-                    }
-                }
-            }
-            From::FifthBits => {
-                for (sub, out) in out.as_chunks_mut::<4>().0.iter_mut().enumerate() {
-                    let bit = |k: usize| u32::from((block[16 + k] >> sub) & 1) << k;
-                    *out = (0..32).map(bit).sum::<u32>().to_le_bytes();
-                }
-            }
-            From::ScalesK45 => {
-                for (sub, out) in out.as_chunks_mut::<2>().0.iter_mut().enumerate() {
-                    let (scale, min) = scale_min_k4(&block[4..16], sub);
-                    *out = [scale, min];
-                }
-            }
-            From::NibblesQ6 => {
-                // 64 bytes hold four sub-blocks: two in low nibbles, two in high ones
-                for (low, out) in block[..128].chunks_exact(64).zip(out.chunks_exact_mut(64)) {
-                    for (sub, out) in out.chunks_exact_mut(16).enumerate() {
-                        let nibble = |k: usize| (low[sub % 2 * 32 + k] >> (sub / 2 * 4)) & 0xF;
-                        for (j, out) in out.iter_mut().enumerate() {
-                            *out = nibble(j) | (nibble(16 + j) << 4);
-                        }
-                    }
-                }
-            }
-            From::HighBitsQ6 => {
-                for (half, out) in out.as_chunks_mut::<4>().0.iter_mut().enumerate() {
-                    let (sub, first) = (half / 2, half % 2 * 16);
-                    let high = &block[128 + sub / 4 * 32 + first..][..16];
-                    let bits = |k: usize| (high[k] >> (sub % 4 * 2)) & 3;
-                    for (k, out) in out.iter_mut().enumerate() {
-                        *out = (0..4).map(|w| bits(4 * w + k) << (2 * w)).sum();
-                    }
-                }
+/// Fifth bits of `Q5_K`: bit `s` of byte `k` belongs to value `k` of sub-block `s`.
+fn fifth_bits(row: &[u8], plane: &mut [u8]) {
+    for (block, out) in blocks::<176, 32>(row, plane) {
+        let bits: &[u8; 32] = part(block, 16);
+        for (quarter, eight) in bits.as_chunks::<8>().0.iter().enumerate() {
+            let by_sub = transposed_bits(u64::from_le_bytes(*eight)).to_le_bytes();
+            for (sub, bits) in by_sub.into_iter().enumerate() {
+                out[sub * 4 + quarter] = bits;
             }
         }
     }
 }
 
-/// Writes `BYTES` bytes of each block, from `offset` on, to `plane`, one behind the other.
-fn copy_fields<const BYTES: usize>(
-    row: &[u8],
-    block_bytes: usize,
-    offset: usize,
-    plane: &mut [u8],
-) {
-    let blocks = row.chunks_exact(block_bytes);
-    for (block, out) in blocks.zip(plane.as_chunks_mut::<BYTES>().0) {
-        out.copy_from_slice(&block[offset..offset + BYTES]);
+/// Bit `j` of byte `i` becomes bit `i` of byte `j`.
+fn transposed_bits(mut bits: u64) -> u64 {
+    // single bits, then pairs, then fours change places
+    for (by, mask) in [
+        (7, 0x00AA_00AA_00AA_00AA),
+        (14, 0x0000_CCCC_0000_CCCC),
+        (28, 0x0000_0000_F0F0_F0F0),
+    ] {
+        let differ = (bits ^ (bits >> by)) & mask;
+        bits ^= differ ^ (differ << by);
+    }
+    bits
+}
+
+/// Scales and minima of `Q4_K` and `Q5_K`, 6 bits each in the file (`scale_min_k4`), four sub-blocks at a time.
+fn scales_k45<const BLOCK: usize>(row: &[u8], plane: &mut [u8]) {
+    for (block, out) in blocks::<BLOCK, 16>(row, plane) {
+        let [scales, mins, highs] = [4, 8, 12].map(|at| u32::from_le_bytes(*part(block, at)));
+        let low_bits = 0x3F3F_3F3F;
+        let high_bits = |four: u32| (four >> 2) & 0x3030_3030;
+        let scales = [scales & low_bits, (highs & 0x0F0F_0F0F) | high_bits(scales)];
+        let mins = [
+            mins & low_bits,
+            ((highs >> 4) & 0x0F0F_0F0F) | high_bits(mins),
+        ];
+        for (half, out) in out.as_chunks_mut::<8>().0.iter_mut().enumerate() {
+            let (scales, mins) = (scales[half].to_le_bytes(), mins[half].to_le_bytes());
+            for sub in 0..4 {
+                out[2 * sub] = scales[sub];
+                out[2 * sub + 1] = mins[sub];
+            }
+        }
+    }
+}
+
+/// Low bits of `Q6_K`: 64 bytes hold four sub-blocks, two in low nibbles, two in high ones.
+fn nibbles_q6(row: &[u8], plane: &mut [u8]) {
+    for (block, out) in blocks::<210, 128>(row, plane) {
+        let low: &[u8; 128] = part(block, 0);
+        let (low, out) = (low.as_chunks::<32>().0, out.as_chunks_mut::<64>().0);
+        for (pair, out) in low.as_chunks::<2>().0.iter().zip(out) {
+            let [first, second] = pair.each_ref().map(apart);
+            let subs = [first[0], second[0], first[1], second[1]];
+            out.copy_from_slice(subs.as_flattened());
+        }
+    }
+}
+
+/// High bits of `Q6_K`: bits 2 w and 2 w + 1 of byte `k` are those of value 4 w + k of a half of a sub-block.
+fn high_bits_q6(row: &[u8], plane: &mut [u8]) {
+    for (block, out) in blocks::<210, 64>(row, plane) {
+        for (half, out) in out.as_chunks_mut::<4>().0.iter_mut().enumerate() {
+            let (sub, first) = (half / 2, half % 2 * 16);
+            let high: &[u8; 16] = part(block, 128 + sub / 4 * 32 + first);
+            let four = |w: usize| u32::from_le_bytes(*part(high, 4 * w));
+            let bits = |w: usize| ((four(w) >> (sub % 4 * 2)) & 0x0303_0303) << (2 * w);
+            *out = (bits(0) | bits(1) | bits(2) | bits(3)).to_le_bytes();
+        }
     }
 }
 
