@@ -151,25 +151,29 @@ impl<T: Plain> Drop for PinnedBuffer<T> {
     }
 }
 
-/// Copies `from` to the device, behind everything launched on `stream`. The host leaves `from` as it is until that is done.
+/// Copies as many of the first values of `from` to the device as there is room for in `to`, behind everything launched on `stream`. The
+/// host leaves `from` as it is until that is done.
 ///
 /// # Errors
 /// The driver's.
 ///
 /// # Panics
-/// When lengths or devices differ.
+/// When `from` has fewer, or devices differ.
 pub fn copy_to_device<T: Plain>(
     stream: &Stream,
     from: &PinnedBuffer<T>,
     to: ViewMut<'_, T>,
 ) -> Result<(), KernelError> {
-    assert_eq!(from.len(), to.len(), "values to copy");
+    assert!(from.len() >= to.len(), "values to copy");
     stream.check(&[&from.device, to.device()]);
     stream.device().bind()?;
+    let bytes = to.len() * size_of::<T>();
+    if bytes == 0 {
+        return Ok(());
+    }
     // SAFETY: both have room for as many values, and are freed behind what is queued.
-    let answer = unsafe {
-        sys::cuMemcpyHtoDAsync_v2(to.address(), from.host.cast(), from.bytes(), stream.raw())
-    };
+    let answer =
+        unsafe { sys::cuMemcpyHtoDAsync_v2(to.address(), from.host.cast(), bytes, stream.raw()) };
     call("copy pinned memory to the device", answer.result())
 }
 

@@ -1,4 +1,4 @@
-//! Copies a model to a GPU: all threads read and pack, each into pinned memory of its own, and the link copies meanwhile.
+//! Copies a model to a GPU: all threads read and pack, each into two pieces of pinned memory in turns, and the link copies one meanwhile.
 #![allow(unsafe_code)]
 
 use std::sync::Mutex;
@@ -6,7 +6,7 @@ use std::sync::atomic::{AtomicU64, AtomicUsize, Ordering};
 
 use pi_actors::gpu::weights::{GpuSync, GpuWeights};
 use pi_kernels::KernelError;
-use pi_kernels::cuda::{Device, DeviceRows, PinnedBuffer};
+use pi_kernels::cuda::{Device, DeviceRows, PinnedBuffer, Stream, copy_to_device};
 
 use super::layout::{GpuLayout, PieceSource, device_rows};
 use crate::model::error::ModelError;
@@ -14,10 +14,41 @@ use crate::model::node_memory::NodeThreads;
 use crate::model::tensors::FileMatrix;
 use crate::model::transpose::Transposer;
 
-/// Bytes that a thread packs before they are copied.
-const TASK_BYTES: usize = 4 << 20;
+/// Bytes that a thread packs before they are copied: what all threads have under way fits into the last cache.
+const TASK_BYTES: usize = 1 << 20;
 /// Columns of a transposing task are multiples of this, as every task reads all rows of the matrix.
 const TRANSPOSED_NEURONS: usize = 256;
+
+/// Pinned memory of a thread, and what is copied from it.
+struct Staging {
+    memory: PinnedBuffer<u8>,
+    copies: Stream,
+    /// Bytes that are on their way.
+    bytes: u64,
+}
+
+impl Staging {
+    fn new(device: &Device, bytes: usize) -> Result<Self, KernelError> {
+        Ok(Self {
+            memory: PinnedBuffer::new(device, bytes)?,
+            copies: device.stream()?,
+            bytes: 0,
+        })
+    }
+
+    /// Waits until nothing is on its way any more, and returns how much was.
+    fn wait(&mut self) -> Result<u64, KernelError> {
+        self.copies.synchronize()?;
+        Ok(std::mem::take(&mut self.bytes))
+    }
+}
+
+impl Drop for Staging {
+    fn drop(&mut self) {
+        // where something failed; another error has nowhere to go
+        let _ = self.copies.synchronize();
+    }
+}
 
 /// Some rows of a piece.
 struct Task<'l, 'a> {
@@ -50,20 +81,32 @@ impl GpuLayout<'_> {
         threads.run(&|_| {
             let fill = || {
                 // on the GPU's own NUMA node, whichever the thread is on: the link reads it from there
-                let new = || PinnedBuffer::<u8>::new(device, largest);
-                let staging = match node {
+                let new = || {
+                    Ok([
+                        Staging::new(device, largest)?,
+                        Staging::new(device, largest)?,
+                    ])
+                };
+                let mut staging = match node {
                     Some(numa) => pi_topology::with_memory_of(numa, new),
                     None => new(),
                 }?;
+                let there =
+                    |bytes: u64| progress(copied.fetch_add(bytes, Ordering::Relaxed) + bytes);
                 while let Some(task) = tasks.get(next.fetch_add(1, Ordering::Relaxed)) {
-                    // SAFETY: the thread's own, and the copy before has ended.
-                    let packed = unsafe { staging.write(0..task.bytes) };
-                    task.pack(packed);
+                    let [now, _] = &mut staging;
+                    there(now.wait()?);
+                    // SAFETY: the thread's own, and what was copied from it is there.
+                    task.pack(unsafe { now.memory.write(0..task.bytes) });
                     let mut arena = arena.lock().expect("no copy panics in here");
-                    arena.write(task.at, packed)?;
+                    let to = arena.view_mut(task.at..task.at + task.bytes);
+                    copy_to_device(&now.copies, &now.memory, to)?;
                     drop(arena);
-                    let bytes = task.bytes as u64;
-                    progress(copied.fetch_add(bytes, Ordering::Relaxed) + bytes);
+                    now.bytes = task.bytes as u64;
+                    staging.rotate_left(1);
+                }
+                for last in &mut staging {
+                    there(last.wait()?);
                 }
                 Ok(())
             };
