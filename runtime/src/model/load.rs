@@ -249,8 +249,13 @@ impl<'a> Loader<'a> {
         let nodes = &self.layout.nodes;
         assert_eq!(threads.n_threads().len(), nodes.len(), "a team per node");
         if self.transposed_bytes > 0 {
+            // what `off` runs is not written in another type: `pack` is for gates that close
+            let cure = match self.shape.gate_activation {
+                GateActivation::Relu => "`pi-runtime pack` does it once and for all",
+                GateActivation::Silu | GateActivation::Gelu => "each start does",
+            };
             tracing::warn!(
-                "transposing the down projections into {} MB; `pi-runtime pack` does it once and for all",
+                "transposing the down projections into {} MB; {cure}",
                 self.transposed_bytes.div_ceil(1_000_000)
             );
         }
