@@ -171,6 +171,65 @@ extern "C" __global__ void __launch_bounds__(UNPACK_THREADS) unpack_k(UnpackKArg
     start_next_launch();
 }
 
+// Gates of Q4_0 in planes, as `ffn_sparse/sketch/planes.rs` has them: a thread puts a block together again.
+struct UnpackPlanesArgs {
+    // groups of PLANES_ROWS rows: signs, in runs of blocks
+    const u8* top;
+    // rows one behind the other: bits 0 and 1, bits 2, scales
+    const u8* rest;
+    // rows, `to_stride` bytes apart
+    u8* to;
+    u64 to_stride;
+    u32 n_rows, n_blocks;
+};
+static_assert(sizeof(UnpackPlanesArgs) == 40, "as the launcher has it");
+
+constexpr u32 PLANES_ROWS = 16, PLANES_RUN = 4, PLANES_UNIT = 8;
+
+extern "C" __global__ void __launch_bounds__(UNPACK_THREADS) unpack_planes(UnpackPlanesArgs args) {
+    const u32 n_blocks = args.n_blocks, i = blockIdx.x * UNPACK_THREADS + threadIdx.x, row = i / n_blocks, block = i % n_blocks;
+    wait_for_launch_before();
+    if (row < args.n_rows) {
+        // not __ldg: a copy has just written it; a row starts at any even byte
+        const u8* rest = args.rest + (u64)row * n_blocks * 14;
+        const u16* low = (const u16*)(rest + block * 8);
+        const u32 unit = block / PLANES_UNIT * PLANES_UNIT, width = min(n_blocks - unit, PLANES_UNIT);
+        const u8* high = rest + n_blocks * 8 + unit * 4 + block - unit;
+        const u16 scale = *(const u16*)(rest + n_blocks * 12 + block * 2);
+        // of a row's last blocks two are a run, and one
+        const u32 whole = n_blocks / PLANES_RUN * PLANES_RUN;
+        u32 first = block / PLANES_RUN * PLANES_RUN, run = PLANES_RUN;
+        if (block >= whole) {
+            const bool two = n_blocks - whole >= 2 && block < whole + 2;
+            first = two ? whole : n_blocks - 1;
+            run = two ? 2 : 1;
+        }
+        const u8* signs_at = args.top + (row / PLANES_ROWS * (u64)n_blocks + first) * PLANES_ROWS * 4;
+        const u32 signs = *(const u32*)(signs_at + (row % PLANES_ROWS * run + block - first) * 4);
+        u32 words[4] = {};
+#pragma unroll
+        for (u32 j = 0; j < 8; j++) {
+            // columns j, 8 + j, 16 + j, 24 + j
+            const u32 bits = low[j / 2] >> j % 2 * 8;
+            u32 q[4];
+#pragma unroll
+            for (u32 p = 0; p < 4; p++)
+                q[p] = (bits >> 2 * p & 3) | (high[p * width] >> j & 1) << 2 | (signs >> (8 * p + j) & 1) << 3;
+            words[j / 4] |= (q[0] | q[2] << 4) << j % 4 * 8;
+            words[2 + j / 4] |= (q[1] | q[3] << 4) << j % 4 * 8;
+        }
+        // where the scale is negative they hold 15 - q
+        const u32 flip = scale >> 15 ? ALL_LANES : 0;
+        u8* to = args.to + row * args.to_stride;
+        *(uint4*)(to + block * 16) = make_uint4(words[0] ^ flip, words[1] ^ flip, words[2] ^ flip, words[3] ^ flip);
+        u16* scales = (u16*)(to + n_blocks * 16);
+        scales[block] = scale;
+        if (block == n_blocks - 1)
+            for (u32 k = n_blocks; k < padded16(n_blocks * 2) / 2; k++) scales[k] = 0;
+    }
+    start_next_launch();
+}
+
 struct TransposeArgs {
     // [n_rows] rows of the format, `stride` bytes apart
     const u8* rows;

@@ -537,6 +537,79 @@ fn gpus_are_planned_for() {
     assert_eq!(forecast["prompt"]["kind"], "streamed", "{forecast}");
 }
 
+/// Gates in planes go over the link, too: all neurons of a prompt are computed, with the bits that rows of gates give.
+#[test]
+fn prompts_are_streamed_where_gates_are_in_planes() {
+    if !has_gpu() {
+        return;
+    }
+    let model = Model::new();
+    let in_layer: &[&str] = &["--sparsity", "predicted", "--predictor", "in-layer"];
+    let words: Vec<String> = (0..100).map(|n: u32| format!("w{}", n * n % 701)).collect();
+    let prompt = words.join(" ");
+    for percent in [50, 10, 0] {
+        let keys = format!("required = true\nhot_percent_max = {percent}");
+        let planned = [in_layer, &["-o", "json"]].concat();
+        let ran = model.run(&["plan"], Some(&keys), &planned);
+        assert_eq!(ran.code, 0, "{}", ran.err);
+        let plan: Value = serde_json::from_str(&ran.out).unwrap();
+        let forecast = &plan["modes"][0]["gpu"]["prompt"];
+        assert_eq!(forecast["kind"], "streamed", "{percent} %: {forecast}");
+        for activations in ["q8", "f32"] {
+            let hash = |mode: &[&str]| {
+                let fixed = ["-p", &prompt, "-n", "1", "--temp", "0", "--json"];
+                let flags = [&fixed, &["--activations", activations][..], mode].concat();
+                let ran = model.run(&[], Some(&keys), &flags);
+                assert_eq!(ran.code, 0, "{}", ran.err);
+                let json: Value = serde_json::from_str(&ran.out).unwrap();
+                assert!(json["logits_hash"].is_string());
+                json["logits_hash"].clone()
+            };
+            let exact = hash(&["--sparsity", "exact"]);
+            assert_eq!(hash(in_layer), exact, "{percent} %, {activations}");
+        }
+    }
+}
+
+/// Layers whose down projection is plain are hot as a whole or not at all; those that are not are streamed, too.
+#[test]
+fn prompts_are_streamed_where_down_projections_are_plain() {
+    if !has_gpu() {
+        return;
+    }
+    for name in ["llama-yarn", "qwen2-tied", "gemma"] {
+        let fixtures = common::workspace().join("tests/fixtures");
+        let model = Model {
+            folder: tempfile::tempdir().unwrap(),
+            file: fixtures.join(format!("family/{name}.gguf")),
+        };
+        std::fs::copy(fixtures.join("text/bench.txt"), model.path("t.txt")).unwrap();
+        let off: &[&str] = &["--sparsity", "off"];
+        let host = model.perplexity(None, off);
+        for percent in [100, 50, 0] {
+            let keys = format!("required = true\nhot_percent_max = {percent}");
+            let ran = model.run(&["plan"], Some(&keys), &[off, &["-o", "json"]].concat());
+            assert_eq!(ran.code, 0, "{}", ran.err);
+            let plan: Value = serde_json::from_str(&ran.out).unwrap();
+            let forecast = &plan["modes"][0]["gpu"]["prompt"];
+            let kind = if percent == 100 {
+                "all_hot"
+            } else {
+                "streamed"
+            };
+            assert_eq!(forecast["kind"], kind, "{name}, {percent} %: {forecast}");
+            for batch in ["1", "100"] {
+                let got = model.perplexity(Some(&keys), &[off, &["-b", batch]].concat());
+                let change = (got / host - 1.0).abs();
+                assert!(
+                    change < 1e-4,
+                    "{name}, {percent} %, {batch}: {got}, not {host}"
+                );
+            }
+        }
+    }
+}
+
 #[test]
 fn without_a_gpu_the_host_computes_or_an_error_says_what_is_missing() {
     if has_gpu() {

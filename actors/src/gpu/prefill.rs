@@ -7,15 +7,18 @@ use std::ops::Range;
 use bytes::Bytes;
 use pi_kernels::cuda::{
     Add, Device, DeviceBatch, DeviceBuffer, DeviceCache, DeviceRows, Event, Gates, GemmScratch,
-    HostRows, Registered, RopeAppend, RowsView, Stream, View, attend_batch, copy_in, gate_up_batch,
-    gemm, is_supported, prepare_batch, rms_norm_batch, rope_append_batch, transpose,
-    transposed_rows, unpack,
+    HostPlanes, HostRows, Registered, RopeAppend, RowsView, Stream, View, attend_batch, copy_in,
+    gate_up_batch, gemm, is_supported, prepare_batch, rms_norm_batch, rope_append_batch, transpose,
+    transposed_rows, unpack, unpack_planes,
 };
+use pi_kernels::ffn_sparse::sketch::planes::PlanesShape;
 use pi_kernels::{ActivationMode, KernelError, Layout, MatrixShape, ROW_GROUP};
 
 use super::gpu_model::gates_of;
 use super::weights::{GpuDown, GpuFfn, GpuLayer, GpuRows, GpuWeights, values};
-use crate::weights::{FfnShare, LayerShare, Matrix, ModelShape, ModelWeights, UpRows};
+use crate::weights::{
+    FfnShare, LayerShare, Matrix, ModelShape, ModelWeights, PlanesStore, SketchKind, UpRows,
+};
 
 /// Neurons that are multiplied together.
 const NEURONS: usize = 2048;
@@ -54,6 +57,7 @@ impl PrefillSizes {
             return 0;
         }
         let part = NEURONS.min(shape.n_ff);
+        // neurons whose weights and products are there at a time
         let together = if self.plain { shape.n_ff } else { part };
         let weight = match self.mode {
             ActivationMode::Q8 => 2,
@@ -64,21 +68,51 @@ impl PrefillSizes {
             shape.n_embd + 2 * shape.n_attn() + 2 * n_kv + 2 * shape.head_dim + 2 * together;
         let batches = shape.n_embd + shape.n_attn() + together;
         self.n_tokens * (4 * floats + weight * batches)
-            + part * self.bundle_bytes * (STAGES + 1)
+            + (part * STAGES + together) * self.bundle_bytes
             + part * shape.n_embd * weight
             + SCRATCH
             + ROUNDING
     }
 }
 
-/// Neurons on the host that are copied and multiplied together.
+/// What is copied from the host together.
 #[derive(Debug)]
 struct ColdPart {
-    gate: Piece,
-    up: Piece,
-    down: Piece,
+    work: ColdWork,
     /// What is copied, and where it goes in a stage: all pieces lie in these.
     copies: Vec<(Bytes, usize)>,
+}
+
+/// What is done with it.
+#[derive(Debug)]
+enum ColdWork {
+    /// Neurons that are multiplied together.
+    Neurons {
+        gate: GatePiece,
+        up: Piece,
+        down: Piece,
+    },
+    /// Rows of a share whose down projection is plain: all of its neurons are multiplied when the last ones are there.
+    Rows {
+        rows: Piece,
+        /// Gates, ups, or the down projection.
+        of: usize,
+        first: usize,
+        /// The three matrices, if these are the last rows.
+        all: Option<[DeviceRows; 3]>,
+    },
+}
+
+impl ColdWork {
+    /// Gates, ups and downs that are multiplied, as products take them.
+    fn multiplied(&self) -> Option<[DeviceRows; 3]> {
+        match self {
+            ColdWork::Neurons { gate, up, down } => {
+                Some([gate.device_rows(), up.shape.into(), down.shape.into()])
+            }
+            ColdWork::Rows { all, .. } => *all,
+        }
+    }
 }
 
 /// Rows within a stage.
@@ -97,6 +131,49 @@ impl Piece {
             stride_bytes: self.stride_bytes,
             bytes: stage.part(self.at..self.at + self.bytes),
         }
+    }
+}
+
+/// Gates within a stage.
+#[derive(Debug, Clone, Copy)]
+enum GatePiece {
+    Rows(Piece),
+    /// In planes, which start there.
+    Planes {
+        shape: PlanesShape,
+        top: usize,
+        rest: usize,
+    },
+}
+
+impl GatePiece {
+    /// As products take them.
+    fn device_rows(&self) -> DeviceRows {
+        match self {
+            GatePiece::Rows(piece) => DeviceRows::from(piece.shape),
+            GatePiece::Planes { shape, .. } => HostPlanes::rows(*shape),
+        }
+    }
+
+    /// Puts them in order, at the start of `to`.
+    fn take(
+        &self,
+        stream: &Stream,
+        stage: View<'_, u8>,
+        to: &mut DeviceBuffer<u8>,
+    ) -> Result<DeviceRows, KernelError> {
+        let (shape, top, rest) = match *self {
+            GatePiece::Rows(piece) => return take(stream, piece.rows(stage), to),
+            GatePiece::Planes { shape, top, rest } => (shape, top, rest),
+        };
+        let planes = HostPlanes {
+            shape,
+            top: stage.part(top..top + shape.top_bytes()),
+            rest: stage.part(rest..rest + shape.rest_bytes()),
+        };
+        let rows = HostPlanes::rows(shape);
+        unpack_planes(stream, planes, to.view_mut(..rows.bytes()))?;
+        Ok(rows)
     }
 }
 
@@ -132,6 +209,26 @@ impl Staged {
             bytes: len,
         }
     }
+
+    /// Rows `rows` of gates in planes, from a group's start on.
+    fn planes(&mut self, planes: &PlanesStore, rows: Range<usize>) -> GatePiece {
+        let shape = PlanesShape {
+            n_rows: rows.len(),
+            ..planes.shape
+        };
+        let before = PlanesShape {
+            n_rows: rows.start,
+            ..planes.shape
+        };
+        let slice = |all: &Bytes, at: usize, bytes: usize| all.slice(at..at + bytes);
+        let top = slice(&planes.top, before.top_bytes(), shape.top_bytes());
+        let rest = slice(&planes.rest, before.rest_bytes(), shape.rest_bytes());
+        GatePiece::Planes {
+            shape,
+            top: self.copy(top),
+            rest: self.copy(rest),
+        }
+    }
 }
 
 /// The share's neurons in parts, with the bytes of each; none where the device cannot take them as they lie.
@@ -140,23 +237,30 @@ fn parts(share: &LayerShare) -> Option<Vec<(ColdPart, usize)>> {
     if n == 0 {
         return Some(vec![]);
     }
-    let FfnShare::Neurons { up, rows } = &share.ffn else {
-        return None;
+    let (up, rows) = match &share.ffn {
+        FfnShare::Neurons { up, rows } => (up, rows),
+        FfnShare::Dense { up, down } => return parts_of_matrices([&share.gate, up, down]),
     };
     let own_up = match up {
         UpRows::Interleaved(up) => Some(up),
         UpRows::Paired => None,
     };
     let up_quant = own_up.map(|up| up.shape.quant).or(rows.up)?;
+    let planes = share.sketch.as_ref().and_then(|sketch| match &sketch.kind {
+        SketchKind::Bits { planes, .. } => Some(planes),
+        SketchKind::LowRank { .. } | SketchKind::Nothing => None,
+    });
     let quants = [share.gate.shape.quant, up_quant, rows.down];
-    // gates in planes lie elsewhere
-    if share.gate.shape.n_rows != n || !quants.into_iter().all(is_supported) {
+    if !quants.into_iter().all(is_supported) {
         return None;
     }
     let parts = (0..n).step_by(NEURONS).map(|first| {
         let neurons = first..(first + NEURONS).min(n);
         let mut staged = Staged::default();
-        let gate = staged.matrix(&share.gate, neurons.clone());
+        let gate = match planes {
+            Some(planes) => staged.planes(planes, neurons.clone()),
+            None => GatePiece::Rows(staged.matrix(&share.gate, neurons.clone())),
+        };
         let record = rows.record_bytes();
         let bytes = rows
             .bytes
@@ -181,14 +285,46 @@ fn parts(share: &LayerShare) -> Option<Vec<(ColdPart, usize)>> {
             None => paired,
         };
         let part = ColdPart {
-            gate,
-            up,
-            down,
+            work: ColdWork::Neurons { gate, up, down },
             copies: staged.copies,
         };
         (part, staged.end)
     });
     Some(parts.collect())
+}
+
+/// The same for gates, ups and a plain down projection, `[n_embd, n_neurons]`, of which parts have some rows.
+fn parts_of_matrices(matrices: [&Matrix; 3]) -> Option<Vec<(ColdPart, usize)>> {
+    let shapes = matrices.map(|matrix| matrix.shape);
+    if !shapes.iter().all(|shape| is_supported(shape.quant)) {
+        return None;
+    }
+    let n = shapes[0].n_rows;
+    // as much as a part of other shares has
+    let bytes: usize = shapes.iter().map(MatrixShape::packed_bytes).sum();
+    let most = bytes / n * NEURONS.min(n);
+    let mut parts = Vec::new();
+    for (of, matrix) in matrices.into_iter().enumerate() {
+        let n_rows = matrix.shape.n_rows;
+        let step = (most / matrix.shape.row_bytes() / ROW_GROUP).max(1) * ROW_GROUP;
+        for first in (0..n_rows).step_by(step) {
+            let end = (first + step).min(n_rows);
+            let mut staged = Staged::default();
+            let rows = staged.matrix(matrix, first..end);
+            let is_last = of == matrices.len() - 1 && end == n_rows;
+            let part = ColdPart {
+                work: ColdWork::Rows {
+                    rows,
+                    of,
+                    first,
+                    all: is_last.then(|| shapes.map(DeviceRows::from)),
+                },
+                copies: staged.copies,
+            };
+            parts.push((part, staged.end));
+        }
+    }
+    Some(parts)
 }
 
 const _: () = assert!(NEURONS.is_multiple_of(ROW_GROUP));
@@ -279,22 +415,26 @@ impl Prefill {
         }
         let plain = |ffn: &GpuFfn| matches!(ffn.down, GpuDown::Plain(_));
         let ffns = || weights.layers.iter().filter_map(|layer| layer.ffn.as_ref());
-        let together = match ffns().any(plain) {
+        let works = || cold.iter().flatten().map(|part| &part.work);
+        let by_rows = |work: &ColdWork| matches!(work, ColdWork::Rows { .. });
+        let together = match ffns().any(plain) || works().any(by_rows) {
             true => shape.n_ff,
             false => NEURONS.min(shape.n_ff),
         };
-        let unpacked_bytes = |of: fn(&ColdPart) -> &Piece| {
-            let parts = cold.iter().flatten().map(of);
-            let bytes = parts.map(|piece| DeviceRows::from(piece.shape).bytes());
-            bytes.max().unwrap_or(0)
+        let unpacked_bytes = |of: usize| {
+            let all = works().filter_map(ColdWork::multiplied);
+            all.map(|rows| rows[of].bytes()).max().unwrap_or(0)
         };
         let turned_bytes = {
             let hot = ffns().filter_map(|ffn| match ffn.down {
                 GpuDown::Neurons(down) => Some(part_of(down.rows, down.rows.n_rows.min(NEURONS))),
                 GpuDown::Plain(_) => None,
             });
-            let cold = cold.iter().flatten();
-            let rows = hot.chain(cold.map(|part| DeviceRows::from(part.down.shape)));
+            let cold = works().filter_map(|work| match work {
+                ColdWork::Neurons { down, .. } => Some(DeviceRows::from(down.shape)),
+                ColdWork::Rows { .. } => None,
+            });
+            let rows = hot.chain(cold);
             rows.map(|rows| transposed_rows(rows, mode).bytes()).max()
         };
         let n_kv = shape.n_head_kv * shape.head_dim;
@@ -316,9 +456,9 @@ impl Prefill {
                 .collect::<Result<_, KernelError>>()?,
             next: 0,
             unpacked: [
-                device.alloc(unpacked_bytes(|part| &part.gate))?,
-                device.alloc(unpacked_bytes(|part| &part.up))?,
-                device.alloc(unpacked_bytes(|part| &part.down))?,
+                device.alloc(unpacked_bytes(0))?,
+                device.alloc(unpacked_bytes(1))?,
+                device.alloc(unpacked_bytes(2))?,
             ],
             turned: device.alloc(turned_bytes.unwrap_or(0))?,
             cold,
@@ -570,11 +710,27 @@ impl Prefill {
         self.next = (self.next + 1) % self.stages.len();
         stream.wait_for(&stage.copied)?;
         let bytes = stage.bytes.view(..);
-        let [gate_rows, up_rows, downs] = &mut self.unpacked;
         // what lies as products take it is copied too: the stage is free for the next part before they begin
-        let gate = take(stream, part.gate.rows(bytes), gate_rows)?;
-        let up = take(stream, part.up.rows(bytes), up_rows)?;
-        let down = part.down.rows(bytes);
+        let (gate, up, down) = match &part.work {
+            ColdWork::Neurons { gate, up, down } => (gate, up, down.rows(bytes)),
+            ColdWork::Rows {
+                rows,
+                of,
+                first,
+                all,
+            } => {
+                let on_device = DeviceRows::from(rows.shape);
+                let at = first * on_device.row_bytes();
+                let to = self.unpacked[*of].view_mut(at..at + on_device.bytes());
+                unpack(stream, rows.rows(bytes), to)?;
+                stage.used.record(stream)?;
+                let all = *all;
+                return all.map_or(Ok(()), |all| self.matrices(stream, all, gates));
+            }
+        };
+        let [gate_rows, up_rows, downs] = &mut self.unpacked;
+        let gate = gate.take(stream, bytes, gate_rows)?;
+        let up = take(stream, up.rows(bytes), up_rows)?;
         let turned = match down.as_rows() {
             Some(rows) => turn(stream, rows, self.mode, &mut self.turned)?,
             None => {
@@ -596,6 +752,30 @@ impl Prefill {
             &mut self.act,
         )?;
         self.add_turned(stream, turned)
+    }
+
+    /// Adds what the neurons of a share give, whose gates, ups and plain down projection are there.
+    fn matrices(
+        &mut self,
+        stream: &Stream,
+        [gate, up, down]: [DeviceRows; 3],
+        gates: Gates,
+    ) -> Result<(), KernelError> {
+        let [gates_there, ups_there, downs_there] = &self.unpacked;
+        stream.start_next_late();
+        gate_up_products(
+            stream,
+            [dense(gate, gates_there), dense(up, ups_there)],
+            &self.normed,
+            &mut self.scratch,
+            [&mut self.gate, &mut self.up],
+            gates,
+            &mut self.act,
+        )?;
+        let n_x = self.n_tokens * down.n_rows;
+        let (scratch, x) = (&mut self.scratch, self.x.view_mut(..n_x));
+        let down = dense(down, downs_there);
+        gemm(stream, down, &self.act, Add::Out, scratch, x)
     }
 
     /// Adds the products of turned rows and activations to the residual stream.
@@ -726,4 +906,62 @@ fn joined(mut ranges: Vec<Range<usize>>) -> Vec<Range<usize>> {
         }
     }
     joined
+}
+
+#[cfg(test)]
+mod tests {
+    use pi_kernels::QuantType;
+
+    use super::*;
+
+    fn matrix(quant: QuantType, n_rows: usize, n_cols: usize) -> Matrix {
+        let shape = MatrixShape {
+            quant,
+            n_rows,
+            n_cols,
+            layout: Layout::Interleaved,
+        };
+        Matrix {
+            shape,
+            bytes: vec![0; shape.packed_bytes()].into(),
+        }
+    }
+
+    /// Parts of a plain share have all rows of its matrices once, in whole groups, and are no larger than those of other shares.
+    #[test]
+    fn matrices_are_copied_in_parts() {
+        for (n, n_embd) in [(6144usize, 256usize), (5000, 256), (32, 4096), (2048, 72)] {
+            let down = matrix(QuantType::Q4_0, n_embd, n.next_multiple_of(32));
+            let [gate, up] = [QuantType::Q8_0, QuantType::F16]
+                .map(|quant| matrix(quant, n, n_embd.next_multiple_of(32)));
+            let matrices = [&gate, &up, &down];
+            let parts = parts_of_matrices(matrices).unwrap();
+            let all: usize = matrices.iter().map(|matrix| matrix.bytes.len()).sum();
+            let most = (all / n * NEURONS.min(n)).max(ROW_GROUP * down.shape.row_bytes());
+            let mut ends = [0; 3];
+            for (k, (part, bytes)) in parts.iter().enumerate() {
+                let ColdWork::Rows {
+                    rows,
+                    of,
+                    first,
+                    all,
+                } = &part.work
+                else {
+                    panic!("rows of matrices")
+                };
+                assert!(*bytes <= most, "{bytes} of {most}");
+                assert_eq!(*first, ends[*of], "one behind the other");
+                assert!(first.is_multiple_of(ROW_GROUP));
+                ends[*of] += rows.shape.n_rows;
+                assert_eq!(rows.bytes, *bytes);
+                assert_eq!(all.is_some(), k + 1 == parts.len(), "multiplied at last");
+            }
+            assert_eq!(ends, matrices.map(|matrix| matrix.shape.n_rows));
+            let copied: usize = parts.iter().map(|(_, bytes)| bytes).sum();
+            assert_eq!(copied, all);
+        }
+        // (a format that does not run on GPUs)
+        let other = matrix(QuantType::Q2_K, 256, 256);
+        assert!(parts_of_matrices([&other, &other, &other]).is_none());
+    }
 }

@@ -49,6 +49,7 @@ pub(super) struct PrefillFunctions {
     pub(super) gate_up_batch: Function,
     pub(super) unpack: Function,
     pub(super) unpack_k: Function,
+    pub(super) unpack_planes: Function,
     /// To f32 and to f16, by place in [`SUPPORTED`].
     transpose: [Vec<Function>; 2],
 }
@@ -250,6 +251,7 @@ impl PrefillFunctions {
             gate_up_batch: get("gate_up_batch".to_owned())?,
             unpack: get("unpack".to_owned())?,
             unpack_k: get("unpack_k".to_owned())?,
+            unpack_planes: get("unpack_planes".to_owned())?,
             transpose: [transpose("f32")?, transpose("f16")?],
         })
     }

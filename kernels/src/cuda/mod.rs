@@ -63,5 +63,8 @@ pub use rows::{
 };
 pub use sample::{SampleScratch, TOP_K_MAX, argmax, top_k};
 pub use stream::{Event, Stream};
-pub use streamed::{HostRows, Registered, copy, copy_in, transpose, transposed_rows, trap, unpack};
+pub use streamed::{
+    HostPlanes, HostRows, Registered, copy, copy_in, transpose, transposed_rows, trap, unpack,
+    unpack_planes,
+};
 pub use then_norm::{ThenNorm, can_norm};

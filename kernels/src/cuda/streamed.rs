@@ -10,6 +10,7 @@ use super::layout::{DeviceRows, RowsView, is_supported};
 use super::stream::{Grid, Stream};
 use crate::activations::ActivationMode;
 use crate::error::KernelError;
+use crate::ffn_sparse::sketch::planes::PlanesShape;
 use crate::matrix::{Layout, MatrixShape};
 use crate::quant::{BLOCK, QuantType};
 
@@ -272,6 +273,85 @@ fn unpack_k(
     let function = stream.functions().prefill.unpack_k;
     // SAFETY: both sides are that long (the caller's assertions).
     unsafe { stream.launch("launch unpack_k", function, grid, args) }
+}
+
+/// Gates in planes as they lie on the host, in device memory.
+#[derive(Debug, Clone, Copy)]
+pub struct HostPlanes<'a> {
+    /// Their size.
+    pub shape: PlanesShape,
+    /// `[shape.top_bytes()]`, from a multiple of 4 on.
+    pub top: View<'a, u8>,
+    /// `[shape.rest_bytes()]`, from an even byte on.
+    pub rest: View<'a, u8>,
+}
+
+impl HostPlanes<'_> {
+    /// What becomes of them.
+    pub fn rows(shape: PlanesShape) -> DeviceRows {
+        DeviceRows {
+            quant: QuantType::Q4_0,
+            n_rows: shape.n_rows,
+            n_cols: shape.n_cols,
+        }
+    }
+}
+
+#[repr(C)]
+struct UnpackPlanesArgs {
+    top: u64,
+    rest: u64,
+    to: u64,
+    to_stride: u64,
+    n_rows: u32,
+    n_blocks: u32,
+}
+
+const _: () = assert!(size_of::<UnpackPlanesArgs>() == 40);
+
+/// [`unpack`] of gates in planes: the rows that these were made of, bit for bit.
+///
+/// # Errors
+/// The driver's.
+///
+/// # Panics
+/// When lengths do not fit, or devices differ.
+pub fn unpack_planes(
+    stream: &Stream,
+    from: HostPlanes<'_>,
+    to: ViewMut<'_, u8>,
+) -> Result<(), KernelError> {
+    let shape = from.shape;
+    let rows = HostPlanes::rows(shape);
+    assert_eq!(to.len(), rows.bytes(), "rows to write");
+    assert!(
+        from.top.len() >= shape.top_bytes() && from.top.address().is_multiple_of(4),
+        "signs to read"
+    );
+    assert!(
+        from.rest.len() >= shape.rest_bytes() && from.rest.address().is_multiple_of(2),
+        "other bits to read"
+    );
+    stream.check(&[from.top.device(), from.rest.device(), to.device()]);
+    if shape.n_rows * shape.n_blocks() == 0 {
+        return Ok(());
+    }
+    let args = UnpackPlanesArgs {
+        top: from.top.address(),
+        rest: from.rest.address(),
+        to: to.address(),
+        to_stride: rows.row_bytes() as u64,
+        n_rows: shape.n_rows as u32,
+        n_blocks: shape.n_blocks() as u32,
+    };
+    let grid = Grid {
+        blocks: [(shape.n_rows * shape.n_blocks()).div_ceil(THREADS), 1],
+        threads: THREADS,
+        shared_bytes: 0,
+    };
+    let function = stream.functions().prefill.unpack_planes;
+    // SAFETY: both sides are that long (asserted).
+    unsafe { stream.launch("launch unpack_planes", function, grid, args) }
 }
 
 #[repr(C)]

@@ -2,10 +2,11 @@
 
 use half::f16;
 use pi_kernels::cuda::{
-    DeviceRows, HostRows, Registered, RowsView, SUPPORTED, copy_in, transpose, transposed_rows,
-    trap, unpack,
+    DeviceRows, HostPlanes, HostRows, Registered, RowsView, SUPPORTED, copy_in, transpose,
+    transposed_rows, trap, unpack, unpack_planes,
 };
-use pi_kernels::{ActivationMode, KernelError, Layout, MatrixRef, MatrixShape};
+use pi_kernels::ffn_sparse::sketch::planes::PlanesShape;
+use pi_kernels::{ActivationMode, KernelError, Layout, MatrixRef, MatrixShape, QuantType};
 
 use crate::common::{MODES, Random, column_counts, device};
 
@@ -61,6 +62,40 @@ fn rows_of_the_host_become_rows_of_the_device() {
                 );
             }
         }
+    }
+}
+
+#[test]
+fn gates_in_planes_become_the_rows_that_they_were_made_of() {
+    let Some(device) = device() else { return };
+    let stream = device.stream().unwrap();
+    // whole runs, and two and one block behind them; whole units, and some blocks
+    for (n_rows, n_cols) in [1, 2, 3, 4, 5, 6, 7, 18, 36, 256]
+        .into_iter()
+        .flat_map(|blocks| [(1, 32 * blocks), (16, 32 * blocks), (83, 32 * blocks)])
+    {
+        let quant = QuantType::Q4_0;
+        let mut file = Random(5).rows(quant, n_rows, n_cols);
+        // a scale that is zero and negative
+        file[1] = 0x80;
+        file[0] = 0;
+        let shape = PlanesShape { n_rows, n_cols };
+        let mut top = vec![0xA5; shape.top_bytes()];
+        let mut rest = vec![0xA5; shape.rest_bytes()];
+        shape.pack(&file, 0, &mut top, &mut rest);
+        let rows = HostPlanes::rows(shape);
+        let mut want = vec![0; rows.bytes()];
+        rows.pack(&file, rows.row_bytes(), &mut want);
+        let (top, rest) = (device.upload(&top).unwrap(), device.upload(&rest).unwrap());
+        let planes = HostPlanes {
+            shape,
+            top: top.view(..),
+            rest: rest.view(..),
+        };
+        let mut to = device.upload(&vec![0x5A; rows.bytes()]).unwrap();
+        unpack_planes(&stream, planes, to.view_mut(..)).unwrap();
+        stream.synchronize().unwrap();
+        assert_eq!(to.read().unwrap(), want, "[{n_rows}, {n_cols}]");
     }
 }
 

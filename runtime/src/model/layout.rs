@@ -198,15 +198,16 @@ impl LayerLayout<'_> {
         if self.neurons.is_empty() {
             return Some(0);
         }
-        let gate = &self.cold.gate;
-        // of gates in planes nothing is left here
-        let whole = gate.part.rows.len() == self.neurons.len();
+        let gate = match &self.cold.sketch {
+            Some(SketchLayout::Bits(planes)) => planes.at.len(),
+            _ => self.cold.gate.at.len(),
+        };
         let ffn = match &self.cold.ffn {
             FfnLayout::Paired(records) => records.at.len(),
             FfnLayout::Apart { up, down } => up.at.len() + down.at.len(),
-            FfnLayout::Dense { .. } => return None,
+            FfnLayout::Dense { up, down } => up.at.len() + down.at.len(),
         };
-        whole.then_some((gate.at.len() + ffn) as u64)
+        Some((gate + ffn) as u64)
     }
 }
 
