@@ -24,7 +24,7 @@ pub use error::GpuError;
 pub use gpu_model::working_bytes;
 pub(crate) use gpu_model::{GpuModel, GpuOptions};
 pub use moving::replan_bytes;
-pub use prefill::{PrefillSizes, STREAMED_TOKENS_MIN};
+pub use prefill::{PrefillSizes, streamed_tokens_min};
 pub use times::{GpuTimes, LayerTimes};
 
 /// Writes the sum of `sums`, added in their order, to `to`; zeros without any.

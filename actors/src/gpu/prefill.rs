@@ -26,12 +26,18 @@ const NEURONS: usize = 2048;
 const STAGES: usize = 4;
 /// Tokens from which a product of several takes less time than one product a token.
 const TOKENS_MIN: usize = 4;
-/// Tokens from which streaming a layer's cold neurons takes less time than having the host compute them token by token.
-pub const STREAMED_TOKENS_MIN: usize = 32;
+/// Tokens from which streaming a layer's cold neurons takes less time than having the host compute them token by token: where it looks at
+/// all gates of each token, and where predictors leave most neurons out.
+const STREAMED_TOKENS_MIN: [usize; 2] = [8, 32];
 /// What starts in a buffer at multiples of this suits every load.
 const ALIGNMENT: usize = 256;
 /// Memory is locked by pages: what is not farther apart is locked together.
 const PAGE: usize = 4096;
+
+/// Tokens from which layers' cold neurons are streamed. `predicted`: predictors name what the host looks at.
+pub fn streamed_tokens_min(predicted: bool) -> usize {
+    STREAMED_TOKENS_MIN[usize::from(predicted)]
+}
 
 /// Sizes that the memory for a prompt's tokens follows from.
 #[derive(Debug, Clone, Copy)]
@@ -391,9 +397,11 @@ impl Prefill {
         let (device, shape) = (&weights.device, &host.shape);
         let mut cold = Vec::new();
         let mut stage_bytes = 0;
+        let mut predicted = weights.layers.iter().any(|layer| layer.ahead.is_some());
         for layer in &host.layers[weights.range()] {
             let mut of_layer = Vec::new();
             for share in &layer.shares {
+                predicted |= share.sketch.is_some();
                 let Some(parts) = parts(share) else {
                     return Ok(None);
                 };
@@ -406,7 +414,7 @@ impl Prefill {
         }
         let streams = cold.iter().any(|parts| !parts.is_empty());
         let n_tokens_min = if streams {
-            STREAMED_TOKENS_MIN
+            streamed_tokens_min(predicted)
         } else {
             TOKENS_MIN
         };

@@ -4,7 +4,6 @@
 
 use std::ops::Range;
 
-use pi_actors::gpu::STREAMED_TOKENS_MIN;
 use pi_topology::placement::{
     ColdShare, DeviceSpeed, LayerLoad, LayerPlacement, MachineSpeed, NodeSpeed, Part,
     PlacementError, TokenTime, solve,
@@ -139,6 +138,8 @@ pub(super) struct OnGpus<'a> {
     pub head_bytes: u64,
     /// By GPU, bytes of cold neurons; none where they are not streamed.
     pub streamed_bytes: Vec<Option<u64>>,
+    /// Tokens from which they are.
+    pub streamed_from: usize,
     /// Tokens of a prompt that go together, and of the context.
     pub n_batch: usize,
     pub n_ctx: usize,
@@ -228,7 +229,11 @@ impl OnGpus<'_> {
         if bytes.iter().all(|&bytes| bytes == 0) {
             return PromptForecast::AllHot;
         }
-        let (n_steps, n_tokens) = streamed_steps(PROMPT_TOKENS.min(self.n_ctx), self.n_batch);
+        let (n_steps, n_tokens) = streamed_steps(
+            PROMPT_TOKENS.min(self.n_ctx),
+            self.n_batch,
+            self.streamed_from,
+        );
         if n_steps == 0 {
             return PromptForecast::TokenByToken;
         }
@@ -248,13 +253,13 @@ impl OnGpus<'_> {
     }
 }
 
-/// Steps of a prompt for each of which cold neurons are streamed, and the tokens of these.
-fn streamed_steps(n_tokens: usize, n_batch: usize) -> (usize, usize) {
+/// Steps of a prompt, of at least `from` tokens, for each of which cold neurons are streamed, and the tokens of these.
+fn streamed_steps(n_tokens: usize, n_batch: usize, from: usize) -> (usize, usize) {
     let n_batch = n_batch.max(1);
     let sizes = (0..n_tokens).step_by(n_batch);
     let sizes = sizes.map(|start| n_batch.min(n_tokens - start));
     sizes
-        .filter(|&size| size >= STREAMED_TOKENS_MIN)
+        .filter(|&size| size >= from)
         .fold((0, 0), |(n, sum), size| (n + 1, sum + size))
 }
 
@@ -371,6 +376,7 @@ pub(super) mod tests {
             nodes,
             head_bytes: 4_000_000,
             streamed_bytes: vec![Some(6000); parts.len()],
+            streamed_from: 32,
             n_batch: 512,
             n_ctx: 4096,
         }
@@ -483,9 +489,10 @@ pub(super) mod tests {
 
     #[test]
     fn steps_too_short_to_stream_for_are_left_out() {
-        assert_eq!(streamed_steps(512, 512), (1, 512));
-        assert_eq!(streamed_steps(512, 500), (1, 500));
-        assert_eq!(streamed_steps(512, 480), (2, 512));
-        assert_eq!(streamed_steps(512, 1), (0, 0));
+        assert_eq!(streamed_steps(512, 512, 32), (1, 512));
+        assert_eq!(streamed_steps(512, 500, 32), (1, 500));
+        assert_eq!(streamed_steps(512, 500, 8), (2, 512));
+        assert_eq!(streamed_steps(512, 480, 32), (2, 512));
+        assert_eq!(streamed_steps(512, 1, 8), (0, 0));
     }
 }

@@ -1,5 +1,6 @@
 //! What of a model goes to GPUs, as its loader would divide it, and what follows for a token and a prompt.
 
+use pi_actors::gpu::streamed_tokens_min;
 use pi_kernels::ffn_sparse::FFN_GROUPS;
 use pi_topology::placement::LayerLoad;
 
@@ -9,6 +10,7 @@ use super::loads::{LayerBytes, layer_bytes};
 use super::memory::NodeMemory;
 use super::{Mode, Planning};
 use crate::error::RuntimeError;
+use crate::model::Sparsity;
 use crate::model::gpu::{GpuPart, GpuRequest, GpuRoom, HotLayer, choose_on};
 use crate::model::load::model_shape;
 use crate::model::sparsity::DownPlan;
@@ -81,6 +83,7 @@ impl Planning<'_> {
             streamed_bytes: streamed
                 .map(|layers| loader.streamed_bytes(layers))
                 .collect(),
+            streamed_from: streamed_tokens_min(mode.sparsity.mode == Sparsity::Predicted),
             n_batch: self.options.n_batch.min(N_UBATCH),
             n_ctx: self.options.n_ctx,
         };
