@@ -457,9 +457,9 @@ fn without_cold_neurons_nothing_passes_the_link() {
     assert!(!report.text().contains("streams"), "{}", report.text());
 }
 
-/// A plain `ffn_down` on the host is in no order that a GPU takes.
+/// Layers whose `ffn_down` is plain are hot as a whole or not at all, and streamed as a whole.
 #[test]
-fn a_plain_down_projection_is_not_streamed() {
+fn layers_with_plain_down_projections_are_streamed_whole() {
     let folder = Folder::with(&TinyModel {
         neuron_major: false,
         ..TinyModel::default()
@@ -467,8 +467,15 @@ fn a_plain_down_projection_is_not_streamed() {
     let report = planned_on(&folder, made_up_gpu(8), None, Sparsity::Off).unwrap();
     let forecast = report.modes[0].gpu.as_ref().unwrap();
     assert_eq!(forecast.hot_share(), 0.0);
-    assert_eq!(forecast.prompt, PromptForecast::TokenByToken);
-    let line = "off: with GPU prompts go token by token";
+    let PromptForecast::Streamed {
+        n_tokens, bytes, ..
+    } = forecast.prompt
+    else {
+        panic!("{:?}", forecast.prompt)
+    };
+    // three matrices of 64 times 512 floats in each of two layers
+    assert_eq!((n_tokens, bytes), (256, 2 * 3 * 64 * 512 * 4));
+    let line = "off: with GPU a prompt of 256 tokens streams 0.001 GB";
     assert!(report.text().contains(line), "{}", report.text());
 }
 

@@ -46,8 +46,10 @@ pub struct PrefillSizes {
     pub n_tokens: usize,
     /// The arithmetic.
     pub mode: ActivationMode,
-    /// Bytes of the largest neuron: its gate, up and down weights.
+    /// Bytes of the largest gate, up and down weights of a neuron, together.
     pub bundle_bytes: usize,
+    /// Whether neurons of the host are streamed.
+    pub streams: bool,
     /// Whether a down projection is plain, so that all of a layer's neurons are multiplied together.
     pub plain: bool,
 }
@@ -65,6 +67,11 @@ impl PrefillSizes {
         let part = NEURONS.min(shape.n_ff);
         // neurons whose weights and products are there at a time
         let together = if self.plain { shape.n_ff } else { part };
+        let streamed = if self.streams {
+            part * STAGES + together
+        } else {
+            0
+        };
         let weight = match self.mode {
             ActivationMode::Q8 => 2,
             ActivationMode::F32 => 4,
@@ -74,7 +81,7 @@ impl PrefillSizes {
             shape.n_embd + 2 * shape.n_attn() + 2 * n_kv + 2 * shape.head_dim + 2 * together;
         let batches = shape.n_embd + shape.n_attn() + together;
         self.n_tokens * (4 * floats + weight * batches)
-            + (part * STAGES + together) * self.bundle_bytes
+            + streamed * self.bundle_bytes
             + part * shape.n_embd * weight
             + SCRATCH
             + ROUNDING
@@ -245,7 +252,10 @@ fn parts(share: &LayerShare) -> Option<Vec<(ColdPart, usize)>> {
     }
     let (up, rows) = match &share.ffn {
         FfnShare::Neurons { up, rows } => (up, rows),
-        FfnShare::Dense { up, down } => return parts_of_matrices([&share.gate, up, down]),
+        FfnShare::Dense { up, down } => {
+            assert_eq!(share.gate.shape.n_rows, n, "no predictor has these gates");
+            return parts_of_matrices([&share.gate, up, down]);
+        }
     };
     let own_up = match up {
         UpRows::Interleaved(up) => Some(up),
@@ -299,7 +309,7 @@ fn parts(share: &LayerShare) -> Option<Vec<(ColdPart, usize)>> {
     Some(parts.collect())
 }
 
-/// The same for gates, ups and a plain down projection, `[n_embd, n_neurons]`, of which parts have some rows.
+/// Parts of gates, ups and a plain down projection, `[n_embd, n_neurons]`: some rows of one of them each.
 fn parts_of_matrices(matrices: [&Matrix; 3]) -> Option<Vec<(ColdPart, usize)>> {
     let shapes = matrices.map(|matrix| matrix.shape);
     if !shapes.iter().all(|shape| is_supported(shape.quant)) {
@@ -685,11 +695,13 @@ impl Prefill {
                 let turned = turn(stream, part(down).view(arena), self.mode, &mut self.turned)?;
                 self.add_turned(stream, turned)
             }
-            GpuDown::Plain(down) => {
-                let n_x = self.n_tokens * down.rows.n_rows;
-                let (scratch, x) = (&mut self.scratch, self.x.view_mut(..n_x));
-                gemm(stream, down.view(arena), &self.act, Add::Out, scratch, x)
-            }
+            GpuDown::Plain(down) => add_products(
+                stream,
+                down.view(arena),
+                &self.act,
+                &mut self.scratch,
+                &mut self.x,
+            ),
         }
     }
 
@@ -780,25 +792,28 @@ impl Prefill {
             gates,
             &mut self.act,
         )?;
-        let n_x = self.n_tokens * down.n_rows;
-        let (scratch, x) = (&mut self.scratch, self.x.view_mut(..n_x));
         let down = dense(down, downs_there);
-        gemm(stream, down, &self.act, Add::Out, scratch, x)
+        add_products(stream, down, &self.act, &mut self.scratch, &mut self.x)
     }
 
     /// Adds the products of turned rows and activations to the residual stream.
     fn add_turned(&mut self, stream: &Stream, rows: DeviceRows) -> Result<(), KernelError> {
         stream.start_next_late();
-        let n_x = self.n_tokens * rows.n_rows;
-        gemm(
-            stream,
-            dense(rows, &self.turned),
-            &self.act,
-            Add::Out,
-            &mut self.scratch,
-            self.x.view_mut(..n_x),
-        )
+        let rows = dense(rows, &self.turned);
+        add_products(stream, rows, &self.act, &mut self.scratch, &mut self.x)
     }
+}
+
+/// Adds products of rows and activations to the start of `x`, `[n_tokens, n_rows]`.
+fn add_products(
+    stream: &Stream,
+    rows: RowsView<'_>,
+    act: &DeviceBatch,
+    scratch: &mut GemmScratch,
+    x: &mut DeviceBuffer<f32>,
+) -> Result<(), KernelError> {
+    let n = act.n_tokens() * rows.rows().n_rows;
+    gemm(stream, rows, act, Add::Out, scratch, x.view_mut(..n))
 }
 
 /// Activations of some neurons.

@@ -16,6 +16,8 @@ use crate::sidecar::{LayerPredictors, SketchKind};
 
 /// Every matrix starts at a multiple of this: a cache line, and a vector of the widest kernels.
 pub(super) const ALIGNMENT_BYTES: usize = 64;
+/// Where layers start whose neurons a GPU streams: it locks memory by pages, and the next layer may be another GPU's.
+const PAGE_BYTES: usize = 4096;
 
 /// A stretch of a node's arena, and what it is made from.
 #[derive(Debug, Clone)]
@@ -193,10 +195,10 @@ pub(super) struct LayerLayout<'a> {
 }
 
 impl LayerLayout<'_> {
-    /// Bytes of the node's own neurons where a GPU can take them as they lie.
-    pub fn streamed_bytes(&self) -> Option<u64> {
+    /// Bytes of the node's own neurons, which a GPU takes as they lie.
+    pub fn streamed_bytes(&self) -> u64 {
         if self.neurons.is_empty() {
-            return Some(0);
+            return 0;
         }
         let gate = match &self.cold.sketch {
             Some(SketchLayout::Bits(planes)) => planes.at.len(),
@@ -207,7 +209,7 @@ impl LayerLayout<'_> {
             FfnLayout::Apart { up, down } => up.at.len() + down.at.len(),
             FfnLayout::Dense { up, down } => up.at.len() + down.at.len(),
         };
-        Some((gate + ffn) as u64)
+        (gate + ffn) as u64
     }
 }
 
@@ -417,6 +419,9 @@ impl Placing {
         };
         let q_rows = rows(&share.kv_heads, hyper.n_head / hyper.n_head_kv);
         let kv_rows = rows(&share.kv_heads, 1);
+        if self.on_gpu {
+            self.end = self.end.next_multiple_of(PAGE_BYTES);
+        }
         LayerLayout {
             groups: neurons.groups.clone(),
             neurons: neurons.own.range.clone(),

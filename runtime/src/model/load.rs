@@ -186,9 +186,8 @@ impl<'a> Loader<'a> {
             .collect()
     }
 
-    /// Bytes of the nodes' own neurons of some layers, as a GPU streams them for a prompt; none where some lie in an order
-    /// that it does not take.
-    pub fn streamed_bytes(&self, layers: Range<usize>) -> Option<u64> {
+    /// Bytes of the nodes' own neurons of some layers, as a GPU streams them for a prompt.
+    pub fn streamed_bytes(&self, layers: Range<usize>) -> u64 {
         let nodes = self.layout.nodes.iter();
         let layers = nodes.flat_map(|node| &node.layers[layers.clone()]);
         layers.map(LayerLayout::streamed_bytes).sum()

@@ -94,7 +94,7 @@ pub enum PromptForecast {
         /// What that takes at the links' speed, ms: the prompt takes no less.
         ms: f64,
     },
-    /// Token by token on the host: they lie in an order that a GPU does not take, or too few tokens go together.
+    /// Token by token on the host: too few tokens go together.
     TokenByToken,
 }
 
@@ -136,8 +136,8 @@ pub(super) struct OnGpus<'a> {
     pub divisible: bool,
     pub nodes: &'a [NodeSpeed],
     pub head_bytes: u64,
-    /// By GPU, bytes of cold neurons; none where they are not streamed.
-    pub streamed_bytes: Vec<Option<u64>>,
+    /// By GPU, bytes of cold neurons.
+    pub streamed_bytes: Vec<u64>,
     /// Tokens from which they are.
     pub streamed_from: usize,
     /// Tokens of a prompt that go together, and of the context.
@@ -218,14 +218,7 @@ impl OnGpus<'_> {
     }
 
     fn prompt(&self) -> PromptForecast {
-        let Some(bytes) = self
-            .streamed_bytes
-            .iter()
-            .copied()
-            .collect::<Option<Vec<_>>>()
-        else {
-            return PromptForecast::TokenByToken;
-        };
+        let bytes = &self.streamed_bytes;
         if bytes.iter().all(|&bytes| bytes == 0) {
             return PromptForecast::AllHot;
         }
@@ -375,7 +368,7 @@ pub(super) mod tests {
             divisible: true,
             nodes,
             head_bytes: 4_000_000,
-            streamed_bytes: vec![Some(6000); parts.len()],
+            streamed_bytes: vec![6000; parts.len()],
             streamed_from: 32,
             n_batch: 512,
             n_ctx: 4096,
@@ -476,13 +469,11 @@ pub(super) mod tests {
             short,
             PromptForecast::Streamed { n_tokens: 100, .. }
         ));
-        let hot = prompt(|all| all.streamed_bytes = vec![Some(0); 2]);
+        let hot = prompt(|all| all.streamed_bytes = vec![0; 2]);
         assert_eq!(hot, PromptForecast::AllHot);
-        for change in [
-            (|all| all.streamed_bytes[1] = None) as fn(&mut OnGpus<'_>),
-            |all| all.n_batch = 31,
-            |all| all.n_ctx = 31,
-        ] {
+        for change in [(|all| all.n_batch = 31) as fn(&mut OnGpus<'_>), |all| {
+            all.n_ctx = 31
+        }] {
             assert_eq!(prompt(change), PromptForecast::TokenByToken);
         }
     }

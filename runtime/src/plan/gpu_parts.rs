@@ -10,7 +10,6 @@ use super::loads::{LayerBytes, layer_bytes};
 use super::memory::NodeMemory;
 use super::{Mode, Planning};
 use crate::error::RuntimeError;
-use crate::model::Sparsity;
 use crate::model::gpu::{GpuPart, GpuRequest, GpuRoom, HotLayer, choose_on};
 use crate::model::load::model_shape;
 use crate::model::sparsity::DownPlan;
@@ -83,7 +82,7 @@ impl Planning<'_> {
             streamed_bytes: streamed
                 .map(|layers| loader.streamed_bytes(layers))
                 .collect(),
-            streamed_from: streamed_tokens_min(mode.sparsity.mode == Sparsity::Predicted),
+            streamed_from: streamed_tokens_min(mode.sparsity.predicts),
             n_batch: self.options.n_batch.min(N_UBATCH),
             n_ctx: self.options.n_ctx,
         };

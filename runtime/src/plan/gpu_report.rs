@@ -81,7 +81,7 @@ impl Report {
             ),
             PromptForecast::TokenByToken => writeln!(
                 text,
-                "{name}: with GPU prompts go token by token: cold neurons are not streamed in this mode and batch size"
+                "{name}: with GPU prompts go token by token: too few go together for cold neurons to be streamed"
             ),
         }
     }

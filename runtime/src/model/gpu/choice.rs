@@ -213,13 +213,29 @@ fn choose(
             cure: "set required = false for its [[gpu]]",
         });
     }
+    // what streaming takes is not taken where nothing is left to be streamed
+    let all_hot = choose_beside(request, (budget, overhead), false)?;
+    if all_hot.0.iter().all(|layer| layer.groups == FFN_GROUPS) {
+        return Ok(all_hot);
+    }
+    choose_beside(request, (budget, overhead), true)
+}
+
+/// The same beside the memory that prompts take, if neurons of the host are streamed for them or not.
+fn choose_beside(
+    request: &GpuRequest<'_>,
+    (budget, overhead): (usize, usize),
+    streams: bool,
+) -> Result<(Vec<HotLayer>, GpuMemory), GpuModelError> {
+    let shape = request.shape;
     let mut layers = orders(request);
     let nothing_hot = GpuLayout::new(request, &layers);
     let bundle_bytes = nothing_hot.bundle_bytes;
     let prefill = PrefillSizes {
         n_tokens: request.n_ubatch.min(shape.n_ctx),
         mode: request.mode,
-        bundle_bytes: bundle_bytes.iter().copied().max().unwrap_or(0),
+        bundle_bytes: nothing_hot.largest_bytes.iter().sum(),
+        streams,
         plain: request.sparsity.down.iter().any(|down| whole(*down)),
     };
     let replan_bytes = match request.replans {

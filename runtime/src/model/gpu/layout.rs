@@ -56,6 +56,8 @@ pub struct GpuLayout<'a> {
     pub predictor_bytes: usize,
     /// Bytes of a neuron of each layer.
     pub bundle_bytes: Vec<usize>,
+    /// Bytes of the largest gate, up and down row, of all layers.
+    pub largest_bytes: [usize; 3],
     /// Bytes of the arena.
     pub bytes: usize,
 }
@@ -111,6 +113,7 @@ impl<'a> GpuLayout<'a> {
             crate::model::layout::neuron_multiple(request.sparsity),
         );
         let mut bundle_bytes = Vec::new();
+        let mut largest_bytes = [0; 3];
         let mut predictor_bytes = 0;
         let mut neuron_bytes = 0;
         let layers = request.layers.clone().zip(hot);
@@ -124,21 +127,24 @@ impl<'a> GpuLayout<'a> {
                     n_cols,
                 };
                 let n_embd = shape.n_embd;
-                bundle_bytes.push(
-                    row(layer.gate.quant, n_embd).row_bytes()
-                        + row(layer.up.quant, n_embd).row_bytes()
-                        + match down {
-                            // a plain column is no row: its part of all rows
-                            DownPlan::Dense(quant) => {
-                                let rows = row(quant, shape.n_ff).row_bytes() * n_embd;
-                                rows.div_ceil(shape.n_ff)
-                            }
-                            DownPlan::NeuronRows(quant)
-                            | DownPlan::Transposed { to: quant, .. } => {
-                                row(quant, n_embd).row_bytes()
-                            }
-                        },
-                );
+                let neuron = [
+                    row(layer.gate.quant, n_embd).row_bytes(),
+                    row(layer.up.quant, n_embd).row_bytes(),
+                    match down {
+                        // a plain column is no row: its part of all rows
+                        DownPlan::Dense(quant) => {
+                            let rows = row(quant, shape.n_ff).row_bytes() * n_embd;
+                            rows.div_ceil(shape.n_ff)
+                        }
+                        DownPlan::NeuronRows(quant) | DownPlan::Transposed { to: quant, .. } => {
+                            row(quant, n_embd).row_bytes()
+                        }
+                    },
+                ];
+                bundle_bytes.push(neuron.iter().sum());
+                for (largest, bytes) in largest_bytes.iter_mut().zip(neuron) {
+                    *largest = bytes.max(*largest);
+                }
                 let order = hot.order.as_deref();
                 let n_hot = ends[hot.groups];
                 let attn_norm = placing.values(layer.attn_norm.clone());
@@ -206,6 +212,7 @@ impl<'a> GpuLayout<'a> {
             dense_bytes: placing.end - predictor_bytes - neuron_bytes,
             predictor_bytes,
             bundle_bytes,
+            largest_bytes,
             bytes: placing.end,
         }
     }

@@ -14,7 +14,7 @@ use crate::model::node_memory::NodeThreads;
 use crate::model::tensors::FileMatrix;
 use crate::model::transpose::Transposer;
 
-/// Bytes that a thread packs before they are copied: what all threads have under way fits into the last cache.
+/// Bytes that a thread packs before they are copied: few enough that the copy finds them in a cache.
 const TASK_BYTES: usize = 1 << 20;
 /// Columns of a transposing task are multiples of this, as every task reads all rows of the matrix.
 const TRANSPOSED_NEURONS: usize = 256;
