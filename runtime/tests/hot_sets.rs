@@ -28,6 +28,8 @@ struct Case {
     profile: Option<Profile>,
     predictors: Option<Vec<LayerPredictors>>,
     groups_max: usize,
+    /// Tokens of a prompt at a time; one: nothing is streamed, and what that takes is out of the way.
+    n_ubatch: usize,
 }
 
 impl Case {
@@ -44,6 +46,7 @@ impl Case {
             tensors,
             predictors: None,
             groups_max: FFN_GROUPS,
+            n_ubatch: 1,
         }
     }
 
@@ -63,7 +66,7 @@ impl Case {
             predictors: self.predictors.as_deref(),
             profile: self.profile.as_ref(),
             kv_type: KvType::F16,
-            n_ubatch: 16,
+            n_ubatch: self.n_ubatch,
             mode: ActivationMode::Q8,
             groups_max: FFN_GROUPS,
             layers: 0..self.hyper.n_layer,
@@ -208,6 +211,35 @@ fn cases() -> Vec<(&'static str, Case)> {
         ),
         ("predicted", predicted),
     ]
+}
+
+/// Memory to stream the host's neurons through is taken where there are some: a model that just fits without it is hot as a whole.
+#[test]
+fn what_prompts_stream_through_takes_nothing_where_all_is_hot() {
+    for (name, mut case) in cases() {
+        case.n_ubatch = 16;
+        case.groups_max = FFN_GROUPS;
+        let all = case.chosen(1 << 40).unwrap();
+        let is_hot = |part: &GpuPart| part.hot.iter().all(|layer| layer.groups == FFN_GROUPS);
+        assert!(is_hot(&all), "{name}");
+        let just = case.chosen(all.memory.total()).unwrap();
+        assert_eq!(
+            just,
+            GpuPart {
+                memory: just.memory,
+                ..all.clone()
+            },
+            "{name}"
+        );
+        assert_eq!(just.memory.working, all.memory.working, "{name}");
+        case.groups_max = 5;
+        let some = case.chosen(1 << 40).unwrap();
+        assert!(!is_hot(&some), "{name}");
+        // at least four parts and what they become
+        let more = some.memory.working - all.memory.working;
+        let bundle_bytes = all.memory.neurons / (case.hyper.n_layer * case.hyper.n_ff);
+        assert_eq!(more, 5 * case.hyper.n_ff * bundle_bytes, "{name}");
+    }
 }
 
 #[test]
