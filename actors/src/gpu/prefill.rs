@@ -244,7 +244,7 @@ impl Staged {
     }
 }
 
-/// The share's neurons in parts, with the bytes of each; none where the device cannot take them as they lie.
+/// The share's neurons in parts, with the bytes of each; none where the device does not compute their formats.
 fn parts(share: &LayerShare) -> Option<Vec<(ColdPart, usize)>> {
     let n = share.neurons.len();
     if n == 0 {
@@ -392,8 +392,8 @@ pub(super) struct Prefill {
 }
 
 impl Prefill {
-    /// Room for up to `n_tokens` tokens at a time; none where that gains nothing, or the host's neurons lie in an order that the
-    /// device does not take.
+    /// Room for up to `n_tokens` tokens at a time; none where that gains nothing, or the device does not compute the format of the
+    /// host's neurons.
     ///
     /// # Errors
     /// The driver's.

@@ -213,28 +213,40 @@ fn choose(
             cure: "set required = false for its [[gpu]]",
         });
     }
+    let layers = orders(request);
+    let layout = GpuLayout::new(request, &layers);
     // what streaming takes is not taken where nothing is left to be streamed
-    let all_hot = choose_beside(request, (budget, overhead), false)?;
-    if all_hot.0.iter().all(|layer| layer.groups == FFN_GROUPS) {
-        return Ok(all_hot);
+    let memories = [false, true].map(|streams| {
+        let memory = memory_beside(request, &layout, (budget, overhead), streams);
+        match memory.fixed() > budget {
+            true => Err(GpuModelError::OverBudget { memory }),
+            false => Ok(memory),
+        }
+    });
+    let bundle_bytes = layout.bundle_bytes;
+    let [alone, beside_streams] = memories;
+    let alone = alone?;
+    if alone.neurons <= alone.room() {
+        let all = with_hot(request, &bundle_bytes, layers.clone(), alone);
+        if all.0.iter().all(|layer| layer.groups == FFN_GROUPS) {
+            return Ok(all);
+        }
     }
-    choose_beside(request, (budget, overhead), true)
+    Ok(with_hot(request, &bundle_bytes, layers, beside_streams?))
 }
 
-/// The same beside the memory that prompts take, if neurons of the host are streamed for them or not.
-fn choose_beside(
+/// What takes memory beside hot neurons, if neurons of the host are streamed for prompts or not.
+fn memory_beside(
     request: &GpuRequest<'_>,
+    layout: &GpuLayout<'_>,
     (budget, overhead): (usize, usize),
     streams: bool,
-) -> Result<(Vec<HotLayer>, GpuMemory), GpuModelError> {
+) -> GpuMemory {
     let shape = request.shape;
-    let mut layers = orders(request);
-    let nothing_hot = GpuLayout::new(request, &layers);
-    let bundle_bytes = nothing_hot.bundle_bytes;
     let prefill = PrefillSizes {
         n_tokens: request.n_ubatch.min(shape.n_ctx),
         mode: request.mode,
-        bundle_bytes: nothing_hot.largest_bytes.iter().sum(),
+        bundle_bytes: layout.largest_bytes.iter().sum(),
         streams,
         plain: request.sparsity.down.iter().any(|down| whole(*down)),
     };
@@ -242,11 +254,11 @@ fn choose_beside(
         true => pi_actors::gpu::replan_bytes(request.layers.len(), shape.n_ff),
         false => 0,
     };
-    let mut memory = GpuMemory {
+    GpuMemory {
         budget,
         overhead,
-        dense: nothing_hot.dense_bytes,
-        predictors: nothing_hot.predictor_bytes,
+        dense: layout.dense_bytes,
+        predictors: layout.predictor_bytes,
         working: pi_actors::gpu::working_bytes(
             shape,
             request.layers.len(),
@@ -254,13 +266,19 @@ fn choose_beside(
             prefill,
         ) + replan_bytes,
         hot: 0,
-        neurons: bundle_bytes.iter().sum::<usize>() * shape.n_ff,
-    };
-    if memory.fixed() > budget {
-        return Err(GpuModelError::OverBudget { memory });
+        neurons: layout.bundle_bytes.iter().sum::<usize>() * shape.n_ff,
     }
-    let ends = neuron_groups(shape.n_ff, multiple(request.sparsity));
-    let (loads, may_be) = (loads(request, &bundle_bytes), may_be_hot(request, &ends));
+}
+
+/// The layers with as many hot neurons as there is room for.
+fn with_hot(
+    request: &GpuRequest<'_>,
+    bundle_bytes: &[usize],
+    mut layers: Vec<HotLayer>,
+    mut memory: GpuMemory,
+) -> (Vec<HotLayer>, GpuMemory) {
+    let ends = neuron_groups(request.shape.n_ff, multiple(request.sparsity));
+    let (loads, may_be) = (loads(request, bundle_bytes), may_be_hot(request, &ends));
     let rules = layers
         .iter()
         .zip(&may_be)
@@ -279,7 +297,7 @@ fn choose_beside(
         layer.groups = groups.filter(|_| n_hot > 0).unwrap_or(0);
         memory.hot += n_hot * bundle_bytes;
     }
-    Ok((layers, memory))
+    (layers, memory)
 }
 
 /// The GPU's layers as the solver sees them.
