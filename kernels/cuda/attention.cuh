@@ -1,6 +1,7 @@
 // What all kernels for one token's attention are given, and how they rotate and append it.
 #pragma once
 #include "activations.cuh"
+#include "predict.cuh"
 
 struct AttendArgs {
     // [n_head * head_dim] f32, rotated if `rotation` is null
@@ -31,8 +32,11 @@ struct AttendArgs {
     u32 halves;
     // where `out` is null; head_dim is a multiple of 32 then
     Act act;
+    // `attend_group` and `attend_lone`: what blocks with blockIdx.y >= n_groups do
+    PredictArgs predict;
+    u32 n_groups;
 };
-static_assert(sizeof(AttendArgs) == 152, "as the launcher has it");
+static_assert(sizeof(AttendArgs) == 216, "as the launcher has it");
 
 constexpr u32 ATTEND_PARTS_MAX = 64;
 
@@ -49,6 +53,14 @@ __device__ __forceinline__ float rotated(const AttendArgs& args, const float* he
 
 __device__ __forceinline__ void store(u16* at, float value) { *at = float_to_half(value); }
 __device__ __forceinline__ void store(float* at, float value) { *at = value; }
+
+// Whether this block is one of those that predict, of WARPS warps; then it has.
+template <u32 WARPS>
+__device__ __forceinline__ bool predicts_beside(const AttendArgs& args, void* memory) {
+    if (blockIdx.y < args.n_groups) return false;
+    predict<Q4_0, WARPS>(args.predict, (blockIdx.y - args.n_groups) * gridDim.x + blockIdx.x, (gridDim.y - args.n_groups) * gridDim.x, memory);
+    return true;
+}
 
 // Eight cached values, as they are loaded and as f32.
 struct CachedF16 {

@@ -46,6 +46,9 @@ __device__ __forceinline__ void attend_group(const AttendArgs& args) {
     u16* const q_tile = (u16*)shared;
     float* const buffer = (float*)shared;
 
+    static_assert(sizeof(shared) >= PREDICT_MEMORY, "room for activations");
+    if (predicts_beside<GROUP_WARPS>(args, shared)) return;
+
     const u32 tid = threadIdx.x, lane = tid % WARP, warp = tid / WARP, row = lane / 4, quarter = lane % 4;
     const u32 heads_per_kv = args.n_head / args.n_head_kv, groups_per_kv = (heads_per_kv + GROUP_HEADS - 1) / GROUP_HEADS;
     const u32 kv = blockIdx.y / groups_per_kv, first_of_kv = blockIdx.y % groups_per_kv * GROUP_HEADS;

@@ -42,6 +42,9 @@ __device__ __forceinline__ void attend_lone(const AttendArgs& args) {
     __shared__ float group_maxima[GROUPS], group_sums[GROUPS];
     __shared__ __align__(16) float group_values[GROUPS][DIM];
 
+    static_assert(sizeof(group_values) >= PREDICT_MEMORY, "room for activations");
+    if (predicts_beside<LONE_WARPS>(args, group_values)) return;
+
     const u32 tid = threadIdx.x, lane = tid % WARP, warp = tid / WARP, head = blockIdx.y;
     const u32 group = warp * ROWS + lane / LANES, d = lane % LANES * 8;
     typename C::Value* const keys = (typename C::Value*)args.k_cache + (u64)head * args.n_ctx * DIM;

@@ -89,9 +89,22 @@ __device__ __forceinline__ u32 load_written(const u32* at) {
     return v;
 }
 
+__device__ __forceinline__ float load_written(const float* at) { return __uint_as_float(load_written((const u32*)at)); }
+
+// Past the first cache, whoever writes and reads there meanwhile; in no order with others.
+__device__ __forceinline__ u32 load_relaxed(const u32* at) {
+    u32 v;
+    asm volatile("ld.relaxed.gpu.global.u32 %0, [%1];" : "=r"(v) : "l"(at));
+    return v;
+}
+
+__device__ __forceinline__ void store_relaxed(u32* at, u32 v) {
+    asm volatile("st.relaxed.gpu.global.u32 [%0], %1;" ::"l"(at), "r"(v) : "memory");
+}
+
 // Every kernel calls it before it reads or writes what other launches write or read. From Hopper on a kernel may be started
 // before the one before it has ended: what comes before this call overlaps that one's end, what comes behind it is ordered as
-// usual.
+// usual. (Blocks that only need what launches before that one wrote do not call it, if others of their launch do.)
 __device__ __forceinline__ void wait_for_launch_before() {
 #if __CUDA_ARCH__ >= 900
     asm volatile("griddepcontrol.wait;" ::: "memory");

@@ -20,16 +20,17 @@ struct DownArgs {
     const float* add;
     // [n_cols] f32
     float* out;
-    // [gridDim.x, gridDim.y, 8 * values of an item] f32
-    float* partials;
-    // [gridDim.x], zeros
-    u32* tickets;
+    // [gridDim.x, gridDim.y, 8 * values of an item] f32, all NOT_YET
+    u32* partials;
     // whether rows whose factor is zero are left unread
     u32 skip;
     // of the results
     ThenNorm then;
 };
-static_assert(sizeof(DownArgs) == 168, "as the launcher has it");
+static_assert(sizeof(DownArgs) == 208, "as the launcher has it");
+
+// What is no part of a sum yet: a NaN that none is.
+constexpr u32 NOT_YET = 0xFFFFFFFF;
 
 // Two blocks fill a multiprocessor.
 constexpr u32 DOWN_WARPS = 8;
@@ -49,7 +50,8 @@ struct DownList {
 struct DownPlaces {
     u32 begin, end, step, n_runs;
 
-    // Lists are divided evenly. Of all neurons a block has every gridDim.y-th run, because those that fire often lie together.
+    // Lists of which rows are left unread are divided evenly. Of all neurons a block has every gridDim.y-th run, because those that
+    // fire often lie together.
     __device__ __forceinline__ DownPlaces(bool is_list, u32 n) {
         // fits: a list has fewer than 2^20 places, a column fewer than 2^12 blocks
         begin = is_list ? n * blockIdx.y / gridDim.y : blockIdx.y * WARP;
@@ -131,17 +133,30 @@ __device__ __forceinline__ void join_lanes(float (&acc)[VALUES]) {
     }
 }
 
-// Neurons of a block that are all read, which are known before the launch before this one has ended.
-template <bool LISTED>
-struct DownGiven {
+// Neurons of a block that are all read, which are known before the launch before this one has ended: of all of them.
+struct DownAll {
     const DownArgs& args;
     const DownPlaces places;
 
-    __device__ __forceinline__ DownGiven(const DownArgs& args, const DownPlaces& places) : args(args), places(places) {}
+    __device__ __forceinline__ DownAll(const DownArgs& args) : args(args), places(false, args.n_neurons) {}
     __device__ __forceinline__ u32 n() const { return places.n_runs * WARP; }
     __device__ __forceinline__ u32 place(u32 k) const { return places.begin + k / WARP * places.step * WARP + k % WARP; }
     __device__ __forceinline__ bool has(u32 k) const { return k < n() && place(k) < places.end; }
-    __device__ __forceinline__ u32 id(u32 k) const { return LISTED ? load_written(args.ids + place(k)) : place(k); }
+    __device__ __forceinline__ u32 id(u32 k) const { return place(k); }
+    __device__ __forceinline__ float a(u32 k) const { return args.a[place(k)]; }
+};
+
+// Of a list: every gridDim.y-th place, so that which these are does not depend on the list's length.
+struct DownOfList {
+    const DownArgs& args;
+    const u32 count;
+
+    __device__ __forceinline__ DownOfList(const DownArgs& args, u32 n)
+        : args(args), count(n > blockIdx.y ? (n - blockIdx.y + gridDim.y - 1) / gridDim.y : 0) {}
+    static __device__ __forceinline__ u32 place(u32 k) { return k * gridDim.y + blockIdx.y; }
+    __device__ __forceinline__ u32 n() const { return count; }
+    __device__ __forceinline__ bool has(u32 k) const { return k < count; }
+    __device__ __forceinline__ u32 id(u32 k) const { return load_written(args.ids + place(k)); }
     __device__ __forceinline__ float a(u32 k) const { return args.a[place(k)]; }
 };
 
@@ -156,7 +171,7 @@ struct DownListed {
 };
 
 // Sums over neurons of one item of their rows. A group of 8 lanes has an item each of one neuron; group g of warp w takes neurons
-// 4 w + g, 4 w + g + 32, .... Those of the next step are asked for before those of this one are used.
+// 4 w + g, 4 w + g + 32, .... As many are under way at a time.
 template <class Q, int TOGETHER>
 struct DownSums {
     static constexpr int VALUES = Q::PARTS * Q::PART;
@@ -178,6 +193,12 @@ struct DownSums {
     __device__ __forceinline__ void load_items(const Neurons& neurons, u32 k) {
 #pragma unroll
         for (int t = 0; t < TOGETHER; t++) ids[t] = neurons.has(k + t * STEP) ? neurons.id(k + t * STEP) : 0;
+        load_rows(neurons, k);
+    }
+
+    // Where the ids are there.
+    template <class Neurons>
+    __device__ __forceinline__ void load_rows(const Neurons& neurons, u32 k) {
 #pragma unroll
         for (int t = 0; t < TOGETHER; t++)
             if (exists && neurons.has(k + t * STEP))
@@ -197,19 +218,21 @@ struct DownSums {
     __device__ __forceinline__ void add(const Neurons& neurons) {
         if (!exists) return;
 #pragma unroll 1
-        for (u32 k = first; k < neurons.n(); k += STEP * TOGETHER) {
-            Q items[TOGETHER];
-            float a[TOGETHER];
-#pragma unroll
-            for (int t = 0; t < TOGETHER; t++) items[t] = next[t], a[t] = next_a[t];
-            load_items(neurons, k + STEP * TOGETHER);
-            load_a(neurons, k + STEP * TOGETHER);
+        for (u32 k = first; k < neurons.n(); k += STEP * TOGETHER)
 #pragma unroll
             for (int t = 0; t < TOGETHER; t++) {
-                if (!neurons.has(k + t * STEP)) break;
-                add_item(items[t], a[t]);
+                // each is asked for as soon as there is room, so that as many are under way all the time
+                const u32 at = k + t * STEP, behind = at + STEP * TOGETHER;
+                const Q item = next[t];
+                const float a = next_a[t];
+                if (neurons.has(behind)) {
+                    const u32 id = neurons.id(behind);
+                    const bool is = id < args.n_neurons;
+                    next[t].load(args.rows + (is ? id : 0) * args.stride, args.n_cols, this->item);
+                    next_a[t] = is ? neurons.a(behind) : not_a_number();
+                }
+                if (neurons.has(at)) add_item(item, a);
             }
-        }
     }
 
     // The same, where there are none behind the first step's.
@@ -242,8 +265,39 @@ struct DownSums {
     }
 };
 
+// The sum of a column's parts, of which block y of gridDim.y has this one, in ascending order. There is room for all blocks at a time, so
+// that they may wait for each other. Column `at` of a tile of SIZE, 32 neighbouring ones a warp, is joined by the block that this returns
+// true in. Whole warps call it; memory is left as it was.
+template <u32 SIZE>
+__device__ __forceinline__ bool join_parts(u32* tile, u32 at, float& sum) {
+    // the part itself says that it is there: a flag would have to come behind it
+    store_relaxed(tile + blockIdx.y * SIZE + at, sum == sum ? __float_as_uint(sum) : __float_as_uint(not_a_number()));
+    if (at / WARP % gridDim.y != blockIdx.y) return false;
+    sum = 0.0f;
+#pragma unroll 1
+    for (u32 first = 0; first < gridDim.y; first += DOWN_JOINED) {
+        u32 parts[DOWN_JOINED];
+#pragma unroll
+        for (u32 k = 0; k < DOWN_JOINED; k++) parts[k] = NOT_YET;
+        for (bool all = false; !all;) {
+#pragma unroll
+            for (u32 k = 0; k < DOWN_JOINED; k++)
+                if (parts[k] == NOT_YET) parts[k] = first + k < gridDim.y ? load_relaxed(tile + (first + k) * SIZE + at) : 0;
+            all = true;
+#pragma unroll
+            for (u32 k = 0; k < DOWN_JOINED; k++) all = all && parts[k] != NOT_YET;
+        }
+#pragma unroll
+        for (u32 k = 0; k < DOWN_JOINED; k++) {
+            if (first + k < gridDim.y) store_relaxed(tile + (first + k) * SIZE + at, NOT_YET);
+            sum += __uint_as_float(parts[k]);
+        }
+    }
+    return true;
+}
+
 // Block (x, y): items 8 x ... 8 x + 7 of the rows of part y of the list. Groups of lanes are joined, then warps in ascending order,
-// then the blocks of a column in ascending order by whichever ends last.
+// then the blocks of a column in ascending order.
 template <class Q>
 __device__ __forceinline__ void down(const DownArgs& args) {
     constexpr int VALUES = Q::PARTS * Q::PART;
@@ -256,22 +310,29 @@ __device__ __forceinline__ void down(const DownArgs& args) {
     for (int v = 0; v < VALUES; v++) acc[v] = 0.0f;
     DownSums<Q, DOWN_TOGETHER> own(args, acc);
     DownSums<Q, DOWN_FEW> of_few(args, acc);
-    const u32 n = args.n_ids == nullptr ? args.n_neurons : min(load_written(args.n_ids), args.n_a);
-    const bool listed = args.n_ids != nullptr;
-    const DownPlaces places(listed, n);
-    const DownGiven<true> of_list(args, places);
-    const DownGiven<false> of_all(args, places);
-    // the same in all threads of a block
-    const bool few = listed && places.end - places.begin <= DOWN_FEW * of_few.STEP;
-    if (!args.skip && few) of_few.load_items(of_list, own.first);
-    if (!args.skip && listed && !few) own.load_items(of_list, own.first);
-    if (!args.skip && !listed) own.load_items(of_all, own.first);
-    wait_for_launch_before();
-    start_next_launch();
     // the value that this thread has in the end, and what it is added to
     const u32 i = threadIdx.x, of_item = blockIdx.x * DOWN_ITEMS + i / VALUES, of_value = i % VALUES;
     const bool has_column = i < TILE && of_item < Q::items(args.n_cols);
     const u32 column = has_column ? Q::column(of_item, of_value / Q::PART) + of_value % Q::PART : args.n_cols;
+    const bool listed = args.n_ids != nullptr;
+    // the first ids are asked for together with how many there are
+#pragma unroll
+    for (int t = 0; t < DOWN_FEW; t++) {
+        const u32 place = DownOfList::place(own.first + t * own.STEP);
+        of_few.ids[t] = listed && place < args.n_a ? load_written(args.ids + place) : 0;
+        if (t < DOWN_TOGETHER) own.ids[t] = of_few.ids[t];
+    }
+    const u32 n = listed ? min(load_written(args.n_ids), args.n_a) : args.n_neurons;
+    const DownPlaces places(listed, n);
+    const DownOfList of_list(args, n);
+    const DownAll of_all(args);
+    // the same in all threads of a block
+    const bool few = listed && of_list.n() <= DOWN_FEW * own.STEP;
+    if (!args.skip && few) of_few.load_rows(of_list, own.first);
+    if (!args.skip && listed && !few) own.load_rows(of_list, own.first);
+    if (!args.skip && !listed) own.load_items(of_all, own.first);
+    wait_for_launch_before();
+    start_next_launch();
     const float before = args.add != nullptr && column < args.n_cols ? args.add[column] : 0.0f;
     const float weight = args.then.squares != nullptr && column < args.n_cols ? args.then.weight[column] : 0.0f;
     if (!args.skip && few) {
@@ -298,32 +359,19 @@ __device__ __forceinline__ void down(const DownArgs& args) {
 #pragma unroll
     for (int v = 0; v < VALUES / (int)DOWN_GROUPS; v++) mine[v] = acc[v];
     __syncthreads();
-    float* tile = args.partials + (u64)blockIdx.x * gridDim.y * TILE;
+    if (i >= TILE) return;
     float sum = 0.0f;
-    if (i < TILE)
 #pragma unroll
-        for (u32 w = 0; w < DOWN_WARPS; w++) sum += sums[w][i];
-    if (gridDim.y > 1) {
-        if (i < TILE) tile[blockIdx.y * TILE + i] = sum;
-        if (!is_last_block(args.tickets + blockIdx.x, gridDim.y)) return;
-        sum = 0.0f;
-        if (i < TILE)
-#pragma unroll 1
-            for (u32 first = 0; first < gridDim.y; first += DOWN_JOINED) {
-                float parts[DOWN_JOINED];
-#pragma unroll
-                for (u32 k = 0; k < DOWN_JOINED; k++)
-                    parts[k] = first + k < gridDim.y ? __ldcg(tile + (first + k) * TILE + i) : 0.0f;
-#pragma unroll
-                for (u32 k = 0; k < DOWN_JOINED; k++) sum += parts[k];
-            }
-    }
+    for (u32 w = 0; w < DOWN_WARPS; w++) sum += sums[w][i];
+    u32* tile = args.partials + (u64)blockIdx.x * gridDim.y * TILE;
+    if (gridDim.y > 1 && !join_parts<TILE>(tile, i, sum)) return;
     // columns are those of lanes, in whole blocks where there is a norm behind
     if (column >= args.n_cols) return;
     args.out[column] = sum + before;
     if (args.then.squares != nullptr) then_norm(args.then, column / BLOCK, sum + before, weight);
 }
 static_assert(32 * DOWN_ITEMS <= DOWN_WARPS * WARP, "a thread for each value of a tile");
+static_assert(4 * DOWN_ITEMS % WARP == 0, "whole warps");
 
 #define DOWN(Q) \
     extern "C" __global__ void __launch_bounds__(DOWN_WARPS * WARP, 2) down_##Q(DownArgs args) { down<Q>(args); }

@@ -1,6 +1,6 @@
 // Rows times one token's activations, added to a residual stream, and the first half of the norm behind it. A block has the rows of
 // a block of activations.
-#include "rows.cuh"
+#include "predict.cuh"
 
 struct RowsThenNormArgs {
     // [n_rows] rows, `stride` bytes apart; `n_rows` is a multiple of BLOCK
@@ -14,8 +14,10 @@ struct RowsThenNormArgs {
     float* out;
     ThenNorm then;
     NormBefore norm;
+    // what the last block does, which then has no rows
+    ListMasksArgs list;
 };
-static_assert(sizeof(RowsThenNormArgs) == 168, "as the launcher has it");
+static_assert(sizeof(RowsThenNormArgs) == 248, "as the launcher has it");
 
 constexpr u32 ROWS_NORM_WARPS = 16;
 // Rows that a warp takes at a time.
@@ -25,6 +27,9 @@ template <class Q>
 __device__ __forceinline__ void rows_then_norm(const RowsThenNormArgs& args) {
     __shared__ float results[BLOCK];
     __shared__ __align__(16) float squares[ROWS_NORM_WARPS][NORM_BLOCKS];
+    const bool lists = args.list.masks != nullptr;
+    if (lists && blockIdx.x == gridDim.x - 1) return list_masks<ROWS_NORM_WARPS>(args.list);
+    const u32 n_blocks = gridDim.x - lists;
     const u32 warp = threadIdx.x / WARP, lane = threadIdx.x % WARP;
     RowProducts<Q, true, ROWS_NORM_ROWS> rows(args.x, lane, WARP);
     u32 row = blockIdx.x * BLOCK + warp * ROWS_NORM_ROWS;
@@ -39,7 +44,7 @@ __device__ __forceinline__ void rows_then_norm(const RowsThenNormArgs& args) {
     float scale = 1.0f;
     bool loaded = true;
 #pragma unroll 1
-    for (u32 block = blockIdx.x; block < args.n_rows / BLOCK; block += gridDim.x) {
+    for (u32 block = blockIdx.x; block < args.n_rows / BLOCK; block += n_blocks) {
         const float before = args.add[block * BLOCK + lane];
         row = block * BLOCK + warp * ROWS_NORM_ROWS;
         const float product = rows.products(args.rows, args.stride, row + lane % ROWS_NORM_ROWS, (1 << ROWS_NORM_ROWS) - 1, loaded);

@@ -12,18 +12,23 @@ struct ThenNorm {
     Act to;
     // [n_blocks] f32, sums of squares of values; null: there is no norm behind
     float* squares;
+    // values without the weight, and the same sums; none where `values` is null
+    Act plain;
+    float* plain_squares;
     // in host memory, or null: becomes `part` where it is zero and the sum of all squares may not be finite
     u32* not_finite;
     u32 part;
 };
-static_assert(sizeof(ThenNorm) == 72, "as the launcher has it");
+static_assert(sizeof(ThenNorm) == 120, "as the launcher has it");
 
 // Of a block of values, one a lane. Called by whole warps.
 __device__ __forceinline__ void then_norm(const ThenNorm& then, u32 block, float value, float weight) {
     store_block(then.to, block, __fmul_rn(value, weight));
+    if (then.plain.values != nullptr) store_block(then.plain, block, value);
     const float square = warp_sum(__fmul_rn(value, value));
     if (threadIdx.x % WARP != 0) return;
     then.squares[block] = square;
+    if (then.plain.values != nullptr) then.plain_squares[block] = square;
     if (then.not_finite != nullptr && !(square * (float)then.to.n_blocks < infinity())) {
         volatile u32* note = then.not_finite;
         if (*note == 0) *note = then.part;

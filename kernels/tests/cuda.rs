@@ -16,6 +16,8 @@ mod ffn;
 mod gemm;
 #[path = "cuda/hand_off.rs"]
 mod hand_off;
+#[path = "cuda/predict.rs"]
+mod predict;
 #[path = "cuda/replan.rs"]
 mod replan;
 #[path = "cuda/rows.rs"]

@@ -14,7 +14,7 @@ use pi_actors::messages::ActorId;
 use pi_actors::{ActorError, Feed, Feeder, LogitsWanted, Next};
 use pi_kernels::cuda::Device;
 use pi_runtime::session::{LoadedModel, ModelOptions, Silent};
-use pi_runtime::synth::Synthesis;
+use pi_runtime::synth::{SynthOptions, SynthShape, Synthesis};
 use pi_topology::{GpuConfig, Machine, Plan, TopologyConfig};
 use serde_json::Value;
 
@@ -26,10 +26,14 @@ struct Model {
 
 impl Model {
     fn new() -> Self {
+        Self::of(&tiny_synth::options())
+    }
+
+    fn of(options: &SynthOptions) -> Self {
         let folder = tempfile::tempdir().unwrap();
         let file = folder.path().join("m.gguf");
         let model = Self { folder, file };
-        let synthesis = Synthesis::new(&tiny_synth::options()).unwrap();
+        let synthesis = Synthesis::new(options).unwrap();
         let done = synthesis.write(&model.file, 2, &Silent, &|| false);
         assert!(done.unwrap());
         let words: Vec<String> = (0..600).map(|n: u32| format!("w{}", n * n % 701)).collect();
@@ -171,6 +175,68 @@ fn every_split_gives_the_host_s_perplexity_with_8_bits() {
             let change = (got / host - 1.0).abs();
             assert!(change < limit, "{mode:?}, {percent} %: {got}, not {host}");
         }
+    }
+}
+
+/// Where all neurons are hot, predictors run in blocks of the token's own launches, if these are for heads of their own or many that are
+/// shared (the model of other tests has neither): they name what the host's do, and what they read is counted.
+#[test]
+fn predictors_beside_a_token_s_launches_name_what_the_host_s_do() {
+    if !has_gpu() {
+        return;
+    }
+    let tiny = tiny_synth::options();
+    let ahead = ["--sparsity", "predicted", "--predictor", "ahead"];
+    for (n_head, n_head_kv) in [(4, 4), (8, 2)] {
+        let shape = SynthShape {
+            n_layer: 6,
+            n_embd: 64 * n_head,
+            n_head,
+            n_head_kv,
+            ..tiny.shape.clone()
+        };
+        let model = Model::of(&SynthOptions {
+            shape,
+            ..tiny.clone()
+        });
+        let what = format!("{n_head} heads share {n_head_kv}");
+        let one_by_one = [&ahead[..], &["-b", "1"]].concat();
+        let host = model.perplexity_of("q8", None, &one_by_one);
+        let keys = "required = true";
+        let got = model.perplexity_of("q8", Some(keys), &one_by_one);
+        assert!((got / host - 1.0).abs() < 0.05, "{what}: {got}, not {host}");
+        let events = "required = true\nsync = \"events\"";
+        let flags = [&ahead[..], &["--activations", "q8"]].concat();
+        let first = model.hash(Some(keys), &flags);
+        for keys in [keys, events, keys] {
+            assert_eq!(model.hash(Some(keys), &flags), first, "{what}, {keys}");
+        }
+        let bench = [
+            "-p",
+            "0",
+            "-n",
+            "20",
+            "-d",
+            "9",
+            "-r",
+            "2",
+            "-o",
+            "json",
+            "--activations",
+            "q8",
+        ];
+        let share = |keys| {
+            let ran = model.run(&["bench"], keys, &[&bench[..], &ahead].concat());
+            assert_eq!(ran.code, 0, "{}", ran.err);
+            let json: Value = serde_json::from_str(&ran.out).unwrap();
+            json[0]["active_share"].as_f64().unwrap()
+        };
+        let (host, got) = (share(None), share(Some(keys)));
+        // of the first layer, which is not predicted, the host has a sketch
+        assert!(
+            (got / host - 1.0).abs() < 0.1,
+            "{what}: {got} active, not {host}"
+        );
     }
 }
 

@@ -5,6 +5,7 @@ use pi_kernels::KernelError;
 use pi_kernels::attention::KvType;
 use pi_kernels::cuda::{
     AttendScratch, Device, DeviceAct, DeviceBuffer, DeviceCache, DeviceRows, DownScratch,
+    mask_words,
 };
 
 use super::weights::{GpuDown, GpuLayer};
@@ -34,6 +35,8 @@ pub(super) struct Buffers {
     pub middle: DeviceBuffer<f32>,
     pub middles: Vec<DeviceAct>,
     pub scores: DeviceBuffer<f32>,
+    /// A bit for each neuron, in place of scores, where the predictor runs between the token's own launches.
+    pub masks: DeviceBuffer<u32>,
     /// Hot neurons that were predicted for even and for odd layers.
     pub hot: [IdList; 2],
     /// Cold ones; the host gets a copy.
@@ -128,6 +131,7 @@ impl Buffers {
                 .map(|rank| act(*rank))
                 .collect::<Result<_, _>>()?,
             scores: device.alloc(n_scores)?,
+            masks: device.alloc(mask_words(n_scores))?,
             hot: [
                 IdList::new(device, n_scores)?,
                 IdList::new(device, n_scores)?,
@@ -168,6 +172,7 @@ impl Buffers {
             + acts.map(DeviceAct::bytes).sum::<usize>()
             + self.hot.iter().map(IdList::bytes).sum::<usize>()
             + self.cold.bytes()
+            + self.masks.bytes()
             + (self.downs.iter().map(|(_, scratch)| scratch.bytes())).sum::<usize>()
             + self.attend.bytes()
             + self.caches.iter().map(DeviceCache::bytes).sum::<usize>()

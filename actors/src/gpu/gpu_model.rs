@@ -8,11 +8,12 @@ use std::time::{Duration, Instant};
 
 use pi_kernels::attention::KvType;
 use pi_kernels::cuda::{
-    Add, AroundNorm, AttendToken, BeginToken, DeviceAct, DeviceBuffer, DownScratch, Event, Gates,
-    Graph, HandOver, HandOverNormed, NeuronList, RopeAppend, Stream, TakeOver, ThenNorm, View,
-    attend, attend_token, begin_token, can_attend_token, can_norm, can_norm_products, compact,
-    copy, count_active, down_active, gate_up, gemv, gemv_then_norm, hand_over, prepare,
-    prepare_relu, rms_norm_with, rope_append, take_over, trap,
+    Add, AroundNorm, AttendToken, BeginToken, BesideGates, DeviceAct, DeviceBuffer, DownScratch,
+    Event, Gates, Graph, HandOver, HandOverNormed, ListMasks, NeuronList, PredictHidden,
+    PredictMasks, RopeAppend, Stream, TakeOver, ThenNorm, View, attend, attend_token_with,
+    begin_token, can_attend_token, can_norm, can_norm_products, can_predict, compact, copy,
+    count_active, down_active, gate_up_with, gemv, gemv_then_norm, gemv_then_norm_with, hand_over,
+    mask_words, prepare, prepare_relu, rms_norm_with, rope_append, take_over, takes_pairs, trap,
 };
 use pi_kernels::{ActivationMode, KernelError, QuantType};
 
@@ -999,6 +1000,30 @@ impl Capture<'_> {
         self.ffn_norm(stream, index, layer, predicts)
     }
 
+    /// Whether the layer's predictor runs in blocks of the token's own launches: where the host has no part in this layer nor in the one before,
+    /// which is predicted, too, so that its gates and ups leave room.
+    fn is_predicted_beside(&self, index: usize) -> bool {
+        let (mode, gates) = (self.buffers.residual.mode(), gates_of(self.shape, true));
+        let by_list = |layer: &GpuLayer| {
+            let pairs = |ffn: &GpuFfn| takes_pairs(ffn.gate.rows, gates, mode);
+            !layer.has_cold
+                && layer.ahead.as_ref().is_some_and(|ahead| ahead.alone)
+                && layer.ffn.as_ref().is_some_and(pairs)
+        };
+        let takes = |ahead: &GpuAhead| can_predict(ahead.a.rows, ahead.b.rows, mode);
+        let Some(before) = index.checked_sub(1) else {
+            return false;
+        };
+        let layers = &self.weights.layers;
+        layers.get(index).is_some_and(|layer| {
+            by_list(layer)
+                && layer.ahead.as_ref().is_some_and(takes)
+                && can_norm_products(layer.wo.rows, mode)
+        }) && by_list(&layers[before])
+            && can_attend_token(self.shape.head_dim)
+            && self.buffers.attend.can_predict()
+    }
+
     /// Whether there is such a layer, and it is predicted.
     fn is_predicted(&self, index: usize) -> bool {
         let layer = self.weights.layers.get(index);
@@ -1010,6 +1035,7 @@ impl Capture<'_> {
         let weights = self.weights;
         if let Some(next) = weights.layers.get(index + 1)
             && let Some(ahead) = &next.ahead
+            && !self.is_predicted_beside(index + 1)
         {
             let n_hot = next.ffn.as_ref().map_or(0, GpuFfn::n_hot);
             let [begin, end] = self.events;
@@ -1062,7 +1088,9 @@ impl Capture<'_> {
             first = out.end;
         }
         self.attend(stream, index)?;
+        let predicts = self.is_predicted(index + 1);
         let is_normed = self.norms_with_wo(index);
+        let lists = self.is_predicted_beside(index);
         let buffers = &mut *self.buffers;
         let (wo, x) = (layer.wo.view(arena), buffers.x.view_mut(..));
         if !is_normed {
@@ -1072,16 +1100,26 @@ impl Capture<'_> {
             weight: values(arena, &layer.ffn_norm),
             eps: shape.rms_eps,
             to: &mut buffers.ffn_normed,
+            plain: predicts.then_some(&mut buffers.residual),
             not_finite: not_finite(self.exchange, self.weights, Some(index)),
         };
-        gemv_then_norm(stream, wo, &buffers.attn, then, x)
+        let list = lists.then(|| {
+            let list = &mut buffers.hot[index % 2];
+            ListMasks {
+                masks: buffers.masks.view(..mask_words(shape.n_ff)),
+                ids: list.ids.view_mut(..shape.n_ff),
+                count: list.count.view_mut(..),
+            }
+        });
+        gemv_then_norm_with(stream, wo, &buffers.attn, then, list, x)
     }
 
-    /// Whether neither the host nor a predictor takes part in the layer: then norms are made by the launches before them. (What waits for
-    /// two streams starts late, and costs a projection more than a norm.)
+    /// Whether all of the layer is in the stream's own launches, the next layer's predictor included: then norms are made by the launches before
+    /// them. (What waits for two streams starts late, and costs a projection more than a norm.)
     fn is_alone(&self, index: usize) -> bool {
         let layer = &self.weights.layers[index];
-        !layer.has_cold && layer.ahead.is_none() && !self.is_predicted(index + 1)
+        let beside = |index| !self.is_predicted(index) || self.is_predicted_beside(index);
+        !layer.has_cold && beside(index) && beside(index + 1)
     }
 
     /// Whether the output projection makes the norm before the FFN.
@@ -1089,7 +1127,7 @@ impl Capture<'_> {
         let layer = &self.weights.layers[index];
         let takes =
             |ffn: &GpuFfn| ffn.gate.rows.quant.is_quantised() && ffn.up.rows.quant.is_quantised();
-        self.is_alone(index)
+        (self.is_alone(index) || self.is_predicted_beside(index))
             && layer.ffn.as_ref().is_some_and(takes)
             && can_norm_products(layer.wo.rows, self.buffers.attn.mode())
     }
@@ -1109,7 +1147,9 @@ impl Capture<'_> {
     }
 
     fn attend(&mut self, stream: &Stream, index: usize) -> Launched {
-        let (shape, buffers) = (self.shape, &mut *self.buffers);
+        let (arena, shape) = (&self.weights.arena, self.shape);
+        let is_predicted = self.is_predicted_beside(index);
+        let buffers = &mut *self.buffers;
         let (n_q, n_kv) = (shape.n_attn(), shape.n_head_kv * shape.head_dim);
         let cache = &mut buffers.caches[index];
         if can_attend_token(shape.head_dim) {
@@ -1122,13 +1162,22 @@ impl Capture<'_> {
                 pairs: shape.rope.pairs,
                 position: buffers.words.view(0..1),
             };
-            return attend_token(
+            let ahead = self.weights.layers[index].ahead.as_ref();
+            let predict = ahead.filter(|_| is_predicted).map(|ahead| PredictMasks {
+                rows: ahead.b.view(arena),
+                bias: values(arena, &ahead.b_bias),
+                hidden: buffers.middle.view(..ahead.a.rows.n_rows),
+                relu: ahead.a_bias.is_some(),
+                masks: buffers.masks.view_mut(..mask_words(shape.n_ff)),
+            });
+            return attend_token_with(
                 stream,
                 token,
                 cache,
                 shape.window,
                 shape.attn_scale,
                 &mut buffers.attend,
+                predict,
                 &mut buffers.attn,
             );
         }
@@ -1271,6 +1320,11 @@ impl Capture<'_> {
     fn hot(&mut self, stream: &Stream, index: usize, ffn: &GpuFfn, by_list: bool) -> Launched {
         let (arena, shape) = (&self.weights.arena, self.shape);
         let next_norm = self.next_norm(index).cloned();
+        let late = self.is_predicted_beside(index);
+        let next_ahead = match self.is_predicted_beside(index + 1) {
+            true => self.weights.layers[index + 1].ahead.as_ref(),
+            false => None,
+        };
         let buffers = &mut *self.buffers;
         let n_hot = ffn.n_hot();
         let predicted = &buffers.hot[index % 2];
@@ -1281,7 +1335,16 @@ impl Capture<'_> {
             },
             false => NeuronList::All,
         };
-        gate_up(
+        let hidden = next_ahead.map(|ahead| PredictHidden {
+            rows: ahead.a.view(arena),
+            x: &buffers.residual,
+            add: match &ahead.a_bias {
+                Some(at) => Add::Values(values(arena, at)),
+                None => Add::None,
+            },
+            out: buffers.middle.view_mut(..ahead.a.rows.n_rows),
+        });
+        gate_up_with(
             stream,
             ffn.gate.view(arena),
             ffn.up.view(arena),
@@ -1289,6 +1352,7 @@ impl Capture<'_> {
             &buffers.ffn_normed,
             // of those that are named nearly all fire: nothing is gained by waiting for gates
             gates_of(shape, self.weights.dense || by_list),
+            BesideGates { hidden, late },
             buffers.act.view_mut(..n_hot),
         )?;
         if self.reads {
@@ -1299,6 +1363,7 @@ impl Capture<'_> {
             weight: values(arena, weight),
             eps: shape.rms_eps,
             to: &mut buffers.normed,
+            plain: None,
             not_finite: not_finite(self.exchange, self.weights, Some(index)),
         });
         match &ffn.down {

@@ -4,6 +4,7 @@ use super::activations::{DeviceAct, RawAct};
 use super::buffer::{DeviceBuffer, View, ViewMut};
 use super::device::Device;
 use super::functions::{ATTEND_GROUP_DIMS, ATTEND_HEADS};
+use super::predict::{PredictMasks, RawMasks};
 use super::stream::{Grid, Stream};
 use crate::activations::ActivationMode;
 use crate::attention::{HEAD_DIM_MAX, KvType};
@@ -24,7 +25,7 @@ const GROUP_HEADS_MIN: usize = 3;
 /// Positions of a part of it, at least.
 const GROUP_POSITIONS_MIN: usize = 128;
 /// Threads of a block of `attend_lone`.
-const LONE_THREADS: usize = 256;
+const LONE_THREADS: usize = GROUP_THREADS;
 /// Positions of a part of it, at least.
 const LONE_POSITIONS_MIN: usize = 128;
 /// Parts that one block can join.
@@ -225,6 +226,11 @@ impl AttendScratch {
         })
     }
 
+    /// Whether blocks of a launch can predict beside.
+    pub fn can_predict(&self) -> bool {
+        matches!(self.kernel, Kernel::Group(_) | Kernel::Lone(_))
+    }
+
     /// Bytes of device memory.
     pub fn bytes(&self) -> usize {
         self.states.bytes() + self.tickets.bytes()
@@ -252,9 +258,11 @@ struct AttendArgs {
     n_dims: u32,
     halves: u32,
     act: RawAct,
+    predict: RawMasks,
+    n_groups: u32,
 }
 
-const _: () = assert!(size_of::<AttendArgs>() == 152);
+const _: () = assert!(size_of::<AttendArgs>() == 216);
 
 /// A token whose keys and values are not in the cache yet.
 #[derive(Debug)]
@@ -295,6 +303,26 @@ pub fn attend_token(
     scratch: &mut AttendScratch,
     to: &mut DeviceAct,
 ) -> Result<(), KernelError> {
+    attend_token_with(stream, token, cache, window, scale, scratch, None, to)
+}
+
+/// The same, with a predictor's scores beside.
+///
+/// # Errors
+/// The driver's.
+///
+/// # Panics
+/// As [`attend_token`]; when something is predicted and not [`AttendScratch::can_predict`]; when shapes of that do not fit.
+pub fn attend_token_with(
+    stream: &Stream,
+    token: AttendToken<'_>,
+    cache: &mut DeviceCache,
+    window: Option<usize>,
+    scale: f32,
+    scratch: &mut AttendScratch,
+    predict: Option<PredictMasks<'_>>,
+    to: &mut DeviceAct,
+) -> Result<(), KernelError> {
     let (head_dim, n_kv) = (cache.head_dim, cache.n_head_kv * cache.head_dim);
     let n_dims = token.rotation.len() / 2;
     assert!(can_attend_token(head_dim), "whole blocks of activations");
@@ -316,6 +344,7 @@ pub fn attend_token(
         n_dims: n_dims as u32,
         halves: u32::from(token.pairs == RopePairs::Halves),
         act: to.written(),
+        predict,
         out: 0,
     };
     launch(
@@ -331,13 +360,14 @@ pub fn attend_token(
 }
 
 /// What differs between [`attend`] and [`attend_token`].
-struct Rest {
+struct Rest<'a> {
     k: u64,
     v: u64,
     rotation: u64,
     n_dims: u32,
     halves: u32,
     act: RawAct,
+    predict: Option<PredictMasks<'a>>,
     out: u64,
 }
 
@@ -373,6 +403,7 @@ pub fn attend(
         n_dims: 0,
         halves: 0,
         act: RawAct::NONE,
+        predict: None,
         out: out.address(),
     };
     launch(stream, q, cache, position, window, scale, scratch, rest)
@@ -386,7 +417,7 @@ fn launch(
     window: Option<usize>,
     scale: f32,
     scratch: &mut AttendScratch,
-    rest: Rest,
+    rest: Rest<'_>,
 ) -> Result<(), KernelError> {
     let (n_head, head_dim) = (scratch.n_head, scratch.head_dim);
     assert_eq!(cache.head_dim, head_dim, "head_dim of the scratch");
@@ -398,6 +429,12 @@ fn launch(
     stream.check(&[q.device(), cache.device(), position.device()]);
     stream.check(&[scratch.tickets.device()]);
     let (k_cache, v_cache) = cache.addresses();
+    let is_alone = rest.predict.is_none();
+    assert!(is_alone || scratch.can_predict(), "blocks that predict");
+    let warps = GROUP_THREADS / 32;
+    let (predict, n_beside) = rest
+        .predict
+        .map_or((RawMasks::NONE, 0), |predict| predict.raw(stream, warps));
     let args = AttendArgs {
         q: q.address(),
         k_cache,
@@ -418,6 +455,8 @@ fn launch(
         n_dims: rest.n_dims,
         halves: rest.halves,
         act: rest.act,
+        predict,
+        n_groups: scratch.n_groups as u32,
     };
     let functions = stream.functions();
     let (function, threads, shared_bytes) = match scratch.kernel {
@@ -435,7 +474,10 @@ fn launch(
         Kernel::Lone(place) => (functions.attend_lone(cache.kv_type, place), LONE_THREADS, 0),
     };
     let grid = Grid {
-        blocks: [scratch.n_parts, scratch.n_groups],
+        blocks: [
+            scratch.n_parts,
+            scratch.n_groups + n_beside.div_ceil(scratch.n_parts),
+        ],
         threads,
         shared_bytes,
     };

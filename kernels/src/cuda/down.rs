@@ -2,6 +2,7 @@
 
 use super::buffer::{DeviceBuffer, View, ViewMut};
 use super::device::Device;
+use super::functions::DOWN_THREADS;
 use super::layout::{DeviceRows, RowsView, item_values};
 use super::rows::{Add, NeuronList};
 use super::stream::{Grid, Stream};
@@ -10,12 +11,12 @@ use crate::error::KernelError;
 
 /// Items of a row that a block has.
 const TILE_ITEMS: usize = 8;
-/// Threads of a block.
-const THREADS: usize = 256;
 /// Blocks that share the work on a multiprocessor.
 const BLOCKS_PER_MULTIPROCESSOR: usize = 2;
 /// Neurons below which dividing a list further gains nothing.
 const NEURONS_MIN: usize = 48;
+/// Bits of what is no part of a sum yet.
+const NOT_YET: u32 = u32::MAX;
 
 /// Memory that [`down_active`] works in. One launch at a time may use it.
 #[derive(Debug)]
@@ -23,8 +24,8 @@ pub struct DownScratch {
     rows: DeviceRows,
     n_tiles: usize,
     n_parts: usize,
-    partials: DeviceBuffer<f32>,
-    tickets: DeviceBuffer<u32>,
+    /// Parts of sums, [`NOT_YET`] between launches.
+    partials: DeviceBuffer<u32>,
 }
 
 impl DownScratch {
@@ -36,20 +37,24 @@ impl DownScratch {
     pub fn new(device: &Device, rows: DeviceRows) -> Result<Self, KernelError> {
         let values = item_values(rows.quant);
         let n_tiles = rows.n_cols.div_ceil(values).div_ceil(TILE_ITEMS);
-        let room = device.info().n_multiprocessors * BLOCKS_PER_MULTIPROCESSOR;
+        // blocks wait for each other, so there is room for all
+        let blocks = device
+            .functions()
+            .down(rows.quant)
+            .blocks_per_multiprocessor;
+        let room = device.info().n_multiprocessors * blocks.min(BLOCKS_PER_MULTIPROCESSOR);
         let n_parts = (room / n_tiles.max(1)).clamp(1, rows.n_rows.div_ceil(NEURONS_MIN).max(1));
         Ok(Self {
             rows,
             n_tiles,
             n_parts,
-            partials: device.alloc(n_tiles * n_parts * TILE_ITEMS * values)?,
-            tickets: device.alloc(n_tiles)?,
+            partials: device.upload(&vec![NOT_YET; n_tiles * n_parts * TILE_ITEMS * values])?,
         })
     }
 
     /// Bytes of device memory.
     pub fn bytes(&self) -> usize {
-        self.partials.bytes() + self.tickets.bytes()
+        self.partials.bytes()
     }
 }
 
@@ -66,12 +71,11 @@ struct DownArgs {
     add: u64,
     out: u64,
     partials: u64,
-    tickets: u64,
     skip: u32,
     then: RawThenNorm,
 }
 
-const _: () = assert!(size_of::<DownArgs>() == 168);
+const _: () = assert!(size_of::<DownArgs>() == 208);
 
 /// Writes `Σ a[j] · down[ids[j]]`, plus `add`, to `out` (`[n_cols]` f32), and the first half of a norm of it. With `skip`, rows whose `a` (f32, as long as the
 /// list) is zero are not read.
@@ -100,7 +104,7 @@ pub fn down_active(
     assert_eq!(scratch.rows, shape, "scratch for these rows");
     assert_eq!(a.len(), n_a, "one activation per neuron");
     assert_eq!(out.len(), shape.n_cols, "columns");
-    let scratch_device = scratch.tickets.device();
+    let scratch_device = scratch.partials.device();
     stream.check(&[
         down.bytes().device(),
         a.device(),
@@ -120,16 +124,15 @@ pub fn down_active(
         add: add.address(&out),
         out: out.address(),
         partials: scratch.partials.view(..).address(),
-        tickets: scratch.tickets.view(..).address(),
         skip: u32::from(skip),
         then: then.map_or(RawThenNorm::NONE, |then| then.raw(stream, shape.n_cols)),
     };
     let grid = Grid {
         blocks: [scratch.n_tiles, scratch.n_parts],
-        threads: THREADS,
+        threads: DOWN_THREADS,
         shared_bytes: 0,
     };
     let function = stream.functions().down(shape.quant);
     // SAFETY: rows, list and output fit (asserted); the scratch was made for them.
-    unsafe { stream.launch("launch down_active", function, grid, args) }
+    unsafe { stream.launch("launch down_active", function.function, grid, args) }
 }

@@ -28,6 +28,7 @@ mod layout;
 mod lz4;
 mod norm;
 mod pinned;
+mod predict;
 mod replan;
 mod rope;
 mod rows;
@@ -38,7 +39,8 @@ mod then_norm;
 
 pub use activations::{DeviceAct, Q8Copy, prepare, prepare_relu};
 pub use attention::{
-    AttendScratch, AttendToken, DeviceCache, attend, attend_token, can_attend_token,
+    AttendScratch, AttendToken, DeviceCache, attend, attend_token, attend_token_with,
+    can_attend_token,
 };
 pub use attention_batch::attend_batch;
 pub use batch::{DeviceBatch, gate_up_batch, prepare_batch, rms_norm_batch};
@@ -56,10 +58,12 @@ pub use images::Capability;
 pub use layout::{DeviceRows, RowsView, SUPPORTED, is_supported};
 pub use norm::{AroundNorm, rms_norm, rms_norm_with};
 pub use pinned::{PinnedBuffer, copy_to_device, copy_to_host};
+pub use predict::{ListMasks, PredictHidden, PredictMasks, can_predict, mask_words};
 pub use replan::{MARK_TOKENS, Scatter, count_marks, mark_active, mark_words};
 pub use rope::{RopeAppend, rope_append, rope_append_batch};
 pub use rows::{
-    Add, Gates, NeuronList, can_norm_products, gate_up, gemv, gemv_then_norm, row_products,
+    Add, BesideGates, Gates, NeuronList, can_norm_products, gate_up, gate_up_with, gemv,
+    gemv_then_norm, gemv_then_norm_with, row_products, takes_pairs,
 };
 pub use sample::{SampleScratch, TOP_K_MAX, argmax, top_k};
 pub use stream::{Event, Stream};

@@ -4,6 +4,7 @@ use super::activations::{DeviceAct, RawAct};
 use super::buffer::{View, ViewMut};
 use super::functions::{ROWS_THEN_NORM_THREADS, ROWS_THREADS};
 use super::layout::{DeviceRows, RowsView, item_values};
+use super::predict::{ListMasks, PredictHidden, RawHidden, RawListMasks};
 use super::stream::{Grid, Stream};
 use super::then_norm::{RawNormBefore, RawThenNorm, ThenNorm, can_norm};
 use crate::activations::ActivationMode;
@@ -91,6 +92,16 @@ struct RowsArgs {
 const _: () = assert!(size_of::<RowsArgs>() == 136);
 
 #[repr(C)]
+struct RowPairsArgs {
+    pairs: RowsArgs,
+    hidden: RawHidden,
+    n_blocks: u32,
+    late: u32,
+}
+
+const _: () = assert!(size_of::<RowPairsArgs>() == 240);
+
+#[repr(C)]
 struct RowsThenNormArgs {
     rows: u64,
     stride: u64,
@@ -100,9 +111,10 @@ struct RowsThenNormArgs {
     out: u64,
     then: RawThenNorm,
     norm: RawNormBefore,
+    list: RawListMasks,
 }
 
-const _: () = assert!(size_of::<RowsThenNormArgs>() == 168);
+const _: () = assert!(size_of::<RowsThenNormArgs>() == 248);
 
 /// Items of a row, in blocks' threads, from which on a block's warps take it together: work is divided more evenly.
 const TOGETHER_ITEMS_MIN: usize = 2;
@@ -124,17 +136,8 @@ pub fn gemv(
     add: Add<'_>,
     out: ViewMut<'_, f32>,
 ) -> Result<(), KernelError> {
-    launch(
-        stream,
-        "launch gemv",
-        m,
-        None,
-        NeuronList::All,
-        x,
-        add,
-        Gates::Silu,
-        out,
-    )
+    let what = Rows::products(m, add);
+    launch(stream, "launch gemv", what, NeuronList::All, x, out)
 }
 
 /// Whether [`gemv_then_norm`] takes rows of this format and size.
@@ -156,6 +159,25 @@ pub fn gemv_then_norm(
     then: ThenNorm<'_>,
     out: ViewMut<'_, f32>,
 ) -> Result<(), KernelError> {
+    gemv_then_norm_with(stream, m, x, then, None, out)
+}
+
+/// The same, with a list made beside.
+///
+/// # Errors
+/// As [`gemv_then_norm`].
+///
+/// # Panics
+/// As [`gemv_then_norm`], or when shapes of the list do not fit.
+pub fn gemv_then_norm_with(
+    stream: &Stream,
+    m: RowsView<'_>,
+    x: &DeviceAct,
+    then: ThenNorm<'_>,
+    list: Option<ListMasks<'_>>,
+    out: ViewMut<'_, f32>,
+) -> Result<(), KernelError> {
+    let n_lists = usize::from(list.is_some());
     let shape = m.rows();
     assert!(
         can_norm_products(shape, x.mode()),
@@ -173,11 +195,12 @@ pub fn gemv_then_norm(
         out: out.address(),
         then: then.raw(stream, shape.n_rows),
         norm: x.norm(),
+        list: list.map_or(RawListMasks::NONE, |list| list.raw(stream)),
     };
     let kernel = stream.functions().rows_then_norm(shape.quant);
     let room = stream.device().info().n_multiprocessors * kernel.blocks_per_multiprocessor;
     let grid = Grid {
-        blocks: [(shape.n_rows / BLOCK).min(room), 1],
+        blocks: [(shape.n_rows / BLOCK).min(room) + n_lists, 1],
         threads: ROWS_THEN_NORM_THREADS,
         shared_bytes: 0,
     };
@@ -201,17 +224,8 @@ pub fn row_products(
     add: Add<'_>,
     out: ViewMut<'_, f32>,
 ) -> Result<(), KernelError> {
-    launch(
-        stream,
-        "launch row_products",
-        rows,
-        None,
-        list,
-        x,
-        add,
-        Gates::Silu,
-        out,
-    )
+    let what = Rows::products(rows, add);
+    launch(stream, "launch row_products", what, list, x, out)
 }
 
 /// What lies between gate and up, as the kernel numbers it.
@@ -245,31 +259,90 @@ pub fn gate_up(
     gates: Gates,
     out: ViewMut<'_, f32>,
 ) -> Result<(), KernelError> {
+    let beside = BesideGates::default();
+    gate_up_with(stream, gate, up, list, x, gates, beside, out)
+}
+
+/// What a launch of gates and ups does besides, and needs not.
+#[derive(Debug, Default)]
+pub struct BesideGates<'a> {
+    /// Hidden values of a predictor.
+    pub hidden: Option<PredictHidden<'a>>,
+    /// The launch before makes the list: it is read when that one has ended.
+    pub late: bool,
+}
+
+/// The same of a list, with what is beside it.
+///
+/// # Errors
+/// As [`gate_up`].
+///
+/// # Panics
+/// As [`gate_up`]; when something is beside it, and not [`takes_pairs`]; when shapes of what is beside do not fit.
+pub fn gate_up_with(
+    stream: &Stream,
+    gate: RowsView<'_>,
+    up: RowsView<'_>,
+    list: NeuronList<'_>,
+    x: &DeviceAct,
+    gates: Gates,
+    beside: BesideGates<'_>,
+    out: ViewMut<'_, f32>,
+) -> Result<(), KernelError> {
     assert_eq!(gate.rows(), up.rows(), "gate and up of the same neurons");
-    launch(
-        stream,
-        "launch gate_up",
-        gate,
-        Some(up),
-        list,
-        x,
-        Add::None,
+    let operation = "launch gate_up";
+    let what = Rows {
+        rows: gate,
+        up: Some(up),
         gates,
-        out,
-    )
+        add: Add::None,
+        beside,
+    };
+    launch(stream, operation, what, list, x, out)
+}
+
+/// Whether gate and up rows of a list are taken at once, as none of the latter is left out.
+pub fn takes_pairs(rows: DeviceRows, gates: Gates, mode: ActivationMode) -> bool {
+    gates != Gates::Relu && mode == ActivationMode::Q8 && rows.quant.is_quantised()
+}
+
+/// What [`launch`] launches.
+struct Rows<'a> {
+    rows: RowsView<'a>,
+    up: Option<RowsView<'a>>,
+    gates: Gates,
+    add: Add<'a>,
+    beside: BesideGates<'a>,
+}
+
+impl<'a> Rows<'a> {
+    /// The products themselves.
+    fn products(rows: RowsView<'a>, add: Add<'a>) -> Self {
+        Self {
+            rows,
+            up: None,
+            gates: Gates::Silu,
+            add,
+            beside: BesideGates::default(),
+        }
+    }
 }
 
 fn launch(
     stream: &Stream,
     operation: &'static str,
-    rows: RowsView<'_>,
-    up: Option<RowsView<'_>>,
+    what: Rows<'_>,
     list: NeuronList<'_>,
     x: &DeviceAct,
-    add: Add<'_>,
-    gates: Gates,
     out: ViewMut<'_, f32>,
 ) -> Result<(), KernelError> {
+    let Rows {
+        rows,
+        up,
+        gates,
+        add,
+        beside,
+    } = what;
     let shape = rows.rows();
     let (ids, n_ids, n_out) = list.raw(stream, shape.n_rows);
     assert_eq!(x.n_cols(), shape.n_cols, "columns");
@@ -280,6 +353,13 @@ fn launch(
     assert!(
         norm.squares == 0 || shape.quant.is_quantised(),
         "rows that take a norm's scale"
+    );
+    let is_list = matches!(list, NeuronList::Ids { .. });
+    let pairs = up.is_some() && is_list && takes_pairs(shape, gates, x.mode());
+    let is_alone = beside.hidden.is_none() && !beside.late;
+    assert!(
+        is_alone || pairs && n_out > 0,
+        "something beside pairs of a list"
     );
     if n_out == 0 {
         return Ok(());
@@ -302,10 +382,8 @@ fn launch(
         together: u32::from(together),
         norm,
     };
-    // of a list gate and up rows are taken at once, where none of the latter is left out
-    let pairs = up.is_some() && gates != Gates::Relu && matches!(list, NeuronList::Ids { .. });
     let functions = stream.functions();
-    let kernel = match pairs && x.mode() == ActivationMode::Q8 && shape.quant.is_quantised() {
+    let kernel = match pairs {
         true => functions.row_pairs(shape.quant),
         false => functions.rows(shape.quant, x.mode()),
     };
@@ -317,12 +395,27 @@ fn launch(
     // no more blocks than there is room for: each asks for its next row before it computes one
     let n_multiprocessors = stream.device().info().n_multiprocessors;
     let room = n_multiprocessors * kernel.blocks_per_multiprocessor;
-    let n_blocks = n_teams.min(room);
+    let (hidden, n_beside) = beside
+        .hidden
+        .map_or((RawHidden::NONE, 0), |hidden| hidden.raw(stream, WARPS));
+    // nor more of those beside than one a multiprocessor
+    let n_beside = n_beside.min(n_multiprocessors).min(room - 1);
+    let n_blocks = n_teams.min(room - n_beside);
     let grid = Grid {
-        blocks: [n_blocks, 1],
+        blocks: [n_blocks + n_beside, 1],
         threads: ROWS_THREADS,
         shared_bytes: 0,
     };
+    if pairs {
+        let args = RowPairsArgs {
+            pairs: args,
+            hidden,
+            n_blocks: n_blocks as u32,
+            late: u32::from(beside.late),
+        };
+        // SAFETY: rows, activations, list and output fit, as does what is beside (asserted); there are 8-bit activations.
+        return unsafe { stream.launch(operation, kernel.function, grid, args) };
+    }
     // SAFETY: rows, activations, list and output fit (asserted); activations have what their mode's kernel reads.
     unsafe { stream.launch(operation, kernel.function, grid, args) }
 }

@@ -17,6 +17,8 @@ pub struct ThenNorm<'a> {
     pub eps: f32,
     /// What becomes activations, in 8-bit arithmetic; of whole blocks.
     pub to: &'a mut DeviceAct,
+    /// The same without the weight, where somebody takes it.
+    pub plain: Option<&'a mut DeviceAct>,
     /// `[1]` u32 in the host's memory, which becomes this number where it is zero and the mean of squares may not be finite.
     pub not_finite: Option<(View<'a, u32>, u32)>,
 }
@@ -36,11 +38,13 @@ pub(super) struct RawThenNorm {
     weight: u64,
     to: RawAct,
     squares: u64,
+    plain: RawAct,
+    plain_squares: u64,
     not_finite: u64,
     part: u32,
 }
 
-const _: () = assert!(size_of::<RawThenNorm>() == 72);
+const _: () = assert!(size_of::<RawThenNorm>() == 120);
 
 /// `NormBefore` of `kernels/cuda/then_norm.cuh`.
 #[derive(Debug, Clone, Copy)]
@@ -58,6 +62,8 @@ impl RawThenNorm {
         weight: 0,
         to: RawAct::NONE,
         squares: 0,
+        plain: RawAct::NONE,
+        plain_squares: 0,
         not_finite: 0,
         part: 0,
     };
@@ -79,10 +85,18 @@ impl ThenNorm<'_> {
             stream.check(&[word.device()]);
             (word.address(), part)
         });
+        let (plain, plain_squares) = self.plain.map_or((RawAct::NONE, 0), |plain| {
+            assert_eq!(plain.n_cols(), n, "lengths of a norm");
+            stream.check(&[plain.device()]);
+            let squares = plain.before_norm(self.eps);
+            (plain.raw(), squares)
+        });
         RawThenNorm {
             weight: self.weight.address(),
             squares: self.to.before_norm(self.eps),
             to: self.to.raw(),
+            plain,
+            plain_squares,
             not_finite,
             part,
         }

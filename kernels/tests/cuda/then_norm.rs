@@ -62,11 +62,13 @@ fn an_output_projection_makes_the_norm_behind_it() {
         let mut plain = device.upload(&base).unwrap();
         gemv(&stream, m.view(), &x.device, Add::Out, plain.view_mut(..)).unwrap();
         let mut out = device.upload(&base).unwrap();
-        let mut act = DeviceAct::new(&device, ActivationMode::Q8, n_rows).unwrap();
+        let act = || DeviceAct::new(&device, ActivationMode::Q8, n_rows).unwrap();
+        let (mut act, mut without_weight) = (act(), act());
         let then = ThenNorm {
             weight: on_device.view(..),
             eps: EPS,
             to: &mut act,
+            plain: Some(&mut without_weight),
             not_finite: None,
         };
         gemv_then_norm(&stream, m.view(), &x.device, then, out.view_mut(..)).unwrap();
@@ -78,6 +80,7 @@ fn an_output_projection_makes_the_norm_behind_it() {
             assert_near(out[row], plain[row], bound, &format!("{what} row {row}"));
         }
         assert_made_of(&act, &out, &weight, &what);
+        assert_made_of(&without_weight, &out, &vec![1.0; n_rows], &what);
     }
 }
 
@@ -103,6 +106,7 @@ fn a_sum_of_downs_makes_the_norm_behind_it() {
                     weight: on_device.view(..),
                     eps: EPS,
                     to,
+                    plain: None,
                     not_finite: None,
                 });
                 add_downs(&stream, (&down, &a, skip), then, &mut scratch, &mut out);
@@ -141,6 +145,7 @@ fn products_take_the_scale_of_the_norm_before_them() {
             weight: on_device.view(..),
             eps: EPS,
             to: &mut act,
+            plain: None,
             not_finite: None,
         };
         add_downs(&stream, (&down, &a, true), Some(then), &mut scratch, &mut x);
@@ -203,6 +208,7 @@ fn products_take_the_scale_of_the_norm_before_them() {
                 weight: ones.view(..),
                 eps: EPS,
                 to: &mut next,
+                plain: None,
                 not_finite: None,
             };
             let mut out = device.upload(&[0.5f32; N_ROWS]).unwrap();
@@ -268,6 +274,7 @@ fn what_is_not_finite_is_noted_where_it_is_written() {
                 weight: ones.view(..),
                 eps: EPS,
                 to: &mut act,
+                plain: None,
                 not_finite: Some((word.view(0..1), 7)),
             };
             add_downs(&stream, (&down, &a, skip), Some(then), &mut scratch, &mut x);
