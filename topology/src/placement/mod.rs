@@ -69,8 +69,10 @@ pub struct DeviceSpeed {
     pub launch_s: f64,
 }
 
-/// Kernels of a layer without neurons: norm, projections, attention, output projection, norm.
-const FIXED_LAUNCHES: f64 = 5.0;
+/// Kernels of a layer without neurons: projections, attention, output projection.
+const FIXED_LAUNCHES: f64 = 3.0;
+/// Both norms, where nodes take part in the layer; else they are made by the kernels before them.
+const NORM_LAUNCHES: f64 = 2.0;
 /// Kernels of a layer's hot neurons: gates and ups, downs.
 const HOT_LAUNCHES: f64 = 2.0;
 /// Kernels of the head: norm, product, hand-over.
@@ -107,11 +109,12 @@ pub struct MachineSpeed {
 }
 
 impl MachineSpeed {
-    /// A layer's fork and join, seconds, where `n_cold` of its neurons are not on a device.
+    /// A layer's fork and join, seconds, where `n_cold` of its neurons are not on a device, which then has two kernels more.
     fn hand_off_of(&self, n_cold: usize) -> f64 {
-        match self.devices.is_empty() || n_cold > 0 {
-            true => self.hand_off_s,
-            false => 0.0,
+        match self.devices.first() {
+            None => self.hand_off_s,
+            Some(_) if n_cold == 0 => 0.0,
+            Some(device) => self.hand_off_s + NORM_LAUNCHES * device.launch_s,
         }
     }
 
