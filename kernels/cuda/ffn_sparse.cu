@@ -191,9 +191,14 @@ struct DownSums {
     // All ids are asked for before the first item. Of a neuron that does not exist the first row is taken, times NaN.
     template <class Neurons>
     __device__ __forceinline__ void load_items(const Neurons& neurons, u32 k) {
+        load_ids(neurons, k);
+        load_rows(neurons, k);
+    }
+
+    template <class Neurons>
+    __device__ __forceinline__ void load_ids(const Neurons& neurons, u32 k) {
 #pragma unroll
         for (int t = 0; t < TOGETHER; t++) ids[t] = neurons.has(k + t * STEP) ? neurons.id(k + t * STEP) : 0;
-        load_rows(neurons, k);
     }
 
     // Where the ids are there.
@@ -217,20 +222,21 @@ struct DownSums {
     template <class Neurons>
     __device__ __forceinline__ void add(const Neurons& neurons) {
         if (!exists) return;
+        load_ids(neurons, first + STEP * TOGETHER);
 #pragma unroll 1
         for (u32 k = first; k < neurons.n(); k += STEP * TOGETHER)
 #pragma unroll
             for (int t = 0; t < TOGETHER; t++) {
-                // each is asked for as soon as there is room, so that as many are under way all the time
+                // each is asked for as soon as there is room, so that as many are under way all the time, and its id so many before
                 const u32 at = k + t * STEP, behind = at + STEP * TOGETHER;
                 const Q item = next[t];
                 const float a = next_a[t];
                 if (neurons.has(behind)) {
-                    const u32 id = neurons.id(behind);
-                    const bool is = id < args.n_neurons;
-                    next[t].load(args.rows + (is ? id : 0) * args.stride, args.n_cols, this->item);
+                    const bool is = ids[t] < args.n_neurons;
+                    next[t].load(args.rows + (is ? ids[t] : 0) * args.stride, args.n_cols, this->item);
                     next_a[t] = is ? neurons.a(behind) : not_a_number();
                 }
+                if (neurons.has(behind + STEP * TOGETHER)) ids[t] = neurons.id(behind + STEP * TOGETHER);
                 if (neurons.has(at)) add_item(item, a);
             }
     }
