@@ -111,7 +111,7 @@ __device__ __forceinline__ void wait_for_launch_before() {
 #endif
 }
 
-// Every kernel's blocks call it, behind `wait_for_launch_before`. The next kernel's blocks start when all have, and find room as blocks
+// Every kernel's blocks call it, behind `wait_for_launch_before` if they call that. The next kernel's blocks start when all have, and find room as blocks
 // of this one end. Kernels of few blocks, and products, call it at once: what comes next has asked for its first rows, or for what is
 // cached, by the time it may go on. Others do when most of the work is done.
 __device__ __forceinline__ void start_next_launch() {

@@ -22,12 +22,14 @@ struct DownArgs {
     float* out;
     // [gridDim.x, gridDim.y, 8 * values of an item] f32, all NOT_YET
     u32* partials;
+    // [gridDim.x], zeros
+    u32* tickets;
     // whether rows whose factor is zero are left unread
     u32 skip;
     // of the results
     ThenNorm then;
 };
-static_assert(sizeof(DownArgs) == 208, "as the launcher has it");
+static_assert(sizeof(DownArgs) == 216, "as the launcher has it");
 
 // What is no part of a sum yet: a NaN that none is.
 constexpr u32 NOT_YET = 0xFFFFFFFF;
@@ -271,14 +273,21 @@ struct DownSums {
     }
 };
 
-// The sum of a column's parts, of which block y of gridDim.y has this one, in ascending order. There is room for all blocks at a time, so
-// that they may wait for each other. Column `at` of a tile of SIZE, 32 neighbouring ones a warp, is joined by the block that this returns
-// true in. Whole warps call it; memory is left as it was.
+// The sum of a column's parts, of which block y of gridDim.y has this one, in ascending order; true in the block that ends last, which has
+// joined them. Called by the whole block, for column `at` of a tile of SIZE, if there is one; memory is left as it was.
 template <u32 SIZE>
-__device__ __forceinline__ bool join_parts(u32* tile, u32 at, float& sum) {
-    // the part itself says that it is there: a flag would have to come behind it
-    store_relaxed(tile + blockIdx.y * SIZE + at, sum == sum ? __float_as_uint(sum) : __float_as_uint(not_a_number()));
-    if (at / WARP % gridDim.y != blockIdx.y) return false;
+__device__ __forceinline__ bool join_parts(u32* tile, u32 at, u32* ticket, float& sum) {
+    __shared__ bool last;
+    if (at < SIZE)
+        store_relaxed(tile + blockIdx.y * SIZE + at, sum == sum ? __float_as_uint(sum) : __float_as_uint(not_a_number()));
+    __syncthreads();
+    if (threadIdx.x == 0) {
+        // not behind a fence: parts themselves say that they are there, and those of all blocks are under way when the last has counted
+        last = atomicAdd(ticket, 1u) + 1 == gridDim.y;
+        if (last) *ticket = 0;
+    }
+    __syncthreads();
+    if (!last || at >= SIZE) return false;
     sum = 0.0f;
 #pragma unroll 1
     for (u32 first = 0; first < gridDim.y; first += DOWN_JOINED) {
@@ -303,7 +312,7 @@ __device__ __forceinline__ bool join_parts(u32* tile, u32 at, float& sum) {
 }
 
 // Block (x, y): items 8 x ... 8 x + 7 of the rows of part y of the list. Groups of lanes are joined, then warps in ascending order,
-// then the blocks of a column in ascending order.
+// then the blocks of a column in ascending order by whichever ends last.
 template <class Q>
 __device__ __forceinline__ void down(const DownArgs& args) {
     constexpr int VALUES = Q::PARTS * Q::PART;
@@ -365,12 +374,12 @@ __device__ __forceinline__ void down(const DownArgs& args) {
 #pragma unroll
     for (int v = 0; v < VALUES / (int)DOWN_GROUPS; v++) mine[v] = acc[v];
     __syncthreads();
-    if (i >= TILE) return;
     float sum = 0.0f;
+    if (i < TILE)
 #pragma unroll
-    for (u32 w = 0; w < DOWN_WARPS; w++) sum += sums[w][i];
+        for (u32 w = 0; w < DOWN_WARPS; w++) sum += sums[w][i];
     u32* tile = args.partials + (u64)blockIdx.x * gridDim.y * TILE;
-    if (gridDim.y > 1 && !join_parts<TILE>(tile, i, sum)) return;
+    if (gridDim.y > 1 && !join_parts<TILE>(tile, i, args.tickets + blockIdx.x, sum)) return;
     // columns are those of lanes, in whole blocks where there is a norm behind
     if (column >= args.n_cols) return;
     args.out[column] = sum + before;

@@ -1,5 +1,5 @@
-// A predictor's work, in 8-bit arithmetic: blocks of the token's own launches that would find no work do it, so that it takes no launch, and
-// nothing waits for it. Its hidden values beside gates and ups of the layer before; scores, as a bit for each neuron, beside attention; the
+// A predictor's work, in 8-bit arithmetic: blocks of the token's own launches that would find no work do it, so that it takes no launch,
+// and nothing waits for it. Its hidden values beside gates and ups of the layer before; scores, as a bit for each neuron, beside attention; the
 // list of these bits beside the output projection. Predictors are of Q4_0.
 #pragma once
 #include "rows.cuh"
@@ -33,7 +33,7 @@ struct PredictArgs {
     u32 n_cols;
     // whether values of `hidden` below zero become zero
     u32 relu;
-    // that take a row: 4, 8, 16 or 32
+    // that take a row: 4 or 8, with PREDICT_TOGETHER items at most
     u32 lanes;
 };
 static_assert(sizeof(PredictArgs) == 56, "as the launcher has it");
@@ -51,7 +51,7 @@ static_assert(sizeof(ListMasksArgs) == 32, "as the launcher has it");
 
 // Rows that a warp takes, for a byte of the masks.
 constexpr u32 PREDICT_ROWS = 8;
-// Items that a lane asks for before it uses the first.
+// Items of a row that a lane has at most.
 constexpr int PREDICT_TOGETHER = 4;
 // Blocks of activations that a warp makes at a time; and most of a row.
 constexpr u32 PREDICT_BLOCKS = 4, PREDICT_BLOCKS_MAX = 32;
@@ -71,21 +71,22 @@ __device__ __forceinline__ Act shared_act(void* memory, u32 n_cols) {
     return act;
 }
 
-// Rows of a warp, PREDICT_ROWS of every n_warps-th so many. Items of the next step are asked for before those of this one are used.
+// Rows of a warp, PREDICT_ROWS of every n_warps-th so many: each lane has all its items of a row at once. Those of the next row are asked for
+// before those of this one are used.
 template <class Q>
 struct PredictRows {
     const PredictArgs& args;
     const u32 n_warps, member, n_items;
     // rows at a time
     const u32 together;
-    // of this lane, and where its items begin
-    u32 row, item;
+    // of this lane
+    u32 row;
     Q next[PREDICT_TOGETHER];
     float next_bias;
 
     __device__ __forceinline__ PredictRows(const PredictArgs& args, u32 warp, u32 n_warps)
         : args(args), n_warps(n_warps), member(threadIdx.x % args.lanes), n_items(Q::items(args.n_cols)), together(WARP / args.lanes),
-          row(warp * PREDICT_ROWS + threadIdx.x % WARP / args.lanes), item(0) {
+          row(warp * PREDICT_ROWS + threadIdx.x % WARP / args.lanes) {
         load();
     }
 
@@ -93,7 +94,7 @@ struct PredictRows {
         next_bias = row < args.n_rows ? args.bias[row] : 0.0f;
 #pragma unroll
         for (int k = 0; k < PREDICT_TOGETHER; k++) {
-            const u32 at = item + member + k * args.lanes;
+            const u32 at = member + k * args.lanes;
             if (at < n_items && row < args.n_rows) next[k].load(args.rows + row * args.stride, args.n_cols, at);
         }
     }
@@ -102,35 +103,24 @@ struct PredictRows {
     __device__ __forceinline__ u32 above_zero(const Act& x) {
         const u32 lane = threadIdx.x % WARP;
         u32 mask = 0;
-        float acc = 0.0f;
 #pragma unroll 1
-        for (u32 first = 0; first < PREDICT_ROWS;) {
+        for (u32 first = 0; first < PREDICT_ROWS; first += together) {
             Q items[PREDICT_TOGETHER];
 #pragma unroll
             for (int k = 0; k < PREDICT_TOGETHER; k++) items[k] = next[k];
-            const u32 this_item = item;
             const bool exists = row < args.n_rows;
-            item += PREDICT_TOGETHER * args.lanes;
-            const bool ends = item >= n_items;
             const float bias = next_bias;
-            const u32 this_first = first;
-            if (ends) {
-                item = 0;
-                first += together;
-                row += together;
-                if (first == PREDICT_ROWS) row += (n_warps - 1) * PREDICT_ROWS;
-            }
+            row += first + together == PREDICT_ROWS ? together + (n_warps - 1) * PREDICT_ROWS : together;
             load();
+            float acc = 0.0f;
 #pragma unroll
             for (int k = 0; k < PREDICT_TOGETHER; k++) {
-                const u32 at = this_item + member + k * args.lanes;
+                const u32 at = member + k * args.lanes;
                 if (at < n_items && exists) acc = add_item_q8(items[k], at, x, acc);
             }
-            if (!ends) continue;
             for (u32 step = args.lanes / 2; step > 0; step /= 2) acc += __shfl_xor_sync(ALL_LANES, acc, step);
             const u32 above = __ballot_sync(ALL_LANES, exists && !(acc + bias <= 0.0f));
-            mask |= __ballot_sync(ALL_LANES, lane < together && above >> lane * args.lanes % WARP & 1) << this_first;
-            acc = 0.0f;
+            mask |= __ballot_sync(ALL_LANES, lane < together && above >> lane * args.lanes % WARP & 1) << first;
         }
         return mask;
     }

@@ -203,8 +203,13 @@ fn predictors_beside_a_token_s_launches_name_what_the_host_s_do() {
         let one_by_one = [&ahead[..], &["-b", "1"]].concat();
         let host = model.perplexity_of("q8", None, &one_by_one);
         let keys = "required = true";
-        let got = model.perplexity_of("q8", Some(keys), &one_by_one);
-        assert!((got / host - 1.0).abs() < 0.05, "{what}: {got}, not {host}");
+        // and where the host has a part, beside
+        for percent in [100, 50, 0] {
+            let keys = format!("{keys}\nhot_percent_max = {percent}");
+            let got = model.perplexity_of("q8", Some(&keys), &one_by_one);
+            let change = (got / host - 1.0).abs();
+            assert!(change < 0.05, "{what}, {percent} %: {got}, not {host}");
+        }
         let events = "required = true\nsync = \"events\"";
         let flags = [&ahead[..], &["--activations", "q8"]].concat();
         let first = model.hash(Some(keys), &flags);

@@ -35,7 +35,7 @@ pub(super) struct Buffers {
     pub middle: DeviceBuffer<f32>,
     pub middles: Vec<DeviceAct>,
     pub scores: DeviceBuffer<f32>,
-    /// A bit for each neuron, in place of scores, where the predictor runs between the token's own launches.
+    /// A bit for each neuron, in place of scores, where the predictor runs in blocks of the token's own launches.
     pub masks: DeviceBuffer<u32>,
     /// Hot neurons that were predicted for even and for odd layers.
     pub hot: [IdList; 2],

@@ -1015,13 +1015,17 @@ impl Capture<'_> {
             return false;
         };
         let layers = &self.weights.layers;
-        layers.get(index).is_some_and(|layer| {
-            by_list(layer)
-                && layer.ahead.as_ref().is_some_and(takes)
-                && can_norm_products(layer.wo.rows, mode)
-        }) && by_list(&layers[before])
+        // whoever predicts the next layer takes the norm's scale
+        let next = layers.get(index + 1).and_then(|next| next.ahead.as_ref());
+        next.is_none_or(|ahead| ahead.a.rows.quant.is_quantised())
+            && layers.get(index).is_some_and(|layer| {
+                by_list(layer)
+                    && layer.ahead.as_ref().is_some_and(takes)
+                    && can_norm_products(layer.wo.rows, mode)
+            })
+            && by_list(&layers[before])
             && can_attend_token(self.shape.head_dim)
-            && self.buffers.attend.can_predict()
+            && self.buffers.attend.can_predict(self.shape.n_ff)
     }
 
     /// Whether there is such a layer, and it is predicted.

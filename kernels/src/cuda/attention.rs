@@ -4,7 +4,7 @@ use super::activations::{DeviceAct, RawAct};
 use super::buffer::{DeviceBuffer, View, ViewMut};
 use super::device::Device;
 use super::functions::{ATTEND_GROUP_DIMS, ATTEND_HEADS};
-use super::predict::{PredictMasks, RawMasks};
+use super::predict::{PredictMasks, RawMasks, predict_blocks};
 use super::stream::{Grid, Stream};
 use crate::activations::ActivationMode;
 use crate::attention::{HEAD_DIM_MAX, KvType};
@@ -26,6 +26,8 @@ const GROUP_HEADS_MIN: usize = 3;
 const GROUP_POSITIONS_MIN: usize = 128;
 /// Threads of a block of `attend_lone`.
 const LONE_THREADS: usize = GROUP_THREADS;
+/// Warps of a block of either.
+const PREDICT_WARPS: usize = GROUP_THREADS / 32;
 /// Positions of a part of it, at least.
 const LONE_POSITIONS_MIN: usize = 128;
 /// Parts that one block can join.
@@ -226,9 +228,15 @@ impl AttendScratch {
         })
     }
 
-    /// Whether blocks of a launch can predict beside.
-    pub fn can_predict(&self) -> bool {
-        matches!(self.kernel, Kernel::Group(_) | Kernel::Lone(_))
+    /// Whether a launch has room for blocks that predict beside, of `n` neurons at once: those of a short context leave it.
+    pub fn can_predict(&self, n: usize) -> bool {
+        let blocks = match self.kernel {
+            Kernel::Heads(_) => return false,
+            Kernel::Group(_) => 1,
+            Kernel::Lone(_) => BLOCKS_PER_MULTIPROCESSOR,
+        };
+        let n_multiprocessors = self.states.device().info().n_multiprocessors;
+        self.n_groups + predict_blocks(n, PREDICT_WARPS) <= n_multiprocessors * blocks
     }
 
     /// Bytes of device memory.
@@ -312,7 +320,8 @@ pub fn attend_token(
 /// The driver's.
 ///
 /// # Panics
-/// As [`attend_token`]; when something is predicted and not [`AttendScratch::can_predict`]; when shapes of that do not fit.
+/// As [`attend_token`]; when something is predicted and the kernel has no blocks for it ([`AttendScratch::can_predict`] of one neuron); when
+/// shapes of that do not fit.
 pub fn attend_token_with(
     stream: &Stream,
     token: AttendToken<'_>,
@@ -430,11 +439,11 @@ fn launch(
     stream.check(&[scratch.tickets.device()]);
     let (k_cache, v_cache) = cache.addresses();
     let is_alone = rest.predict.is_none();
-    assert!(is_alone || scratch.can_predict(), "blocks that predict");
-    let warps = GROUP_THREADS / 32;
-    let (predict, n_beside) = rest
-        .predict
-        .map_or((RawMasks::NONE, 0), |predict| predict.raw(stream, warps));
+    let has_blocks = !matches!(scratch.kernel, Kernel::Heads(_));
+    assert!(is_alone || has_blocks, "blocks that predict");
+    let (predict, n_beside) = rest.predict.map_or((RawMasks::NONE, 0), |predict| {
+        predict.raw(stream, PREDICT_WARPS)
+    });
     let args = AttendArgs {
         q: q.address(),
         k_cache,

@@ -2,7 +2,6 @@
 
 use super::buffer::{DeviceBuffer, View, ViewMut};
 use super::device::Device;
-use super::functions::DOWN_THREADS;
 use super::layout::{DeviceRows, RowsView, item_values};
 use super::rows::{Add, NeuronList};
 use super::stream::{Grid, Stream};
@@ -11,6 +10,8 @@ use crate::error::KernelError;
 
 /// Items of a row that a block has.
 const TILE_ITEMS: usize = 8;
+/// Threads of a block.
+const THREADS: usize = 256;
 /// Blocks that share the work on a multiprocessor.
 const BLOCKS_PER_MULTIPROCESSOR: usize = 2;
 /// Neurons below which dividing a list further gains nothing.
@@ -26,6 +27,7 @@ pub struct DownScratch {
     n_parts: usize,
     /// Parts of sums, [`NOT_YET`] between launches.
     partials: DeviceBuffer<u32>,
+    tickets: DeviceBuffer<u32>,
 }
 
 impl DownScratch {
@@ -37,24 +39,20 @@ impl DownScratch {
     pub fn new(device: &Device, rows: DeviceRows) -> Result<Self, KernelError> {
         let values = item_values(rows.quant);
         let n_tiles = rows.n_cols.div_ceil(values).div_ceil(TILE_ITEMS);
-        // blocks wait for each other, so there is room for all
-        let blocks = device
-            .functions()
-            .down(rows.quant)
-            .blocks_per_multiprocessor;
-        let room = device.info().n_multiprocessors * blocks.min(BLOCKS_PER_MULTIPROCESSOR);
+        let room = device.info().n_multiprocessors * BLOCKS_PER_MULTIPROCESSOR;
         let n_parts = (room / n_tiles.max(1)).clamp(1, rows.n_rows.div_ceil(NEURONS_MIN).max(1));
         Ok(Self {
             rows,
             n_tiles,
             n_parts,
+            tickets: device.alloc(n_tiles)?,
             partials: device.upload(&vec![NOT_YET; n_tiles * n_parts * TILE_ITEMS * values])?,
         })
     }
 
     /// Bytes of device memory.
     pub fn bytes(&self) -> usize {
-        self.partials.bytes()
+        self.partials.bytes() + self.tickets.bytes()
     }
 }
 
@@ -71,11 +69,12 @@ struct DownArgs {
     add: u64,
     out: u64,
     partials: u64,
+    tickets: u64,
     skip: u32,
     then: RawThenNorm,
 }
 
-const _: () = assert!(size_of::<DownArgs>() == 208);
+const _: () = assert!(size_of::<DownArgs>() == 216);
 
 /// Writes `Σ a[j] · down[ids[j]]`, plus `add`, to `out` (`[n_cols]` f32), and the first half of a norm of it. With `skip`, rows whose `a` (f32, as long as the
 /// list) is zero are not read.
@@ -124,15 +123,16 @@ pub fn down_active(
         add: add.address(&out),
         out: out.address(),
         partials: scratch.partials.view(..).address(),
+        tickets: scratch.tickets.view(..).address(),
         skip: u32::from(skip),
         then: then.map_or(RawThenNorm::NONE, |then| then.raw(stream, shape.n_cols)),
     };
     let grid = Grid {
         blocks: [scratch.n_tiles, scratch.n_parts],
-        threads: DOWN_THREADS,
+        threads: THREADS,
         shared_bytes: 0,
     };
     let function = stream.functions().down(shape.quant);
     // SAFETY: rows, list and output fit (asserted); the scratch was made for them.
-    unsafe { stream.launch("launch down_active", function.function, grid, args) }
+    unsafe { stream.launch("launch down_active", function, grid, args) }
 }

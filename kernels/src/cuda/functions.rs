@@ -25,9 +25,6 @@ pub(super) const ROWS_THREADS: usize = 128;
 /// Threads of a block of the `rows_then_norm` kernels.
 pub(super) const ROWS_THEN_NORM_THREADS: usize = 512;
 
-/// Threads of a block of the `down` kernels.
-pub(super) const DOWN_THREADS: usize = 256;
-
 /// A kernel of the loaded image.
 #[derive(Debug, Clone, Copy)]
 pub(super) struct Function(pub(super) sys::CUfunction);
@@ -65,7 +62,7 @@ pub(super) struct Functions {
     /// By place in [`SUPPORTED`], of those that are quantised.
     row_pairs: Vec<Option<ResidentFunction>>,
     rows_then_norm: Vec<Option<ResidentFunction>>,
-    down: Vec<ResidentFunction>,
+    down: Vec<Function>,
     embed: Vec<Function>,
     /// f16 and f32 caches, by place in [`ATTEND_HEADS`].
     attend: [Vec<Function>; 2],
@@ -149,10 +146,7 @@ impl Functions {
             rows: SUPPORTED.iter().map(rows).collect::<Result<_, _>>()?,
             row_pairs: quantised("row_pairs", ROWS_THREADS)?,
             rows_then_norm: quantised("rows_then_norm", ROWS_THEN_NORM_THREADS)?,
-            down: SUPPORTED
-                .iter()
-                .map(|quant| resident(format!("down_{}", quant.name()), DOWN_THREADS))
-                .collect::<Result<_, _>>()?,
+            down: each("down")?,
             embed: each("embed")?,
             attend: [attend("f16")?, attend("f32")?],
             attend_group: ATTEND_GROUP_DIMS
@@ -194,7 +188,7 @@ impl Functions {
         self.rows_then_norm[Self::place(quant)].expect("rows are quantised")
     }
 
-    pub(super) fn down(&self, quant: QuantType) -> ResidentFunction {
+    pub(super) fn down(&self, quant: QuantType) -> Function {
         self.down[Self::place(quant)]
     }
 

@@ -11,15 +11,17 @@ use super::then_norm::RawNormBefore;
 use crate::activations::ActivationMode;
 use crate::quant::{BLOCK, QuantType};
 
-/// Fewest and most lanes that take a row of scores, and items that one asks for at a time.
-const LANES: [usize; 2] = [4, 32];
+/// Fewest lanes that take a row of scores, and most items that one has.
+const LANES_MIN: usize = 4;
 const TOGETHER: usize = 4;
 /// Rows of scores that a warp takes, for a byte of masks.
 const WARP_ROWS: usize = 8;
 /// Most hidden values: they lie in shared memory.
 const N_HIDDEN_MAX: usize = 32 * BLOCK;
 
-/// Whether a predictor with these rows, of its two products, is taken: those that `pi-runtime prepare` and `synth` write are.
+const _: () = assert!(N_HIDDEN_MAX <= BLOCK * TOGETHER * WARP_ROWS);
+
+/// Whether a predictor with these rows, of its two products, is taken: those that `pi-runtime prepare` writes are, up to 1024 hidden values.
 pub fn can_predict(hidden: DeviceRows, scores: DeviceRows, mode: ActivationMode) -> bool {
     let formats = [hidden.quant, scores.quant] == [QuantType::Q4_0; 2];
     formats && mode == ActivationMode::Q8 && scores.n_cols <= N_HIDDEN_MAX
@@ -28,6 +30,11 @@ pub fn can_predict(hidden: DeviceRows, scores: DeviceRows, mode: ActivationMode)
 /// Words of masks for `n` neurons, a bit each.
 pub fn mask_words(n: usize) -> usize {
     n.div_ceil(u32::BITS as usize)
+}
+
+/// Blocks of `warps` warps that take all scores of `n` neurons at once.
+pub(super) fn predict_blocks(n: usize, warps: usize) -> usize {
+    n.div_ceil(WARP_ROWS * warps)
 }
 
 /// Writes the products of all rows with `x` (`[n_cols]`), plus `add`, to `out` (`[n_rows]` f32), as [`super::gemv`] does.
@@ -184,9 +191,9 @@ impl PredictMasks<'_> {
             n_rows: n as u32,
             n_cols: n_hidden as u32,
             relu: u32::from(self.relu),
-            lanes: lanes.clamp(LANES[0], LANES[1]) as u32,
+            lanes: lanes.max(LANES_MIN) as u32,
         };
-        (raw, n.div_ceil(WARP_ROWS * warps))
+        (raw, predict_blocks(n, warps))
     }
 }
 

@@ -172,7 +172,7 @@ fn scores_are_made_beside_attention() {
         let act = || DeviceAct::new(&device, Q8, n_q).unwrap();
         let (mut caches, mut scratches) = ([cache(), cache()], [scratch(), scratch()]);
         let mut heads = [act(), act()];
-        assert!(scratches[0].can_predict());
+        assert!(scratches[0].can_predict(1));
         let rotation = [vec![1.0f32; head_dim], vec![0.0; head_dim]].concat();
         let rotation = device.upload(&rotation).unwrap();
         for (position, ((n, n_hidden), share)) in cases.clone().enumerate() {
@@ -309,6 +309,8 @@ fn other_predictors_are_left_alone() {
     // heads of a size that few models have
     for (head_dim, can) in [(64, true), (96, false)] {
         let scratch = AttendScratch::new(&device, 8, 2, head_dim, 64, KvType::F16, Q8).unwrap();
-        assert_eq!(scratch.can_predict(), can, "heads of {head_dim}");
+        assert_eq!(scratch.can_predict(100), can, "heads of {head_dim}");
+        // more than there is room for at once
+        assert!(!scratch.can_predict(1 << 20), "heads of {head_dim}");
     }
 }

@@ -23,7 +23,7 @@ pub use gpu_link::{GpuLink, memory_bandwidth};
 pub use store::ProfileStore;
 
 /// Of the file's form, and of what is measured how: another version is another fingerprint.
-const VERSION: u32 = 1;
+const VERSION: u32 = 2;
 
 /// Forks and joins, and messages, that are timed.
 const N_ROUNDS: usize = 20_000;

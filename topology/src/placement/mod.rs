@@ -71,7 +71,7 @@ pub struct DeviceSpeed {
 
 /// Kernels of a layer without neurons: projections, attention, output projection.
 const FIXED_LAUNCHES: f64 = 3.0;
-/// Both norms, where nodes take part in the layer; else they are made by the kernels before them.
+/// Both norms, where nodes take part in the layer; else they are mostly made by the kernels before them.
 const NORM_LAUNCHES: f64 = 2.0;
 /// Kernels of a layer's hot neurons: gates and ups, downs.
 const HOT_LAUNCHES: f64 = 2.0;
