@@ -193,7 +193,7 @@ fn predictors_beside_a_token_s_launches_name_what_the_host_s_do() {
             n_embd: 64 * n_head,
             n_head,
             n_head_kv,
-            ..tiny.shape.clone()
+            ..tiny.shape
         };
         let model = Model::of(&SynthOptions {
             shape,

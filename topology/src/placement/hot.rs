@@ -232,7 +232,9 @@ impl<'a> Growing<'a> {
         } else {
             0.0
         };
-        machine.hand_off_of(n_cold) + hot.fold(cold_bytes / machine.nodes_bytes_per_s(), f64::max)
+        machine.hand_off_of(n_cold)
+            + machine.norms_of(n_cold)
+            + hot.fold(cold_bytes / machine.nodes_bytes_per_s(), f64::max)
     }
 
     /// The step that saves most for its bytes; none where none saves anything or fits.

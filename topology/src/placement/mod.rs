@@ -109,12 +109,19 @@ pub struct MachineSpeed {
 }
 
 impl MachineSpeed {
-    /// A layer's fork and join, seconds, where `n_cold` of its neurons are not on a device, which then has two kernels more.
+    /// A layer's fork and join, seconds, where `n_cold` of its neurons are not on a device.
     fn hand_off_of(&self, n_cold: usize) -> f64 {
+        match self.devices.is_empty() || n_cold > 0 {
+            true => self.hand_off_s,
+            false => 0.0,
+        }
+    }
+
+    /// What the norms of such a layer take, seconds, which then are kernels of the device.
+    fn norms_of(&self, n_cold: usize) -> f64 {
         match self.devices.first() {
-            None => self.hand_off_s,
-            Some(_) if n_cold == 0 => 0.0,
-            Some(device) => self.hand_off_s + NORM_LAUNCHES * device.launch_s,
+            Some(device) if n_cold > 0 => NORM_LAUNCHES * device.launch_s,
+            _ => 0.0,
         }
     }
 

@@ -37,7 +37,7 @@ impl LayerTime {
         let shares = placement.cold.iter();
         let n_cold = shares.map(|share| share.n_neurons(group_ends)).sum();
         Self {
-            fixed_s: machine.fixed_s(layer.fixed_bytes, FIXED_LAUNCHES),
+            fixed_s: machine.fixed_s(layer.fixed_bytes, FIXED_LAUNCHES) + machine.norms_of(n_cold),
             hand_off_s: machine.hand_off_of(n_cold),
             hot_s: hot
                 .map(|(device, ids)| match ids.is_empty() {
