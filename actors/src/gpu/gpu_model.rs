@@ -886,6 +886,14 @@ pub(super) fn gates_of(shape: &ModelShape, dense: bool) -> Gates {
     }
 }
 
+/// What is added to a predictor's first product.
+fn hidden_bias<'a>(arena: &'a DeviceBuffer<u8>, ahead: &GpuAhead) -> Add<'a> {
+    match &ahead.a_bias {
+        Some(at) => Add::Values(values(arena, at)),
+        None => Add::None,
+    }
+}
+
 impl Capture<'_> {
     fn graphs(&mut self, stream: &Stream) -> Result<TokenGraphs, KernelError> {
         match self.weights.sync {
@@ -1257,15 +1265,11 @@ impl Capture<'_> {
         let (arena, shape, exchange) = (&self.weights.arena, self.shape, self.exchange);
         let buffers = &mut *self.buffers;
         let rank = ahead.a.rows.n_rows;
-        let bias = match &ahead.a_bias {
-            Some(at) => Add::Values(values(arena, at)),
-            None => Add::None,
-        };
         gemv(
             stream,
             ahead.a.view(arena),
             &buffers.residual,
-            bias,
+            hidden_bias(arena, ahead),
             buffers.middle.view_mut(..rank),
         )?;
         let middle = (buffers.middles.iter_mut()).find(|act| act.n_cols() == rank);
@@ -1342,10 +1346,7 @@ impl Capture<'_> {
         let hidden = next_ahead.map(|ahead| PredictHidden {
             rows: ahead.a.view(arena),
             x: &buffers.residual,
-            add: match &ahead.a_bias {
-                Some(at) => Add::Values(values(arena, at)),
-                None => Add::None,
-            },
+            add: hidden_bias(arena, ahead),
             out: buffers.middle.view_mut(..ahead.a.rows.n_rows),
         });
         gate_up_with(
