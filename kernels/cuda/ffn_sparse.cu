@@ -3,6 +3,12 @@
 #include "quant.cuh"
 #include "then_norm.cuh"
 
+// What the blocks of one part of the columns know of each other.
+struct DownCounts {
+    // blocks that have started; warps that have joined parts or need not, with a bit from SLICES on for each that could not
+    u32 started, ended;
+};
+
 struct DownArgs {
     // [n_neurons] rows, `stride` bytes apart
     const u8* rows;
@@ -23,7 +29,7 @@ struct DownArgs {
     // [gridDim.x, gridDim.y, 8 * values of an item] f32, all NOT_YET
     u32* partials;
     // [gridDim.x], zeros
-    u32* tickets;
+    DownCounts* counts;
     // whether rows whose factor is zero are left unread
     u32 skip;
     // of the results
@@ -123,6 +129,10 @@ static_assert(DOWN_GROUPS == 4, "two steps join them");
 constexpr int DOWN_TOGETHER = 4, DOWN_FEW = 6;
 // Blocks' parts that a thread asks for before it adds the first.
 constexpr u32 DOWN_JOINED = 16;
+// How often a warp looks whether all blocks have started.
+constexpr u32 DOWN_LOOKS = 32;
+// Unit of the bits of slices that are left, beside the count of warps.
+constexpr u32 DOWN_LEFT = 1 << 16;
 
 // Adds to this lane's values those of the lane STEP away: each of the two is left with N of them, the lower one with the first ones.
 template <int STEP, int N, int VALUES>
@@ -220,7 +230,27 @@ struct DownSums {
             next_a[t] = !neurons.has(k + t * STEP) ? 0.0f : ids[t] < args.n_neurons ? neurons.a(k + t * STEP) : not_a_number();
     }
 
-    // When the first step's items and factors have been asked for.
+    // When the first step's items and factors have been asked for: whole steps, where ids need not be asked for.
+    template <class Neurons>
+    __device__ __forceinline__ void add_steps(const Neurons& neurons) {
+        if (!exists) return;
+#pragma unroll 1
+        for (u32 k = first; k < neurons.n(); k += STEP * TOGETHER) {
+            Q items[TOGETHER];
+            float a[TOGETHER];
+#pragma unroll
+            for (int t = 0; t < TOGETHER; t++) items[t] = next[t], a[t] = next_a[t];
+            load_items(neurons, k + STEP * TOGETHER);
+            load_a(neurons, k + STEP * TOGETHER);
+#pragma unroll
+            for (int t = 0; t < TOGETHER; t++) {
+                if (!neurons.has(k + t * STEP)) break;
+                add_item(items[t], a[t]);
+            }
+        }
+    }
+
+    // The same, one by one.
     template <class Neurons>
     __device__ __forceinline__ void add(const Neurons& neurons) {
         if (!exists) return;
@@ -273,22 +303,10 @@ struct DownSums {
     }
 };
 
-// The sum of a column's parts, of which block y of gridDim.y has this one, in ascending order; true in the block that ends last, which has
-// joined them. Called by the whole block, for column `at` of a tile of SIZE, if there is one; memory is left as it was.
+// The sum of the parts of column `at` of a tile of SIZE, in ascending order of their blocks. Waits until each is there, and leaves memory as it was.
 template <u32 SIZE>
-__device__ __forceinline__ bool join_parts(u32* tile, u32 at, u32* ticket, float& sum) {
-    __shared__ bool last;
-    if (at < SIZE)
-        store_relaxed(tile + blockIdx.y * SIZE + at, sum == sum ? __float_as_uint(sum) : __float_as_uint(not_a_number()));
-    __syncthreads();
-    if (threadIdx.x == 0) {
-        // not behind a fence: parts themselves say that they are there, and those of all blocks are under way when the last has counted
-        last = atomicAdd(ticket, 1u) + 1 == gridDim.y;
-        if (last) *ticket = 0;
-    }
-    __syncthreads();
-    if (!last || at >= SIZE) return false;
-    sum = 0.0f;
+__device__ __forceinline__ float sum_of_parts(u32* tile, u32 at) {
+    float sum = 0.0f;
 #pragma unroll 1
     for (u32 first = 0; first < gridDim.y; first += DOWN_JOINED) {
         u32 parts[DOWN_JOINED];
@@ -308,11 +326,41 @@ __device__ __forceinline__ bool join_parts(u32* tile, u32 at, u32* ticket, float
             sum += __uint_as_float(parts[k]);
         }
     }
-    return true;
+    return sum;
+}
+
+// Gives this block's part of column `at` of a tile of SIZE, and calls `done` with whole columns and their sums, 32 neighbouring ones a warp.
+//
+// Warps of all blocks have a slice each, for which they wait: but for blocks that have started alone, which end whatever others do. A
+// warp that did not see that all have (nothing warrants that there is room for all at a time) leaves its slice to that which counts last.
+// No sum depends on who joins it.
+template <u32 SIZE, class Done>
+__device__ __forceinline__ void join_parts(u32* tile, u32 at, DownCounts* counts, u32 started, float part, const Done& done) {
+    constexpr u32 SLICES = SIZE / WARP;
+    const u32 warp = threadIdx.x / WARP, lane = threadIdx.x % WARP;
+    if (at < SIZE)
+        // the part itself says that it is there: a flag would have to come behind it
+        store_relaxed(tile + blockIdx.y * SIZE + at, part == part ? __float_as_uint(part) : __float_as_uint(not_a_number()));
+    const bool has_slice = warp < SLICES && warp % gridDim.y == blockIdx.y;
+    if (!has_slice && (warp != 0 || blockIdx.y < SLICES)) return;
+    if (has_slice)
+        for (u32 looks = 0; started != gridDim.y && looks < DOWN_LOOKS; looks++) started = load_relaxed(&counts->started);
+    const bool waits = has_slice && started == gridDim.y;
+    u32 before = 0;
+    if (lane == 0) before = atomicAdd(&counts->ended, 1u + (has_slice && !waits ? DOWN_LEFT << warp : 0));
+    if (waits) done(at, sum_of_parts<SIZE>(tile, at));
+    before = __shfl_sync(ALL_LANES, before, 0);
+    if (before % DOWN_LEFT + 1 != max(gridDim.y, SLICES)) return;
+    if (lane == 0) *counts = DownCounts{0, 0};
+    u32 left = before / DOWN_LEFT | (has_slice && !waits ? 1u << warp : 0);
+    for (; left != 0; left &= left - 1) {
+        const u32 other = (__ffs(left) - 1) * WARP + lane;
+        done(other, sum_of_parts<SIZE>(tile, other));
+    }
 }
 
 // Block (x, y): items 8 x ... 8 x + 7 of the rows of part y of the list. Groups of lanes are joined, then warps in ascending order,
-// then the blocks of a column in ascending order by whichever ends last.
+// then the blocks of a column in ascending order.
 template <class Q>
 __device__ __forceinline__ void down(const DownArgs& args) {
     constexpr int VALUES = Q::PARTS * Q::PART;
@@ -325,11 +373,16 @@ __device__ __forceinline__ void down(const DownArgs& args) {
     for (int v = 0; v < VALUES; v++) acc[v] = 0.0f;
     DownSums<Q, DOWN_TOGETHER> own(args, acc);
     DownSums<Q, DOWN_FEW> of_few(args, acc);
-    // the value that this thread has in the end, and what it is added to
-    const u32 i = threadIdx.x, of_item = blockIdx.x * DOWN_ITEMS + i / VALUES, of_value = i % VALUES;
-    const bool has_column = i < TILE && of_item < Q::items(args.n_cols);
-    const u32 column = has_column ? Q::column(of_item, of_value / Q::PART) + of_value % Q::PART : args.n_cols;
+    // what is added to a column's sum, and where it is in a tile
+    const auto column_of = [&](u32 at) {
+        const u32 of_item = blockIdx.x * DOWN_ITEMS + at / VALUES, of_value = at % VALUES;
+        const bool exists = at < TILE && of_item < Q::items(args.n_cols);
+        return exists ? Q::column(of_item, of_value / Q::PART) + of_value % Q::PART : args.n_cols;
+    };
+    const u32 i = threadIdx.x, column = column_of(i);
     const bool listed = args.n_ids != nullptr;
+    // Another launch with these counts, right before this one, may not have ended; but then all of its blocks have started.
+    if (gridDim.y > 1 && i == 0) atomicAdd(&args.counts[blockIdx.x].started, 1u);
     // the first ids are asked for together with how many there are
 #pragma unroll
     for (int t = 0; t < DOWN_FEW; t++) {
@@ -348,8 +401,11 @@ __device__ __forceinline__ void down(const DownArgs& args) {
     if (!args.skip && !listed) own.load_items(of_all, own.first);
     wait_for_launch_before();
     start_next_launch();
-    const float before = args.add != nullptr && column < args.n_cols ? args.add[column] : 0.0f;
-    const float weight = args.then.squares != nullptr && column < args.n_cols ? args.then.weight[column] : 0.0f;
+    const auto before_of = [&](u32 column) { return args.add != nullptr && column < args.n_cols ? args.add[column] : 0.0f; };
+    const auto weight_of = [&](u32 column) {
+        return args.then.squares != nullptr && column < args.n_cols ? args.then.weight[column] : 0.0f;
+    };
+    const float before = before_of(column), weight = weight_of(column);
     if (!args.skip && few) {
         of_few.load_a(of_list, own.first);
         of_few.add_first(of_list);
@@ -358,7 +414,7 @@ __device__ __forceinline__ void down(const DownArgs& args) {
         own.add(of_list);
     } else if (!args.skip) {
         own.load_a(of_all, own.first);
-        own.add(of_all);
+        own.add_steps(of_all);
     } else {
         for (u32 first = 0; first < places.n_runs; first += DOWN_LIST / WARP) {
             find_active(args, places, first, list);
@@ -368,6 +424,8 @@ __device__ __forceinline__ void down(const DownArgs& args) {
         }
     }
 
+    // asked for before it is needed
+    u32 started = gridDim.y > 1 ? load_relaxed(&args.counts[blockIdx.x].started) : 0;
     join_lanes<16, VALUES / 2>(acc);
     join_lanes<8, VALUES / 4>(acc);
     float* mine = sums[warp] + lane % DOWN_ITEMS * VALUES + lane / 16 * (VALUES / 2) + lane / 8 % 2 * (VALUES / 4);
@@ -378,12 +436,19 @@ __device__ __forceinline__ void down(const DownArgs& args) {
     if (i < TILE)
 #pragma unroll
         for (u32 w = 0; w < DOWN_WARPS; w++) sum += sums[w][i];
-    u32* tile = args.partials + (u64)blockIdx.x * gridDim.y * TILE;
-    if (gridDim.y > 1 && !join_parts<TILE>(tile, i, args.tickets + blockIdx.x, sum)) return;
     // columns are those of lanes, in whole blocks where there is a norm behind
-    if (column >= args.n_cols) return;
-    args.out[column] = sum + before;
-    if (args.then.squares != nullptr) then_norm(args.then, column / BLOCK, sum + before, weight);
+    const auto done = [&](u32 column, float before, float weight, float sum) {
+        if (column >= args.n_cols) return;
+        args.out[column] = sum + before;
+        if (args.then.squares != nullptr) then_norm(args.then, column / BLOCK, sum + before, weight);
+    };
+    if (gridDim.y == 1) return done(column, before, weight, sum);
+    u32* tile = args.partials + (u64)blockIdx.x * gridDim.y * TILE;
+    join_parts<TILE>(tile, i, args.counts + blockIdx.x, started, sum, [&](u32 at, float sum) {
+        if (at == i) return done(column, before, weight, sum);
+        const u32 column = column_of(at);
+        done(column, before_of(column), weight_of(column), sum);
+    });
 }
 static_assert(32 * DOWN_ITEMS <= DOWN_WARPS * WARP, "a thread for each value of a tile");
 static_assert(4 * DOWN_ITEMS % WARP == 0, "whole warps");

@@ -27,7 +27,8 @@ pub struct DownScratch {
     n_parts: usize,
     /// Parts of sums, [`NOT_YET`] between launches.
     partials: DeviceBuffer<u32>,
-    tickets: DeviceBuffer<u32>,
+    /// Two counts for each part of the columns, zeros between launches.
+    counts: DeviceBuffer<u32>,
 }
 
 impl DownScratch {
@@ -37,23 +38,43 @@ impl DownScratch {
     /// # Errors
     /// As [`Device::alloc`].
     pub fn new(device: &Device, rows: DeviceRows) -> Result<Self, KernelError> {
-        let values = item_values(rows.quant);
-        let n_tiles = rows.n_cols.div_ceil(values).div_ceil(TILE_ITEMS);
         let room = device.info().n_multiprocessors * BLOCKS_PER_MULTIPROCESSOR;
-        let n_parts = (room / n_tiles.max(1)).clamp(1, rows.n_rows.div_ceil(NEURONS_MIN).max(1));
+        let n_parts = room / n_tiles(rows).max(1);
+        Self::with_parts(device, rows, n_parts)
+    }
+
+    /// The same, of neurons in about so many parts, each a block for each part of the columns. More than there is room for at a time are slower.
+    ///
+    /// # Errors
+    /// As [`Device::alloc`].
+    pub fn with_parts(
+        device: &Device,
+        rows: DeviceRows,
+        n_parts: usize,
+    ) -> Result<Self, KernelError> {
+        let n_tiles = n_tiles(rows);
+        let n_parts = n_parts.clamp(1, rows.n_rows.div_ceil(NEURONS_MIN).max(1));
+        let n_partials = n_tiles * n_parts * TILE_ITEMS * item_values(rows.quant);
         Ok(Self {
             rows,
             n_tiles,
             n_parts,
-            tickets: device.alloc(n_tiles)?,
-            partials: device.upload(&vec![NOT_YET; n_tiles * n_parts * TILE_ITEMS * values])?,
+            counts: device.alloc(2 * n_tiles)?,
+            partials: device.upload(&vec![NOT_YET; n_partials])?,
         })
     }
 
     /// Bytes of device memory.
     pub fn bytes(&self) -> usize {
-        self.partials.bytes() + self.tickets.bytes()
+        self.partials.bytes() + self.counts.bytes()
     }
+}
+
+/// Parts of the columns.
+fn n_tiles(rows: DeviceRows) -> usize {
+    rows.n_cols
+        .div_ceil(item_values(rows.quant))
+        .div_ceil(TILE_ITEMS)
 }
 
 #[repr(C)]
@@ -69,7 +90,7 @@ struct DownArgs {
     add: u64,
     out: u64,
     partials: u64,
-    tickets: u64,
+    counts: u64,
     skip: u32,
     then: RawThenNorm,
 }
@@ -123,7 +144,7 @@ pub fn down_active(
         add: add.address(&out),
         out: out.address(),
         partials: scratch.partials.view(..).address(),
-        tickets: scratch.tickets.view(..).address(),
+        counts: scratch.counts.view(..).address(),
         skip: u32::from(skip),
         then: then.map_or(RawThenNorm::NONE, |then| then.raw(stream, shape.n_cols)),
     };

@@ -243,6 +243,49 @@ fn a_wide_layer_is_summed_alike_every_time() {
     }
 }
 
+/// Blocks wait for those that have started alone: here most start when others have ended.
+#[test]
+fn parts_that_find_no_room_are_joined_all_the_same() {
+    let Some(device) = device() else { return };
+    let stream = device.stream().unwrap();
+    const N: usize = 40_000;
+    for (quant, n_cols) in [
+        (QuantType::Q4_0, 2048),
+        (QuantType::F16, 1024),
+        (QuantType::Q6_K, 2048),
+    ] {
+        let down = Rows::random(&device, 5, quant, N, n_cols);
+        let ids: Vec<u32> = (0..N as u32).step_by(3).collect();
+        let a = Random(6).floats(ids.len());
+        let mut want = vec![0.0f64; n_cols];
+        let mut sizes = vec![0.0f64; n_cols];
+        for (&row, &a) in ids.iter().zip(&a) {
+            for (c, &w) in down.values(row as usize).iter().enumerate() {
+                want[c] += f64::from(a) * f64::from(w);
+                sizes[c] += (f64::from(a) * f64::from(w)).abs();
+            }
+        }
+        let a = device.upload(&a).unwrap();
+        let listed = List::new(&device, &ids, ids.len());
+        for n_parts in [3, 800] {
+            let mut scratch = DownScratch::with_parts(&device, down.shape, n_parts).unwrap();
+            let mut first = None;
+            for _ in 0..20 {
+                let mut out = device.upload(&vec![f32::NAN; n_cols]).unwrap();
+                let of = (down.view(), listed.view(), a.view(..), false);
+                sum(&stream, of, Add::None, &mut scratch, out.view_mut(..));
+                stream.synchronize().unwrap();
+                let out = out.read().unwrap();
+                for c in 0..n_cols {
+                    let what = format!("{quant} in {n_parts} parts, column {c}");
+                    assert_near(out[c], want[c] as f32, 1e-6 * sizes[c], &what);
+                }
+                assert_eq!(bits(first.get_or_insert(out.clone())), bits(&out));
+            }
+        }
+    }
+}
+
 #[test]
 fn what_is_not_finite_and_neurons_that_do_not_exist_surface() {
     let Some(device) = device() else { return };
