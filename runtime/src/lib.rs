@@ -10,6 +10,7 @@ pub mod gguf;
 pub mod head_sketch;
 pub mod heap_limit;
 pub mod inspect;
+mod linear_algebra;
 #[cfg(unix)]
 mod lost_pages;
 pub mod machine_profile;

@@ -10,7 +10,7 @@
 //! chooses between them.
 //!
 //! Source: activation-aware low rank as in Chen et al. 2021, "DRONE: Data-aware Low-rank Compression for Large NLP
-//! Models"; subspace iteration as in Halko, Martinsson and Tropp 2011, algorithm 4.4.
+//! Models".
 
 use std::num::NonZeroUsize;
 use std::ops::Range;
@@ -21,9 +21,9 @@ use pi_kernels::quant::BLOCK;
 use super::blocks::{BLOCK_BYTES, each, quantize, spread};
 use super::quality::{self, Offer};
 use super::{HeadSamples, HeadSketch, HeadSketchError, PROJECT_TYPE, SCORES_TYPE};
+use crate::linear_algebra::{Lower, Workers, leading_directions, product, transposed, whole};
 use crate::model::quantize::{dequantize_row, quantize_row};
 use crate::model::tensors::FileMatrix;
-use crate::sampler::Mt19937;
 
 /// Hidden states that a fit needs.
 const N_TOKENS_MIN: usize = 512;
@@ -36,8 +36,7 @@ const BLOCK_ROWS: usize = 1024;
 const WAVE: usize = 8;
 /// Share of the hidden states' mean square that is added to each of their moments, so that none has none.
 const RIDGE: f64 = 1e-3;
-/// Directions tracked beside those asked for, and passes of the subspace iteration.
-const OVERSAMPLED: usize = 16;
+/// Passes of the subspace iteration.
 const N_PASSES: usize = 12;
 
 /// How a sketch is fitted.
@@ -210,39 +209,23 @@ fn directions(
     for n in 0..n_embd {
         moments[(n, n)] += ridge;
     }
-    let lower = Cholesky::new(moments)
+    let workers = Workers::new(options.n_threads);
+    let lower = Lower::new(workers, moments)
         .ok_or(HeadSketchError::Degenerate)?
-        .unpack();
+        .into_matrix();
     let gram = sum(rows.n_blocks(), n_threads, |block| {
         let rows = rows.block(block);
         &rows * rows.transpose()
     });
-    let target = lower.transpose() * gram * &lower;
+    let target = product(workers, whole(&gram), whole(&lower));
+    let target = product(workers, transposed(&lower), whole(&target));
     if target.iter().any(|value| !value.is_finite()) {
         return Err(HeadSketchError::Degenerate);
     }
-    let leading = leading_vectors(&target, rank, options.seed);
-    Ok((lower * leading).cast::<f32>())
-}
-
-/// The leading eigenvectors of a symmetric matrix without negative eigenvalues, `[n, rank]`, strongest first.
-fn leading_vectors(matrix: &DMatrix<f64>, rank: usize, seed: u32) -> DMatrix<f64> {
-    let n = matrix.nrows();
-    let tracked = (rank + OVERSAMPLED).min(n);
-    let mut random = Mt19937::new(seed);
-    let start = DMatrix::from_fn(n, tracked, |_, _| random.next_f64() - 0.5);
-    let mut basis = start.qr().q();
-    for _ in 0..N_PASSES {
-        basis = (matrix * basis).qr().q();
-    }
-    let within = basis.transpose() * matrix * &basis;
-    let eigen = within.symmetric_eigen();
-    let mut order: Vec<usize> = (0..tracked).collect();
-    order.sort_by(|&a, &b| eigen.eigenvalues[b].total_cmp(&eigen.eigenvalues[a]));
-    let strongest = eigen
-        .eigenvectors
-        .select_columns(&order[..rank.min(tracked)]);
-    basis * strongest
+    let leading = leading_directions(workers, n_embd, rank, N_PASSES, options.seed, |rows| {
+        product(workers, whole(rows), whole(&target))
+    });
+    Ok(product(workers, whole(&lower), transposed(&leading)).cast::<f32>())
 }
 
 /// B of the highest rank, rounded, with what A of any rank is solved from.
@@ -316,29 +299,5 @@ impl Rounded {
             project,
             scores: scores.copied().collect(),
         })
-    }
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn the_strongest_directions_are_found() {
-        // eigenvalues 1/1, 1/2, 1/3, … along turned axes
-        let n = 96;
-        let mut random = Mt19937::new(9);
-        let turn = DMatrix::from_fn(n, n, |_, _| random.next_f64() - 0.5)
-            .qr()
-            .q();
-        let values = DMatrix::from_fn(n, n, |i, j| if i == j { 1.0 / (i + 1) as f64 } else { 0.0 });
-        let matrix = &turn * values * turn.transpose();
-        let found = leading_vectors(&matrix, 32, 5);
-        let gram = found.transpose() * &found;
-        assert!((gram - DMatrix::identity(32, 32)).abs().max() < 1e-9);
-        for i in 0..16 {
-            let along = found.column(i).dot(&turn.column(i)).abs();
-            assert!(along > 0.98, "direction {i}: {along}");
-        }
     }
 }

@@ -2,10 +2,10 @@
 
 use pi_kernels::Cpu;
 
-use super::products::Workers;
 use super::quantised::QuantisedMatrix;
 use super::samples::LayerSamples;
 use super::thresholds::{self, Evaluation, Target};
+use crate::linear_algebra::Workers;
 
 /// Scores `b·h + b_bias` with `h = relu(a·r + a_bias)` where there is an `a_bias`, else `h = a·r`.
 ///

@@ -5,9 +5,9 @@ use pi_kernels::QuantType;
 use super::ahead::Ahead;
 use super::error::PredictorError;
 use super::low_rank::{LowRank, rounded};
-use super::products::Workers;
 use super::regression::Regression;
 use super::samples::LayerSamples;
+use crate::linear_algebra::Workers;
 
 /// Fits a linear predictor of `rank`, its matrices rounded to `quant`; biases are zero until it is calibrated.
 ///

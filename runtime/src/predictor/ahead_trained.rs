@@ -14,10 +14,10 @@ use super::ahead::Ahead;
 use super::ahead_svd;
 use super::error::PredictorError;
 use super::neuron_model::{NeuronModel, deviations_of};
-use super::products::{Workers, times_transposed, view, view_mut, view_t};
 use super::quantised::QuantisedMatrix;
 use super::samples::LayerSamples;
 use super::thresholds::{self, Target};
+use crate::linear_algebra::{Workers, times_transposed, view, view_mut, view_t};
 use crate::sampler::Mt19937;
 
 /// Neurons whose scores and gradients one thread computes at a time.

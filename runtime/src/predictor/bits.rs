@@ -5,8 +5,8 @@ use pi_kernels::QuantType;
 use pi_kernels::ffn_sparse::sketch::input::SketchInput;
 use pi_kernels::ffn_sparse::sketch::planes::{GatePlanes, PlanesShape, sign_sums, two_bit_sums};
 
-use super::products::Workers;
 use super::quantised::QuantisedMatrix;
+use crate::linear_algebra::Workers;
 
 /// Tokens that one thread scores at a time.
 const TOKENS: usize = 64;

@@ -3,10 +3,10 @@
 use pi_kernels::{Cpu, QuantType};
 
 use super::error::PredictorError;
-use super::products::Workers;
 use super::quantised::QuantisedMatrix;
 use super::regression::Regression;
 use super::samples::LayerSamples;
+use crate::linear_algebra::Workers;
 
 /// A low-rank map as it is stored.
 #[derive(Debug, Clone, PartialEq)]

@@ -21,7 +21,6 @@ pub mod choose;
 pub mod error;
 pub mod low_rank;
 mod neuron_model;
-mod products;
 mod quantised;
 mod regression;
 mod samples;
@@ -30,9 +29,9 @@ pub mod thresholds;
 #[cfg(test)]
 mod tests;
 
+pub use crate::linear_algebra::Workers;
 pub use ahead::Ahead;
 pub use error::PredictorError;
 pub use low_rank::LowRank;
-pub use products::Workers;
 pub use quantised::QuantisedMatrix;
 pub use samples::LayerSamples;

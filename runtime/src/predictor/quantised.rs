@@ -3,7 +3,7 @@
 use pi_kernels::gemm::gemm;
 use pi_kernels::{ActBatch, Cpu, Layout, MatrixRef, MatrixShape, QuantType, StridedOut};
 
-use super::products::Workers;
+use crate::linear_algebra::Workers;
 use crate::model::quantize::{dequantize_row, quantize_row};
 
 /// Tokens whose products one thread computes at a time.

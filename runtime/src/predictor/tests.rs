@@ -5,9 +5,9 @@ use std::num::NonZeroUsize;
 use pi_kernels::{ActivationMode, Cpu, QuantType};
 
 use super::ahead_trained::Training;
-use super::products::times_transposed;
 use super::thresholds::{Evaluation, Masses, Target, evaluate, fit, fit_floor};
 use super::*;
+use crate::linear_algebra::times_transposed;
 use crate::sampler::Mt19937;
 
 fn cpu() -> Cpu {

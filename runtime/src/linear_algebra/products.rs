@@ -1,13 +1,11 @@
-//! f32 products over tokens, on several threads, with the same bits for any number of them.
-//!
-//! Work is cut into blocks whose size does not depend on the threads, and each block's output is one thread's.
+//! Products of matrices on several threads.
 
 use std::num::NonZeroUsize;
 
 use nalgebra::{DMatrix, DMatrixView, DMatrixViewMut, Dyn};
 
-/// Tokens or rows of a block.
-const BLOCK: usize = 64;
+/// Columns of a block.
+const BLOCK: usize = 256;
 /// Tokens that are summed in f32 before they join a sum in f64.
 const F32_TOKENS: usize = 512;
 
@@ -42,12 +40,12 @@ impl Workers {
 }
 
 /// A row-major `[n_rows, n_cols]` list as a matrix.
-pub(super) fn view(values: &[f32], n_rows: usize, n_cols: usize) -> DMatrixView<'_, f32, Dyn, Dyn> {
+pub(crate) fn view(values: &[f32], n_rows: usize, n_cols: usize) -> DMatrixView<'_, f32, Dyn, Dyn> {
     DMatrixView::from_slice_with_strides(values, n_rows, n_cols, n_cols.max(1), 1)
 }
 
 /// The same, transposed: `[n_cols, n_rows]`.
-pub(super) fn view_t(
+pub(crate) fn view_t(
     values: &[f32],
     n_rows: usize,
     n_cols: usize,
@@ -56,7 +54,7 @@ pub(super) fn view_t(
 }
 
 /// A row-major `[n_rows, n_cols]` list as a matrix to write to.
-pub(super) fn view_mut(
+pub(crate) fn view_mut(
     values: &mut [f32],
     n_rows: usize,
     n_cols: usize,
@@ -65,14 +63,41 @@ pub(super) fn view_mut(
 }
 
 /// `x · wᵀ`: overwrites `out` `[n, n_out]` from `x` `[n, n_in]` and `w` `[n_out, n_in]`, all row-major.
-pub(super) fn times_transposed(x: &[f32], w: &[f32], n_in: usize, out: &mut [f32]) {
+pub(crate) fn times_transposed(x: &[f32], w: &[f32], n_in: usize, out: &mut [f32]) {
     let (n, n_out) = (x.len() / n_in, w.len() / n_in);
     assert_eq!(out.len(), n * n_out, "output is [n, n_out]");
     view_mut(out, n, n_out).gemm(1.0, &view(x, n, n_in), &view_t(w, n_out, n_in), 0.0);
 }
 
+/// A matrix as an operand of [`product`].
+pub(crate) fn whole(m: &DMatrix<f64>) -> DMatrixView<'_, f64, Dyn, Dyn> {
+    DMatrixView::from_slice_with_strides(m.as_slice(), m.nrows(), m.ncols(), 1, m.nrows().max(1))
+}
+
+/// The same, transposed.
+pub(crate) fn transposed(m: &DMatrix<f64>) -> DMatrixView<'_, f64, Dyn, Dyn> {
+    DMatrixView::from_slice_with_strides(m.as_slice(), m.ncols(), m.nrows(), m.nrows().max(1), 1)
+}
+
+/// `a · b`.
+pub(crate) fn product(
+    workers: Workers,
+    a: DMatrixView<'_, f64, Dyn, Dyn>,
+    b: DMatrixView<'_, f64, Dyn, Dyn>,
+) -> DMatrix<f64> {
+    let (n_rows, n_cols) = (a.nrows(), b.ncols());
+    let mut out = DMatrix::zeros(n_rows, n_cols);
+    let parts = out.as_mut_slice().chunks_mut((n_rows * BLOCK).max(1));
+    workers.each(parts.enumerate(), |(part, columns)| {
+        let n_columns = columns.len() / n_rows;
+        let mut out = DMatrixViewMut::from_slice(columns, n_rows, n_columns);
+        out.gemm(1.0, &a, &b.columns(part * BLOCK, n_columns), 0.0);
+    });
+    out
+}
+
 /// Means `[n_cols]` of row-major `values` `[n, n_cols]`, summed in f64.
-pub(super) fn means(values: &[f32], n_cols: usize) -> Vec<f64> {
+pub(crate) fn means(values: &[f32], n_cols: usize) -> Vec<f64> {
     let mut sums = vec![0.0; n_cols];
     for row in values.chunks_exact(n_cols) {
         for (sum, value) in sums.iter_mut().zip(row) {
@@ -83,13 +108,13 @@ pub(super) fn means(values: &[f32], n_cols: usize) -> Vec<f64> {
     sums.iter().map(|sum| sum / n).collect()
 }
 
-/// Covariance `[n_a, n_b]` of the columns of row-major `a` `[n, n_a]` and `b` `[n, n_b]`.
-pub(super) fn covariance(workers: Workers, a: (&[f32], usize), b: (&[f32], usize)) -> DMatrix<f64> {
+/// Covariance `[n_b, n_a]` of the columns of row-major `b` `[n, n_b]` and `a` `[n, n_a]`.
+pub(crate) fn covariance(workers: Workers, a: (&[f32], usize), b: (&[f32], usize)) -> DMatrix<f64> {
     let ((a, n_a), (b, n_b)) = (a, b);
     let n = a.len() / n_a;
     assert_eq!(b.len() / n_b, n, "as many tokens");
     let (mean_a, mean_b) = (means(a, n_a), means(b, n_b));
-    // column-major [n_b, n_a]: a block of columns is one slice, and the transpose of what is asked for
+    // column-major: a block of columns is one slice
     let mut sums = DMatrix::<f64>::zeros(n_b, n_a);
     let blocks = sums.as_mut_slice().chunks_mut(n_b * BLOCK).enumerate();
     workers.each(blocks, |(block, sums)| {
@@ -117,7 +142,7 @@ pub(super) fn covariance(workers: Workers, a: (&[f32], usize), b: (&[f32], usize
             }
         }
     });
-    sums.transpose()
+    sums
 }
 
 #[cfg(test)]
@@ -138,6 +163,7 @@ mod tests {
             let workers = Workers::new(NonZeroUsize::new(n_threads).unwrap());
             assert_eq!(covariance(workers, (&a, n_a), (&b, n_b)), one);
         }
+        assert_eq!(one.shape(), (n_b, n_a));
         for (i, j) in [(0, 0), (129, 8), (64, 3)] {
             let column = |values: &[f32], n_cols: usize, c: usize| -> Vec<f64> {
                 values
@@ -159,9 +185,9 @@ mod tests {
                 .sum::<f64>()
                 / n as f64;
             assert!(
-                (one[(i, j)] - want).abs() < 1e-5,
+                (one[(j, i)] - want).abs() < 1e-5,
                 "{} against {want}",
-                one[(i, j)]
+                one[(j, i)]
             );
         }
     }
