@@ -21,7 +21,7 @@ pub(crate) const HEAD_TOKENS: usize = 16;
 
 /// Tokens that sketches pick neurons for, from which products of all rows take less time than picked rows one token after the
 /// other: what several tokens pick is nearly all.
-const SKETCHED_TOKENS_MIN: usize = 32;
+const SKETCHED_TOKENS_MIN: usize = 12;
 
 /// Weights, constants and slots.
 #[derive(Debug)]

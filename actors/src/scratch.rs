@@ -7,7 +7,7 @@ use pi_kernels::attention::{CHUNK_POSITIONS, state_len};
 use pi_kernels::ffn_sparse::sketch::input::SketchInput;
 use pi_kernels::ffn_sparse::{DownScratch, FFN_GROUPS, GroupSpan, UpScratch};
 use pi_kernels::quant::BLOCK;
-use pi_kernels::{ActBatch, ActivationMode, QuantType, ROW_GROUP};
+use pi_kernels::{ActBatch, QuantType, ROW_GROUP};
 
 use crate::model::Model;
 use crate::pieces::{Claims, Found};
@@ -67,11 +67,8 @@ pub(crate) struct NodeScratch {
     pub hidden: SharedF32,
     /// The same as activations.
     pub hidden_rows: RankRows,
-    /// One token as sketches of bits take it.
-    pub sketch_x: Shared<SketchInput>,
-    /// Many tokens as integers for the same, and what each is multiplied by.
-    pub sketch_rows: Shared<ActBatch>,
-    pub sketch_scales: SharedF32,
+    /// Tokens as sketches of bits take them.
+    pub sketch_inputs: Vec<Shared<SketchInput>>,
     /// Sums of signs, `[n_neurons]`.
     pub sums: SharedSlice<i32>,
     /// Neurons that signs named in a job, before the next bit was looked at.
@@ -275,13 +272,9 @@ impl NodeScratch {
             candidates: AtomicU64::new(0),
             hidden: SharedF32::new(n * rank_max),
             hidden_rows: RankRows::new(model.cpu.mode(), &sketch.ranks, n),
-            sketch_x: Shared::new(SketchInput::new(sketch_cols)),
-            sketch_rows: Shared::new(ActBatch::new(
-                ActivationMode::Q8,
-                sketch_cols,
-                sketch_tokens,
-            )),
-            sketch_scales: SharedF32::new(sketch_tokens),
+            sketch_inputs: (0..sketch_tokens)
+                .map(|_| Shared::new(SketchInput::new(sketch_cols)))
+                .collect(),
             sums: SharedSlice::new(sketch.n_rows),
             named: AtomicU64::new(0),
             ahead: (node == 0)
@@ -307,12 +300,9 @@ impl NodeScratch {
         let lists: usize = lists.sum();
         let threads = self.threads.iter_mut().map(|own| own.own().bytes());
         let threads: usize = threads.sum();
-        let sketch = self.hidden.bytes()
-            + self.hidden_rows.bytes()
-            + self.sketch_x.own().bytes()
-            + self.sketch_rows.own().bytes()
-            + self.sketch_scales.bytes()
-            + self.sums.bytes();
+        let inputs = self.sketch_inputs.iter_mut();
+        let inputs: usize = inputs.map(|input| input.own().bytes()).sum();
+        let sketch = self.hidden.bytes() + self.hidden_rows.bytes() + inputs + self.sums.bytes();
         let ahead = self.ahead.as_mut().map_or(0, AheadScratch::bytes);
         floats + self.act_rows.own().bytes() + lists + threads + sketch + ahead
     }

@@ -127,10 +127,11 @@ fn count(job: &Job<'_>) -> Counters {
             share.gate.bytes.len()
         }
         Some(sketch) => {
-            work.candidates = job.scratch.candidates.load(Ordering::Relaxed);
             if n_tokens > 1 {
+                work.candidates = work.neurons;
                 predicted::gate_bytes_of_tokens(job, sketch)
             } else {
+                work.candidates = job.scratch.candidates.load(Ordering::Relaxed);
                 predicted::note_score_bytes(job, sketch);
                 predicted::gate_bytes(job, sketch, work.candidates as usize)
             }
@@ -374,8 +375,7 @@ fn sparse_tokens(
         // SAFETY: the chunk's neurons are this thread's.
         let mut act = unsafe { scratch.act.columns(0, n_neurons, n_tokens, neurons.clone()) };
         if let Some(sketch) = &share.sketch {
-            let found = predicted::gates_of_chunk(job, sketch, neurons.clone(), mine, &mut act);
-            scratch.candidates.fetch_add(found, Ordering::Relaxed);
+            predicted::gates_of_chunk(job, sketch, neurons.clone(), mine, &mut act);
         } else {
             let out = act.columns_of(0..neurons.len());
             multiply(model.cpu, &share.gate, x, n_tokens, neurons.clone(), out);

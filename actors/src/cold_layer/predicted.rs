@@ -3,8 +3,8 @@
 //! One token: the sketch scores neurons that the thread takes (by their weights' signs, and those that these
 //! name by the next bit too, or by a map of low rank), those above zero (and those that the
 //! `Predictor` named) are candidates, and the exact gates of these decide which are active. Many
-//! tokens: the same for each, with matrix products for all scores and gates of a chunk; a gate counts
-//! as closed where the neuron is no candidate.
+//! tokens: a matrix product for all gates of a chunk, as nearly all rows are candidates of one of
+//! them; each token's open ones are scored, and count as closed where the neuron is no candidate.
 #![allow(unsafe_code)]
 
 use std::ops::Range;
@@ -22,7 +22,7 @@ use crate::pieces::{Cut, Piece};
 use crate::scratch::{ActiveList, ThreadScratch};
 use crate::team::{Member, Team};
 use crate::trace::{Scorer, Watch};
-use crate::weights::{Matrix, NeuronStore, PlanesStore, SketchKind, SketchShare};
+use crate::weights::{NeuronStore, PlanesStore, SketchKind, SketchShare};
 
 /// What the thread's part begins with: for one token, up to the first barrier.
 pub(super) fn prepare(job: &Job<'_>, sketch: &SketchShare, member: &Member<'_>) {
@@ -45,30 +45,21 @@ pub(super) fn prepare(job: &Job<'_>, sketch: &SketchShare, member: &Member<'_>) 
     watch.lap(Scorer::LowRank);
 }
 
-/// Makes what sketches of bits take, of all tokens.
+/// Makes what a sketch of bits takes of one token; that of many is made by the team.
 pub(super) fn set_input(job: &Job<'_>, sketch: &SketchShare) {
-    let (scratch, n_tokens) = (job.scratch, job.step.n_tokens);
-    // many tokens are never predicted ahead
-    let asked = job.candidates.own || n_tokens > 1;
+    let asked = job.candidates.own && job.step.n_tokens == 1;
     if !asked || !matches!(sketch.kind, SketchKind::Bits { .. }) {
         return;
     }
     let n_embd = job.model.shape().n_embd;
-    let mut watch = scratch.scores.watch(0);
+    let mut watch = job.scratch.scores.watch(0);
     // SAFETY: between jobs the scratch is nobody else's; `normed` was written before the message.
     unsafe {
         let x = job.model.slots.normed.get();
-        let one = scratch.sketch_x.get_mut();
-        if n_tokens == 1 {
-            one.set(&x.token(0).values[..n_embd]);
-            return watch.lap(Scorer::Signs);
-        }
-        let rows = scratch.sketch_rows.get_mut();
-        let scales = scratch.sketch_scales.write(0..n_tokens);
-        for (token, scale) in scales.iter_mut().enumerate() {
-            *scale = rows.set_whole(token, &x.token(token).values[..n_embd]);
-        }
+        let input = job.scratch.sketch_inputs[0].get_mut();
+        input.set(&x.token(0).values[..n_embd]);
     }
+    watch.lap(Scorer::Signs);
 }
 
 /// Lists the active neurons of one token in pieces that the thread takes: candidates whose exact gate is open. Returns
@@ -180,7 +171,7 @@ fn score(
                 planes,
                 two_bit_bias,
             } => {
-                let (planes, x) = (planes.view(), scratch.sketch_x.get());
+                let (planes, x) = (planes.view(), scratch.sketch_inputs[0].get());
                 let sums = scratch.sums.write(part.clone());
                 sign_sums(cpu, planes, x, part, sums);
                 candidates_of_sums(sums, x.scale(), bias, first as u32, ids);
@@ -366,16 +357,17 @@ pub(super) use batch::{gates_of_chunk, hidden_writer, prepare_batch};
 
 /// Many tokens.
 mod batch {
-    use pi_kernels::ffn_sparse::sketch::planes::SketchBits;
+    use pi_kernels::ffn_sparse::sketch::list_open;
+    use pi_kernels::ffn_sparse::sketch::planes::sign_sums_of;
     use pi_kernels::ffn_sparse::{UpScratch, row_products_tokens};
     use pi_kernels::gemm::gemm;
     use pi_kernels::{ActBatch, ActWriter, Cpu, StridedOut};
 
     use super::*;
     use crate::cold_layer::rows::multiply;
-    use crate::scratch::ThreadScratch;
+    use crate::scratch::{NEURON_CHUNK, ThreadScratch};
 
-    /// The small product of a low-rank sketch, of all tokens.
+    /// What the sketch takes of all tokens: the small product of low rank, or their integers.
     ///
     /// `writer` is [`hidden_writer`]'s.
     pub fn prepare_batch(
@@ -384,11 +376,22 @@ mod batch {
         writer: Option<&ActWriter<'_>>,
         member: &Member<'_>,
     ) {
+        let (model, scratch, n_tokens) = (job.model, job.scratch, job.step.n_tokens);
+        if let SketchKind::Bits { .. } = sketch.kind {
+            let n_embd = model.shape().n_embd;
+            for token in member.part(n_tokens, 1) {
+                // SAFETY: these tokens are this thread's up to the barrier; `normed` was written before the message.
+                unsafe {
+                    let x = &model.slots.normed.get().token(token).values[..n_embd];
+                    scratch.sketch_inputs[token].get_mut().set(x);
+                }
+            }
+            return member.barrier();
+        }
         let (SketchKind::LowRank { a, .. }, Some(writer)) = (&sketch.kind, writer) else {
             return;
         };
-        let (model, scratch) = (job.model, job.scratch);
-        let (rank, n_tokens) = (a.shape.n_rows, job.step.n_tokens);
+        let rank = a.shape.n_rows;
         let part = member.part(rank, ROW_GROUP);
         // SAFETY: these rows, and then these tokens, are this thread's; the barrier is between.
         unsafe {
@@ -418,14 +421,14 @@ mod batch {
     }
 
     /// Gates of neurons `neurons` for all tokens into `gates` (`[n_tokens, neurons.len()]`); zero for
-    /// those that are no candidates, or not above their floor. Returns how many were candidates.
+    /// those that are no candidates, or not above their floor.
     pub fn gates_of_chunk(
         job: &Job<'_>,
         sketch: &SketchShare,
         neurons: Range<usize>,
         mine: &mut ThreadScratch,
         gates: &mut StridedOut<'_>,
-    ) -> u64 {
+    ) {
         let (model, n_tokens) = (job.model, job.step.n_tokens);
         let width = neurons.len();
         let ThreadScratch {
@@ -433,81 +436,96 @@ mod batch {
             up,
             row,
             image,
+            merged: ids,
             ..
         } = mine;
         let products = up.as_mut().expect("scratch for paired rows");
-        let scores_out = StridedOut::from_slice(scores, width, n_tokens, 0..width);
         // SAFETY: the activations of all tokens are set.
-        unsafe {
-            let x = model.slots.normed.get();
+        let x = unsafe { model.slots.normed.get() };
+        match &sketch.kind {
+            SketchKind::Nothing => all_gates(job, neurons.clone(), products, gates),
+            SketchKind::LowRank { a, b } => {
+                // SAFETY: the team has set them.
+                let hidden = unsafe { job.scratch.hidden_rows.get(a.shape.n_rows) };
+                let out = StridedOut::from_slice(scores, width, n_tokens, 0..width);
+                multiply(model.cpu, b, hidden, n_tokens, neurons.clone(), out);
+                all_gates(job, neurons.clone(), products, gates);
+            }
+            SketchKind::Bits { planes, .. } => {
+                let mut unpacking = Unpacking { planes, row, image };
+                unpacking.multiply(model.cpu, x, n_tokens, neurons.clone(), gates);
+            }
+        }
+        for token in 0..n_tokens {
+            let gates = gates.row(token);
+            let floors = sketch.floor.as_ref();
+            let floors = floors.map(|floors| &floors[neurons.clone()]);
+            list_open(gates, floors, neurons.start as u32, ids);
             match &sketch.kind {
-                SketchKind::Nothing => {
-                    all_gates(job, &job.share.gate, neurons.clone(), products, gates);
-                    scores.fill(f32::INFINITY);
-                }
-                SketchKind::LowRank { a, b } => {
-                    let hidden = job.scratch.hidden_rows.get(a.shape.n_rows);
-                    multiply(model.cpu, b, hidden, n_tokens, neurons.clone(), scores_out);
-                    all_gates(job, &job.share.gate, neurons.clone(), products, gates);
-                }
-                SketchKind::Bits {
-                    planes,
-                    two_bit_bias,
-                } => {
-                    let (q8, rows) = (
-                        model.cpu.with_mode(ActivationMode::Q8),
-                        job.scratch.sketch_rows.get(),
-                    );
-                    let scales = job.scratch.sketch_scales.read(0..n_tokens);
-                    let mut unpacking = Unpacking { planes, row, image };
-                    let mut multiply = |cpu: Cpu, bits, x: &ActBatch, out: &mut StridedOut<'_>| {
-                        unpacking.multiply(cpu, bits, x, n_tokens, neurons.clone(), out);
-                    };
-                    let mut scores_out = scores_out;
-                    multiply(q8, Some(SketchBits::One), rows, &mut scores_out);
-                    for (scores, scale) in scores.chunks_exact_mut(width).zip(scales) {
-                        scores.iter_mut().for_each(|score| *score *= scale);
-                    }
-                    if let Some(bias) = two_bit_bias {
-                        multiply(q8, Some(SketchBits::Two), rows, gates);
-                        let tokens = scores.chunks_exact_mut(width).zip(scales).enumerate();
-                        for (token, (scores, scale)) in tokens {
-                            let two = gates.row(token).iter().zip(&bias[neurons.clone()]);
-                            for (score, (two, bias)) in scores.iter_mut().zip(two) {
-                                if two * scale + bias <= 0.0 {
-                                    *score = f32::NEG_INFINITY;
-                                }
-                            }
+                SketchKind::Nothing => {}
+                SketchKind::LowRank { .. } => {
+                    let scores = &scores[token * width..][..width];
+                    for &id in &*ids {
+                        let at = id as usize - neurons.start;
+                        if scores[at] + sketch.bias[id as usize] <= 0.0 {
+                            gates[at] = 0.0;
                         }
                     }
-                    multiply(model.cpu, None, x, gates);
+                }
+                SketchKind::Bits { .. } => {
+                    close_others(job, sketch, token, neurons.start, ids, gates)
                 }
             }
         }
-        let mut n_candidates = 0;
-        for token in 0..n_tokens {
-            let scores = &scores[token * width..][..width];
-            for ((gate, score), neuron) in
-                gates.row(token).iter_mut().zip(scores).zip(neurons.clone())
-            {
-                let bias = sketch.bias.get(neuron).copied().unwrap_or(0.0);
-                let out = score + bias <= 0.0;
-                let floor = sketch
-                    .floor
-                    .as_ref()
-                    .map_or(0.0, |floors| floors[neuron].max(0.0));
-                let closed = out || *gate <= floor;
-                n_candidates += u64::from(!out);
-                *gate = if closed { 0.0 } else { *gate };
+    }
+
+    /// Closes gates of neurons `ids`, counted from `first` on, that no sketch of bits names.
+    fn close_others(
+        job: &Job<'_>,
+        sketch: &SketchShare,
+        token: usize,
+        first: usize,
+        ids: &mut Vec<u32>,
+        gates: &mut [f32],
+    ) {
+        let SketchKind::Bits {
+            planes,
+            two_bit_bias,
+        } = &sketch.kind
+        else {
+            return;
+        };
+        let (cpu, planes) = (job.model.cpu, planes.view());
+        // SAFETY: the team has set them.
+        let x = unsafe { job.scratch.sketch_inputs[token].get() };
+        let (mut sums, mut of_ids) = ([0; NEURON_CHUNK], [0; NEURON_CHUNK]);
+        let of_open = &mut of_ids[..ids.len()];
+        sign_sums_of(cpu, planes, x, ids, of_open);
+        let mut of_open = of_open.iter();
+        let mut close = |id: u32, sum: i32, bias: &[f32]| {
+            let is_out = sum as f32 * x.scale() + bias[id as usize] <= 0.0;
+            if is_out {
+                gates[id as usize - first] = 0.0;
+            }
+            !is_out
+        };
+        ids.retain(|&id| {
+            let sum = *of_open.next().expect("a sum for each");
+            sums[id as usize - first] = sum;
+            close(id, sum, &sketch.bias)
+        });
+        if let Some(bias) = two_bit_bias {
+            let of_named = &mut of_ids[..ids.len()];
+            two_bit_sums(cpu, planes, x, first, &sums, ids, of_named);
+            for (&id, &mut sum) in ids.iter().zip(of_named) {
+                close(id, sum, bias);
             }
         }
-        n_candidates
     }
 
     /// All gates of a chunk, from rows that lie one by one.
     fn all_gates(
         job: &Job<'_>,
-        gate: &Matrix,
         neurons: Range<usize>,
         products: &mut UpScratch,
         gates: &mut StridedOut<'_>,
@@ -515,7 +533,7 @@ mod batch {
         let (model, n_tokens) = (job.model, job.step.n_tokens);
         // SAFETY: the activations of all tokens are set.
         let x = unsafe { model.slots.normed.get() };
-        let rows = gate.neuron_rows();
+        let rows = job.share.gate.neuron_rows();
         row_products_tokens(model.cpu, rows, x, 0..n_tokens, neurons, gates, products);
     }
 
@@ -527,11 +545,10 @@ mod batch {
     }
 
     impl Unpacking<'_> {
-        /// Products of rows `neurons`: of the gates, or of some of their bits alone.
+        /// Products of rows `neurons`.
         fn multiply(
             &mut self,
             cpu: Cpu,
-            bits: Option<SketchBits>,
             x: &ActBatch,
             n_tokens: usize,
             neurons: Range<usize>,
@@ -540,7 +557,7 @@ mod batch {
             let planes = self.planes.view();
             for first in neurons.clone().step_by(ROW_GROUP) {
                 let rows = first..(first + ROW_GROUP).min(neurons.end);
-                let m = planes.group(cpu, rows.clone(), bits, self.row, self.image);
+                let m = planes.group(cpu, rows.clone(), self.row, self.image);
                 let columns = rows.start - neurons.start..rows.end - neurons.start;
                 let part = out.columns_of(columns);
                 gemm(cpu, m, x, 0..n_tokens, 0..rows.len(), part);

@@ -6,12 +6,9 @@
 use std::arch::x86_64::*;
 use std::ops::Range;
 
-use half::f16;
-
 use super::input::SketchInput;
 use super::planes::{
-    AHEAD, GatePlanes, HIGH_BYTES, LOW_BYTES, RUN, SCALE_BYTES, SIGN_BYTES, SketchBits, TOP_BYTES,
-    UNIT, run_of,
+    AHEAD, GatePlanes, HIGH_BYTES, LOW_BYTES, RUN, SCALE_BYTES, SIGN_BYTES, TOP_BYTES, UNIT, run_of,
 };
 use crate::activations::ActRef;
 use crate::dot::rows512::{Chunk, TileRows, products, vnni_fn};
@@ -128,6 +125,65 @@ vnni_fn! {
             let sum = _mm256_sub_epi32(_mm256_add_epi32(positive, positive), all);
             let mask = (0xFF_u32 >> (ROWS - sums.len())) as u8;
             _mm256_mask_storeu_epi32(sums.as_mut_ptr(), mask, sum);
+        }
+    }
+}
+
+vnni_fn! {
+    /// # Safety
+    /// AVX-512 with VNNI is there; all rows are there, and `x` has their columns.
+    pub(super) fn sign_sums_of(planes: GatePlanes<'_>, x: &SketchInput, ids: &[u32], out: &mut [i32]) {
+        let n_blocks = planes.shape.n_blocks();
+        // lane l of four: bits l and 4 + l of 16 bytes
+        let lanes = _mm512_setr_epi32(0, 0, 0, 0, 1, 1, 1, 1, 2, 2, 2, 2, 3, 3, 3, 3);
+        let shifts = [lanes, _mm512_add_epi32(lanes, _mm512_set1_epi32(4))];
+        let masks = shifts.map(|shifts| _mm512_sllv_epi32(_mm512_set1_epi32(0x0101_0101), shifts));
+        // of two blocks, lane l of eight: bit l of 8 bytes; of one, of 4
+        let pair_shifts = _mm512_setr_epi32(0, 0, 1, 1, 2, 2, 3, 3, 4, 4, 5, 5, 6, 6, 7, 7);
+        let pair_masks = _mm512_sllv_epi32(_mm512_set1_epi32(0x0101_0101), pair_shifts);
+        let one_shifts = _mm256_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7);
+        let one_masks = _mm256_sllv_epi32(_mm256_set1_epi32(0x0101_0101), one_shifts);
+        let n_whole = n_blocks / RUN * RUN;
+        for (&id, out) in ids.iter().zip(out) {
+            let row = id as usize;
+            let at = |block: usize| planes.top.as_ptr().add(planes.shape.signs_at(row, block));
+            let first = at(0);
+            let mut sums = [_mm512_setzero_si512(); 2];
+            for block in (0..n_whole).step_by(RUN) {
+                let signs = _mm_loadu_si128(first.add(block * TOP_BYTES).cast());
+                let signs = _mm512_broadcast_i32x4(signs);
+                let x = x.top().as_ptr().add(block * BLOCK);
+                for n in 0..2 {
+                    let set = _mm512_and_si512(signs, masks[n]);
+                    sums[n] = _mm512_dpbusd_epi32(sums[n], set, _mm512_loadu_si512(x.add(64 * n).cast()));
+                }
+            }
+            let mut sum = _mm512_add_epi32(
+                _mm512_srav_epi32(sums[0], shifts[0]),
+                _mm512_srav_epi32(sums[1], shifts[1]),
+            );
+            let mut block = n_whole;
+            while block < n_blocks {
+                let (_, width) = run_of(block, n_blocks);
+                let x = x.top().as_ptr().add(block * BLOCK);
+                let zero = _mm512_setzero_si512();
+                let of_run = if width == 2 {
+                    let signs = _mm512_set1_epi64(at(block).cast::<i64>().read_unaligned());
+                    let set = _mm512_and_si512(signs, pair_masks);
+                    let sums = _mm512_dpbusd_epi32(zero, set, _mm512_loadu_si512(x.cast()));
+                    _mm512_srav_epi32(sums, pair_shifts)
+                } else {
+                    let signs = _mm256_set1_epi32(at(block).cast::<i32>().read_unaligned());
+                    let set = _mm256_and_si256(signs, one_masks);
+                    let x = _mm256_loadu_si256(x.cast());
+                    let sums = _mm256_dpbusd_epi32(_mm256_setzero_si256(), set, x);
+                    _mm512_zextsi256_si512(_mm256_srav_epi32(sums, one_shifts))
+                };
+                sum = _mm512_add_epi32(sum, of_run);
+                block += width;
+            }
+            // those set less those not
+            *out = 2 * _mm512_reduce_add_epi32(sum) - x.sum();
         }
     }
 }
@@ -325,24 +381,13 @@ vnni_fn! {
 }
 
 vnni_fn! {
-    /// A block's 32 values in the file's order, 0 to 15 each: of the planes' bits, or of some of them alone.
-    fn block_values(bits: Option<SketchBits>, low: *const u8, high: u32, signs: u32, flip: __m256i) -> __m128i {
-        let values = match bits {
-            None => {
-                let two = _mm256_set1_epi64x(low.cast::<i64>().read_unaligned());
-                let two = _mm256_srlv_epi64(two, _mm256_setr_epi64x(0, 2, 4, 6));
-                let two = _mm256_and_si256(two, _mm256_set1_epi8(3));
-                let more = _mm256_or_si256(_mm256_maskz_set1_epi8(high, 4), _mm256_maskz_set1_epi8(signs, 8));
-                _mm256_xor_si256(_mm256_or_si256(two, more), flip)
-            }
-            Some(SketchBits::One) => {
-                _mm256_mask_blend_epi8(signs, _mm256_set1_epi8(7), _mm256_set1_epi8(9))
-            }
-            Some(SketchBits::Two) => {
-                let five = _mm256_add_epi8(_mm256_set1_epi8(5), _mm256_maskz_set1_epi8(signs, 4));
-                _mm256_add_epi8(five, _mm256_maskz_set1_epi8(high, 2))
-            }
-        };
+    /// A block's 32 values in the file's order, 0 to 15 each.
+    fn block_values(low: *const u8, high: u32, signs: u32, flip: __m256i) -> __m128i {
+        let two = _mm256_set1_epi64x(low.cast::<i64>().read_unaligned());
+        let two = _mm256_srlv_epi64(two, _mm256_setr_epi64x(0, 2, 4, 6));
+        let two = _mm256_and_si256(two, _mm256_set1_epi8(3));
+        let more = _mm256_or_si256(_mm256_maskz_set1_epi8(high, 4), _mm256_maskz_set1_epi8(signs, 8));
+        let values = _mm256_xor_si256(_mm256_or_si256(two, more), flip);
         // none reaches over its byte
         let second = _mm_slli_epi16::<4>(_mm256_extracti128_si256::<1>(values));
         _mm_or_si128(_mm256_castsi256_si128(values), second)
@@ -350,11 +395,11 @@ vnni_fn! {
 }
 
 vnni_fn! {
-    /// Writes `rows` of one group as an interleaved matrix of `Q4_0`, with all bits or some of them alone.
+    /// Writes `rows` of one group as an interleaved matrix of `Q4_0`.
     ///
     /// # Safety
     /// AVX-512 is there; the rows are there, and `image` has room for 16.
-    pub(super) fn group(planes: GatePlanes<'_>, rows: Range<usize>, bits: Option<SketchBits>, image: *mut u8) {
+    pub(super) fn group(planes: GatePlanes<'_>, rows: Range<usize>, image: *mut u8) {
         let n_blocks = planes.shape.n_blocks();
         let to_scales = image.add(n_blocks * ROW_GROUP * BLOCK / 2);
         for (r, row) in rows.enumerate() {
@@ -376,13 +421,12 @@ vnni_fn! {
                     let scale = u16::from_le_bytes([rest.scales[at], rest.scales[at + 1]]);
                     let flip = if scale >> 15 == 1 { 15 } else { 0 };
                     let low = rest.low.as_ptr().add(block * LOW_BYTES);
-                    let values = block_values(bits, low, high[n], signs, _mm256_set1_epi8(flip));
+                    let values = block_values(low, high[n], signs, _mm256_set1_epi8(flip));
                     let to = image.add((block * BLOCK / 8 * ROW_GROUP + r) * 4).cast::<i32>();
                     to.write_unaligned(_mm_extract_epi32::<0>(values));
                     to.add(ROW_GROUP).write_unaligned(_mm_extract_epi32::<1>(values));
                     to.add(2 * ROW_GROUP).write_unaligned(_mm_extract_epi32::<2>(values));
                     to.add(3 * ROW_GROUP).write_unaligned(_mm_extract_epi32::<3>(values));
-                    let scale = if bits.is_some() { f16::ONE.to_bits() } else { scale };
                     let to = to_scales.add((block * ROW_GROUP + r) * SCALE_BYTES);
                     to.cast::<u16>().write_unaligned(scale);
                 }

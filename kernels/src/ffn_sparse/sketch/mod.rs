@@ -93,3 +93,33 @@ pub fn keep_open(ids: &mut Vec<u32>, gates: &mut Vec<f32>, floors: Option<&[f32]
     ids.truncate(kept);
     gates.truncate(kept);
 }
+
+/// Zeroes `gates` that are not above zero and the neuron's floor (`floors[n]`, if there are any), and replaces `ids` by those (`first_id` +
+/// index) of the others, ascending; NaN stays.
+///
+/// # Panics
+/// When there is not one floor per gate.
+pub fn list_open(gates: &mut [f32], floors: Option<&[f32]>, first_id: u32, ids: &mut Vec<u32>) {
+    ids.clear();
+    ids.resize(gates.len(), 0);
+    let mut kept = 0;
+    let mut list = |(id, (gate, floor)): (u32, (&mut f32, f32))| {
+        ids[kept] = id;
+        let closed = *gate <= floor;
+        *gate = if closed { 0.0 } else { *gate };
+        kept += usize::from(!closed);
+    };
+    let all = |floor: &f32| floor.max(0.0);
+    match floors {
+        Some(floors) => {
+            assert_eq!(gates.len(), floors.len(), "one floor per gate");
+            let gates = gates.iter_mut().zip(floors.iter().map(all));
+            (first_id..).zip(gates).for_each(&mut list);
+        }
+        None => {
+            let gates = gates.iter_mut().map(|gate| (gate, 0.0));
+            (first_id..).zip(gates).for_each(&mut list);
+        }
+    }
+    ids.truncate(kept);
+}

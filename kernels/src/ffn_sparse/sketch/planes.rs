@@ -403,7 +403,7 @@ impl<'a> GatePlanes<'a> {
     }
 
     /// Puts `rows` of one group of 16 together as a matrix of `Q4_0` whose rows are interleaved, in `image`, with room for 16 rows:
-    /// as they are in the file, or of some bits alone as [`Self::sketch_row`] has them. `file` has room for as many rows in file order.
+    /// as they are in the file. `file` has room for as many rows in file order.
     ///
     /// # Panics
     /// When the rows are not all there, or not of one group, or a buffer is too short.
@@ -411,7 +411,6 @@ impl<'a> GatePlanes<'a> {
         &self,
         cpu: Cpu,
         rows: Range<usize>,
-        bits: Option<SketchBits>,
         file: &mut [u8],
         image: &'m mut [u8],
     ) -> MatrixRef<'m> {
@@ -433,7 +432,7 @@ impl<'a> GatePlanes<'a> {
         if cpu.tier() == Tier::Avx512Vnni {
             check_lengths(self);
             // SAFETY: the machine has the tier; the rows and the room are there, as asserted.
-            unsafe { super::avx512::group(*self, rows, bits, image.as_mut_ptr()) };
+            unsafe { super::avx512::group(*self, rows, image.as_mut_ptr()) };
             return MatrixRef::new(shape, image);
         }
         #[cfg(not(target_arch = "x86_64"))]
@@ -441,10 +440,7 @@ impl<'a> GatePlanes<'a> {
         let row_bytes = QuantType::Q4_0.row_bytes(shape.n_cols);
         let file = &mut file[..rows.len() * row_bytes];
         for (row, file) in rows.zip(file.chunks_exact_mut(row_bytes)) {
-            match bits {
-                Some(bits) => self.sketch_row(row, bits, file),
-                None => self.file_row(row, file),
-            }
+            self.file_row(row, file);
         }
         shape.pack(file, 0, image);
         MatrixRef::new(shape, image)
@@ -544,6 +540,44 @@ pub fn sign_sums(
     debug_assert_eq!(cpu.tier(), Tier::Scalar);
     for (row, sum) in rows.zip(sums) {
         *sum = weighted_sum(&planes, row, x, |gate, k| {
+            2 * i32::from(gate.value(k) >> 3) - 1
+        });
+    }
+}
+
+/// The same of rows `ids` alone, to `out` (`[ids.len()]`, overwritten), with the same sums.
+///
+/// # Panics
+/// When lengths do not fit, or an id has no row.
+pub fn sign_sums_of(
+    cpu: Cpu,
+    planes: GatePlanes<'_>,
+    x: &SketchInput,
+    ids: &[u32],
+    out: &mut [i32],
+) {
+    assert!(
+        ids.len() == out.len() && x.values().len() == planes.shape.n_cols,
+        "inputs and outputs fit"
+    );
+    let all_there = ids.iter().all(|&id| (id as usize) < planes.shape.n_rows);
+    assert!(all_there, "rows of {:?}", planes.shape);
+    check_lengths(&planes);
+    #[cfg(target_arch = "x86_64")]
+    match cpu.tier() {
+        Tier::Avx512Vnni => {
+            // SAFETY: a `Cpu` exists only for tiers that the machine has; all rows are there.
+            return unsafe { super::avx512::sign_sums_of(planes, x, ids, out) };
+        }
+        Tier::Avx2 | Tier::Avx512 => {
+            // SAFETY: as above.
+            return unsafe { super::x86::sign_sums_of(planes, x, ids, out) };
+        }
+        Tier::Scalar => {}
+    }
+    debug_assert_eq!(cpu.tier(), Tier::Scalar);
+    for (&id, sum) in ids.iter().zip(out) {
+        *sum = weighted_sum(&planes, id as usize, x, |gate, k| {
             2 * i32::from(gate.value(k) >> 3) - 1
         });
     }

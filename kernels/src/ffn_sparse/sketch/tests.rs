@@ -72,19 +72,12 @@ fn groups_are_put_together_alike_by_every_tier() {
     for (n_rows, n_cols) in SIZES {
         let gates = Gates::random(8, n_rows, n_cols);
         let row_bytes = QuantType::Q4_0.row_bytes(n_cols);
-        let all = [None, Some(SketchBits::One), Some(SketchBits::Two)];
-        for (first, bits) in (0..n_rows)
-            .step_by(ROW_GROUP)
-            .flat_map(|first| all.map(|bits| (first, bits)))
-        {
+        for first in (0..n_rows).step_by(ROW_GROUP) {
             let rows = first..(first + ROW_GROUP).min(n_rows);
             let expected: Vec<Vec<u8>> = (rows.clone())
                 .map(|row| {
                     let mut out = vec![0; row_bytes];
-                    match bits {
-                        None => gates.planes().file_row(row, &mut out),
-                        Some(bits) => gates.planes().sketch_row(row, bits, &mut out),
-                    }
+                    gates.planes().file_row(row, &mut out);
                     out
                 })
                 .collect();
@@ -92,12 +85,12 @@ fn groups_are_put_together_alike_by_every_tier() {
                 let mut file = vec![0; ROW_GROUP * row_bytes];
                 let mut image = vec![0xA5; ROW_GROUP * row_bytes];
                 let planes = gates.planes();
-                let m = planes.group(cpu, rows.clone(), bits, &mut file, &mut image);
+                let m = planes.group(cpu, rows.clone(), &mut file, &mut image);
                 for (r, expected) in expected.iter().enumerate() {
                     let mut row = Vec::new();
                     m.each_block(r, |_, bytes| row.extend_from_slice(bytes));
-                    let what = format!("{:?} {bits:?}", cpu.tier());
-                    assert_eq!(&row, expected, "{what}: row {} of {n_cols}", first + r);
+                    let what = cpu.tier();
+                    assert_eq!(&row, expected, "{what:?}: row {} of {n_cols}", first + r);
                 }
             }
         }
@@ -147,6 +140,10 @@ fn sums_are_those_of_the_weights_first_bits_in_all_tiers() {
             assert_eq!(sums, expected[0], "{} {n_rows} x {n_cols}", cpu.tier());
             let first = if n_rows > 32 { 16 } else { 0 };
             let ids: Vec<u32> = (first as u32..n_rows as u32).step_by(3).collect();
+            let mut of_ids = vec![i32::MIN; ids.len()];
+            sign_sums_of(cpu, gates.planes(), &x, &ids, &mut of_ids);
+            let of_all: Vec<i32> = ids.iter().map(|&id| sums[id as usize]).collect();
+            assert_eq!(of_ids, of_all, "{} {n_rows} x {n_cols}", cpu.tier());
             let mut two = vec![i32::MIN; ids.len()];
             two_bit_sums(
                 cpu,
@@ -181,6 +178,8 @@ fn extreme_values_do_not_overflow() {
             let (mut sums, mut two) = ([0; 16], [0; 2]);
             sign_sums(cpu, planes, &x, 0..n_rows, &mut sums);
             assert_eq!(sums, [sum; 16], "{}", cpu.tier());
+            sign_sums_of(cpu, planes, &x, &[3, 15], &mut two);
+            assert_eq!(two, [sum; 2], "{}", cpu.tier());
             two_bit_sums(cpu, planes, &x, 0, &sums, &[3, 15], &mut two);
             assert_eq!(two, [3 * sum; 2], "{}", cpu.tier());
         }
@@ -261,4 +260,14 @@ fn candidates_and_open_gates_are_kept_in_order_with_nan() {
     let (mut ids, mut gates) = (vec![0, 1, 2], vec![0.1, -0.0, -1.0]);
     keep_open(&mut ids, &mut gates, None);
     assert_eq!((ids, gates), (vec![0], vec![0.1]));
+
+    let mut ids = vec![99];
+    let mut gates = [0.1, f32::NAN, 0.0, 0.5, -3.0];
+    list_open(&mut gates, Some(&[0.2, 9.0, -1.0, 0.4, -5.0]), 7, &mut ids);
+    assert_eq!(ids, [8, 10]);
+    assert!(gates[1].is_nan() && gates[3] == 0.5);
+    assert_eq!(bits(&[gates[0], gates[2], gates[4]]), [0; 3]);
+    let mut gates = [0.1, -0.0, -1.0];
+    list_open(&mut gates, None, 7, &mut ids);
+    assert_eq!((&*ids, bits(&gates)), (&[7][..], bits(&[0.1, 0.0, 0.0])));
 }

@@ -153,6 +153,89 @@ pub(super) unsafe fn sign_sums(
     }
 }
 
+/// Σ of activations with factors 0 or 2^`shifts`, less these, in eight sums of 32 bits: `bits` are the signs, of which `masks` leave one of each
+/// byte.
+///
+/// # Safety
+/// AVX2 is there.
+#[inline]
+#[target_feature(enable = "avx2")]
+unsafe fn of_bits(bits: __m256i, masks: __m256i, x: __m256i) -> __m256i {
+    // at most twice 128 · 127: it fits in 16 bits
+    let products = _mm256_maddubs_epi16(_mm256_and_si256(bits, masks), x);
+    _mm256_madd_epi16(products, _mm256_set1_epi16(1))
+}
+
+/// # Safety
+/// The machine has AVX2; all rows are there, and `x` has their columns.
+#[target_feature(enable = "avx2")]
+pub(super) unsafe fn sign_sums_of(
+    planes: GatePlanes<'_>,
+    x: &SketchInput,
+    ids: &[u32],
+    out: &mut [i32],
+) {
+    let n_blocks = planes.shape.n_blocks();
+    let n_whole = n_blocks / RUN * RUN;
+    let bytes_of = |shifts| _mm256_sllv_epi32(_mm256_set1_epi32(0x0101_0101), shifts);
+    let add = |a, b| _mm256_add_epi32(a, b);
+    let more = |shifts, n| add(shifts, _mm256_set1_epi32(n));
+    // lane l of two: bits l, 2 + l, 4 + l and 6 + l of 16 bytes
+    let lanes = _mm256_setr_epi32(0, 0, 0, 0, 1, 1, 1, 1);
+    let shifts = [lanes, more(lanes, 2), more(lanes, 4), more(lanes, 6)];
+    let masks = shifts.map(bytes_of);
+    // of two blocks, lane l of four: bits l and 4 + l of 8 bytes; of one, lane l of eight: bit l of 4
+    let pairs = _mm256_setr_epi32(0, 0, 1, 1, 2, 2, 3, 3);
+    let pair_shifts = [pairs, more(pairs, 4)];
+    let pair_masks = pair_shifts.map(bytes_of);
+    let one_shifts = _mm256_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7);
+    let one_masks = bytes_of(one_shifts);
+    for (&id, out) in ids.iter().zip(out) {
+        let row = id as usize;
+        // SAFETY: this function's contract; runs end with the last block.
+        unsafe {
+            let at = |block: usize| planes.top.as_ptr().add(planes.shape.signs_at(row, block));
+            let first = at(0);
+            let mut sums = [_mm256_setzero_si256(); 4];
+            for block in (0..n_whole).step_by(RUN) {
+                let signs = _mm_loadu_si128(first.add(block * TOP_BYTES).cast());
+                let signs = _mm256_broadcastsi128_si256(signs);
+                let x = x.top().as_ptr().add(block * BLOCK);
+                for n in 0..4 {
+                    let x = _mm256_loadu_si256(x.add(32 * n).cast());
+                    sums[n] = add(sums[n], of_bits(signs, masks[n], x));
+                }
+            }
+            let mut sum = _mm256_setzero_si256();
+            for n in 0..4 {
+                sum = add(sum, _mm256_srav_epi32(sums[n], shifts[n]));
+            }
+            let mut block = n_whole;
+            while block < n_blocks {
+                let (_, width) = run_of(block, n_blocks);
+                let x = x.top().as_ptr().add(block * BLOCK);
+                let x = |n: usize| _mm256_loadu_si256(x.add(32 * n).cast());
+                if width == 2 {
+                    let signs = _mm256_set1_epi64x(at(block).cast::<i64>().read_unaligned());
+                    for n in 0..2 {
+                        let sums = of_bits(signs, pair_masks[n], x(n));
+                        sum = add(sum, _mm256_srav_epi32(sums, pair_shifts[n]));
+                    }
+                } else {
+                    let signs = _mm256_set1_epi32(at(block).cast::<i32>().read_unaligned());
+                    let sums = of_bits(signs, one_masks, x(0));
+                    sum = add(sum, _mm256_srav_epi32(sums, one_shifts));
+                }
+                block += width;
+            }
+            let mut lanes = [0i32; 8];
+            _mm256_storeu_si256(lanes.as_mut_ptr().cast(), sum);
+            // those set less those not
+            *out = 2 * lanes.iter().sum::<i32>() - x.sum();
+        }
+    }
+}
+
 /// Writes Σ of activations whose bit 2 is set to `out`, for rows `ids`.
 ///
 /// # Safety
