@@ -245,6 +245,68 @@ fn predictors_beside_a_token_s_launches_name_what_the_host_s_do() {
     }
 }
 
+/// A budget between: some layers are hot as a whole, and predicted in blocks of the token's own launches; others are not, and fork.
+#[test]
+fn layers_that_are_hot_as_a_whole_go_together_with_others() {
+    if !has_gpu() {
+        return;
+    }
+    let tiny = tiny_synth::options();
+    let shape = SynthShape {
+        n_layer: 8,
+        n_embd: 512,
+        n_ff: 8192,
+        n_head: 8,
+        n_head_kv: 8,
+        ..tiny.shape
+    };
+    let row_bytes = tiny.quant.row_bytes(shape.n_embd);
+    let ffn_mib = (shape.n_layer * 3 * shape.n_ff * row_bytes) >> 20;
+    let model = Model::of(&SynthOptions { shape, ..tiny });
+    let modes: [(&[&str], f64); 2] = [
+        (&["--sparsity", "exact"], 0.005),
+        (&["--sparsity", "predicted", "--predictor", "ahead"], 0.05),
+    ];
+    let [exact, ahead] = modes.map(|(mode, _)| [mode, &["--activations", "q8"]].concat());
+    // what has to be there besides
+    let too_small = Some("required = true\nvram_budget = \"64MiB\"");
+    let ran = model.run(&[], too_small, &["-p", "x", "-n", "1"]);
+    let together = ran.err.split("together").nth(1).unwrap_or_default();
+    let least: usize = together.split_whitespace().next().unwrap().parse().unwrap();
+    for percent in [30, 60, 90] {
+        let keys = |sync: &str| {
+            let budget = least + ffn_mib * percent / 100;
+            format!("required = true\nvram_budget = \"{budget}MiB\"\nsync = \"{sync}\"")
+        };
+        let flags = keys("flags");
+        let planned = [&exact[..], &["-o", "json"]].concat();
+        let ran = model.run(&["plan"], Some(&flags), &planned);
+        assert_eq!(ran.code, 0, "{}", ran.err);
+        let plan: Value = serde_json::from_str(&ran.out).unwrap();
+        let forecast = &plan["modes"][0]["gpu"]["prompt"];
+        assert_eq!(forecast["kind"], "streamed", "{percent} %: {forecast}");
+        for (mode, limit) in modes {
+            for batch in ["1", "100"] {
+                let together = [mode, &["-b", batch]].concat();
+                let host = model.perplexity_of("q8", None, &together);
+                let got = model.perplexity_of("q8", Some(&flags), &together);
+                let change = (got / host - 1.0).abs();
+                assert!(
+                    change < limit,
+                    "{together:?}, {percent} %: {got}, not {host}"
+                );
+            }
+        }
+        for mode in [&exact, &ahead] {
+            let first = model.hash(Some(&flags), mode);
+            for sync in ["events", "flags"] {
+                let again = model.hash(Some(&keys(sync)), mode);
+                assert_eq!(again, first, "{mode:?}, {percent} %, {sync}");
+            }
+        }
+    }
+}
+
 #[test]
 fn one_split_gives_the_same_bits_every_time() {
     if !has_gpu() {

@@ -374,13 +374,13 @@ fn sparse_tokens(
         let neurons = chunk * NEURON_CHUNK..((chunk + 1) * NEURON_CHUNK).min(n_neurons);
         // SAFETY: the chunk's neurons are this thread's.
         let mut act = unsafe { scratch.act.columns(0, n_neurons, n_tokens, neurons.clone()) };
-        if let Some(sketch) = &share.sketch {
-            predicted::gates_of_chunk(job, sketch, neurons.clone(), mine, &mut act);
+        let active = if let Some(sketch) = &share.sketch {
+            predicted::gates_of_chunk(job, sketch, neurons.clone(), mine, &mut act)
         } else {
             let out = act.columns_of(0..neurons.len());
             multiply(model.cpu, &share.gate, x, n_tokens, neurons.clone(), out);
-        }
-        let active = threshold::close_gates(job, &mut act, neurons.clone());
+            threshold::close_gates(job, &mut act, neurons.clone())
+        };
         let up_scratch = mine.up.as_mut().expect("scratch for paired rows");
         let read = up_tokens(
             model.cpu,

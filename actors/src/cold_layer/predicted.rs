@@ -421,14 +421,14 @@ mod batch {
     }
 
     /// Gates of neurons `neurons` for all tokens into `gates` (`[n_tokens, neurons.len()]`); zero for
-    /// those that are no candidates, or not above their floor.
+    /// those that are no candidates, or not above their floor. Returns how many are open.
     pub fn gates_of_chunk(
         job: &Job<'_>,
         sketch: &SketchShare,
         neurons: Range<usize>,
         mine: &mut ThreadScratch,
         gates: &mut StridedOut<'_>,
-    ) {
+    ) -> u64 {
         let (model, n_tokens) = (job.model, job.step.n_tokens);
         let width = neurons.len();
         let ThreadScratch {
@@ -456,6 +456,7 @@ mod batch {
                 unpacking.multiply(model.cpu, x, n_tokens, neurons.clone(), gates);
             }
         }
+        let mut n_open = 0;
         for token in 0..n_tokens {
             let gates = gates.row(token);
             let floors = sketch.floor.as_ref();
@@ -465,21 +466,25 @@ mod batch {
                 SketchKind::Nothing => {}
                 SketchKind::LowRank { .. } => {
                     let scores = &scores[token * width..][..width];
-                    for &id in &*ids {
+                    ids.retain(|&id| {
                         let at = id as usize - neurons.start;
-                        if scores[at] + sketch.bias[id as usize] <= 0.0 {
+                        let is_out = scores[at] + sketch.bias[id as usize] <= 0.0;
+                        if is_out {
                             gates[at] = 0.0;
                         }
-                    }
+                        !is_out
+                    });
                 }
                 SketchKind::Bits { .. } => {
                     close_others(job, sketch, token, neurons.start, ids, gates)
                 }
             }
+            n_open += ids.len() as u64;
         }
+        n_open
     }
 
-    /// Closes gates of neurons `ids`, counted from `first` on, that no sketch of bits names.
+    /// Closes gates of neurons `ids`, counted from `first` on, that no sketch of bits names, and keeps the others' ids.
     fn close_others(
         job: &Job<'_>,
         sketch: &SketchShare,
@@ -517,9 +522,8 @@ mod batch {
         if let Some(bias) = two_bit_bias {
             let of_named = &mut of_ids[..ids.len()];
             two_bit_sums(cpu, planes, x, first, &sums, ids, of_named);
-            for (&id, &mut sum) in ids.iter().zip(of_named) {
-                close(id, sum, bias);
-            }
+            let mut of_named = of_named.iter();
+            ids.retain(|&id| close(id, *of_named.next().expect("a sum for each"), bias));
         }
     }
 

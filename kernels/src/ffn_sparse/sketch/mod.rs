@@ -94,32 +94,38 @@ pub fn keep_open(ids: &mut Vec<u32>, gates: &mut Vec<f32>, floors: Option<&[f32]
     gates.truncate(kept);
 }
 
+/// Gates that are compared at a time.
+const LANES: usize = 16;
+
 /// Zeroes `gates` that are not above zero and the neuron's floor (`floors[n]`, if there are any), and replaces `ids` by those (`first_id` +
 /// index) of the others, ascending; NaN stays.
 ///
 /// # Panics
 /// When there is not one floor per gate.
 pub fn list_open(gates: &mut [f32], floors: Option<&[f32]>, first_id: u32, ids: &mut Vec<u32>) {
+    if let Some(floors) = floors {
+        assert_eq!(gates.len(), floors.len(), "one floor per gate");
+    }
     ids.clear();
-    ids.resize(gates.len(), 0);
-    let mut kept = 0;
-    let mut list = |(id, (gate, floor)): (u32, (&mut f32, f32))| {
-        ids[kept] = id;
-        let closed = *gate <= floor;
-        *gate = if closed { 0.0 } else { *gate };
-        kept += usize::from(!closed);
-    };
-    let all = |floor: &f32| floor.max(0.0);
-    match floors {
-        Some(floors) => {
-            assert_eq!(gates.len(), floors.len(), "one floor per gate");
-            let gates = gates.iter_mut().zip(floors.iter().map(all));
-            (first_id..).zip(gates).for_each(&mut list);
+    for (n, gates) in gates.chunks_mut(LANES).enumerate() {
+        let mut lowest = [0.0; LANES];
+        if let Some(floors) = floors {
+            let floors = &floors[n * LANES..][..gates.len()];
+            for (lowest, floor) in lowest.iter_mut().zip(floors) {
+                *lowest = floor.max(0.0);
+            }
         }
-        None => {
-            let gates = gates.iter_mut().map(|gate| (gate, 0.0));
-            (first_id..).zip(gates).for_each(&mut list);
+        // a bit for each that is open, without a branch
+        let mut open = 0u32;
+        for (k, (gate, lowest)) in gates.iter_mut().zip(&lowest).enumerate() {
+            let closed = *gate <= *lowest;
+            *gate = if closed { 0.0 } else { *gate };
+            open |= u32::from(!closed) << k;
+        }
+        let first = first_id + (n * LANES) as u32;
+        while open != 0 {
+            ids.push(first + open.trailing_zeros());
+            open &= open - 1;
         }
     }
-    ids.truncate(kept);
 }

@@ -270,4 +270,8 @@ fn candidates_and_open_gates_are_kept_in_order_with_nan() {
     let mut gates = [0.1, -0.0, -1.0];
     list_open(&mut gates, None, 7, &mut ids);
     assert_eq!((&*ids, bits(&gates)), (&[7][..], bits(&[0.1, 0.0, 0.0])));
+    let mut gates: Vec<f32> = (0..37).map(|n| n as f32 - 18.5).collect();
+    list_open(&mut gates, Some(&[3.0; 37]), 100, &mut ids);
+    assert!(ids.iter().copied().eq(122..137), "{ids:?}");
+    assert!(gates[..22].iter().all(|gate| *gate == 0.0));
 }
