@@ -263,16 +263,31 @@ fn layers_that_are_hot_as_a_whole_go_together_with_others() {
     let row_bytes = tiny.quant.row_bytes(shape.n_embd);
     let ffn_mib = (shape.n_layer * 3 * shape.n_ff * row_bytes) >> 20;
     let model = Model::of(&SynthOptions { shape, ..tiny });
-    let modes: [(&[&str], f64); 2] = [
-        (&["--sparsity", "exact"], 0.005),
-        (&["--sparsity", "predicted", "--predictor", "ahead"], 0.05),
+    // predictors are beside with 8 bits alone
+    let modes: [(&[&str], &str, f64); 2] = [
+        (&["--sparsity", "exact"], "f32", 1e-4),
+        (
+            &["--sparsity", "predicted", "--predictor", "ahead"],
+            "q8",
+            0.05,
+        ),
     ];
-    let [exact, ahead] = modes.map(|(mode, _)| [mode, &["--activations", "q8"]].concat());
-    // what has to be there besides
-    let too_small = Some("required = true\nvram_budget = \"64MiB\"");
-    let ran = model.run(&[], too_small, &["-p", "x", "-n", "1"]);
-    let together = ran.err.split("together").nth(1).unwrap_or_default();
-    let least: usize = together.split_whitespace().next().unwrap().parse().unwrap();
+    let [exact, ahead] = modes.map(|(mode, _, _)| [mode, &["--activations", "q8"]].concat());
+    // what has to be there besides, at most
+    let text = model.path("t.txt");
+    let commands: [(&[&str], &[&str]); 2] = [
+        (&[], &["-p", "x", "-n", "1"]),
+        (&["perplexity"], &["-f", &text, "-c", "128", "-b", "100"]),
+    ];
+    let least = commands.map(|(command, flags)| {
+        let too_small = Some("required = true\nvram_budget = \"64MiB\"");
+        let ran = model.run(command, too_small, &[flags, &ahead].concat());
+        let together = ran.err.split("together").nth(1).unwrap_or_default();
+        let mib = together.split_whitespace().next().unwrap_or_default();
+        mib.parse::<usize>()
+            .unwrap_or_else(|_| panic!("{}", ran.err))
+    });
+    let least = least[0].max(least[1]);
     for percent in [30, 60, 90] {
         let keys = |sync: &str| {
             let budget = least + ffn_mib * percent / 100;
@@ -285,11 +300,11 @@ fn layers_that_are_hot_as_a_whole_go_together_with_others() {
         let plan: Value = serde_json::from_str(&ran.out).unwrap();
         let forecast = &plan["modes"][0]["gpu"]["prompt"];
         assert_eq!(forecast["kind"], "streamed", "{percent} %: {forecast}");
-        for (mode, limit) in modes {
+        for (mode, activations, limit) in modes {
             for batch in ["1", "100"] {
                 let together = [mode, &["-b", batch]].concat();
-                let host = model.perplexity_of("q8", None, &together);
-                let got = model.perplexity_of("q8", Some(&flags), &together);
+                let host = model.perplexity_of(activations, None, &together);
+                let got = model.perplexity_of(activations, Some(&flags), &together);
                 let change = (got / host - 1.0).abs();
                 assert!(
                     change < limit,

@@ -329,12 +329,20 @@ impl Preparation {
         layer: usize,
     ) -> Result<LayerPredictors, RuntimeError> {
         let samples = self.layer_samples(states, layer)?;
-        let sketch = self.fit_sketch(&samples, layer)?;
-        let ahead = match layer {
-            0 => None,
-            _ => Some(self.fit_ahead(&samples, layer)?),
-        };
-        Ok(LayerPredictors { sketch, ahead })
+        // each has parts that one thread does
+        std::thread::scope(|scope| {
+            let ahead = (layer > 0).then(|| scope.spawn(|| self.fit_ahead(&samples, layer)));
+            let sketch = self.fit_sketch(&samples, layer)?;
+            let ahead = ahead.map(|thread| {
+                thread
+                    .join()
+                    .unwrap_or_else(|panic| std::panic::resume_unwind(panic))
+            });
+            Ok(LayerPredictors {
+                sketch,
+                ahead: ahead.transpose()?,
+            })
+        })
     }
 
     /// The cheapest sketch that meets the target.
@@ -364,14 +372,17 @@ impl Preparation {
         let tokens = samples.calibrating();
         let masses = samples.masses(tokens.clone());
         let x = samples.x(tokens);
-        let judged: Vec<(Kind, Evaluation)> = sketches
-            .iter()
-            .filter_map(|(kind, sketch)| {
-                let scores = sketch.scores(cpu, workers, gate, x)?;
-                let biases = scores.fit(&masses, CHOSEN_AT);
-                Some((*kind, scores.evaluate(&biases, None, &masses)))
-            })
-            .collect();
+        let mut judged: Vec<Option<(Kind, Evaluation)>> = vec![None; sketches.len()];
+        workers.each(
+            judged.iter_mut().zip(&sketches),
+            |(judged, (kind, sketch))| {
+                *judged = sketch.scores(cpu, workers, gate, x).map(|scores| {
+                    let biases = scores.fit(&masses, CHOSEN_AT);
+                    (*kind, scores.evaluate(&biases, None, &masses))
+                });
+            },
+        );
+        let judged: Vec<(Kind, Evaluation)> = judged.into_iter().flatten().collect();
         let best = cheapest(&judged, &COSTS, CHOSEN_AT, n_embd, n_ff);
         Ok(best.map_or(Sketch::None, |best| sketches.swap_remove(best).1))
     }
