@@ -153,8 +153,7 @@ pub(super) unsafe fn sign_sums(
     }
 }
 
-/// Σ of activations with factors 0 or 2^`shifts`, less these, in eight sums of 32 bits: `bits` are the signs, of which `masks` leave one of each
-/// byte.
+/// Products of 32 activations with 0 or 2^i, in eight sums of 32 bits: `masks` leave bit i of each byte of `bits`, another i in each lane.
 ///
 /// # Safety
 /// AVX2 is there.
