@@ -5,7 +5,7 @@
 
 // What the blocks of one part of the columns know of each other.
 struct DownCounts {
-    // blocks that have started; warps that have joined parts or need not, with a bit from SLICES on for each that could not
+    // blocks that have started; warps that join a slice or have none, and DOWN_LEFT << slice for each that is left
     u32 started, ended;
 };
 
