@@ -170,39 +170,6 @@ impl ActBatch {
         self.prepare(cpu, token);
     }
 
-    /// Sets row `token` to `values` (`[n_cols]`) as 8-bit integers with one scale for all, which it returns, and with
-    /// scales of one: products with whole numbers are then exact while they are below 2²⁴.
-    ///
-    /// # Panics
-    /// When the batch is not of 8-bit blocks, has no such row, or `values` have another length.
-    pub fn set_whole(&mut self, token: usize, values: &[f32]) -> f32 {
-        assert_eq!(self.mode, ActivationMode::Q8, "8-bit blocks");
-        assert!(
-            token < self.capacity && values.len() == self.n_cols,
-            "row {token} of {}, {} values",
-            self.capacity,
-            values.len()
-        );
-        let blocks = self.blocks(token);
-        let row = blocks.start * BLOCK..blocks.start * BLOCK + self.n_cols;
-        let scale = quantize_whole(values, &mut self.q[row.clone()]);
-        for (value, &q) in self.values[row.clone()].iter_mut().zip(&self.q[row]) {
-            *value = f32::from(q);
-        }
-        for block in blocks {
-            let sum = |from: usize| -> i32 {
-                let half = &self.q[block * BLOCK + from..][..BLOCK / 2];
-                half.iter().map(|&q| i32::from(q)).sum()
-            };
-            let halves = [sum(0), sum(BLOCK / 2)];
-            self.half_sums[2 * block..][..2].copy_from_slice(&halves);
-            self.block_sums[block] = halves[0] + halves[1];
-            self.sums[block] = self.block_sums[block] as f32;
-            self.scales[block] = 1.0;
-        }
-        scale
-    }
-
     /// Makes the blocks of row `token` from its f32 values.
     pub fn prepare(&mut self, cpu: Cpu, token: usize) {
         assert!(token < self.capacity, "row {token} of {}", self.capacity);

@@ -139,11 +139,6 @@ impl Cpu {
     pub fn mode(self) -> ActivationMode {
         self.mode
     }
-
-    /// The same tier with another activation arithmetic.
-    pub fn with_mode(self, mode: ActivationMode) -> Self {
-        Self { mode, ..self }
-    }
 }
 
 #[cfg(test)]

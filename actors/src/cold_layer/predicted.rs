@@ -467,16 +467,32 @@ mod batch {
                 SketchKind::LowRank { .. } => {
                     let scores = &scores[token * width..][..width];
                     ids.retain(|&id| {
-                        let at = id as usize - neurons.start;
-                        let is_out = scores[at] + sketch.bias[id as usize] <= 0.0;
-                        if is_out {
-                            gates[at] = 0.0;
-                        }
+                        let score = scores[id as usize - neurons.start];
+                        let is_out = score + sketch.bias[id as usize] <= 0.0;
                         !is_out
                     });
+                    keep_gates(gates, neurons.start, ids);
                 }
-                SketchKind::Bits { .. } => {
-                    close_others(job, sketch, token, neurons.start, ids, gates)
+                SketchKind::Bits {
+                    planes,
+                    two_bit_bias,
+                } => {
+                    // SAFETY: the team has set them.
+                    let x = unsafe { job.scratch.sketch_inputs[token].get() };
+                    let (cpu, planes, first) = (model.cpu, planes.view(), neurons.start);
+                    let (mut sums, mut of_ids) = ([0; NEURON_CHUNK], [0; NEURON_CHUNK]);
+                    let of_open = &mut of_ids[..ids.len()];
+                    sign_sums_of(cpu, planes, x, ids, of_open);
+                    for (&id, &mut sum) in ids.iter().zip(&mut *of_open) {
+                        sums[id as usize - first] = sum;
+                    }
+                    keep_candidates(ids, of_open, x.scale(), &sketch.bias);
+                    if let Some(bias) = two_bit_bias {
+                        let of_named = &mut of_ids[..ids.len()];
+                        two_bit_sums(cpu, planes, x, first, &sums, ids, of_named);
+                        keep_candidates(ids, of_named, x.scale(), bias);
+                    }
+                    keep_gates(gates, first, ids);
                 }
             }
             n_open += ids.len() as u64;
@@ -484,46 +500,14 @@ mod batch {
         n_open
     }
 
-    /// Closes gates of neurons `ids`, counted from `first` on, that no sketch of bits names, and keeps the others' ids.
-    fn close_others(
-        job: &Job<'_>,
-        sketch: &SketchShare,
-        token: usize,
-        first: usize,
-        ids: &mut Vec<u32>,
-        gates: &mut [f32],
-    ) {
-        let SketchKind::Bits {
-            planes,
-            two_bit_bias,
-        } = &sketch.kind
-        else {
-            return;
-        };
-        let (cpu, planes) = (job.model.cpu, planes.view());
-        // SAFETY: the team has set them.
-        let x = unsafe { job.scratch.sketch_inputs[token].get() };
-        let (mut sums, mut of_ids) = ([0; NEURON_CHUNK], [0; NEURON_CHUNK]);
-        let of_open = &mut of_ids[..ids.len()];
-        sign_sums_of(cpu, planes, x, ids, of_open);
-        let mut of_open = of_open.iter();
-        let mut close = |id: u32, sum: i32, bias: &[f32]| {
-            let is_out = sum as f32 * x.scale() + bias[id as usize] <= 0.0;
-            if is_out {
-                gates[id as usize - first] = 0.0;
-            }
-            !is_out
-        };
-        ids.retain(|&id| {
-            let sum = *of_open.next().expect("a sum for each");
-            sums[id as usize - first] = sum;
-            close(id, sum, &sketch.bias)
-        });
-        if let Some(bias) = two_bit_bias {
-            let of_named = &mut of_ids[..ids.len()];
-            two_bit_sums(cpu, planes, x, first, &sums, ids, of_named);
-            let mut of_named = of_named.iter();
-            ids.retain(|&id| close(id, *of_named.next().expect("a sum for each"), bias));
+    /// Closes gates that are not of neurons `ids`, counted from `first` on.
+    fn keep_gates(gates: &mut [f32], first: usize, ids: &[u32]) {
+        let mut all = [0.0; NEURON_CHUNK];
+        all[..gates.len()].copy_from_slice(gates);
+        gates.fill(0.0);
+        for &id in ids {
+            let at = id as usize - first;
+            gates[at] = all[at];
         }
     }
 

@@ -467,7 +467,7 @@ impl<'a> GatePlanes<'a> {
     }
 }
 
-/// Whether sums over so many columns are exact in f32, as those of many tokens are taken.
+/// Whether sums over so many columns are exact in f32, as scores are.
 pub const fn sums_are_exact(n_cols: usize) -> bool {
     // at most three times 127 a column
     n_cols * 3 * 127 < 1 << 24
@@ -539,9 +539,7 @@ pub fn sign_sums(
     }
     debug_assert_eq!(cpu.tier(), Tier::Scalar);
     for (row, sum) in rows.zip(sums) {
-        *sum = weighted_sum(&planes, row, x, |gate, k| {
-            2 * i32::from(gate.value(k) >> 3) - 1
-        });
+        *sum = sign_sum_scalar(&planes, row, x);
     }
 }
 
@@ -577,9 +575,7 @@ pub fn sign_sums_of(
     }
     debug_assert_eq!(cpu.tier(), Tier::Scalar);
     for (&id, sum) in ids.iter().zip(out) {
-        *sum = weighted_sum(&planes, id as usize, x, |gate, k| {
-            2 * i32::from(gate.value(k) >> 3) - 1
-        });
+        *sum = sign_sum_scalar(&planes, id as usize, x);
     }
 }
 
@@ -621,6 +617,12 @@ pub fn two_bit_sums(
     }
     #[cfg(not(target_arch = "x86_64"))]
     two_bit_sums_scalar(&planes, x, ids, out);
+}
+
+fn sign_sum_scalar(planes: &GatePlanes<'_>, row: usize, x: &SketchInput) -> i32 {
+    weighted_sum(planes, row, x, |gate, k| {
+        2 * i32::from(gate.value(k) >> 3) - 1
+    })
 }
 
 fn two_bit_sums_scalar(planes: &GatePlanes<'_>, x: &SketchInput, ids: &[u32], out: &mut [i32]) {

@@ -193,10 +193,12 @@ fn rows_of_sketches_have_the_sums_as_products() {
     let mut x = SketchInput::new(n_cols);
     let values = Random(4).activations(n_cols);
     x.set(&values);
-    let mut batch = ActBatch::new(ActivationMode::Q8, n_cols, 1);
-    assert_eq!(batch.set_whole(0, &values), x.scale());
+    let integers: Vec<f32> = x.values().iter().map(|&q| f32::from(q)).collect();
     let ids: Vec<u32> = (0..n_rows as u32).collect();
     for cpu in tiers() {
+        let f32s = Cpu::new(cpu.tier(), ActivationMode::F32).unwrap();
+        let mut batch = ActBatch::new(ActivationMode::F32, n_cols, 1);
+        batch.set(f32s, 0, &integers);
         let (mut sums, mut two) = (vec![0; n_rows], vec![0; n_rows]);
         sign_sums(cpu, gates.planes(), &x, 0..n_rows, &mut sums);
         two_bit_sums(cpu, gates.planes(), &x, 0, &sums, &ids, &mut two);
@@ -208,7 +210,7 @@ fn rows_of_sketches_have_the_sums_as_products() {
             }
             let (shape, packed) = pack(QuantType::Q4_0, n_cols, Layout::Interleaved, &rows);
             let (mut out, m) = (vec![0.0; n_rows], MatrixRef::new(shape, &packed));
-            gemv(cpu, m, batch.token(0), 0..n_rows, &mut out);
+            gemv(f32s, m, batch.token(0), 0..n_rows, &mut out);
             let sums: Vec<f32> = sums.iter().map(|&sum| sum as f32).collect();
             assert_eq!(out, sums, "{} {bits:?}", cpu.tier());
         }
