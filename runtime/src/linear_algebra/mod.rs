@@ -12,5 +12,5 @@ pub(crate) use directions::leading_directions;
 pub(crate) use lower::Lower;
 pub use products::Workers;
 pub(crate) use products::{
-    covariance, product, times_transposed, transposed, view, view_mut, view_t, whole,
+    covariance, multiply, product, times_transposed, transposed, view, view_mut, view_t, whole,
 };

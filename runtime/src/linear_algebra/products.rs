@@ -2,7 +2,7 @@
 
 use std::num::NonZeroUsize;
 
-use nalgebra::{DMatrix, DMatrixView, DMatrixViewMut, Dyn};
+use nalgebra::{DMatrix, DMatrixView, DMatrixViewMut, Dyn, RealField};
 
 /// Columns of a block.
 const BLOCK: usize = 256;
@@ -62,11 +62,30 @@ pub(crate) fn view_mut(
     DMatrixViewMut::from_slice_with_strides_mut(values, n_rows, n_cols, n_cols.max(1), 1)
 }
 
+/// Overwrites `out` with `a · b`.
+///
+/// For operands of few rows or columns nalgebra takes a length in memory for a number of rows, where rows are not side by side, and
+/// writes past the end (its issue 1616); so these are copied.
+pub(crate) fn multiply<T: RealField + Copy>(
+    out: &mut DMatrixViewMut<'_, T, Dyn, Dyn>,
+    a: DMatrixView<'_, T, Dyn, Dyn>,
+    b: DMatrixView<'_, T, Dyn, Dyn>,
+) {
+    /// At most as many as for which it has loops of its own.
+    const FEW: usize = 8;
+    let few = a.nrows().min(a.ncols()).min(b.ncols()) <= FEW;
+    match few && a.strides().0 != 1 {
+        true => out.gemm(T::one(), &a.into_owned(), &b, T::zero()),
+        false => out.gemm(T::one(), &a, &b, T::zero()),
+    }
+}
+
 /// `x · wᵀ`: overwrites `out` `[n, n_out]` from `x` `[n, n_in]` and `w` `[n_out, n_in]`, all row-major.
 pub(crate) fn times_transposed(x: &[f32], w: &[f32], n_in: usize, out: &mut [f32]) {
     let (n, n_out) = (x.len() / n_in, w.len() / n_in);
     assert_eq!(out.len(), n * n_out, "output is [n, n_out]");
-    view_mut(out, n, n_out).gemm(1.0, &view(x, n, n_in), &view_t(w, n_out, n_in), 0.0);
+    let (x, w) = (view(x, n, n_in), view_t(w, n_out, n_in));
+    multiply(&mut view_mut(out, n, n_out), x, w);
 }
 
 /// A matrix as an operand of [`product`].
@@ -90,8 +109,9 @@ pub(crate) fn product(
     let parts = out.as_mut_slice().chunks_mut((n_rows * BLOCK).max(1));
     workers.each(parts.enumerate(), |(part, columns)| {
         let n_columns = columns.len() / n_rows;
-        let mut out = DMatrixViewMut::from_slice(columns, n_rows, n_columns);
-        out.gemm(1.0, &a, &b.columns(part * BLOCK, n_columns), 0.0);
+        let mut out =
+            DMatrixViewMut::from_slice_with_strides_mut(columns, n_rows, n_columns, 1, n_rows);
+        multiply(&mut out, a, b.columns(part * BLOCK, n_columns));
     });
     out
 }
@@ -131,7 +151,7 @@ pub(crate) fn covariance(workers: Workers, a: (&[f32], usize), b: (&[f32], usize
                 1,
             );
             let other = view_t(&b[from * n_b..(from + tokens) * n_b], tokens, n_b);
-            part.gemm(1.0, &other, &own, 0.0);
+            multiply(&mut (&mut part).into(), other, own);
             for (sum, part) in sums.iter_mut().zip(part.iter()) {
                 *sum += f64::from(*part);
             }
@@ -152,6 +172,21 @@ mod tests {
     fn values(n: usize, seed: u32) -> Vec<f32> {
         let mut rng = crate::sampler::Mt19937::new(seed);
         (0..n).map(|_| rng.next_f64() as f32 - 0.3).collect()
+    }
+
+    #[test]
+    fn products_of_few_rows_or_columns_stay_in_their_places() {
+        for (n, n_in, n_out) in [(1, 7, 3), (2, 40, 40), (5, 40, 3), (40, 2, 40), (40, 9, 5)] {
+            let (x, w) = (values(n * n_in, 1), values(n_out * n_in, 2));
+            let mut out = vec![7.0; n * n_out + 300];
+            times_transposed(&x, &w, n_in, &mut out[..n * n_out]);
+            for (at, value) in out[..n * n_out].iter().enumerate() {
+                let (row, column) = (&x[at / n_out * n_in..], &w[at % n_out * n_in..]);
+                let want: f32 = row.iter().zip(column).take(n_in).map(|(x, w)| x * w).sum();
+                assert!((value - want).abs() < 1e-5, "{value} against {want}");
+            }
+            assert!(out[n * n_out..].iter().all(|value| *value == 7.0));
+        }
     }
 
     #[test]

@@ -17,7 +17,7 @@ use super::neuron_model::{NeuronModel, deviations_of};
 use super::quantised::QuantisedMatrix;
 use super::samples::LayerSamples;
 use super::thresholds::{self, Target};
-use crate::linear_algebra::{Workers, times_transposed, view, view_mut, view_t};
+use crate::linear_algebra::{Workers, multiply, times_transposed, view, view_mut, view_t};
 use crate::sampler::Mt19937;
 
 /// Neurons whose scores and gradients one thread computes at a time.
@@ -237,18 +237,16 @@ impl Net {
                     *error = (open * (1.0 + weight) - weight) / batch as f32;
                 }
             }
-            view_mut(back, batch, rank).gemm(
-                1.0,
-                &view(&errors, batch, n),
-                &view(fc2.values, n, rank),
-                0.0,
+            multiply(
+                &mut view_mut(back, batch, rank),
+                view(&errors, batch, n),
+                view(fc2.values, n, rank),
             );
             let mut gradient = vec![0.0; n * rank];
-            view_mut(&mut gradient, n, rank).gemm(
-                1.0,
-                &view_t(&errors, batch, n),
-                &view(&inner, batch, rank),
-                0.0,
+            multiply(
+                &mut view_mut(&mut gradient, n, rank),
+                view_t(&errors, batch, n),
+                view(&inner, batch, rank),
             );
             fc2.update(&gradient, rate);
             bias.update(&column_sums(&errors, n), rate);
@@ -267,11 +265,10 @@ impl Net {
                 .copied()
                 .collect();
             let mut gradient = vec![0.0; n * n_embd];
-            view_mut(&mut gradient, n, n_embd).gemm(
-                1.0,
-                &view_t(&own, batch, n),
-                &view(x, batch, n_embd),
-                0.0,
+            multiply(
+                &mut view_mut(&mut gradient, n, n_embd),
+                view_t(&own, batch, n),
+                view(x, batch, n_embd),
             );
             fc1.update(&gradient, rate);
             bias.update(&column_sums(&own, n), rate);
