@@ -360,7 +360,7 @@ fn add_up(values: &[f32], sums: &mut [f32], half_totals: &mut [f32]) {
 fn quantize(cpu: Cpu, values: &[f32], out: Q8Blocks<'_>) {
     match cpu.tier() {
         #[cfg(target_arch = "x86_64")]
-        Tier::Avx2 | Tier::Avx512 | Tier::Avx512Vnni => {
+        Tier::Avx2 | Tier::Avx512 | Tier::Avx512Vnni | Tier::Avx512Amx => {
             // SAFETY: a `Cpu` exists only for tiers that the machine has; all of these have AVX2.
             unsafe { x86::quantize(values, out) }
         }

@@ -19,11 +19,19 @@ pub enum Tier {
     Avx512,
     /// AVX-512 with VNNI (8-bit dot products).
     Avx512Vnni,
+    /// The same with AMX (products of 8-bit tiles) for many tokens.
+    Avx512Amx,
 }
 
 impl Tier {
     /// All tiers, slowest first.
-    pub const ALL: [Tier; 4] = [Tier::Scalar, Tier::Avx2, Tier::Avx512, Tier::Avx512Vnni];
+    pub const ALL: [Tier; 5] = [
+        Tier::Scalar,
+        Tier::Avx2,
+        Tier::Avx512,
+        Tier::Avx512Vnni,
+        Tier::Avx512Amx,
+    ];
 
     /// The fastest tier that this machine can run.
     pub fn detect() -> Tier {
@@ -53,11 +61,16 @@ impl Tier {
                 && is_x86_feature_detected!("avx512dq")
                 && is_x86_feature_detected!("avx512vl")
         };
+        let vnni = || avx512() && is_x86_feature_detected!("avx512vnni");
         match self {
             Tier::Scalar => true,
             Tier::Avx2 => avx2(),
             Tier::Avx512 => avx512(),
-            Tier::Avx512Vnni => avx512() && is_x86_feature_detected!("avx512vnni"),
+            Tier::Avx512Vnni => vnni(),
+            #[cfg(target_os = "linux")]
+            Tier::Avx512Amx => vnni() && crate::dot::amx::is_available(),
+            #[cfg(not(target_os = "linux"))]
+            Tier::Avx512Amx => false,
         }
     }
 
@@ -74,6 +87,7 @@ impl Tier {
             Tier::Avx2 => "avx2",
             Tier::Avx512 => "avx512",
             Tier::Avx512Vnni => "avx512-vnni",
+            Tier::Avx512Amx => "avx512-amx",
         }
     }
 }
@@ -152,7 +166,7 @@ mod tests {
         }
         let message = "avx1024".parse::<Tier>().unwrap_err().to_string();
         assert!(
-            message.contains("avx1024") && message.contains("avx512-vnni"),
+            message.contains("avx1024") && message.contains("avx512-amx"),
             "{message}"
         );
     }

@@ -7,7 +7,9 @@ use crate::cuda::Capability;
 #[derive(Debug, Clone, PartialEq, thiserror::Error)]
 pub enum KernelError {
     /// The name is no instruction-set tier.
-    #[error("unknown instruction-set tier '{name}': use scalar, avx2, avx512 or avx512-vnni")]
+    #[error(
+        "unknown instruction-set tier '{name}': use scalar, avx2, avx512, avx512-vnni or avx512-amx"
+    )]
     UnknownTier {
         /// What was given.
         name: String,

@@ -7,6 +7,8 @@ use std::ops::Range;
 
 use crate::activations::{ActBatch, ActRef, ActivationMode};
 use crate::cpu::{Cpu, Tier};
+#[cfg(all(target_arch = "x86_64", target_os = "linux"))]
+use crate::dot::amx;
 use crate::dot::scalar;
 use crate::dot::tile::{self, Group};
 use crate::matrix::{Layout, MatrixRef, ROW_GROUP, StridedOut};
@@ -16,6 +18,9 @@ use crate::quant::QuantType;
 const TILE_TOKENS: usize = 8;
 /// The same with f32 activations, which need eight sums a row.
 const TILE_TOKENS_F32: usize = 2;
+
+/// As many tokens as pay for a tile of AMX, which has room for 16.
+const AMX_TOKENS_MIN: usize = 12;
 
 /// Writes the products of rows `rows` of `m` (`[n_rows, n_cols]`, interleaved) with `x`
 /// (`[n_cols]`) to `out` (`[rows.len()]` f32, overwritten).
@@ -105,6 +110,20 @@ fn group_tokens(
     let q8 = cpu.mode() == ActivationMode::Q8 && m.shape.quant.is_quantised();
     let tile_tokens = if q8 { TILE_TOKENS } else { TILE_TOKENS_F32 };
     let mut done = 0;
+    #[cfg(all(target_arch = "x86_64", target_os = "linux"))]
+    if cpu.tier() == Tier::Avx512Amx && q8 {
+        done = amx::on_tiles(tokens.len(), AMX_TOKENS_MIN);
+        let group = Group {
+            start: group.as_ptr(),
+            n_cols: m.shape.n_cols,
+        };
+        let (tokens, part) = (
+            tokens.start..tokens.start + done,
+            out.part(0..done, 0..out.n_rows()),
+        );
+        // SAFETY: a `Cpu` exists only for tiers that the machine has; the group is whole, and the batch has its columns.
+        unsafe { x86::amx(m.shape.quant, group, x, tokens, part) };
+    }
     while done < tokens.len() {
         let step = if tokens.len() - done >= tile_tokens {
             tile_tokens
@@ -181,7 +200,7 @@ unsafe fn run_tile<const T: usize>(
             Tier::Scalar => unreachable!("scalar runs no tiles"),
             Tier::Avx2 => x86::avx2(quant, mode, group, x, out),
             Tier::Avx512 => x86::avx512(quant, mode, group, x, out),
-            Tier::Avx512Vnni => x86::avx512_vnni(quant, mode, group, x, out),
+            Tier::Avx512Vnni | Tier::Avx512Amx => x86::avx512_vnni(quant, mode, group, x, out),
         }
     }
     #[cfg(not(target_arch = "x86_64"))]
@@ -253,6 +272,36 @@ mod x86 {
                     tile::f32_blocks::<S, U, T>(group, x, out)
                 }
                 _ => unreachable!("no tile of {T} tokens for {mode} activations"),
+            }
+        }
+    }
+
+    /// # Safety
+    /// As [`amx::q8`].
+    #[cfg(target_os = "linux")]
+    pub(super) unsafe fn amx(
+        quant: QuantType,
+        group: Group,
+        x: &ActBatch,
+        tokens: Range<usize>,
+        out: StridedOut<'_>,
+    ) {
+        // SAFETY: this function's contract.
+        unsafe {
+            match quant {
+                QuantType::F32 | QuantType::F16 | QuantType::BF16 => {
+                    unreachable!("no tile of 8 bits for float weights")
+                }
+                QuantType::Q4_0 => amx::q8::<unpack::Q4_0>(group, x, tokens, out),
+                QuantType::Q4_1 => amx::q8::<unpack::Q4_1>(group, x, tokens, out),
+                QuantType::Q5_0 => amx::q8::<unpack::Q5_0>(group, x, tokens, out),
+                QuantType::Q5_1 => amx::q8::<unpack::Q5_1>(group, x, tokens, out),
+                QuantType::Q8_0 => amx::q8::<unpack::Q8_0>(group, x, tokens, out),
+                QuantType::Q2_K => amx::q8::<unpack::Q2_K>(group, x, tokens, out),
+                QuantType::Q3_K => amx::q8::<unpack::Q3_K>(group, x, tokens, out),
+                QuantType::Q4_K => amx::q8::<unpack::Q4_K>(group, x, tokens, out),
+                QuantType::Q5_K => amx::q8::<unpack::Q5_K>(group, x, tokens, out),
+                QuantType::Q6_K => amx::q8::<unpack::Q6_K>(group, x, tokens, out),
             }
         }
     }
@@ -353,6 +402,34 @@ mod tests {
                     expected,
                     "{quant} [{n_rows}, {n_cols}] {mode} {tier}"
                 );
+            }
+        }
+    }
+
+    #[test]
+    fn many_tokens_of_wide_rows_give_the_bits_of_one() {
+        let (n_rows, n_cols) = (21, 1280);
+        for quant in QuantType::ALL {
+            let rows = Random(11).rows(quant, n_rows, n_cols);
+            let (shape, bytes) = pack(quant, n_cols, Layout::Interleaved, &rows);
+            let m = MatrixRef::new(shape, &bytes);
+            for tier in Tier::available() {
+                let cpu = Cpu::new(tier, ActivationMode::Q8).unwrap();
+                let x = activations(cpu, n_cols, 40, 13);
+                for tokens in [0..32, 3..40, 5..35, 7..21, 9..12, 7..8] {
+                    let mut many = vec![f32::NAN; tokens.len() * n_rows];
+                    let out = StridedOut::from_slice(&mut many, n_rows, tokens.len(), 0..n_rows);
+                    gemm(cpu, m, &x, tokens.clone(), 0..n_rows, out);
+                    for (token, many) in tokens.clone().zip(many.chunks_exact(n_rows)) {
+                        let mut one = vec![f32::NAN; n_rows];
+                        gemv(cpu, m, x.token(token), 0..n_rows, &mut one);
+                        assert_eq!(
+                            bits(many),
+                            bits(&one),
+                            "{quant} {tier} {token} of {tokens:?}"
+                        );
+                    }
+                }
             }
         }
     }

@@ -125,7 +125,7 @@ impl Feeder for Tokens {
 }
 
 fn tiers() -> Vec<Tier> {
-    [Tier::Scalar, Tier::Avx2, Tier::Avx512, Tier::Avx512Vnni]
+    Tier::ALL
         .into_iter()
         .filter(|&tier| Cpu::new(tier, ActivationMode::F32).is_ok())
         .collect()

@@ -8,6 +8,8 @@
 //!
 //! So a row gives the same bits in every tier, layout, tile and thread.
 
+#[cfg(all(target_arch = "x86_64", target_os = "linux"))]
+pub(crate) mod amx;
 #[cfg(target_arch = "x86_64")]
 pub(crate) mod avx2;
 #[cfg(target_arch = "x86_64")]

@@ -75,7 +75,7 @@ pub fn down_active(
         // SAFETY: a `Cpu` exists only for tiers that the machine has.
         unsafe {
             match cpu.tier() {
-                Tier::Avx512Vnni if is_rounded(cpu, down.quant) => {
+                Tier::Avx512Vnni | Tier::Avx512Amx if is_rounded(cpu, down.quant) => {
                     rounded512::active(list, cols, sums);
                 }
                 _ if is_rounded(cpu, down.quant) => rounded::x86::active(list, cols, sums),
@@ -227,7 +227,7 @@ pub fn down_tokens(
         // SAFETY: a `Cpu` exists only for tiers that the machine has; not scalar here.
         unsafe {
             match cpu.tier() {
-                Tier::Avx512Vnni if rounded => {
+                Tier::Avx512Vnni | Tier::Avx512Amx if rounded => {
                     rounded512::tokens(&batch, cols.clone(), scratch, sums);
                 }
                 _ if rounded => rounded::x86::tokens(&batch, cols.clone(), scratch, sums),

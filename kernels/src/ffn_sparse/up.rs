@@ -90,7 +90,7 @@ fn products_beside(
         "activations have 8-bit blocks"
     );
     #[cfg(target_arch = "x86_64")]
-    if cpu.tier() == Tier::Avx512Vnni && q8 && rows.quant == QuantType::Q4_0 {
+    if cpu.tier() >= Tier::Avx512Vnni && q8 && rows.quant == QuantType::Q4_0 {
         // each row is there
         ids.iter().for_each(|&id| _ = rows.row(id as usize));
         // SAFETY: as below; all rows are there.

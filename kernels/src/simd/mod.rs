@@ -158,7 +158,7 @@ macro_rules! by_tier {
                 $crate::cpu::Tier::Scalar => $spec($($arg),*),
                 // SAFETY: a `Cpu` exists only for tiers that the machine has.
                 $crate::cpu::Tier::Avx2 => unsafe { avx2($($arg),*) },
-                $crate::cpu::Tier::Avx512 | $crate::cpu::Tier::Avx512Vnni => {
+                $crate::cpu::Tier::Avx512 | $crate::cpu::Tier::Avx512Vnni | $crate::cpu::Tier::Avx512Amx => {
                     // SAFETY: as above.
                     unsafe { avx512($($arg),*) }
                 }

@@ -172,7 +172,7 @@ pub struct ModelArgs {
     /// Precision of the activations in dot products
     #[arg(long, value_name = "f32|q8", default_value_t = ActivationMode::Q8)]
     pub activations: ActivationMode,
-    /// Force a lower instruction set than the machine's best: scalar, avx2, avx512 or avx512-vnni
+    /// Force a lower instruction set than the machine's best: scalar, avx2, avx512, avx512-vnni or avx512-amx
     #[arg(long, value_name = "TIER")]
     pub tier: Option<Tier>,
     /// Type of the key-value cache

@@ -429,7 +429,7 @@ impl<'a> GatePlanes<'a> {
         );
         let image = &mut image[..shape.packed_bytes()];
         #[cfg(target_arch = "x86_64")]
-        if cpu.tier() == Tier::Avx512Vnni {
+        if cpu.tier() >= Tier::Avx512Vnni {
             check_lengths(self);
             // SAFETY: the machine has the tier; the rows and the room are there, as asserted.
             unsafe { super::avx512::group(*self, rows, image.as_mut_ptr()) };
@@ -527,7 +527,7 @@ pub fn sign_sums(
     check_lengths(&planes);
     #[cfg(target_arch = "x86_64")]
     match cpu.tier() {
-        Tier::Avx512Vnni => {
+        Tier::Avx512Vnni | Tier::Avx512Amx => {
             // SAFETY: a `Cpu` exists only for tiers that the machine has; lengths are asserted.
             return unsafe { super::avx512::sign_sums(planes, x, rows, sums) };
         }
@@ -563,7 +563,7 @@ pub fn sign_sums_of(
     check_lengths(&planes);
     #[cfg(target_arch = "x86_64")]
     match cpu.tier() {
-        Tier::Avx512Vnni => {
+        Tier::Avx512Vnni | Tier::Avx512Amx => {
             // SAFETY: a `Cpu` exists only for tiers that the machine has; all rows are there.
             return unsafe { super::avx512::sign_sums_of(planes, x, ids, out) };
         }
@@ -604,7 +604,7 @@ pub fn two_bit_sums(
     #[cfg(target_arch = "x86_64")]
     {
         let products = match cpu.tier() {
-            Tier::Avx512Vnni => super::avx512::high_sums,
+            Tier::Avx512Vnni | Tier::Avx512Amx => super::avx512::high_sums,
             Tier::Avx2 | Tier::Avx512 => super::x86::high_sums,
             Tier::Scalar => return two_bit_sums_scalar(&planes, x, ids, out),
         };
@@ -667,7 +667,7 @@ pub fn plane_gates(cpu: Cpu, planes: GatePlanes<'_>, x: ActRef<'_>, ids: &[u32],
     );
     #[cfg(target_arch = "x86_64")]
     match cpu.tier() {
-        Tier::Avx512Vnni => {
+        Tier::Avx512Vnni | Tier::Avx512Amx => {
             // SAFETY: as in `sign_sums`; all rows are there.
             return unsafe { super::avx512::gates(planes, x, ids, out) };
         }

@@ -36,8 +36,8 @@ impl Gates {
 }
 
 fn tiers() -> impl Iterator<Item = Cpu> {
-    let all = [Tier::Scalar, Tier::Avx2, Tier::Avx512, Tier::Avx512Vnni];
-    all.into_iter()
+    Tier::ALL
+        .into_iter()
         .filter_map(|tier| Cpu::new(tier, ActivationMode::Q8).ok())
 }
 
