@@ -72,9 +72,8 @@ struct Shapes {
 }
 
 impl Shapes {
-    /// Tiles 0 and 3: activations; 1 and 4: weights; 2 and 5: products. `halves`: of 16 columns.
-    const fn new(n_tokens: usize, halves: bool) -> Self {
-        let columns = if halves { BLOCK / 2 } else { BLOCK };
+    /// Tiles 0 and 3: left operands; 1 and 4: right ones; 2 and 5: products.
+    const fn new(n_left: usize, columns: usize) -> Self {
         let mut shapes = Self {
             palette: 1,
             start_row: 0,
@@ -85,30 +84,46 @@ impl Shapes {
         let mut first = 0;
         while first < 6 {
             shapes.row_bytes[first] = columns as u16;
-            shapes.n_rows[first] = n_tokens as u8;
+            shapes.n_rows[first] = n_left as u8;
             shapes.row_bytes[first + 1] = ROW_BYTES as u16;
             shapes.n_rows[first + 1] = (columns / 4) as u8;
             shapes.row_bytes[first + 2] = ROW_BYTES as u16;
-            shapes.n_rows[first + 2] = n_tokens as u8;
+            shapes.n_rows[first + 2] = n_left as u8;
             first += 3;
         }
         shapes
     }
+}
 
+/// The thread's tiles, with shapes. Given up when dropped, so that nobody saves them when threads change.
+pub(crate) struct Tiles(());
+
+impl Tiles {
+    /// Tiles for products of `n_left` rows (1 to 16) of `columns` bytes (a multiple of 4, up to 64) with 16 others.
+    ///
     /// # Safety
-    /// The machine has AMX.
-    unsafe fn set(&self) {
+    /// The machine has AMX; the thread has no other tiles.
+    pub(crate) unsafe fn new(n_left: usize, columns: usize) -> Self {
+        let mut tiles = Self(());
+        // SAFETY: this function's contract.
+        unsafe { tiles.reshape(n_left, columns) };
+        tiles
+    }
+
+    /// The same tiles with other shapes.
+    ///
+    /// # Safety
+    /// As [`Tiles::new`].
+    unsafe fn reshape(&mut self, n_left: usize, columns: usize) {
+        let shapes = Shapes::new(n_left, columns);
         // SAFETY: this function's contract; the shapes fit palette 1.
         unsafe {
-            asm!("ldtilecfg [{}]", in(reg) self, options(nostack, readonly, preserves_flags));
+            asm!("ldtilecfg [{}]", in(reg) &raw const shapes, options(nostack, readonly, preserves_flags));
         }
     }
 }
 
-/// Gives the tiles up when dropped, so that nobody saves them when threads change.
-struct InUse;
-
-impl Drop for InUse {
+impl Drop for Tiles {
     fn drop(&mut self) {
         // SAFETY: it exists only where the machine has AMX.
         unsafe { asm!("tilerelease", options(nostack, nomem, preserves_flags)) };
@@ -179,24 +194,46 @@ amx_fn! {
     }
 }
 
-/// One tile's products, in registers of its own.
+/// Products of signed bytes, in registers of their own.
 macro_rules! multiply {
-    ($a:literal, $b:literal, $c:literal, $x:expr, $x_stride:expr, $w:expr, $out:expr) => {
+    ($a:literal, $b:literal, $c:literal, $left:expr, $stride:expr, $right:expr, $out:expr) => {
         asm!(
-            concat!("tileloadd ", $a, ", [{x} + {x_stride}*1]"),
-            concat!("tileloadd ", $b, ", [{w} + {row}*1]"),
+            concat!("tileloadd ", $a, ", [{left} + {stride}*1]"),
+            concat!("tileloadd ", $b, ", [{right} + {row}*1]"),
             concat!("tilezero ", $c),
             concat!("tdpbssd ", $c, ", ", $a, ", ", $b),
             concat!("tilestored [{out} + {row}*1], ", $c),
-            x = in(reg) $x,
-            x_stride = in(reg) $x_stride,
-            w = in(reg) $w,
+            left = in(reg) $left,
+            stride = in(reg) $stride,
+            right = in(reg) $right,
             out = in(reg) $out,
             row = in(reg) ROW_BYTES,
             out("tmm0") _, out("tmm1") _, out("tmm2") _, out("tmm3") _, out("tmm4") _, out("tmm5") _,
             options(nostack, preserves_flags),
         )
     };
+}
+
+/// Overwrites `out` `[n_left, 16]` with the products of the rows at `left`, `stride` bytes apart, and of `right` `[columns / 4, 16, 4]`.
+/// Neighbouring products are `SECOND` and not in turns, to have tiles of their own.
+///
+/// # Safety
+/// The machine has AMX; the thread's [`Tiles`] have these shapes; pointers are valid.
+#[inline(always)]
+pub(crate) unsafe fn multiply<const SECOND: bool>(
+    left: *const i8,
+    stride: usize,
+    right: *const i8,
+    out: *mut i32,
+) {
+    // SAFETY: this function's contract.
+    unsafe {
+        if SECOND {
+            multiply!("tmm3", "tmm4", "tmm5", left, stride, right, out);
+        } else {
+            multiply!("tmm0", "tmm1", "tmm2", left, stride, right, out);
+        }
+    }
 }
 
 amx_fn! {
@@ -209,12 +246,12 @@ amx_fn! {
         let first = (&raw mut (*out).0[0]).cast::<i32>();
         if U::HALVES {
             let second = (&raw mut (*out).0[1]).cast::<i32>();
-            multiply!("tmm0", "tmm1", "tmm2", x, stride, w, first);
-            multiply!("tmm3", "tmm4", "tmm5", x.add(BLOCK / 2), stride, w.add(SUB_BYTES / 2), second);
+            multiply::<false>(x, stride, w, first);
+            multiply::<true>(x.add(BLOCK / 2), stride, w.add(SUB_BYTES / 2), second);
         } else if n.is_multiple_of(2) {
-            multiply!("tmm0", "tmm1", "tmm2", x, stride, w, first);
+            multiply::<false>(x, stride, w, first);
         } else {
-            multiply!("tmm3", "tmm4", "tmm5", x, stride, w, first);
+            multiply::<true>(x, stride, w, first);
         }
     }
 }
@@ -323,10 +360,19 @@ amx_fn! {
                 let next = room.add((n + 1) % 2);
                 products::<U>(weights, n + 1, x.q.add((n + 1) * BLOCK), stride, next);
             }
-            let mut t = 0;
-            while t < n_tokens {
-                acc[t] = add::<U>(weights, n, x, t, room.add(n % 2), acc[t]);
-                t += 1;
+            let products = room.add(n % 2);
+            if FULL {
+                // written out, so that sums stay in registers
+                macro_rules! add_all {
+                    ($($t:literal)*) => {$(
+                        acc[$t] = add::<U>(weights, n, x, $t, products, acc[$t]);
+                    )*};
+                }
+                add_all!(0 1 2 3 4 5 6 7 8 9 10 11 12 13 14 15);
+            } else {
+                for t in 0..n_tokens {
+                    acc[t] = add::<U>(weights, n, x, t, products, acc[t]);
+                }
             }
         }
         for t in 0..n_tokens {
@@ -353,15 +399,15 @@ amx_fn! {
         let n_subs = group.n_cols / BLOCK;
         let mut unpacked = MaybeUninit::<Unpacked>::uninit();
         let whole = tokens.len() / TOKENS * TOKENS;
-        let in_use = InUse;
-        let set = |n_tokens| Shapes::new(n_tokens, U::HALVES).set();
+        let columns = if U::HALVES { BLOCK / 2 } else { BLOCK };
+        let mut tiles = Tiles::new(tokens.len().min(TOKENS), columns);
         let n_rows = out.n_rows();
         for first in (0..n_subs).step_by(SUBS) {
             let subs = first..(first + SUBS).min(n_subs);
             let weights = unpacked.as_mut_ptr();
             unpack::<U>(&planes, subs.clone(), weights);
-            if whole > 0 && (first == 0 || whole < tokens.len()) {
-                set(TOKENS);
+            if whole > 0 && whole < tokens.len() {
+                tiles.reshape(TOKENS, columns);
             }
             for t in (0..whole).step_by(TOKENS) {
                 let x = Tokens::new(x, tokens.start + t, first);
@@ -369,12 +415,11 @@ amx_fn! {
                 tile::<U, true>(weights, subs.len(), x, first == 0, &mut out);
             }
             if whole < tokens.len() {
-                set(tokens.len() - whole);
+                tiles.reshape(tokens.len() - whole, columns);
                 let x = Tokens::new(x, tokens.start + whole, first);
                 let mut out = out.part(whole..tokens.len(), 0..n_rows);
                 tile::<U, false>(weights, subs.len(), x, first == 0, &mut out);
             }
         }
-        drop(in_use);
     }
 }

@@ -145,8 +145,10 @@ const TOKENS: usize = 64;
 const NEURONS: usize = 32;
 /// Columns that it holds at a time, at most.
 const COLUMNS: usize = 128;
+/// Values that it sums in for each subtree, at most.
+const SUMS: usize = 4 * TOKENS * COLUMNS;
 
-/// Memory that [`down_tokens`] works in, for one thread (about 300 KiB).
+/// Memory that [`down_tokens`] works in, for one thread (about 1.2 MiB).
 #[derive(Debug)]
 pub struct DownScratch {
     rows: Vec<f32>,
@@ -164,7 +166,7 @@ impl Default for DownScratch {
     fn default() -> Self {
         Self {
             rows: vec![0.0; NEURONS * COLUMNS],
-            sums: vec![0.0; (SUBTREES_MAX + 1) * TOKENS * COLUMNS],
+            sums: vec![0.0; (SUBTREES_MAX + 1) * SUMS],
         }
     }
 }
@@ -201,35 +203,60 @@ pub fn down_tokens(
         "activations fit"
     );
     if cpu.tier() == Tier::Scalar {
-        let ids: Vec<u32> = (0..down.n_neurons as u32).collect();
         for t in 0..n_tokens {
-            let a = &act[t * stride..][..down.n_neurons];
+            let act = &act[t * stride..][..down.n_neurons];
+            let taken = |id: &u32| !skip_zeros || act[*id as usize] != 0.0;
+            let ids: Vec<u32> = (0..down.n_neurons as u32).filter(taken).collect();
+            let a: Vec<f32> = ids.iter().map(|&id| act[id as usize]).collect();
+            let before = |neuron: usize| ids.partition_point(|&id| (id as usize) < neuron);
+            let groups: Vec<GroupSpan> = groups
+                .iter()
+                .map(|of| GroupSpan {
+                    group: of.group,
+                    span: before(of.span.start)..before(of.span.end),
+                })
+                .collect();
             let mut rows: Vec<&mut [f32]> = sums.iter_mut().map(|sum| sum.row(t)).collect();
-            down_active(cpu, down, &ids, a, groups, cols.clone(), &mut rows);
+            down_active(cpu, down, &ids, &a, &groups, cols.clone(), &mut rows);
         }
         return;
     }
     let rounded = is_rounded(cpu, down.quant);
     #[cfg(target_arch = "x86_64")]
+    let batch = |tokens: Range<usize>| x86::Batch {
+        down,
+        act: &act[tokens.start * stride..],
+        stride,
+        groups,
+        tokens,
+        skip_zeros,
+    };
+    #[cfg(target_arch = "x86_64")]
+    if rounded && cpu.tier() >= Tier::Avx512Vnni {
+        for first in (0..n_tokens).step_by(tokens512::TOKENS) {
+            let tokens = first..(first + tokens512::TOKENS).min(n_tokens);
+            // SAFETY: a `Cpu` exists only for tiers that the machine has.
+            unsafe {
+                if tokens512::pays(&batch(tokens.clone())) {
+                    tokens512::tokens(&batch(tokens), cols.clone(), scratch, sums);
+                    continue;
+                }
+                for first in tokens.clone().step_by(x86::TOKENS_ROUNDED) {
+                    let few = first..(first + x86::TOKENS_ROUNDED).min(tokens.end);
+                    rounded512::tokens(&batch(few), cols.clone(), scratch, sums);
+                }
+            }
+        }
+        return;
+    }
+    #[cfg(target_arch = "x86_64")]
     let step = if rounded { x86::TOKENS_ROUNDED } else { TOKENS };
     #[cfg(target_arch = "x86_64")]
     for first in (0..n_tokens).step_by(step) {
-        let tokens = first..(first + step).min(n_tokens);
-        let act = &act[first * stride..];
-        let batch = x86::Batch {
-            down,
-            act,
-            stride,
-            groups,
-            tokens,
-            skip_zeros,
-        };
+        let batch = batch(first..(first + step).min(n_tokens));
         // SAFETY: a `Cpu` exists only for tiers that the machine has; not scalar here.
         unsafe {
             match cpu.tier() {
-                Tier::Avx512Vnni | Tier::Avx512Amx if rounded => {
-                    rounded512::tokens(&batch, cols.clone(), scratch, sums);
-                }
                 _ if rounded => rounded::x86::tokens(&batch, cols.clone(), scratch, sums),
                 Tier::Avx2 => x86::tokens_avx2(&batch, cols.clone(), scratch, sums),
                 _ => x86::tokens_avx512(&batch, cols.clone(), scratch, sums),
@@ -242,5 +269,6 @@ mod rounded;
 mod rounded512;
 #[cfg(target_arch = "x86_64")]
 mod strips;
+mod tokens512;
 #[cfg(target_arch = "x86_64")]
 mod x86;

@@ -4,6 +4,7 @@ use super::*;
 use crate::activations::{ActBatch, ActivationMode};
 use crate::cpu::{Cpu, Tier};
 use crate::gemm::gemv;
+use crate::matrix::StridedOut;
 use crate::testing::{Random, bits, pack};
 
 const N_NEURONS: usize = 40;
@@ -179,6 +180,110 @@ fn down_of_neurons_that_are_rounded_alone_gives_equal_bits() {
             a[lone.unwrap()] = bad;
             for sum in down_of_ids(down, &ids, &a) {
                 assert!(sum.iter().all(|y| y.is_nan()), "{bad} is lost");
+            }
+        }
+    }
+}
+
+/// Down of all tokens of `act` at once, or of one after the other; rows of its neurons in groups that divide runs of 16.
+fn down_of_tokens(cpu: Cpu, down: NeuronRows<'_>, act: &[f32], at_once: bool) -> Vec<f32> {
+    let (n_neurons, n_embd) = (down.n_neurons, down.n_embd);
+    let n_tokens = act.len() / n_neurons;
+    let bound = |group: usize| n_neurons * group / FFN_GROUPS;
+    let groups: Vec<GroupSpan> = (0..FFN_GROUPS)
+        .map(|group| GroupSpan {
+            group,
+            span: bound(group)..bound(group + 1),
+        })
+        .collect();
+    let mut y = vec![f32::NAN; n_tokens * n_embd];
+    if at_once {
+        let out = StridedOut::from_slice(&mut y, n_embd, n_tokens, 0..n_embd);
+        let scratch = &mut DownScratch::default();
+        down_tokens(
+            cpu,
+            down,
+            act,
+            n_neurons,
+            &groups,
+            0..n_embd,
+            true,
+            scratch,
+            &mut [out],
+        );
+    } else {
+        let ids: Vec<u32> = (0..n_neurons as u32).collect();
+        for (a, y) in act.chunks_exact(n_neurons).zip(y.chunks_exact_mut(n_embd)) {
+            down_active(cpu, down, &ids, a, &groups, 0..n_embd, &mut [y]);
+        }
+    }
+    y
+}
+
+#[test]
+fn down_of_many_tokens_gives_the_bits_of_one_for_few_and_many_open_neurons() {
+    let n_neurons = 16 * 19 + 5;
+    for n_embd in [32, 288, 1056] {
+        let file = Random(12).rows(QuantType::Q4_0, n_neurons, n_embd);
+        let (_, rows) = pack(QuantType::Q4_0, n_embd, Layout::Rows, &file);
+        let down = NeuronRows {
+            n_neurons,
+            ..neurons(n_embd, &rows)
+        };
+        for (n_tokens, one_in) in [(70, 2), (70, 50), (17, 1), (9, 1), (33, 9)] {
+            let mut act = Random(13).activations(n_tokens * n_neurons);
+            let small = [1e-37, -1e-37, 1e-36, -3e-35, 1e-34, 1e-45, 0.0, -0.0];
+            for (n, a) in act.iter_mut().enumerate() {
+                if n * 7 % one_in != 0 {
+                    *a = 0.0;
+                } else if n % n_neurons < 48 {
+                    // whole runs of what is rounded to nothing
+                    *a = small[n % 8];
+                }
+            }
+            let scalar = Cpu::new(Tier::Scalar, ActivationMode::Q8).unwrap();
+            let expected = bits(&down_of_tokens(scalar, down, &act, false));
+            for cpu in cpus() {
+                let case = format!("{} {n_tokens} of {n_embd}, one in {one_in}", cpu.tier());
+                let got = down_of_tokens(cpu, down, &act, true);
+                assert_eq!(bits(&got), expected, "{case}");
+            }
+        }
+    }
+}
+
+#[test]
+fn down_of_many_tokens_is_no_number_where_and_only_where_one_is_none() {
+    let n_embd = 288;
+    let n_tokens = 20;
+    let mut file = Random(14).rows(QuantType::Q4_0, N_NEURONS, n_embd);
+    // neuron 7 has an infinite scale in its third block, neuron 30 one in its first that makes too much of a large activation
+    let row_bytes = QuantType::Q4_0.row_bytes(n_embd);
+    let mut set = |neuron: usize, block: usize, scale: f32| {
+        let scale = half::f16::from_f32(scale).to_le_bytes();
+        file[neuron * row_bytes + block * 18..][..2].copy_from_slice(&scale);
+    };
+    set(7, 2, f32::INFINITY);
+    set(30, 0, 2.0);
+    let (_, rows) = pack(QuantType::Q4_0, n_embd, Layout::Rows, &file);
+    let down = neurons(n_embd, &rows);
+    for bad in [f32::NAN, f32::INFINITY, f32::MAX] {
+        let mut act = Random(15).activations(n_tokens * N_NEURONS);
+        for t in 0..n_tokens {
+            act[t * N_NEURONS + 7] = if t == 3 { 1.0 } else { 0.0 };
+        }
+        act[18 * N_NEURONS + 30] = bad;
+        for cpu in cpus() {
+            let got = down_of_tokens(cpu, down, &act, true);
+            for (at, y) in got.iter().enumerate() {
+                let (t, c) = (at / n_embd, at % n_embd);
+                let none = match t {
+                    3 => (64..96).contains(&c),
+                    18 => bad != f32::MAX || c < 32,
+                    _ => false,
+                };
+                let tier = cpu.tier();
+                assert_eq!(y.is_nan(), none, "{tier} {bad} token {t} column {c}: {y}");
             }
         }
     }
