@@ -328,11 +328,21 @@ pub fn up_tokens(
         let m = interleave(up, neurons.start, ids, group);
         let out = StridedOut::from_slice(products, ROW_GROUP, tokens.len(), 0..ids.len());
         gemm(cpu, m, x, tokens.clone(), 0..ids.len(), out);
+        let first = ids[0] as usize;
+        let side_by_side = ids[ids.len() - 1] as usize - first < ids.len();
         for (t, products) in products.chunks_exact(ROW_GROUP).enumerate() {
             let act = act.row(t);
-            for (&id, product) in ids.iter().zip(products) {
-                let a = &mut act[id as usize];
-                *a = if *a == 0.0 { 0.0 } else { *a * product };
+            let times = |a: f32, product: f32| if a == 0.0 { 0.0 } else { a * product };
+            if side_by_side {
+                let act = &mut act[first..first + ids.len()];
+                act.iter_mut()
+                    .zip(products)
+                    .for_each(|(a, product)| *a = times(*a, *product));
+            } else {
+                for (&id, product) in ids.iter().zip(products) {
+                    let a = &mut act[id as usize];
+                    *a = times(*a, *product);
+                }
             }
         }
     }
