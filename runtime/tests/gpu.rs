@@ -4,6 +4,7 @@ mod common;
 
 use std::collections::VecDeque;
 use std::path::PathBuf;
+use std::sync::{PoisonError, RwLock, RwLockReadGuard, RwLockWriteGuard};
 
 use common::gpu::has_gpu;
 use common::running::{Ran, run};
@@ -17,6 +18,19 @@ use pi_runtime::session::{LoadedModel, ModelOptions, Silent};
 use pi_runtime::synth::{SynthOptions, SynthShape, Synthesis};
 use pi_topology::{GpuConfig, Machine, Plan, TopologyConfig};
 use serde_json::Value;
+
+/// Tests share the GPU; one has it for itself, as a budget has to hold what others have there too.
+static GPU: RwLock<()> = RwLock::new(());
+
+/// The GPU, shared with other tests; none where there is none.
+fn gpu() -> Option<RwLockReadGuard<'static, ()>> {
+    has_gpu().then(|| GPU.read().unwrap_or_else(PoisonError::into_inner))
+}
+
+/// The GPU while no other test has it.
+fn whole_gpu() -> Option<RwLockWriteGuard<'static, ()>> {
+    has_gpu().then(|| GPU.write().unwrap_or_else(PoisonError::into_inner))
+}
 
 /// A synthetic model with its sidecar, a text and topologies in a folder.
 struct Model {
@@ -136,9 +150,9 @@ const MODES: [&[&str]; 4] = [
 
 #[test]
 fn every_split_gives_the_host_s_perplexity() {
-    if !has_gpu() {
+    let Some(_gpu) = gpu() else {
         return;
-    }
+    };
     let model = Model::new();
     let exact = model.perplexity(None, &["--sparsity", "exact"]);
     for percent in [100, 50, 10, 0] {
@@ -157,9 +171,9 @@ fn every_split_gives_the_host_s_perplexity() {
 /// 8-bit activations, of which the host gets blocks in place of values where it needs no more.
 #[test]
 fn every_split_gives_the_host_s_perplexity_with_8_bits() {
-    if !has_gpu() {
+    let Some(_gpu) = gpu() else {
         return;
-    }
+    };
     let model = Model::new();
     let modes: [(&[&str], f64); 3] = [
         (&["--sparsity", "off"], 0.005),
@@ -182,9 +196,9 @@ fn every_split_gives_the_host_s_perplexity_with_8_bits() {
 /// shared (the model of other tests has neither): they name what the host's do, and what they read is counted.
 #[test]
 fn predictors_beside_a_token_s_launches_name_what_the_host_s_do() {
-    if !has_gpu() {
+    let Some(_gpu) = gpu() else {
         return;
-    }
+    };
     let tiny = tiny_synth::options();
     let ahead = ["--sparsity", "predicted", "--predictor", "ahead"];
     for (n_head, n_head_kv) in [(4, 4), (8, 2)] {
@@ -248,9 +262,9 @@ fn predictors_beside_a_token_s_launches_name_what_the_host_s_do() {
 /// A budget between: some layers are hot as a whole, and predicted in blocks of the token's own launches; others are not, and fork.
 #[test]
 fn layers_that_are_hot_as_a_whole_go_together_with_others() {
-    if !has_gpu() {
+    let Some(_gpu) = whole_gpu() else {
         return;
-    }
+    };
     let tiny = tiny_synth::options();
     let shape = SynthShape {
         n_layer: 8,
@@ -321,9 +335,9 @@ fn layers_that_are_hot_as_a_whole_go_together_with_others() {
 
 #[test]
 fn one_split_gives_the_same_bits_every_time() {
-    if !has_gpu() {
+    let Some(_gpu) = gpu() else {
         return;
-    }
+    };
     let model = Model::new();
     for percent in [100, 50, 0] {
         let keys = format!("required = true\nhot_percent_max = {percent}");
@@ -348,9 +362,9 @@ fn one_split_gives_the_same_bits_every_time() {
 /// However neurons are divided, tokens are the same, and so is what they read.
 #[test]
 fn bench_counts_what_tokens_read_on_a_gpu_too() {
-    if !has_gpu() {
+    let Some(_gpu) = gpu() else {
         return;
-    }
+    };
     let model = Model::new();
     for mode in ["off", "exact"] {
         let row = |keys: Option<&str>| {
@@ -398,9 +412,9 @@ fn bench_counts_what_tokens_read_on_a_gpu_too() {
 /// The demo model, in every mode and split, token by token and together.
 #[test]
 fn the_demo_model_gives_the_host_s_perplexity() {
-    if !has_gpu() {
+    let Some(_gpu) = gpu() else {
         return;
-    }
+    };
     if !common::demo_model().exists() {
         println!("skipped: the demo model is not here");
         return;
@@ -442,9 +456,9 @@ fn the_demo_model_gives_the_host_s_perplexity() {
 
 #[test]
 fn events_give_the_bits_of_flags() {
-    if !has_gpu() {
+    let Some(_gpu) = gpu() else {
         return;
-    }
+    };
     let model = Model::new();
     let modes: [&[&str]; 4] = [
         &["--sparsity", "off"],
@@ -465,9 +479,9 @@ fn events_give_the_bits_of_flags() {
 
 #[test]
 fn the_timeline_shows_the_gpu_within_the_token() {
-    if !has_gpu() {
+    let Some(_gpu) = gpu() else {
         return;
-    }
+    };
     let model = Model::new();
     let path = model.path("t.pftrace");
     let keys = "required = true\nhot_percent_max = 50";
@@ -526,7 +540,8 @@ fn the_timeline_shows_the_gpu_within_the_token() {
 /// Two GPUs with a part of the layers each, by budgets that one alone would not do with.
 #[test]
 fn two_gpus_give_the_host_s_perplexity() {
-    if !has_gpu() || Device::open(1).is_err() {
+    let shared = gpu();
+    if shared.is_none() || Device::open(1).is_err() {
         println!("skipped: no second GPU");
         return;
     }
@@ -573,9 +588,9 @@ impl Feeder for Tokens {
 /// A GPU that fails: in the middle of a prompt, of a token, and for whoever comes after.
 #[test]
 fn a_lost_gpu_is_a_clear_error_and_no_hang() {
-    if !has_gpu() {
+    let Some(_gpu) = gpu() else {
         return;
-    }
+    };
     // the device's context is lost with it, so that each has a process of its own
     const ALONE: &str = "PI_RUNTIME_TRAP";
     let Some(after) = std::env::var_os(ALONE) else {
@@ -631,9 +646,9 @@ fn a_lost_gpu_is_a_clear_error_and_no_hang() {
 
 #[test]
 fn too_small_a_budget_is_refused_with_a_table() {
-    if !has_gpu() {
+    let Some(_gpu) = gpu() else {
         return;
-    }
+    };
     let model = Model::new();
     let ran = model.run(
         &[],
@@ -666,9 +681,9 @@ fn too_small_a_budget_is_refused_with_a_table() {
 /// `plan` opens the GPUs of its topology, and forecasts a token and a prompt with them.
 #[test]
 fn gpus_are_planned_for() {
-    if !has_gpu() {
+    let Some(_gpu) = gpu() else {
         return;
-    }
+    };
     let model = Model::new();
     let keys = Some("required = true\nhot_percent_max = 50");
     let ran = model.run(&["plan"], keys, &["--sparsity", "exact", "-o", "json"]);
@@ -685,9 +700,9 @@ fn gpus_are_planned_for() {
 /// Gates in planes go over the link, too: all neurons of a prompt are computed, with the bits that rows of gates give.
 #[test]
 fn prompts_are_streamed_where_gates_are_in_planes() {
-    if !has_gpu() {
+    let Some(_gpu) = gpu() else {
         return;
-    }
+    };
     let model = Model::new();
     let in_layer: &[&str] = &["--sparsity", "predicted", "--predictor", "in-layer"];
     let words: Vec<String> = (0..100).map(|n: u32| format!("w{}", n * n % 701)).collect();
@@ -719,9 +734,9 @@ fn prompts_are_streamed_where_gates_are_in_planes() {
 /// Layers whose down projection is plain are hot as a whole or not at all; those that are not are streamed, too.
 #[test]
 fn prompts_are_streamed_where_down_projections_are_plain() {
-    if !has_gpu() {
+    let Some(_gpu) = gpu() else {
         return;
-    }
+    };
     for name in ["llama-yarn", "qwen2-tied", "gemma"] {
         let fixtures = common::workspace().join("tests/fixtures");
         let model = Model {
