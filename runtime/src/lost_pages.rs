@@ -99,7 +99,9 @@ fn install() {
     unsafe {
         let mut action: libc::sigaction = MaybeUninit::zeroed().assume_init();
         action.sa_sigaction = handler as libc::sighandler_t;
-        action.sa_flags = libc::SA_SIGINFO | libc::SA_ONSTACK;
+        // on the thread's own stack, which a lost page leaves as it is: what is saved of a thread that has used AMX fills the stack that
+        // the standard library keeps for signals
+        action.sa_flags = libc::SA_SIGINFO;
         libc::sigemptyset(&mut action.sa_mask);
         let before = Box::into_raw(Box::new(MaybeUninit::<libc::sigaction>::zeroed())).cast();
         // published first: the handler may run as soon as it is installed
