@@ -96,14 +96,14 @@ impl Shapes {
 }
 
 /// The thread's tiles, with shapes. Given up when dropped, so that nobody saves them when threads change.
-pub(crate) struct Tiles(());
+struct Tiles(());
 
 impl Tiles {
     /// Tiles for products of `n_left` rows (1 to 16) of `columns` bytes (a multiple of 4, up to 64) with 16 others.
     ///
     /// # Safety
     /// The machine has AMX; the thread has no other tiles.
-    pub(crate) unsafe fn new(n_left: usize, columns: usize) -> Self {
+    unsafe fn new(n_left: usize, columns: usize) -> Self {
         let mut tiles = Self(());
         // SAFETY: this function's contract.
         unsafe { tiles.reshape(n_left, columns) };
@@ -220,7 +220,7 @@ macro_rules! multiply {
 /// # Safety
 /// The machine has AMX; the thread's [`Tiles`] have these shapes; pointers are valid.
 #[inline(always)]
-pub(crate) unsafe fn multiply<const SECOND: bool>(
+unsafe fn multiply<const SECOND: bool>(
     left: *const i8,
     stride: usize,
     right: *const i8,
