@@ -19,6 +19,9 @@ const TILE_TOKENS: usize = 8;
 /// The same with f32 activations, which need eight sums a row.
 const TILE_TOKENS_F32: usize = 2;
 
+/// Bytes of rows that stay near while all tokens pass.
+const NEAR_BYTES: usize = 128 << 10;
+
 /// As many tokens as pay for a tile of AMX, which has room for 16.
 const AMX_TOKENS_MIN: usize = 12;
 
@@ -48,7 +51,7 @@ pub fn gemv(cpu: Cpu, m: MatrixRef<'_>, x: ActRef<'_>, rows: Range<usize>, out: 
             edge.as_mut_ptr()
         };
         // SAFETY: the group is whole, `x` has the matrix's columns, `to` has room for 16 values.
-        unsafe { run_tile(cpu, &m, group, [x], [to]) };
+        unsafe { run_tile(cpu, &m, group, &[x], [to]) };
         if !whole {
             out.copy_from_slice(&edge[..out.len()]);
         }
@@ -78,82 +81,129 @@ pub fn gemm(
         out.n_tokens() == tokens.len() && out.n_rows() == rows.len(),
         "output fits"
     );
-    let group_bytes = ROW_GROUP * m.shape.row_bytes();
-    for first in rows.clone().step_by(ROW_GROUP) {
-        let columns = first - rows.start..(first + ROW_GROUP).min(rows.end) - rows.start;
-        if cpu.tier() == Tier::Scalar {
-            for (t, token) in tokens.clone().enumerate() {
-                let out = &mut out.row(t)[columns.clone()];
-                for (row, out) in (first..).zip(out) {
-                    *out = scalar::dot(m, row, x.token(token), cpu.mode());
-                }
+    if cpu.tier() == Tier::Scalar {
+        for (t, token) in tokens.enumerate() {
+            for (row, out) in rows.clone().zip(out.row(t)) {
+                *out = scalar::dot(m, row, x.token(token), cpu.mode());
             }
-            continue;
         }
-        let group = &m.bytes[first / ROW_GROUP * group_bytes..][..group_bytes];
-        let part = out.part(0..tokens.len(), columns);
-        group_tokens(cpu, &m, group, x, tokens.clone(), part);
+        return;
     }
+    let n_rows = rows.len();
+    #[cfg(all(target_arch = "x86_64", target_os = "linux"))]
+    let on_tiles = amx_groups(cpu, &m, x, tokens.clone(), rows.clone(), &mut out);
+    #[cfg(not(all(target_arch = "x86_64", target_os = "linux")))]
+    let on_tiles = 0;
+    let out = out.part(on_tiles..tokens.len(), 0..n_rows);
+    token_tiles(cpu, &m, x, tokens.start + on_tiles..tokens.end, rows, out);
 }
 
-/// One group of 16 rows against all tokens, in tiles.
-fn group_tokens(
+/// Bytes of group `group` of 16 rows.
+fn group_of<'a>(m: &MatrixRef<'a>, group: usize) -> &'a [u8] {
+    let group_bytes = ROW_GROUP * m.shape.row_bytes();
+    &m.bytes[group * group_bytes..][..group_bytes]
+}
+
+/// The products of the first tokens, where tiles of AMX are faster: how many these are.
+#[cfg(all(target_arch = "x86_64", target_os = "linux"))]
+fn amx_groups(
     cpu: Cpu,
     m: &MatrixRef<'_>,
-    group: &[u8],
     x: &ActBatch,
     tokens: Range<usize>,
-    mut out: StridedOut<'_>,
-) {
-    let mut edge = [[0.0; ROW_GROUP]; TILE_TOKENS];
-    let whole = out.n_rows() == ROW_GROUP;
+    rows: Range<usize>,
+    out: &mut StridedOut<'_>,
+) -> usize {
     let q8 = cpu.mode() == ActivationMode::Q8 && m.shape.quant.is_quantised();
-    let tile_tokens = if q8 { TILE_TOKENS } else { TILE_TOKENS_F32 };
-    let mut done = 0;
-    #[cfg(all(target_arch = "x86_64", target_os = "linux"))]
-    if cpu.tier() == Tier::Avx512Amx && q8 {
-        done = amx::on_tiles(tokens.len(), AMX_TOKENS_MIN);
+    if cpu.tier() != Tier::Avx512Amx || !q8 {
+        return 0;
+    }
+    let done = amx::on_tiles(tokens.len(), AMX_TOKENS_MIN);
+    for first in rows.clone().step_by(ROW_GROUP) {
         let group = Group {
-            start: group.as_ptr(),
+            start: group_of(m, first / ROW_GROUP).as_ptr(),
             n_cols: m.shape.n_cols,
         };
+        let columns = first - rows.start..(first + ROW_GROUP).min(rows.end) - rows.start;
         let (tokens, part) = (
             tokens.start..tokens.start + done,
-            out.part(0..done, 0..out.n_rows()),
+            out.part(0..done, columns),
         );
         // SAFETY: a `Cpu` exists only for tiers that the machine has; the group is whole, and the batch has its columns.
         unsafe { x86::amx(m.shape.quant, group, x, tokens, part) };
     }
-    while done < tokens.len() {
-        let step = if tokens.len() - done >= tile_tokens {
-            tile_tokens
-        } else {
-            1
-        };
-        let mut to = [std::ptr::null_mut(); TILE_TOKENS];
-        for t in 0..step {
+    done
+}
+
+/// The products in tiles of a group of 16 rows and some tokens. Groups that fit into a cache together take turns with each tile's tokens,
+/// so that both are near: tokens of a wide matrix are more bytes than a few of its rows.
+fn token_tiles(
+    cpu: Cpu,
+    m: &MatrixRef<'_>,
+    x: &ActBatch,
+    tokens: Range<usize>,
+    rows: Range<usize>,
+    mut out: StridedOut<'_>,
+) {
+    let q8 = cpu.mode() == ActivationMode::Q8 && m.shape.quant.is_quantised();
+    let tile_tokens = if q8 { TILE_TOKENS } else { TILE_TOKENS_F32 };
+    let group_bytes = ROW_GROUP * m.shape.row_bytes();
+    let rows_together = (NEAR_BYTES / group_bytes).max(1) * ROW_GROUP;
+    for first in rows.clone().step_by(rows_together) {
+        let together = first..(first + rows_together).min(rows.end);
+        let mut done = 0;
+        while done < tokens.len() {
+            let step = match tokens.len() - done >= tile_tokens {
+                true => tile_tokens,
+                false => 1,
+            };
+            let token = |t: usize| x.token(tokens.start + done + t);
+            let columns = together.start - rows.start..together.end - rows.start;
+            let part = out.part(done..done + step, columns);
+            match step {
+                1 => groups::<1>(cpu, m, &[token(0)], together.clone(), part),
+                TILE_TOKENS_F32 => {
+                    groups(cpu, m, &[token(0), token(1)], together.clone(), part);
+                }
+                _ => {
+                    let x: [_; TILE_TOKENS] = std::array::from_fn(token);
+                    groups(cpu, m, &x, together.clone(), part);
+                }
+            }
+            done += step;
+        }
+    }
+}
+
+/// The products of some groups of 16 rows with the tokens of a tile.
+fn groups<const T: usize>(
+    cpu: Cpu,
+    m: &MatrixRef<'_>,
+    x: &[ActRef<'_>; T],
+    rows: Range<usize>,
+    mut out: StridedOut<'_>,
+) {
+    for first in rows.clone().step_by(ROW_GROUP) {
+        let group = group_of(m, first / ROW_GROUP);
+        let columns = first - rows.start..(first + ROW_GROUP).min(rows.end) - rows.start;
+        let whole = columns.len() == ROW_GROUP;
+        let mut edge = [[0.0; ROW_GROUP]; T];
+        let mut to = [std::ptr::null_mut(); T];
+        for t in 0..T {
             to[t] = if whole {
-                out.row(done + t).as_mut_ptr()
+                out.row(t)[columns.clone()].as_mut_ptr()
             } else {
                 edge[t].as_mut_ptr()
             };
         }
-        let token = |t: usize| x.token(tokens.start + done + t);
         // SAFETY: the group is whole, `x` has the matrix's columns, each `to` room for 16 values.
-        unsafe {
-            match step {
-                1 => run_tile::<1>(cpu, m, group, [token(0)], [to[0]]),
-                TILE_TOKENS_F32 => run_tile(cpu, m, group, [token(0), token(1)], [to[0], to[1]]),
-                _ => run_tile::<TILE_TOKENS>(cpu, m, group, std::array::from_fn(token), to),
-            }
-        }
+        unsafe { run_tile::<T>(cpu, m, group, x, to) };
         if !whole {
-            for t in 0..step {
-                let row = out.row(done + t);
+            for t in 0..T {
+                let row = &mut out.row(t)[columns.clone()];
                 row.copy_from_slice(&edge[t][..row.len()]);
             }
         }
-        done += step;
     }
 }
 
@@ -174,7 +224,7 @@ unsafe fn run_tile<const T: usize>(
     cpu: Cpu,
     m: &MatrixRef<'_>,
     group: &[u8],
-    x: [ActRef<'_>; T],
+    x: &[ActRef<'_>; T],
     out: [*mut f32; T],
 ) {
     let (quant, mode) = (m.shape.quant, cpu.mode());
@@ -222,7 +272,7 @@ mod x86 {
         quant: QuantType,
         mode: ActivationMode,
         group: Group,
-        x: [ActRef<'_>; T],
+        x: &[ActRef<'_>; T],
         out: [*mut f32; T],
     ) {
         // SAFETY: this function's contract.
@@ -260,7 +310,7 @@ mod x86 {
     unsafe fn blocks<S: Isa, U: Unpack, const T: usize>(
         mode: ActivationMode,
         group: Group,
-        x: [ActRef<'_>; T],
+        x: &[ActRef<'_>; T],
         out: [*mut f32; T],
     ) {
         // SAFETY: this function's contract.
@@ -315,7 +365,7 @@ mod x86 {
                 quant: QuantType,
                 mode: ActivationMode,
                 group: Group,
-                x: [ActRef<'_>; T],
+                x: &[ActRef<'_>; T],
                 out: [*mut f32; T],
             ) {
                 // SAFETY: the features are enabled, the rest is this function's contract.

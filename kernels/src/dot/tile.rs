@@ -88,7 +88,7 @@ unsafe fn integers<S: Isa, U: Unpack>(
 #[inline(always)]
 pub(crate) unsafe fn q8<S: Isa, U: Unpack, const T: usize>(
     group: Group,
-    x: [ActRef<'_>; T],
+    x: &[ActRef<'_>; T],
     out: [*mut f32; T],
 ) {
     // SAFETY: this function's contract; sub-blocks cover the row's columns.
@@ -207,7 +207,7 @@ unsafe fn lane_sums<S: Isa, U: Unpack>(
 #[inline(always)]
 pub(crate) unsafe fn f32_blocks<S: Isa, U: Unpack, const T: usize>(
     group: Group,
-    x: [ActRef<'_>; T],
+    x: &[ActRef<'_>; T],
     out: [*mut f32; T],
 ) {
     // SAFETY: this function's contract.
@@ -259,7 +259,7 @@ unsafe fn float_column<S: Isa, const T: usize>(
     group: *const u8,
     k: usize,
     lane: usize,
-    x: [ActRef<'_>; T],
+    x: &[ActRef<'_>; T],
     lanes: &mut [[S::F; 8]; T],
 ) {
     // SAFETY: this function's contract.
@@ -284,7 +284,7 @@ unsafe fn float_column<S: Isa, const T: usize>(
 pub(crate) unsafe fn floats<S: Isa, const T: usize>(
     quant: QuantType,
     group: Group,
-    x: [ActRef<'_>; T],
+    x: &[ActRef<'_>; T],
     out: [*mut f32; T],
 ) {
     // SAFETY: this function's contract.
