@@ -132,6 +132,24 @@ impl Model {
         }
     }
 
+    /// MiB that have to be on a GPU, at most, where all neurons are more than what streaming them takes.
+    fn least_mib(&self, mode: &[&str]) -> usize {
+        let text = self.path("t.txt");
+        let commands: [(&[&str], &[&str]); 2] = [
+            (&[], &["-p", "x", "-n", "1"]),
+            (&["perplexity"], &["-f", &text, "-c", "128", "-b", "100"]),
+        ];
+        let least = commands.map(|(command, flags)| {
+            let too_small = Some("required = true\nvram_budget = \"64MiB\"");
+            let ran = self.run(command, too_small, &[flags, mode].concat());
+            let together = ran.err.split("together").nth(1).unwrap_or_default();
+            let mib = together.split_whitespace().next().unwrap_or_default();
+            mib.parse::<usize>()
+                .unwrap_or_else(|_| panic!("{}", ran.err))
+        });
+        least[0].max(least[1])
+    }
+
     fn hash(&self, keys: Option<&str>, flags: &[&str]) -> Value {
         let fixed = ["-p", "hello world", "-n", "40", "--temp", "0", "--json"];
         let ran = self.run(&[], keys, &[&fixed[..], flags].concat());
@@ -286,22 +304,8 @@ fn layers_that_are_hot_as_a_whole_go_together_with_others() {
         (ahead, "1", "q8", 0.05),
     ];
     let [exact, ahead] = [exact, ahead].map(|mode| [mode, &["--activations", "q8"]].concat());
-    // what has to be there besides, at most
-    let text = model.path("t.txt");
-    let commands: [(&[&str], &[&str]); 2] = [
-        (&[], &["-p", "x", "-n", "1"]),
-        (&["perplexity"], &["-f", &text, "-c", "128", "-b", "100"]),
-    ];
-    let least = commands.map(|(command, flags)| {
-        let too_small = Some("required = true\nvram_budget = \"64MiB\"");
-        let ran = model.run(command, too_small, &[flags, &ahead].concat());
-        let together = ran.err.split("together").nth(1).unwrap_or_default();
-        let mib = together.split_whitespace().next().unwrap_or_default();
-        mib.parse::<usize>()
-            .unwrap_or_else(|_| panic!("{}", ran.err))
-    });
-    let least = least[0].max(least[1]);
-    for percent in [30, 60, 80] {
+    let least = model.least_mib(&ahead);
+    for percent in [20, 50, 70] {
         let keys = |sync: &str| {
             let budget = least + ffn_mib * percent / 100;
             format!("required = true\nvram_budget = \"{budget}MiB\"\nsync = \"{sync}\"")
@@ -329,6 +333,54 @@ fn layers_that_are_hot_as_a_whole_go_together_with_others() {
                 let again = model.hash(Some(&keys(sync)), mode);
                 assert_eq!(again, first, "{mode:?}, {percent} %, {sync}");
             }
+        }
+    }
+}
+
+/// The same where down projections are plain, so that the others' neurons are all the host's.
+#[test]
+fn plain_layers_that_are_hot_go_together_with_others() {
+    let Some(_gpu) = whole_gpu() else {
+        return;
+    };
+    let tiny = tiny_synth::options();
+    let shape = SynthShape {
+        n_layer: 8,
+        n_embd: 512,
+        n_ff: 2048,
+        n_head: 8,
+        n_head_kv: 8,
+        ..tiny.shape
+    };
+    // in f32
+    let ffn_mib = (shape.n_layer * 3 * shape.n_ff * shape.n_embd * 4) >> 20;
+    let sparse = Model::of(&SynthOptions { shape, ..tiny });
+    let model = Model {
+        file: sparse.folder.path().join("plain.gguf"),
+        ..sparse
+    };
+    common::plain_twin::write(&model.folder.path().join("m.gguf"), &model.file).unwrap();
+    let off: &[&str] = &["--sparsity", "off"];
+    let host = model.perplexity(None, off);
+    let least = model.least_mib(off);
+    for percent in [15, 30] {
+        let budget = least + ffn_mib * percent / 100;
+        let keys = format!("required = true\nvram_budget = \"{budget}MiB\"");
+        let log = ["-p", "x", "-n", "1", "--log-level", "info"];
+        let ran = model.run(&[], Some(&keys), &[off, &log].concat());
+        assert_eq!(ran.code, 0, "{}", ran.err);
+        let groups = ran.err.split("hot_groups=").nth(1).unwrap_or_default();
+        let groups: usize = (groups.split_whitespace().next())
+            .and_then(|groups| groups.parse().ok())
+            .unwrap_or_else(|| panic!("{}", ran.err));
+        assert!(
+            groups > 0 && groups < 8 * 16 && groups.is_multiple_of(16),
+            "{percent} %: some layers, and whole ones: {groups}"
+        );
+        for batch in ["1", "100"] {
+            let got = model.perplexity(Some(&keys), &[off, &["-b", batch]].concat());
+            let change = (got / host - 1.0).abs();
+            assert!(change < 1e-4, "{percent} %, {batch}: {got}, not {host}");
         }
     }
 }
@@ -758,12 +810,18 @@ fn prompts_are_streamed_where_down_projections_are_plain() {
                 "streamed"
             };
             assert_eq!(forecast["kind"], kind, "{name}, {percent} %: {forecast}");
-            for batch in ["1", "100"] {
-                let got = model.perplexity(Some(&keys), &[off, &["-b", batch]].concat());
+            let two_nodes = format!("{keys}\n[host]\nnodes = 2");
+            for (batch, nodes) in [("1", 1), ("100", 1), ("1", 2), ("100", 2)] {
+                let (keys, simulated): (_, &[&str]) = match nodes {
+                    1 => (&keys, &[]),
+                    _ => (&two_nodes, &["--simulate"]),
+                };
+                let flags = [off, &["-b", batch], simulated].concat();
+                let got = model.perplexity(Some(keys), &flags);
                 let change = (got / host - 1.0).abs();
                 assert!(
                     change < 1e-4,
-                    "{name}, {percent} %, {batch}: {got}, not {host}"
+                    "{name}, {percent} %, {batch}, {nodes} nodes: {got}, not {host}"
                 );
             }
         }

@@ -242,6 +242,27 @@ fn what_prompts_stream_through_takes_nothing_where_all_is_hot() {
     }
 }
 
+/// A refusal's table ends with the least budget that does: what streaming takes is in it, unless all neurons take less.
+#[test]
+fn the_budget_that_a_refusal_names_is_enough() {
+    for (name, mut case) in cases() {
+        let shape = case.shape();
+        for (n_ubatch, groups_max) in [(1, 16), (16, 16), (16, 5)] {
+            case.n_ubatch = n_ubatch;
+            case.groups_max = groups_max;
+            let named = match case.chosen_with(&shape, 2000) {
+                Err(GpuModelError::OverBudget { memory }) => memory.total(),
+                other => panic!("{name}: {other:?}"),
+            };
+            assert!(case.chosen(named).is_some(), "{name}, {groups_max} groups");
+            assert!(
+                case.chosen(named - 1).is_none(),
+                "{name}, {groups_max} groups"
+            );
+        }
+    }
+}
+
 #[test]
 fn the_loader_has_the_solver_s_hot_sets_for_every_budget() {
     for (name, case) in cases() {

@@ -216,23 +216,30 @@ fn choose(
     let layers = orders(request);
     let layout = GpuLayout::new(request, &layers);
     // what streaming takes is not taken where nothing is left to be streamed
-    let memories = [false, true].map(|streams| {
-        let memory = memory_beside(request, &layout, (budget, overhead), streams);
-        match memory.fixed() > budget {
-            true => Err(GpuModelError::OverBudget { memory }),
-            false => Ok(memory),
-        }
-    });
+    let memories =
+        [false, true].map(|streams| memory_beside(request, &layout, (budget, overhead), streams));
     let bundle_bytes = layout.bundle_bytes;
     let [alone, beside_streams] = memories;
-    let alone = alone?;
-    if alone.neurons <= alone.room() {
+    if alone.fixed() <= budget && alone.neurons <= alone.room() {
         let all = with_hot(request, &bundle_bytes, layers.clone(), alone);
         if all.0.iter().all(|layer| layer.groups == FFN_GROUPS) {
             return Ok(all);
         }
     }
-    Ok(with_hot(request, &bundle_bytes, layers, beside_streams?))
+    if beside_streams.fixed() <= budget {
+        return Ok(with_hot(request, &bundle_bytes, layers, beside_streams));
+    }
+    // the budget that would do
+    let all_hot = GpuMemory {
+        hot: alone.neurons,
+        ..alone
+    };
+    let can_be = request.groups_max == FFN_GROUPS;
+    let memory = match can_be && all_hot.total() < beside_streams.total() {
+        true => all_hot,
+        false => beside_streams,
+    };
+    Err(GpuModelError::OverBudget { memory })
 }
 
 /// What takes memory beside hot neurons, if neurons of the host are streamed for prompts or not.
