@@ -21,7 +21,7 @@ use crate::messages::{
 use crate::model::{Model, sums_of};
 use crate::posts::Posts;
 use crate::slots::StepInfo;
-use crate::team::Team;
+use crate::team::{Team, for_tokens};
 use crate::weights::FfnShare;
 
 /// The device's part of a layer, on whatever is the device.
@@ -390,12 +390,4 @@ impl HostLayer {
         });
         finite.into_inner()
     }
-}
-
-/// Runs `work` for tokens `0..n_tokens`: one on this thread, many on all of the team.
-fn for_tokens(team: &mut Team, n_tokens: usize, work: impl Fn(usize) + Sync) {
-    if n_tokens == 1 {
-        return work(0);
-    }
-    team.run(&|member| member.part(n_tokens, 1).for_each(&work));
 }

@@ -149,6 +149,7 @@ impl Engine {
             mode: cpu.mode(),
             kv_type,
             n_tokens: n_ubatch,
+            tapped: model.tap.is_some(),
             limit: wait_limit,
         };
         let mut next = 0;

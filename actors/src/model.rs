@@ -168,6 +168,11 @@ impl Model {
         if is_one { 1 } else { n }
     }
 
+    /// Whether a step of `n_tokens` on GPUs is launched part by part, and not as a token's graph.
+    pub fn is_batch(&self, n_tokens: usize) -> bool {
+        n_tokens > 1 || self.tap.is_some()
+    }
+
     /// Whether the host's own sketches pick neurons.
     fn looks_for_candidates(&self) -> bool {
         let mut shares = self.weights.layers.iter().flat_map(|layer| &layer.shares);

@@ -393,6 +393,14 @@ fn work_until_stopped(shared: &Shared, thread: usize) {
     }
 }
 
+/// Runs `work` for tokens `0..n_tokens`: one on this thread, many on all of the team.
+pub(crate) fn for_tokens(team: &mut Team, n_tokens: usize, work: impl Fn(usize) + Sync) {
+    if n_tokens == 1 {
+        return work(0);
+    }
+    team.run(&|member| member.part(n_tokens, 1).for_each(&work));
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;

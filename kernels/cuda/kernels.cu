@@ -8,6 +8,7 @@
 #include "compact.cu"
 #include "embed.cu"
 #include "ffn_sparse.cu"
+#include "fit.cu"
 #include "gemm.cu"
 #include "hand_off.cu"
 #include "norm.cu"

@@ -12,6 +12,8 @@ mod common;
 mod device;
 #[path = "cuda/ffn.rs"]
 mod ffn;
+#[path = "cuda/fit.rs"]
+mod fit;
 #[path = "cuda/gemm.rs"]
 mod gemm;
 #[path = "cuda/hand_off.rs"]

@@ -4,8 +4,9 @@
 use std::ops::Range;
 use std::sync::Arc;
 
-use pi_kernels::ActWriter;
+use pi_kernels::norm::rms_norm;
 use pi_kernels::quant::BLOCK;
+use pi_kernels::{ActBatch, ActWriter};
 
 use super::error::GpuError;
 use super::gpu_model::{GpuModel, HiddenState};
@@ -18,7 +19,7 @@ use crate::messages::{
 use crate::model::{Model, sums_of};
 use crate::posts::Posts;
 use crate::slots::StepInfo;
-use crate::team::{Member, Team};
+use crate::team::{Member, Team, for_tokens};
 
 /// Columns that are joined at a time.
 const JOINED: usize = 1024;
@@ -83,8 +84,8 @@ impl CudaLayer {
         if layer == self.gpu().layers().start {
             self.begin()?;
         }
-        if self.step().n_tokens > 1 {
-            self.gpu().batch_layer(layer, self.model.shape())?;
+        if self.model.is_batch(self.step().n_tokens) {
+            self.batch_layer(team)?;
             return self.finish(step, team, posts);
         }
         if !self.gpu().has_cold(layer) {
@@ -108,6 +109,40 @@ impl CudaLayer {
         let to = ActorId::DeviceLayer { layer };
         posts.post(to, Message::AwaitHidden(AwaitHidden { step, layer }));
         Ok(())
+    }
+
+    /// Launches the layer for several tokens; who looks at hidden states sees those that enter its FFN.
+    fn batch_layer(&self, team: &mut Team) -> Result<(), GpuError> {
+        let (model, layer) = (&*self.model, self.layer);
+        let (gpu, shape) = (self.gpu(), model.shape());
+        gpu.batch_attention(layer, shape)?;
+        if let Some(tap) = &model.tap {
+            let StepInfo { position, n_tokens } = self.step();
+            gpu.wait_batch()?;
+            let residual = gpu.batch_residual(0..n_tokens * shape.n_embd)?;
+            let normed = self.normed(&residual, &model.weights.layers[layer].ffn_norm, team);
+            tap.ffn_input(layer, position, &residual, normed);
+        }
+        gpu.batch_neurons(layer, shape)
+    }
+
+    /// Rows of the residual stream as the host norms them.
+    fn normed(&self, rows: &[f32], weight: &[f32], team: &mut Team) -> &ActBatch {
+        let model = &*self.model;
+        let (n_embd, eps) = (model.shape().n_embd, model.shape().rms_eps);
+        // SAFETY: the nodes compute nothing of a step of several tokens, so that nobody else uses the slot.
+        let writer = unsafe { model.slots.normed.get_mut() }.writer();
+        for_tokens(team, rows.len() / n_embd, |token| {
+            let row = &rows[token * n_embd..(token + 1) * n_embd];
+            // SAFETY: the row is this thread's.
+            unsafe {
+                writer.set_with(model.cpu, token, |out| {
+                    rms_norm(model.cpu, row, weight, eps, out)
+                });
+            }
+        });
+        // SAFETY: as above, and all threads are done.
+        unsafe { model.slots.normed.get() }
     }
 
     /// Waits for the hidden state, and lets the nodes compute what was predicted.
@@ -168,9 +203,9 @@ impl CudaLayer {
             let x = model.slots.x.read(0..n_tokens * n_embd);
             (x, model.slots.rope.read(0..n_tokens * rope_len))
         };
-        match n_tokens {
-            1 => self.gpu().begin(x, rotation, position),
-            _ => self.gpu().begin_batch(x, rotation, position),
+        match model.is_batch(n_tokens) {
+            false => self.gpu().begin(x, rotation, position),
+            true => self.gpu().begin_batch(x, rotation, position),
         }
     }
 
@@ -253,10 +288,10 @@ impl CudaLayer {
             let StepInfo { position, n_tokens } = self.step();
             let goes_on = self.layer + 1 < model.shape().n_layer;
             let n_x = n_tokens * model.shape().n_embd;
-            if n_tokens > 1 {
+            if model.is_batch(n_tokens) {
                 gpu.wait_batch()?;
                 if goes_on {
-                    let x = gpu.batch_residual(n_x)?;
+                    let x = gpu.batch_residual(0..n_x)?;
                     // SAFETY: nobody else touches the residual stream between two layers.
                     unsafe { model.slots.x.write(0..n_x) }.copy_from_slice(&x);
                 }
@@ -316,7 +351,15 @@ impl CudaLayer {
 
     fn take_logits(&self, tokens: Range<usize>, team: &mut Team) -> Result<(), GpuError> {
         let model = &*self.model;
-        let is_batch = self.step().n_tokens > 1;
+        let StepInfo { position, n_tokens } = self.step();
+        let is_batch = model.is_batch(n_tokens);
+        if let Some(tap) = &model.tap {
+            let n_embd = model.shape().n_embd;
+            let rows = tokens.start * n_embd..tokens.end * n_embd;
+            let rows = self.gpu().batch_residual(rows)?;
+            let normed = self.normed(&rows, &model.weights.output_norm, team);
+            tap.head_input(position + tokens.start, tokens.len(), normed);
+        }
         for (row, token) in tokens.enumerate() {
             let logits = self.gpu().logits(is_batch.then_some(token))?;
             let at = row * logits.len();

@@ -158,6 +158,8 @@ pub(crate) struct GpuOptions {
     pub kv_type: KvType,
     /// Most tokens of a prompt at a time.
     pub n_tokens: usize,
+    /// Whether hidden states are looked at, which only those of several tokens are.
+    pub tapped: bool,
     /// A token that waits longer is given up.
     pub limit: Duration,
 }
@@ -178,6 +180,7 @@ impl GpuModel {
             mode,
             kv_type,
             n_tokens,
+            tapped,
             limit,
         } = options;
         let mut buffers = Buffers::new(&device, shape, rope_len, &weights.layers, mode, kv_type)?;
@@ -198,7 +201,7 @@ impl GpuModel {
             Some(numa) => pi_topology::with_memory_of(numa, || Exchange::new(&device, sizes)),
             None => Exchange::new(&device, sizes),
         }?;
-        let prefill = Prefill::new(&weights, host, rope_len, mode, n_tokens)?;
+        let prefill = Prefill::new(&weights, host, rope_len, mode, n_tokens, tapped)?;
         if let Some(prefill) = &prefill {
             let (locked, all) = prefill.streamed_bytes();
             let (locked_mib, of_mib) = (locked >> 20, all >> 20);
@@ -415,18 +418,28 @@ impl GpuModel {
         Ok(self.prefill().begin(x, rotation)?)
     }
 
-    /// Launches a layer of these tokens.
+    /// Launches a layer's attention of these tokens.
     ///
     /// # Errors
     /// The driver's.
-    pub fn batch_layer(&self, layer: usize, shape: &ModelShape) -> Result<(), GpuError> {
+    pub fn batch_attention(&self, layer: usize, shape: &ModelShape) -> Result<(), GpuError> {
         let buffers = &mut *locked(&self.buffers);
-        let (weights, own) = (&self.weights, self.own(layer));
+        let own = self.own(layer);
         let cache = (&mut buffers.caches[own], buffers.words.view(0..1));
-        let layer = (own, &weights.layers[own]);
-        Ok(self
-            .prefill()
-            .layer(&self.stream, layer, &locked(&self.arena), shape, cache)?)
+        let (layer, arena) = (&self.weights.layers[own], locked(&self.arena));
+        let mut prefill = self.prefill();
+        Ok(prefill.attention(&self.stream, layer, &arena, shape, cache)?)
+    }
+
+    /// Launches its neurons.
+    ///
+    /// # Errors
+    /// The driver's.
+    pub fn batch_neurons(&self, layer: usize, shape: &ModelShape) -> Result<(), GpuError> {
+        let own = self.own(layer);
+        let (layer, arena) = ((own, &self.weights.layers[own]), locked(&self.arena));
+        let mut prefill = self.prefill();
+        Ok(prefill.neurons(&self.stream, layer, &arena, shape)?)
     }
 
     /// Waits for the end of what was launched.
@@ -597,12 +610,12 @@ impl GpuModel {
         unsafe { self.exchange.x_out.read(0..n_embd) }
     }
 
-    /// The same of several tokens that have ended, `[n, n_embd]`.
+    /// The same of several tokens, `[n, n_embd]`, whose launches so far have ended: these values of it.
     ///
     /// # Errors
     /// The driver's.
-    pub fn batch_residual(&self, n_values: usize) -> Result<Vec<f32>, GpuError> {
-        Ok(self.prefill().x.view(..n_values).read()?)
+    pub fn batch_residual(&self, values: Range<usize>) -> Result<Vec<f32>, GpuError> {
+        Ok(self.prefill().x.view(values).read()?)
     }
 
     /// Waits for the end of the token's layers.

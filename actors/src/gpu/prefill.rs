@@ -393,7 +393,7 @@ pub(super) struct Prefill {
 
 impl Prefill {
     /// Room for up to `n_tokens` tokens at a time; none where that gains nothing, or the device does not compute the format of the
-    /// host's neurons.
+    /// host's neurons. `tapped`: any number of tokens goes this way.
     ///
     /// # Errors
     /// The driver's.
@@ -403,6 +403,7 @@ impl Prefill {
         rope_len: usize,
         mode: ActivationMode,
         n_tokens: usize,
+        tapped: bool,
     ) -> Result<Option<Self>, KernelError> {
         let (device, shape) = (&weights.device, &host.shape);
         let mut cold = Vec::new();
@@ -423,10 +424,10 @@ impl Prefill {
             cold.push(of_layer);
         }
         let streams = cold.iter().any(|parts| !parts.is_empty());
-        let n_tokens_min = if streams {
-            streamed_tokens_min(predicted)
-        } else {
-            TOKENS_MIN
+        let n_tokens_min = match (tapped, streams) {
+            (true, _) => 1,
+            (false, true) => streamed_tokens_min(predicted),
+            (false, false) => TOKENS_MIN,
         };
         if n_tokens < n_tokens_min {
             return Ok(None);
@@ -546,19 +547,17 @@ impl Prefill {
         self.rotation.write(0, rotation)
     }
 
-    /// Launches a layer.
+    /// Launches a layer's neurons, behind its attention.
     ///
     /// # Errors
     /// The driver's.
-    pub fn layer(
+    pub fn neurons(
         &mut self,
         stream: &Stream,
         (index, layer): (usize, &GpuLayer),
         arena: &DeviceBuffer<u8>,
         shape: &ModelShape,
-        (cache, position): (&mut DeviceCache, View<'_, u32>),
     ) -> Result<(), KernelError> {
-        self.attention(stream, layer, arena, shape, (cache, position))?;
         let n_x = self.n_tokens * shape.n_embd;
         rms_norm_batch(
             stream,
@@ -593,8 +592,11 @@ impl Prefill {
         }
     }
 
-    /// Norm, queries, keys and values, attention, output projection.
-    fn attention(
+    /// Launches a layer's norm, queries, keys and values, attention and output projection.
+    ///
+    /// # Errors
+    /// The driver's.
+    pub fn attention(
         &mut self,
         stream: &Stream,
         layer: &GpuLayer,

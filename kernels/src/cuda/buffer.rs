@@ -28,6 +28,8 @@ unsafe impl Plain for i32 {}
 unsafe impl Plain for u64 {}
 // SAFETY: as above.
 unsafe impl Plain for f32 {}
+// SAFETY: as above.
+unsafe impl Plain for f64 {}
 
 /// `len` values in device memory. Freed when dropped, once all launches are done.
 #[derive(Debug)]

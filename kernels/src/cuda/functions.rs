@@ -54,6 +54,19 @@ pub(super) struct PrefillFunctions {
     transpose: [Vec<Function>; 2],
 }
 
+/// Kernels that predictors are fitted with.
+#[derive(Debug)]
+pub(super) struct FitFunctions {
+    pub(super) product: Function,
+    pub(super) long_product: Function,
+    pub(super) double_product: Function,
+    pub(super) rows: Function,
+    pub(super) join: Function,
+    pub(super) errors: Function,
+    pub(super) columns: Function,
+    pub(super) adam: Function,
+}
+
 /// Every kernel.
 #[derive(Debug)]
 pub(super) struct Functions {
@@ -71,6 +84,7 @@ pub(super) struct Functions {
     /// f16 and f32 caches, likewise.
     attend_lone: [Vec<Function>; 2],
     pub(super) prefill: PrefillFunctions,
+    pub(super) fit: FitFunctions,
     pub(super) compact: Function,
     pub(super) count_active: Function,
     pub(super) prepare: Function,
@@ -143,6 +157,7 @@ impl Functions {
         };
         Ok(Self {
             prefill: PrefillFunctions::fetch(&get)?,
+            fit: FitFunctions::fetch(&get)?,
             rows: SUPPORTED.iter().map(rows).collect::<Result<_, _>>()?,
             row_pairs: quantised("row_pairs", ROWS_THREADS)?,
             rows_then_norm: quantised("rows_then_norm", ROWS_THEN_NORM_THREADS)?,
@@ -209,6 +224,22 @@ impl Functions {
     /// `place` is one in [`ATTEND_HEADS`].
     pub(super) fn attend(&self, cache: KvType, place: usize) -> Function {
         self.attend[usize::from(cache == KvType::F32)][place]
+    }
+}
+
+impl FitFunctions {
+    /// `get` fetches the kernel of a name.
+    fn fetch(get: &dyn Fn(String) -> Result<Function, KernelError>) -> Result<Self, KernelError> {
+        Ok(Self {
+            product: get("fit_product".to_owned())?,
+            long_product: get("fit_long_product".to_owned())?,
+            double_product: get("fit_double_product".to_owned())?,
+            rows: get("fit_rows".to_owned())?,
+            join: get("fit_join".to_owned())?,
+            errors: get("fit_errors".to_owned())?,
+            columns: get("fit_columns".to_owned())?,
+            adam: get("fit_adam".to_owned())?,
+        })
     }
 }
 

@@ -19,6 +19,7 @@ mod compact;
 mod device;
 mod down;
 mod embed;
+pub mod fit;
 mod functions;
 mod gemm;
 mod graph;

@@ -12,6 +12,11 @@ const BLOCK: usize = 32;
 /// Products up to which all are at once, on one thread.
 const AT_ONCE: usize = 1 << 27;
 
+/// Rows that [`leading_directions`] multiplies at a time.
+pub(crate) fn n_tracked(n: usize, n_directions: usize) -> usize {
+    (n_directions + OVERSAMPLED).min(n)
+}
+
 /// Leading eigenvectors of a symmetric operator without negative eigenvalues, as rows `[n_directions, n]`, orthonormal, strongest first.
 ///
 /// `apply` multiplies rows `[k, n]` with the operator. `seed` says where the search begins; `n_passes` how often it is applied, each of
@@ -24,10 +29,10 @@ pub(crate) fn leading_directions(
     n_directions: usize,
     n_passes: usize,
     seed: u32,
-    apply: impl Fn(&DMatrix<f64>) -> DMatrix<f64>,
+    mut apply: impl FnMut(&DMatrix<f64>) -> DMatrix<f64>,
 ) -> DMatrix<f64> {
     let n_directions = n_directions.min(n);
-    let tracked = (n_directions + OVERSAMPLED).min(n);
+    let tracked = n_tracked(n, n_directions);
     let mut rng = Mt19937::new(seed);
     let start = DMatrix::from_fn(n, tracked, |_, _| rng.next_f64() - 0.5);
     let mut basis = orthonormal(workers, start.transpose());

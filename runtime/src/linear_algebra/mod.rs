@@ -8,9 +8,10 @@ mod directions;
 mod lower;
 mod products;
 
-pub(crate) use directions::leading_directions;
+pub(crate) use directions::{leading_directions, n_tracked};
 pub(crate) use lower::Lower;
 pub use products::Workers;
 pub(crate) use products::{
-    covariance, multiply, product, times_transposed, transposed, view, view_mut, view_t, whole,
+    centred, covariance, multiply, product, times_transposed, transposed, view, view_mut, view_t,
+    whole,
 };

@@ -133,7 +133,6 @@ pub(crate) fn covariance(workers: Workers, a: (&[f32], usize), b: (&[f32], usize
     let ((a, n_a), (b, n_b)) = (a, b);
     let n = a.len() / n_a;
     assert_eq!(b.len() / n_b, n, "as many tokens");
-    let (mean_a, mean_b) = (means(a, n_a), means(b, n_b));
     // column-major: a block of columns is one slice
     let mut sums = DMatrix::<f64>::zeros(n_b, n_a);
     let blocks = sums.as_mut_slice().chunks_mut(n_b * BLOCK).enumerate();
@@ -156,13 +155,29 @@ pub(crate) fn covariance(workers: Workers, a: (&[f32], usize), b: (&[f32], usize
                 *sum += f64::from(*part);
             }
         }
-        for (column, sums) in sums.chunks_mut(n_b).enumerate() {
-            for (sum, mean) in sums.iter_mut().zip(&mean_b) {
-                *sum = *sum / n as f64 - mean_a[first + column] * mean;
+    });
+    centred(workers, &mut sums, (a, n_a), (b, n_b));
+    sums
+}
+
+/// Makes covariances of sums of products `[n_b, n_a]` of the columns of `b` and `a`, as [`covariance`] has them.
+pub(crate) fn centred(
+    workers: Workers,
+    sums: &mut DMatrix<f64>,
+    a: (&[f32], usize),
+    b: (&[f32], usize),
+) {
+    let ((a, n_a), (b, n_b)) = (a, b);
+    let n = (a.len() / n_a) as f64;
+    let (mean_a, mean_b) = (means(a, n_a), means(b, n_b));
+    let blocks = sums.as_mut_slice().chunks_mut(n_b * BLOCK);
+    workers.each(blocks.zip(mean_a.chunks(BLOCK)), |(sums, mean_a)| {
+        for (column, mean_a) in sums.chunks_mut(n_b).zip(mean_a) {
+            for (sum, mean) in column.iter_mut().zip(&mean_b) {
+                *sum = *sum / n - mean_a * mean;
             }
         }
     });
-    sums
 }
 
 #[cfg(test)]

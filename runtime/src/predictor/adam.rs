@@ -2,6 +2,8 @@
 //!
 //! Source: Kingma and Ba 2015, "Adam: a method for stochastic optimization".
 
+use pi_kernels::cuda::fit::AdamStep;
+
 /// Decay of the mean gradient, and of the mean square.
 const DECAY: [f32; 2] = [0.9, 0.99];
 /// Steps until the rate is whole.
@@ -11,6 +13,10 @@ const EPSILON: f32 = 1e-8;
 /// Size of one step, and how far the means have come.
 #[derive(Debug, Clone, Copy)]
 pub(super) struct Rate {
+    /// The step's number, from 1.
+    pub step: usize,
+    /// Steps in all.
+    pub n_steps: usize,
     rate: f32,
     unbias: [f32; 2],
 }
@@ -22,8 +28,21 @@ impl Rate {
         let fall = 0.5 * (1.0 + (std::f32::consts::PI * step as f32 / n_steps as f32).cos());
         let unbias = DECAY.map(|decay| 1.0 / (1.0 - decay.powi(step as i32)));
         Self {
+            step,
+            n_steps,
             rate: most * rise * fall,
             unbias,
+        }
+    }
+}
+
+impl Rate {
+    /// The same as a GPU takes it.
+    pub fn on_gpu(self) -> AdamStep {
+        AdamStep {
+            rate: self.rate,
+            decay: DECAY,
+            unbias: self.unbias,
         }
     }
 }

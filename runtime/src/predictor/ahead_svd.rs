@@ -4,10 +4,10 @@ use pi_kernels::QuantType;
 
 use super::ahead::Ahead;
 use super::error::PredictorError;
+use super::fit_gpu::FitOn;
 use super::low_rank::{LowRank, rounded};
 use super::regression::Regression;
 use super::samples::LayerSamples;
-use crate::linear_algebra::Workers;
 
 /// Fits a linear predictor of `rank`, its matrices rounded to `quant`; biases are zero until it is calibrated.
 ///
@@ -16,13 +16,13 @@ use crate::linear_algebra::Workers;
 ///
 /// # Panics
 /// When the rank is no multiple of 32.
-pub fn fit(
+pub fn fit<'a>(
     samples: &LayerSamples,
-    workers: Workers,
+    on: impl Into<FitOn<'a>>,
     rank: usize,
     quant: QuantType,
 ) -> Result<Ahead, PredictorError> {
-    let regression = regression(samples, workers, rank)?;
+    let regression = regression(samples, on.into(), rank)?;
     let LowRank { a, b } = rounded(&regression, rank, quant)?;
     Ok(Ahead {
         a,
@@ -34,7 +34,7 @@ pub fn fit(
 
 pub(super) fn regression(
     samples: &LayerSamples,
-    workers: Workers,
+    on: FitOn<'_>,
     rank: usize,
 ) -> Result<Regression, PredictorError> {
     let tokens = samples.fitting();
@@ -42,5 +42,5 @@ pub(super) fn regression(
         .residual(tokens.clone())
         .ok_or(PredictorError::NoResidual)?;
     let gates = (samples.gates(tokens), samples.n_ff);
-    Regression::fit(workers, (residual, samples.n_embd), gates, rank)
+    Regression::fit(on, (residual, samples.n_embd), gates, rank)
 }

@@ -5,6 +5,7 @@
 //! cost, and a threshold at another target is one shift. Training starts from the linear fit of the same rank: its
 //! inner values have variance 1, and a bias of 1 keeps most of them on the straight side of the ReLU.
 
+use std::convert::Infallible;
 use std::num::NonZeroUsize;
 
 use pi_kernels::QuantType;
@@ -13,10 +14,11 @@ use super::adam::{Adam, Rate};
 use super::ahead::Ahead;
 use super::ahead_svd;
 use super::error::PredictorError;
+use super::fit_gpu::{FitOn, StartOn};
 use super::neuron_model::{NeuronModel, deviations_of};
 use super::quantised::QuantisedMatrix;
 use super::samples::LayerSamples;
-use super::thresholds::{self, Target};
+use super::thresholds::{self, Masses, Target};
 use crate::linear_algebra::{Workers, multiply, times_transposed, view, view_mut, view_t};
 use crate::sampler::Mt19937;
 
@@ -65,16 +67,16 @@ impl Default for Training {
 
 /// Trains a predictor on the samples' fitting tokens; it still has to be calibrated.
 ///
-/// The result is the same for any number of threads. `progress` hears of steps done and steps in all.
+/// The result is the same for any number of threads, and rounded in another way on a GPU. `progress` hears of steps done and steps in all.
 ///
 /// # Errors
 /// When the samples have no residual stream, or all are the same.
 ///
 /// # Panics
 /// When the rank is no multiple of 32.
-pub fn fit(
+pub fn fit<'a>(
     samples: &LayerSamples,
-    workers: Workers,
+    on: impl Into<FitOn<'a>>,
     training: &Training,
     mut progress: impl FnMut(usize, usize),
 ) -> Result<Ahead, PredictorError> {
@@ -84,45 +86,76 @@ pub fn fit(
         .residual(tokens.clone())
         .ok_or(PredictorError::NoResidual)?;
     let masses = samples.masses(tokens);
-    let (mut net, mass_unit) = Net::start(samples, workers, training)?;
-    let n_tokens = masses.n_tokens();
-    let batch = training.batch.get().min(n_tokens);
-    let n_steps = training.n_epochs * (n_tokens / batch);
-    let mut order: Vec<usize> = (0..n_tokens).collect();
-    let mut rng = Mt19937::new(training.seed);
+    let on = on.into();
+    let (mut net, mass_unit) = Net::start(samples, on, training)?;
+    let batch = training.batch.get().min(masses.n_tokens());
+    let on_gpu = on.gpu.and_then(|gpu| {
+        let start = net.as_start((residual, &masses), mass_unit, batch);
+        gpu.trained(start, |step| {
+            each_step(masses.n_tokens(), training, |ids, rate| {
+                step(ids, rate)?;
+                progress(rate.step, rate.n_steps);
+                Ok(())
+            })
+        })
+    });
+    if let Some([fc1, fc1_bias, fc2, fc2_bias]) = on_gpu {
+        let trained = Net {
+            fc1: Adam::new(fc1),
+            fc1_bias: Adam::new(fc1_bias),
+            fc2: Adam::new(fc2),
+            fc2_bias: Adam::new(fc2_bias),
+            ..net
+        };
+        return Ok(trained.rounded(training.quant));
+    }
     let mut x = vec![0.0; batch * samples.n_embd];
     let mut weights = vec![0.0; batch * samples.n_ff];
-    let mut step = 0;
-    for _ in 0..training.n_epochs {
-        shuffle(&mut order, &mut rng);
-        for ids in order.chunks_exact(batch) {
-            for (row, id) in x.chunks_exact_mut(samples.n_embd).zip(ids) {
-                let from = &residual[id * samples.n_embd..][..samples.n_embd];
-                row.iter_mut()
-                    .zip(from)
-                    .zip(&net.input_scale)
-                    .for_each(|((x, r), scale)| *x = r * scale);
-            }
-            for (row, id) in weights.chunks_exact_mut(samples.n_ff).zip(ids) {
-                let shares = masses.shares(*id);
-                row.iter_mut()
-                    .zip(shares)
-                    .for_each(|(w, m)| *w = (m / mass_unit).min(WEIGHT_MAX));
-            }
-            step += 1;
-            net.step(
-                workers,
-                &x,
-                &weights,
-                Rate::at(step, n_steps, training.rate),
-            );
-            progress(step, n_steps);
+    each_step(masses.n_tokens(), training, |ids, rate| {
+        let ids = || ids.iter().map(|id| *id as usize);
+        for (row, id) in x.chunks_exact_mut(samples.n_embd).zip(ids()) {
+            let from = &residual[id * samples.n_embd..][..samples.n_embd];
+            row.iter_mut()
+                .zip(from)
+                .zip(&net.input_scale)
+                .for_each(|((x, r), scale)| *x = r * scale);
         }
-    }
+        for (row, id) in weights.chunks_exact_mut(samples.n_ff).zip(ids()) {
+            let shares = masses.shares(id);
+            row.iter_mut()
+                .zip(shares)
+                .for_each(|(w, m)| *w = (m / mass_unit).min(WEIGHT_MAX));
+        }
+        net.step(on.workers, &x, &weights, rate);
+        progress(rate.step, rate.n_steps);
+        Ok::<(), Infallible>(())
+    })
+    .unwrap_or_else(|never| match never {});
     Ok(net.rounded(training.quant))
 }
 
-fn shuffle(order: &mut [usize], rng: &mut Mt19937) {
+/// Calls `step` with the tokens of each step and its rate: all tokens in another order in each epoch, a batch at a time.
+fn each_step<E>(
+    n_tokens: usize,
+    training: &Training,
+    mut step: impl FnMut(&[u32], Rate) -> Result<(), E>,
+) -> Result<(), E> {
+    let batch = training.batch.get().min(n_tokens);
+    let n_steps = training.n_epochs * (n_tokens / batch);
+    let mut order: Vec<u32> = (0..n_tokens as u32).collect();
+    let mut rng = Mt19937::new(training.seed);
+    let mut number = 0;
+    for _ in 0..training.n_epochs {
+        shuffle(&mut order, &mut rng);
+        for ids in order.chunks_exact(batch) {
+            number += 1;
+            step(ids, Rate::at(number, n_steps, training.rate))?;
+        }
+    }
+    Ok(())
+}
+
+fn shuffle(order: &mut [u32], rng: &mut Mt19937) {
     for i in (1..order.len()).rev() {
         order.swap(i, (rng.next_f64() * (i + 1) as f64) as usize);
     }
@@ -148,12 +181,12 @@ impl Net {
     /// The linear fit as a network, and the mass (λ) that is worth a candidate's cost.
     fn start(
         samples: &LayerSamples,
-        workers: Workers,
+        on: FitOn<'_>,
         training: &Training,
     ) -> Result<(Self, f32), PredictorError> {
         let (n_embd, n_ff, rank) = (samples.n_embd, samples.n_ff, training.rank);
         let linear = rank.min(n_embd);
-        let regression = ahead_svd::regression(samples, workers, linear)?;
+        let regression = ahead_svd::regression(samples, on, linear)?;
         let tokens = samples.fitting();
         let residual = samples
             .residual(tokens.clone())
@@ -197,6 +230,27 @@ impl Net {
             fc2_bias: Adam::new(fc2_bias),
         };
         Ok((net, mass_unit as f32))
+    }
+
+    /// The network as a GPU takes it, with the residual stream and masses of all tokens.
+    fn as_start<'a>(
+        &'a self,
+        (residual, masses): (&'a [f32], &'a Masses<'_>),
+        mass_unit: f32,
+        batch: usize,
+    ) -> StartOn<'a> {
+        StartOn {
+            fc1: self.fc1.values(),
+            fc1_bias: self.fc1_bias.values(),
+            fc2: self.fc2.values(),
+            fc2_bias: self.fc2_bias.values(),
+            input_scale: &self.input_scale,
+            residual,
+            masses: masses.all_shares(),
+            mass_unit,
+            weight_max: WEIGHT_MAX,
+            batch,
+        }
     }
 
     /// One step down the gradient of `x` `[batch, n_embd]` with masses in units of λ, `weights` `[batch, n_ff]`.
@@ -328,4 +382,94 @@ fn column_sums(values: &[f32], n_cols: usize) -> Vec<f32> {
             .for_each(|(sum, value)| *sum += value);
     }
     sums
+}
+
+#[cfg(test)]
+mod tests {
+    use pi_kernels::KernelError;
+    use pi_kernels::cuda::Device;
+
+    use super::super::FitGpu;
+    use super::*;
+
+    /// From one start, a few steps move parameters to where the host's do. (Many do not: Adam takes whole steps where a gradient is
+    /// nothing but rounding.)
+    #[test]
+    fn steps_on_a_gpu_are_the_host_s() {
+        let device = match Device::open(0) {
+            Ok(device) => device,
+            Err(KernelError::CudaNoDriver | KernelError::CudaNoDevice { .. }) => {
+                println!("skipped: no CUDA driver");
+                return;
+            }
+            Err(error) => panic!("{error}"),
+        };
+        let (n_tokens, n_embd, n_ff) = (400, 96, 700);
+        let mut rng = Mt19937::new(4);
+        let mut draw =
+            |n: usize| -> Vec<f32> { (0..n).map(|_| rng.next_f64() as f32 - 0.5).collect() };
+        let x = draw(n_tokens * n_embd);
+        let gates: Vec<f32> = (x.chunks_exact(n_embd))
+            .flat_map(|x| {
+                (0..n_ff)
+                    .map(|i| x[i % 24].abs() + x[24 + i % 72] - 0.4)
+                    .collect::<Vec<_>>()
+            })
+            .collect();
+        let samples = LayerSamples {
+            n_tokens,
+            n_embd,
+            n_ff,
+            contributions: gates.iter().map(|gate| gate.max(0.0)).collect(),
+            gates,
+            residual_before: Some(x.clone()),
+            x,
+        };
+        let training = Training::default();
+        let workers = Workers::new(NonZeroUsize::MIN);
+        let tokens = samples.fitting();
+        let masses = samples.masses(tokens.clone());
+        let residual = samples.residual(tokens).unwrap();
+        let (mut net, unit) = Net::start(&samples, workers.into(), &training).unwrap();
+        let parameters = |net: &Net| {
+            let all = [&net.fc1, &net.fc1_bias, &net.fc2, &net.fc2_bias];
+            all.map(|adam| adam.values().to_vec())
+        };
+        let start = parameters(&net);
+        let steps: Vec<Vec<u32>> = (0..3)
+            .map(|step| (0..200).map(|n| (n * 7 + step * 31) % 300).collect())
+            .collect();
+        let rate = |step: usize| Rate::at(step + 1, 40, 1e-2);
+        let gpu = FitGpu::new(device, 1 << 30);
+        let on_gpu = gpu.trained(net.as_start((residual, &masses), unit, 200), |work| {
+            (0..3).try_for_each(|step| work(&steps[step], rate(step)))
+        });
+        for (step, ids) in steps.iter().enumerate() {
+            let ids = || ids.iter().map(|id| *id as usize);
+            let x = ids().flat_map(|id| {
+                let row = residual[id * n_embd..(id + 1) * n_embd].iter();
+                let scaled = row.zip(&net.input_scale).map(|(x, scale)| x * scale);
+                scaled.collect::<Vec<_>>()
+            });
+            let weights = ids().flat_map(|id| {
+                let shares = masses.shares(id).iter();
+                shares
+                    .map(|m| (m / unit).min(WEIGHT_MAX))
+                    .collect::<Vec<_>>()
+            });
+            let (x, weights): (Vec<f32>, Vec<f32>) = (x.collect(), weights.collect());
+            net.step(workers, &x, &weights, rate(step));
+        }
+        let parts = parameters(&net).into_iter().zip(on_gpu.unwrap()).zip(start);
+        for (part, ((host, ours), start)) in parts.enumerate() {
+            let moved = |to: &[f32]| -> Vec<f32> {
+                to.iter().zip(&start).map(|(to, from)| to - from).collect()
+            };
+            let (host, ours) = (moved(&host), moved(&ours));
+            let error: f32 = ours.iter().zip(&host).map(|(a, b)| (a - b).powi(2)).sum();
+            let size: f32 = host.iter().map(|value| value * value).sum();
+            assert!(size > 0.0, "part {part} has moved");
+            assert!(error <= 1e-3 * size, "part {part}: {error} of {size}");
+        }
+    }
 }

@@ -3,6 +3,7 @@
 use pi_kernels::{Cpu, QuantType};
 
 use super::error::PredictorError;
+use super::fit_gpu::FitOn;
 use super::quantised::QuantisedMatrix;
 use super::regression::Regression;
 use super::samples::LayerSamples;
@@ -42,16 +43,16 @@ pub struct LowRankFit {
 ///
 /// # Errors
 /// When all inputs are the same.
-pub fn fit(
+pub fn fit<'a>(
     samples: &LayerSamples,
-    workers: Workers,
+    on: impl Into<FitOn<'a>>,
     rank_max: usize,
 ) -> Result<LowRankFit, PredictorError> {
     let tokens = samples.fitting();
     let x = (samples.x(tokens.clone()), samples.n_embd);
     let gates = (samples.gates(tokens), samples.n_ff);
     Ok(LowRankFit {
-        regression: Regression::fit(workers, x, gates, rank_max)?,
+        regression: Regression::fit(on.into(), x, gates, rank_max)?,
     })
 }
 

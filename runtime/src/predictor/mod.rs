@@ -10,7 +10,8 @@
 //! [`thresholds`] sets a bias per neuron for either, and says what candidates keep; [`choose`] takes the cheapest
 //! sketch. Matrices are fitted to the first three quarters of the tokens, thresholds to the rest: on tokens that the
 //! matrices have seen thresholds would be too tight. Whatever is fitted is evaluated with the weights as they are
-//! stored, through the runtime's own kernels. Results are the same for any number of threads.
+//! stored, through the runtime's own kernels. Results are the same for any number of threads,
+//! and rounded in another way where a GPU takes part.
 
 mod adam;
 pub mod ahead;
@@ -19,6 +20,7 @@ pub mod ahead_trained;
 pub mod bits;
 pub mod choose;
 pub mod error;
+mod fit_gpu;
 pub mod low_rank;
 mod neuron_model;
 mod quantised;
@@ -32,6 +34,7 @@ mod tests;
 pub use crate::linear_algebra::Workers;
 pub use ahead::Ahead;
 pub use error::PredictorError;
+pub use fit_gpu::{FitGpu, FitOn};
 pub use low_rank::LowRank;
 pub use quantised::QuantisedMatrix;
 pub use samples::LayerSamples;

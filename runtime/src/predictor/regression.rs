@@ -3,8 +3,9 @@
 use nalgebra::{Cholesky, DMatrix};
 
 use super::error::PredictorError;
+use super::fit_gpu::FitOn;
 use crate::linear_algebra::{
-    Lower, Workers, covariance, leading_directions, product, transposed, whole,
+    Lower, Workers, covariance, leading_directions, n_tracked, product, transposed, whole,
 };
 
 /// Share of the inputs' mean variance that is added to each, so that no direction has none.
@@ -39,7 +40,7 @@ impl Regression {
     /// # Errors
     /// When all inputs are the same.
     pub fn fit(
-        workers: Workers,
+        FitOn { workers, gpu }: FitOn<'_>,
         (x, n_in): (&[f32], usize),
         (y, n_out): (&[f32], usize),
         rank_max: usize,
@@ -47,7 +48,11 @@ impl Regression {
         let constant = PredictorError::Constant {
             n_tokens: x.len() / n_in,
         };
-        let mut inputs = covariance(workers, (x, n_in), (x, n_in));
+        let covariance = |a, b| {
+            let on_gpu = gpu.and_then(|gpu| gpu.covariance(workers, a, b));
+            on_gpu.unwrap_or_else(|| covariance(workers, a, b))
+        };
+        let mut inputs = covariance((x, n_in), (x, n_in));
         let mean_variance = inputs.trace() / n_in as f64;
         for i in 0..n_in {
             inputs[(i, i)] += RIDGE * mean_variance;
@@ -56,16 +61,21 @@ impl Regression {
             return Err(constant);
         }
         let factor = Lower::new(workers, inputs.clone()).ok_or(constant)?;
-        let cross = covariance(workers, (x, n_in), (y, n_out));
+        let cross = covariance((x, n_in), (y, n_out));
         // the whitened map is cross · L⁻ᵀ; it is not made, as that takes more than all passes over a few rows do
+        let mut on_gpu = gpu.and_then(|gpu| gpu.take(&cross, n_tracked(n_in, rank_max)));
         let leading = leading_directions(workers, n_in, rank_max, N_PASSES, SEED, |rows| {
             let mut rows = rows.clone();
             factor.solve(workers, &mut rows);
-            let outputs = product(workers, whole(&rows), transposed(&cross));
-            let mut rows = product(workers, whole(&outputs), whole(&cross));
+            let ours = on_gpu.as_mut().and_then(|cross| cross.squared_times(&rows));
+            let mut rows = ours.unwrap_or_else(|| {
+                let outputs = product(workers, whole(&rows), transposed(&cross));
+                product(workers, whole(&outputs), whole(&cross))
+            });
             factor.solve_transposed(workers, &mut rows);
             rows
         });
+        drop(on_gpu);
         Ok(Self {
             workers,
             inputs,
@@ -127,7 +137,8 @@ mod tests {
         let y = &x * map.transpose();
         let rows = |m: &DMatrix<f32>| m.transpose().as_slice().to_vec();
         let workers = Workers::new(NonZeroUsize::MIN);
-        let fit = Regression::fit(workers, (&rows(&x), n_in), (&rows(&y), n_out), 6).unwrap();
+        let fit =
+            Regression::fit(workers.into(), (&rows(&x), n_in), (&rows(&y), n_out), 6).unwrap();
         let found_a = fit.directions(rank);
         let found_b = fit.map_from(&found_a, rank).unwrap();
         let found = DMatrix::from_row_slice(n_out, rank, &found_b)
@@ -152,7 +163,7 @@ mod tests {
     fn constant_inputs_are_refused() {
         let workers = Workers::new(NonZeroUsize::MIN);
         let x = vec![1.0; 64 * 8];
-        let error = Regression::fit(workers, (&x, 8), (&x, 8), 2).unwrap_err();
+        let error = Regression::fit(workers.into(), (&x, 8), (&x, 8), 2).unwrap_err();
         assert_eq!(error, PredictorError::Constant { n_tokens: 64 });
     }
 }

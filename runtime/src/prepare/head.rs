@@ -23,9 +23,7 @@ impl Preparation {
     pub(super) fn head(&self) -> Result<Section, RuntimeError> {
         let passages = &self.passages.0;
         let tap = Arc::new(HeadTap::default());
-        let model = self
-            .subject
-            .run(None, passages.n_ctx(), Some(tap.clone()), None)?;
+        let model = self.subject.run_tapped(passages.n_ctx(), tap.clone())?;
         let options = FitOptions {
             n_threads: NonZeroUsize::new(self.subject.plan.n_threads())
                 .unwrap_or(NonZeroUsize::MIN),

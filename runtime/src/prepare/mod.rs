@@ -10,6 +10,7 @@ mod divergence;
 mod error;
 mod gate_thresholds;
 mod head;
+mod layers;
 pub mod plots;
 mod predictors;
 mod preparation;

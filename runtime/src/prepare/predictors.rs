@@ -18,7 +18,7 @@ use crate::predictor::thresholds::{
     Evaluation, Masses, Target, TwoBitThresholds, evaluate, evaluate_two_bits, fit,
 };
 use crate::predictor::{
-    Ahead, LayerSamples, LowRank, PredictorError, QuantisedMatrix, Workers, ahead_svd,
+    Ahead, FitOn, LayerSamples, LowRank, PredictorError, QuantisedMatrix, Workers, ahead_svd,
     ahead_trained, low_rank,
 };
 use crate::sidecar::{AHEAD_KIND_KEY, SKETCH_KIND_KEY, Section, SidecarError};
@@ -275,22 +275,27 @@ impl Preparation {
     pub(super) fn predictors(&self) -> Result<Section, RuntimeError> {
         let states = self.states()?;
         let n_layer = self.subject.hyper.n_layer;
-        self.observer.begin("predictors", n_layer);
-        let mut all = Section::new();
-        let mut kinds = Vec::with_capacity(n_layer);
-        for layer in 0..n_layer {
-            self.check_stop()?;
+        let gpu = self.subject.fit_gpu()?;
+        let on = FitOn {
+            workers: self.workers(),
+            gpu: gpu.as_ref(),
+        };
+        let layers = self.each_layer("predictors", states.n_tokens(), |layer| {
             let part = format!("predictors-{layer}");
             if self.checkpoint.section(&part).is_none() {
-                let section = self.fit_layer(&states, layer)?.section(layer)?;
+                let section = self.fit_layer(&states, layer, on)?.section(layer)?;
                 self.checkpoint.keep(&part, &section)?;
             }
             let kept = GgufFile::open(self.checkpoint.section_path(&part))?;
-            kinds.push(kept.metadata().require_str(&kind_key(layer))?.to_owned());
-            all.append(&Section::of(&kept, |name| name != kind_key(layer))?)?;
-            self.observer.at(layer + 1);
+            let kind = kept.metadata().require_str(&kind_key(layer))?.to_owned();
+            Ok((kind, Section::of(&kept, |name| name != kind_key(layer))?))
+        })?;
+        let mut all = Section::new();
+        let mut kinds = Vec::with_capacity(n_layer);
+        for (kind, section) in layers {
+            kinds.push(kind);
+            all.append(&section)?;
         }
-        self.observer.end();
         all.put(SKETCH_KIND_KEY, kinds)?;
         if n_layer > 1 {
             all.put(AHEAD_KIND_KEY, self.options.ahead.name())?;
@@ -327,12 +332,13 @@ impl Preparation {
         &self,
         states: &SampleFile,
         layer: usize,
+        on: FitOn<'_>,
     ) -> Result<LayerPredictors, RuntimeError> {
         let samples = self.layer_samples(states, layer)?;
         // each has parts that one thread does
         std::thread::scope(|scope| {
-            let ahead = (layer > 0).then(|| scope.spawn(|| self.fit_ahead(&samples, layer)));
-            let sketch = self.fit_sketch(&samples, layer)?;
+            let ahead = (layer > 0).then(|| scope.spawn(|| self.fit_ahead(&samples, layer, on)));
+            let sketch = self.fit_sketch(&samples, layer, on)?;
             let ahead = ahead.map(|thread| {
                 thread
                     .join()
@@ -346,8 +352,13 @@ impl Preparation {
     }
 
     /// The cheapest sketch that meets the target.
-    fn fit_sketch(&self, samples: &LayerSamples, layer: usize) -> Result<Sketch, RuntimeError> {
-        let (cpu, workers) = (self.subject.options.cpu, self.workers());
+    fn fit_sketch(
+        &self,
+        samples: &LayerSamples,
+        layer: usize,
+        on: FitOn<'_>,
+    ) -> Result<Sketch, RuntimeError> {
+        let (cpu, workers) = (self.subject.options.cpu, on.workers);
         let (n_embd, n_ff) = (samples.n_embd, samples.n_ff);
         let gate = &self.subject.tensors.layers[layer].gate;
         let mut sketches = Vec::new();
@@ -361,7 +372,7 @@ impl Preparation {
             .filter(|rank| 2 * rank * (n_embd + n_ff) <= n_embd * n_ff);
         let ranks: Vec<usize> = ranks.collect();
         if let Some(most) = ranks.last() {
-            let fit = low_rank::fit(samples, workers, *most);
+            let fit = low_rank::fit(samples, on, *most);
             let fit = fit.map_err(|source| in_layer(layer, source))?;
             for rank in ranks {
                 let map = fit.at(rank, QUANT);
@@ -387,17 +398,22 @@ impl Preparation {
         Ok(best.map_or(Sketch::None, |best| sketches.swap_remove(best).1))
     }
 
-    fn fit_ahead(&self, samples: &LayerSamples, layer: usize) -> Result<Ahead, RuntimeError> {
-        let (cpu, workers) = (self.subject.options.cpu, self.workers());
+    fn fit_ahead(
+        &self,
+        samples: &LayerSamples,
+        layer: usize,
+        on: FitOn<'_>,
+    ) -> Result<Ahead, RuntimeError> {
+        let (cpu, workers) = (self.subject.options.cpu, on.workers);
         let fitted = match self.options.ahead {
-            AheadKind::Svd => ahead_svd::fit(samples, workers, AHEAD_RANK, QUANT),
+            AheadKind::Svd => ahead_svd::fit(samples, on, AHEAD_RANK, QUANT),
             AheadKind::Trained => {
                 let training = Training {
                     rank: AHEAD_RANK,
                     seed: self.options.seed.wrapping_add(layer as u32),
                     ..Training::default()
                 };
-                ahead_trained::fit(samples, workers, &training, |_, _| ())
+                ahead_trained::fit(samples, on, &training, |_, _| ())
             }
         };
         let mut ahead = fitted.map_err(|source| in_layer(layer, source))?;

@@ -294,9 +294,7 @@ impl Preparation {
         note: impl Fn(usize) -> Result<(), PrepareError> + Send + 'static,
     ) -> Result<SampleFile, RuntimeError> {
         let tap = Arc::new(StateTap::new(self.sample_file(path, passages)?));
-        let model = self
-            .subject
-            .run(None, passages.n_ctx(), Some(tap.clone()), None)?;
+        let model = self.subject.run_tapped(passages.n_ctx(), tap.clone())?;
         self.observer.begin("hidden states", passages.len());
         self.observer.at(first);
         let (observer, file) = (Arc::clone(&self.observer), Arc::clone(&tap));
@@ -328,20 +326,14 @@ impl Preparation {
 
     fn profile(&self) -> Result<Section, RuntimeError> {
         let states = self.states()?;
-        let n_layer = self.subject.hyper.n_layer;
-        self.observer.begin("profile", n_layer);
-        let mut layers = Vec::with_capacity(n_layer);
-        for layer in 0..n_layer {
-            self.check_stop()?;
-            let activity = self.activity(layer);
-            layers.push(LayerProfile {
-                counts: activity.counts(&states.layer(layer)?.normed),
-                down_norms: activity.down_norms().to_vec(),
-            });
-            self.observer.at(layer + 1);
-        }
-        self.observer.end();
         let n_tokens = states.n_tokens();
+        let layers = self.each_layer("profile", n_tokens, |layer| {
+            let activity = self.activity(layer);
+            Ok(LayerProfile {
+                counts: activity.counts(&states.normed(layer, 0..n_tokens)?),
+                down_norms: activity.down_norms().to_vec(),
+            })
+        })?;
         Ok(Profile { n_tokens, layers }.section()?)
     }
 }
@@ -375,8 +367,13 @@ fn calibration_text(options: &PrepareOptions, subject: &Subject) -> Result<Text,
 /// All that the parts of a preparation depend on.
 fn key(options: &PrepareOptions, subject: &Subject, text: &Text, n_passages: usize) -> String {
     let stages: Vec<&str> = options.stages.iter().map(|stage| stage.name()).collect();
+    // hidden states of a GPU are rounded in another way
+    let gpus = match subject.plan.gpus.len() {
+        0 => String::new(),
+        n => format!("gpus = {n}\n"),
+    };
     format!(
-        "version = {}\nmodel = {}\ntext = {}\npassages = {n_passages}\nseed = {}\nahead = {}\nquality = {}\nactivations = {}\nkv = {}\nstages = {}\n",
+        "version = {}\nmodel = {}\ntext = {}\npassages = {n_passages}\nseed = {}\nahead = {}\nquality = {}\nactivations = {}\nkv = {}\nstages = {}\n{gpus}",
         env!("CARGO_PKG_VERSION"),
         model_hash(&subject.file),
         text.hash(),

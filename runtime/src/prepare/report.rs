@@ -179,17 +179,10 @@ impl Preparation {
     ) -> Result<Vec<LayerReport>, RuntimeError> {
         let path = self.checkpoint.folder().join("held-out.f16");
         let states = self.collect(passages, &path, 0, |_| Ok(()))?;
-        let n_layer = self.subject.hyper.n_layer;
-        self.observer.begin("report", n_layer);
-        let mut layers = Vec::with_capacity(n_layer);
-        for layer in 0..n_layer {
-            self.check_stop()?;
+        self.each_layer("report", states.n_tokens(), |layer| {
             let samples = self.layer_samples(&states, layer)?;
-            layers.push(self.layer_report(file, layer, &samples)?);
-            self.observer.at(layer + 1);
-        }
-        self.observer.end();
-        Ok(layers)
+            self.layer_report(file, layer, &samples)
+        })
     }
 
     fn layer_report(

@@ -12,7 +12,9 @@ use crate::gguf::GgufFile;
 use crate::head_sketch::Head;
 use crate::model::predicting::{Predict, PredictBy, Predicting};
 use crate::model::{GateKind, Hyperparameters, ModelError, ModelTensors, Sparsity};
+use crate::predictor::FitGpu;
 use crate::session::{LoadedModel, ModelOptions, Silent};
+use crate::session::{OpenGpu, open_gpu};
 use crate::tokenizer::Tokenizer;
 
 /// A model's file, and how to run it.
@@ -28,8 +30,10 @@ pub struct Subject {
     pub tokenizer: Tokenizer,
     /// How to open it; mode, context and sidecar are chosen for each purpose.
     pub options: ModelOptions,
-    /// The threads.
+    /// The threads, and GPUs.
     pub plan: Plan,
+    /// The threads alone.
+    pub host: Plan,
 }
 
 /// How to decode where it is summed up what scores take.
@@ -63,13 +67,22 @@ impl Subject {
                 source,
             }
         })?;
+        let host = Plan {
+            gpus: vec![],
+            ..plan.clone()
+        };
         Ok(Self {
             file,
+            // thresholds are for the host, so that nothing of such a model is to be found out on a GPU
+            plan: match hyper.gate {
+                GateKind::Relu => plan,
+                GateKind::Silu | GateKind::Gelu => host.clone(),
+            },
+            host,
             hyper,
             tensors,
             tokenizer,
             options,
-            plan,
         })
     }
 
@@ -83,26 +96,87 @@ impl Subject {
         self.tokenizer.bos().filter(|_| self.tokenizer.adds_bos())
     }
 
-    /// Starts an engine for the model in `mode` (none: the file's default), with a context of `n_ctx` tokens.
+    /// The first GPU, for fits; none where there is none, or one that is not required and cannot be used.
+    ///
+    /// # Errors
+    /// A required GPU cannot be used.
+    pub fn fit_gpu(&self) -> Result<Option<FitGpu>, RuntimeError> {
+        let Some(config) = self.plan.gpus.first() else {
+            return Ok(None);
+        };
+        match open_gpu(0, config) {
+            Ok(OpenGpu { device, room, .. }) => {
+                let bytes_max = room.budget.saturating_sub(room.overhead);
+                Ok(Some(FitGpu::new(device, bytes_max)))
+            }
+            Err(error) if config.required => Err(RuntimeError::Model {
+                path: self.options.path.clone(),
+                source: error.into(),
+            }),
+            Err(error) => {
+                tracing::warn!("{error}; the host fits in its place");
+                Ok(None)
+            }
+        }
+    }
+
+    /// Starts an engine for the model in its default mode, whose hidden states `tap` sees, with a context of `n_ctx` tokens.
     ///
     /// # Errors
     /// As [`LoadedModel::open`].
-    pub fn run(
+    pub fn run_tapped(
+        &self,
+        n_ctx: usize,
+        tap: Arc<dyn LayerTap>,
+    ) -> Result<LoadedModel, RuntimeError> {
+        let options = ModelOptions {
+            tap: Some(tap),
+            ..self.in_mode(None, n_ctx, None)
+        };
+        LoadedModel::open(&options, &self.plan, &Silent)
+    }
+
+    /// Starts an engine for the model in `mode`, to be timed.
+    ///
+    /// # Errors
+    /// As [`LoadedModel::open`].
+    pub fn run_timed(
+        &self,
+        mode: Sparsity,
+        n_ctx: usize,
+        sidecar: Option<&Path>,
+    ) -> Result<LoadedModel, RuntimeError> {
+        let options = self.in_mode(Some(mode), n_ctx, sidecar);
+        LoadedModel::open(&options, &self.plan, &Silent)
+    }
+
+    /// The same on the host, where sketches decide for all neurons: a GPU computes all gates of those that it holds.
+    ///
+    /// # Errors
+    /// As [`LoadedModel::open`].
+    pub fn run_judged(
+        &self,
+        mode: Sparsity,
+        n_ctx: usize,
+        sidecar: Option<&Path>,
+    ) -> Result<LoadedModel, RuntimeError> {
+        let options = self.in_mode(Some(mode), n_ctx, sidecar);
+        LoadedModel::open(&options, &self.host, &Silent)
+    }
+
+    fn in_mode(
         &self,
         mode: Option<Sparsity>,
         n_ctx: usize,
-        tap: Option<Arc<dyn LayerTap>>,
         sidecar: Option<&Path>,
-    ) -> Result<LoadedModel, RuntimeError> {
-        let options = ModelOptions {
+    ) -> ModelOptions {
+        ModelOptions {
             n_ctx,
             sparsity: mode,
-            tap,
             sidecar: sidecar.map(Path::to_owned),
             head: Head::Full,
             ..self.options.clone()
-        };
-        LoadedModel::open(&options, &self.plan, &Silent)
+        }
     }
 
     /// The same as `how` says, traced: no event is kept.
@@ -133,7 +207,7 @@ impl Subject {
         LoadedModel::open(&options, &self.plan, &Silent)
     }
 
-    /// The same in the file's default mode, with the sparse head of `sidecar`.
+    /// The same in the file's default mode, with the sparse head of `sidecar`, which is the host's.
     ///
     /// # Errors
     /// As [`LoadedModel::open`].
@@ -149,6 +223,6 @@ impl Subject {
             head: Head::Sparse,
             ..self.options.clone()
         };
-        LoadedModel::open(&options, &self.plan, &Silent)
+        LoadedModel::open(&options, &self.host, &Silent)
     }
 }

@@ -8,7 +8,7 @@ use std::sync::Arc;
 
 use super::PrepareError;
 use super::divergence::{Beside, Foretold};
-use super::predictors::{LayerPredictors, Sketch};
+use super::predictors::{Biases, LayerPredictors, Sketch};
 use super::preparation::Preparation;
 use super::stage::Stage;
 use crate::error::RuntimeError;
@@ -34,23 +34,22 @@ impl Preparation {
     /// Fits thresholds for every target, and takes those that the budget allows.
     pub(super) fn sketch_thresholds(&self) -> Result<Section, RuntimeError> {
         let predictors = self.predictors_file()?;
-        let n_layer = self.subject.hyper.n_layer;
         let states = self.states()?;
-        self.observer.begin("thresholds", n_layer);
-        let mut by_target = vec![Section::new(); TARGETS.len()];
-        for layer in 0..n_layer {
-            self.check_stop()?;
-            for (target, all) in by_target.iter_mut().enumerate() {
-                let part = format!("thresholds-{layer}-{target}");
-                if self.checkpoint.section(&part).is_none() {
-                    self.fit_targets(&predictors, &states, layer)?;
-                }
-                let done = self.checkpoint.section(&part).unwrap_or_default();
-                all.append(&done)?;
+        let part = |layer: usize, target: usize| format!("thresholds-{layer}-{target}");
+        self.each_layer("thresholds", states.n_tokens(), |layer| {
+            let is_there = |target: usize| self.checkpoint.section(&part(layer, target)).is_some();
+            match (0..TARGETS.len()).all(is_there) {
+                true => Ok(()),
+                false => self.fit_targets(&predictors, &states, layer),
             }
-            self.observer.at(layer + 1);
+        })?;
+        let mut by_target = vec![Section::new(); TARGETS.len()];
+        for layer in 0..self.subject.hyper.n_layer {
+            for (target, all) in by_target.iter_mut().enumerate() {
+                let done = self.checkpoint.section(&part(layer, target));
+                all.append(&done.unwrap_or_default())?;
+            }
         }
-        self.observer.end();
         self.loosest(&predictors, &by_target)
     }
 
@@ -70,12 +69,20 @@ impl Preparation {
         let (cpu, x) = (self.subject.options.cpu, samples.x(tokens.clone()));
         let scores = sketch.scores(cpu, self.workers(), gate, x);
         let masses = samples.masses(tokens);
-        for (index, target) in TARGETS.into_iter().enumerate() {
-            let mut section = Section::new();
-            if let Some(scores) = &scores {
+        // each is one thread's
+        let mut fitted: [Option<(Vec<f32>, Biases)>; TARGETS.len()] = [const { None }; _];
+        if let Some(scores) = &scores {
+            let targets = fitted.iter_mut().zip(TARGETS);
+            self.workers().each(targets, |(fitted, target)| {
                 let floor = fit_floor(&masses, target * FLOOR_SHARE);
                 let kept = masses.above(&floor);
                 let biases = scores.fit(&kept, Target::LostRms(target));
+                *fitted = Some((floor, biases));
+            });
+        }
+        for (index, fitted) in fitted.into_iter().enumerate() {
+            let mut section = Section::new();
+            if let Some((floor, biases)) = fitted {
                 section.vector(&format!("blk.{layer}.sketch.bias"), &biases.first)?;
                 if let Some(bias) = &biases.two_bits {
                     section.vector(&format!("blk.{layer}.{TWO_BIT_BIAS}"), bias)?;

@@ -112,7 +112,7 @@ impl Preparation {
         Ok(likeliest.0)
     }
 
-    /// Shows `visitor` what `mode` foretells of the second halves of `passages`; `what` is wanted of it.
+    /// Shows `visitor` what `mode` foretells on the host of the second halves of `passages`; `what` is wanted of it.
     pub(super) fn second_halves<V: Visit>(
         &self,
         what: &str,
@@ -121,9 +121,7 @@ impl Preparation {
         passages: &Passages,
         visitor: V,
     ) -> Result<V, RuntimeError> {
-        let model = self
-            .subject
-            .run(Some(mode), passages.n_ctx(), None, sidecar)?;
+        let model = self.subject.run_judged(mode, passages.n_ctx(), sidecar)?;
         let name = format!("{what} {}", mode.name());
         self.observer.begin(&name, passages.len());
         let run = model.engine.run(SecondHalves {
@@ -173,7 +171,7 @@ impl Preparation {
             for (index, (mode, sidecar)) in modes.iter().enumerate() {
                 self.check_stop()?;
                 // one at a time, as memory may not hold two
-                let model = self.subject.run(Some(*mode), n_gen, None, *sidecar)?;
+                let model = self.subject.run_timed(*mode, n_gen, *sidecar)?;
                 let measured = Runner::new(&model, &source).run(test, 1)?;
                 samples[index].push(measured.samples.ts_summary().0);
                 work[index].0 += measured.work;

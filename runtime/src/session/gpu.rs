@@ -1,5 +1,6 @@
 //! A model's part on GPUs: whether there are some, and what goes there.
 
+use pi_actors::gpu::streamed_tokens_min;
 use pi_actors::gpu::weights::{GpuSync, GpuWeights};
 use pi_kernels::cuda::Device;
 use pi_kernels::ffn_sparse::FFN_GROUPS;
@@ -68,8 +69,9 @@ impl OnGpus {
             Some(("--sparsity threshold", "take --sparsity off"))
         } else if options.head == Head::Sparse {
             Some(("--head sparse", "take --head full"))
-        } else if options.tap.is_some() {
-            Some(("looking at hidden states", "prepare the model on the host"))
+        } else if options.tap.is_some() && request.n_ubatch < streamed_tokens_min(false) {
+            let what = "looking at hidden states of so few tokens at a time";
+            Some((what, "take a larger -b"))
         } else {
             None
         };
@@ -183,11 +185,14 @@ fn far_team(address: &str, numa: Option<usize>, plan: &Plan) -> Option<String> {
 /// The driver's.
 pub(crate) fn open_all(configs: &[GpuConfig]) -> Result<Vec<OpenGpu>, GpuModelError> {
     let configs = configs.iter().enumerate();
-    configs.map(|(n, config)| open(n, config)).collect()
+    configs.map(|(n, config)| open_gpu(n, config)).collect()
 }
 
 /// Opens the GPU that a config names, or the `n`th one.
-fn open(n: usize, config: &GpuConfig) -> Result<OpenGpu, GpuModelError> {
+///
+/// # Errors
+/// The driver's.
+pub(crate) fn open_gpu(n: usize, config: &GpuConfig) -> Result<OpenGpu, GpuModelError> {
     let device = match &config.pci_address {
         Some(address) => Device::open_at(address)?,
         None => Device::open(n)?,

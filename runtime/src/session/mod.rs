@@ -16,7 +16,7 @@ pub(crate) use conflict_log::warn_of_conflicts;
 pub use generation::{
     ContextShift, Finished, Generation, GenerationOptions, Stop, TextSink, hash_floats,
 };
-pub(crate) use gpu::open_all;
+pub(crate) use gpu::{OpenGpu, open_all, open_gpu};
 pub use opening::{LoadObserver, LoadedModel, ModelOptions, N_UBATCH, Silent};
 pub(crate) use opening::{N_CTX_DEFAULT_MAX, open_sidecar};
 pub use sparsity::ThresholdSource;
