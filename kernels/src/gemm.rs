@@ -104,6 +104,11 @@ fn group_of<'a>(m: &MatrixRef<'a>, group: usize) -> &'a [u8] {
     &m.bytes[group * group_bytes..][..group_bytes]
 }
 
+/// Where the products of the group from row `first` on lie among those of `rows`.
+fn columns_of(first: usize, rows: &Range<usize>) -> Range<usize> {
+    first - rows.start..(first + ROW_GROUP).min(rows.end) - rows.start
+}
+
 /// The products of the first tokens, where tiles of AMX are faster: how many these are.
 #[cfg(all(target_arch = "x86_64", target_os = "linux"))]
 fn amx_groups(
@@ -124,7 +129,7 @@ fn amx_groups(
             start: group_of(m, first / ROW_GROUP).as_ptr(),
             n_cols: m.shape.n_cols,
         };
-        let columns = first - rows.start..(first + ROW_GROUP).min(rows.end) - rows.start;
+        let columns = columns_of(first, &rows);
         let (tokens, part) = (
             tokens.start..tokens.start + done,
             out.part(0..done, columns),
@@ -185,7 +190,7 @@ fn groups<const T: usize>(
 ) {
     for first in rows.clone().step_by(ROW_GROUP) {
         let group = group_of(m, first / ROW_GROUP);
-        let columns = first - rows.start..(first + ROW_GROUP).min(rows.end) - rows.start;
+        let columns = columns_of(first, &rows);
         let whole = columns.len() == ROW_GROUP;
         let mut edge = [[0.0; ROW_GROUP]; T];
         let mut to = [std::ptr::null_mut(); T];

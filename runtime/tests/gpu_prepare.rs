@@ -3,13 +3,13 @@
 mod common;
 
 use std::num::NonZeroUsize;
-use std::path::{Path, PathBuf};
+use std::path::Path;
 use std::sync::{Arc, Mutex};
 
 use common::gpu::has_gpu;
 use common::running::{Folder, run};
 use common::tiny_model::TinyModel;
-use common::tiny_synth;
+use common::{relative_error, tiny_synth};
 use pi_actors::{Feed, Feeder, LayerTap, LogitsWanted, Next};
 use pi_kernels::cuda::Device;
 use pi_kernels::{ActBatch, ActivationMode, Cpu, QuantType};
@@ -20,7 +20,6 @@ use pi_runtime::predictor::{
     Ahead, FitGpu, FitOn, LayerSamples, Workers, ahead_svd, ahead_trained, low_rank,
 };
 use pi_runtime::session::{LoadedModel, ModelOptions, Silent};
-use pi_runtime::synth::Synthesis;
 use pi_topology::{GpuConfig, Machine, Plan, TopologyConfig};
 
 /// What a tap was shown: residual stream and normed state of each layer, and what entered the head, by position.
@@ -79,14 +78,6 @@ impl Feeder for Hundred {
     fn logits(&mut self, _: usize, _: &[f32]) {}
 }
 
-/// A synthetic model with its sidecar.
-fn sparse_model(folder: &Path) -> PathBuf {
-    let path = folder.join("m.gguf");
-    let synthesis = Synthesis::new(&tiny_synth::options()).unwrap();
-    assert!(synthesis.write(&path, 2, &Silent, &|| false).unwrap());
-    path
-}
-
 /// A machine with so many GPUs of which each holds this many of a hundred neurons.
 fn plan(percents: &[u8]) -> Plan {
     let gpu = |percent: &u8| GpuConfig {
@@ -125,7 +116,7 @@ fn hidden_states_are_the_host_s() {
         return;
     }
     let folder = tempfile::tempdir().unwrap();
-    let model = sparse_model(folder.path());
+    let model = tiny_synth::write(folder.path());
     for (mode, limit) in [(ActivationMode::F32, 1e-3), (ActivationMode::Q8, 3e-2)] {
         let host = states(&model, mode, &plan(&[]));
         // each layer sees all tokens, and the head the second half
@@ -135,16 +126,12 @@ fn hidden_states_are_the_host_s() {
             assert_eq!(on_gpu.len(), host.len());
             for (found, expected) in on_gpu.iter().zip(&host) {
                 assert_eq!((found.0, found.1), (expected.0, expected.1));
-                let pairs = || found.2.iter().zip(&expected.2);
-                let error: f32 = pairs().map(|(a, b)| (a - b).powi(2)).sum();
-                let size: f32 = expected.2.iter().map(|value| value * value).sum();
+                let error = relative_error(&found.2, &expected.2);
                 assert!(
-                    error.sqrt() <= limit * size.sqrt(),
-                    "{mode}, {percent} %, layer {}, position {}: {} of {}",
+                    error <= limit,
+                    "{mode}, {percent} %, layer {}, position {}: {error}",
                     found.0,
-                    found.1,
-                    error.sqrt(),
-                    size.sqrt()
+                    found.1
                 );
             }
         }
@@ -197,13 +184,8 @@ fn fits_are_the_host_s_but_for_rounding() {
         ..Training::default()
     };
     let near = |found: &[f32], expected: &[f32], limit: f32, what: &str| {
-        let error: f32 = found
-            .iter()
-            .zip(expected)
-            .map(|(a, b)| (a - b).powi(2))
-            .sum();
-        let size: f32 = expected.iter().map(|value| value * value).sum();
-        assert!(error <= limit * limit * size, "{what}: {error} of {size}");
+        let error = relative_error(found, expected);
+        assert!(error <= limit, "{what}: {error}");
         assert!(error > 0.0, "{what}: the GPU took no part");
     };
     let kept = |mut ahead: Ahead| -> Evaluation {
@@ -249,7 +231,7 @@ fn a_model_is_prepared_on_a_gpu() {
         return;
     }
     let folder = tempfile::tempdir().unwrap();
-    let model = sparse_model(folder.path());
+    let model = tiny_synth::write(folder.path());
     let name = |name: &str| folder.path().join(name).to_str().unwrap().to_owned();
     let topology = |keys: &str| {
         std::fs::write(

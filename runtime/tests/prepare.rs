@@ -18,17 +18,8 @@ use pi_runtime::model::{Hyperparameters, ModelTensors, Sparsity};
 use pi_runtime::prepare::{
     AheadKind, Observer, Preparation, PrepareOptions, Report, Stage, report_table,
 };
-use pi_runtime::session::{ModelOptions, Silent, TopologyFile};
+use pi_runtime::session::{ModelOptions, TopologyFile};
 use pi_runtime::sidecar::{Sidecar, SketchKind};
-use pi_runtime::synth::Synthesis;
-
-/// A model of 3 MB with four layers, of whose neurons a tenth is active.
-fn sparse_model(folder: &Path) -> PathBuf {
-    let path = folder.join("m.gguf");
-    let synthesis = Synthesis::new(&tiny_synth::options()).unwrap();
-    assert!(synthesis.write(&path, 2, &Silent, &|| false).unwrap());
-    path
-}
 
 fn arguments<'a>(model: &'a str, output: &'a str) -> Vec<&'a str> {
     let fast = ["--chunks", "8", "--ahead", "svd", "--quality", "1%"];
@@ -96,7 +87,10 @@ fn score_bytes(model: &Path, sidecar: &Path, n_nodes: usize) -> (Vec<(Scorer, us
 #[test]
 fn each_predictor_s_share_of_a_token_is_told() {
     let folder = tempfile::tempdir().unwrap();
-    let (model, sidecar) = (sparse_model(folder.path()), folder.path().join("s.gguf"));
+    let (model, sidecar) = (
+        tiny_synth::write(folder.path()),
+        folder.path().join("s.gguf"),
+    );
     let report = prepared(&model, &sidecar);
     let n_nodes = TopologyFile::read(None)
         .unwrap()
@@ -181,7 +175,7 @@ fn interrupted(arguments: &[&str], part: &Path, signal: &str) -> (Option<i32>, S
 #[test]
 fn an_interrupted_preparation_goes_on_and_gives_the_same_bytes() {
     let folder = tempfile::tempdir().unwrap();
-    let model = sparse_model(folder.path());
+    let model = tiny_synth::write(folder.path());
     let name = |name: &str| folder.path().join(name).to_str().unwrap().to_owned();
     let (model, whole, cut) = (model.to_str().unwrap(), name("a.gguf"), name("b.gguf"));
 
@@ -246,7 +240,7 @@ fn another_seed_starts_anew_and_says_so() {
 #[test]
 fn a_stage_keeps_the_others_parts_and_plots_are_drawn() {
     let folder = tempfile::tempdir().unwrap();
-    let model = sparse_model(folder.path());
+    let model = tiny_synth::write(folder.path());
     let (model, output) = (model.to_str().unwrap(), folder.path().join("s.gguf"));
     let plots = folder.path().join("plots");
     let flags = ["-m", model, "-o", output.to_str().unwrap(), "--chunks", "8"];

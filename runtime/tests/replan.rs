@@ -8,8 +8,8 @@ use std::path::{Path, PathBuf};
 use common::gpu::has_gpu;
 use common::running::{Folder, Ran, run};
 use common::tiny_model::TinyModel;
-use common::tiny_synth;
 use common::trace_file::TraceFile;
+use common::{relative_error, tiny_synth};
 use pi_actors::faults::{Fault, FaultPlace, Faults};
 use pi_actors::messages::ActorId;
 use pi_actors::replan::Replans;
@@ -19,7 +19,6 @@ use pi_runtime::model::predicting::{Predict, PredictBy, Predicting};
 use pi_runtime::model::{Hyperparameters, Sparsity};
 use pi_runtime::session::{LoadedModel, ModelOptions, Silent, hash_floats};
 use pi_runtime::sidecar::{Profile, Sidecar, default_path};
-use pi_runtime::synth::Synthesis;
 use pi_topology::{GpuConfig, GpuSync, Machine, Plan, TopologyConfig};
 use serde_json::Value;
 use xxhash_rust::xxh3::Xxh3;
@@ -36,9 +35,7 @@ struct Model {
 impl Model {
     fn new() -> Self {
         let folder = tempfile::tempdir().unwrap();
-        let file = folder.path().join("m.gguf");
-        let synthesis = Synthesis::new(&tiny_synth::options()).unwrap();
-        assert!(synthesis.write(&file, 2, &Silent, &|| false).unwrap());
+        let file = tiny_synth::write(folder.path());
         let words: Vec<String> = (0..600).map(|n: u32| format!("w{}", n * n % 701)).collect();
         std::fs::write(folder.path().join("t.txt"), words.join(" ")).unwrap();
         let truth = profile(&file);
@@ -358,11 +355,8 @@ fn a_prompt_is_streamed_after_neurons_have_moved() {
         // what is left out of single tokens is still there in the cache
         let limit = if by.is_some() { 0.3 } else { 2e-2 };
         for (n, (found, expected)) in first.iter().zip(&exact).enumerate().skip(40) {
-            let pairs = || found.iter().zip(expected);
-            let error: f32 = pairs().map(|(a, b)| (a - b).powi(2)).sum();
-            let size: f32 = expected.iter().map(|value| value * value).sum();
-            let share = (error / size).sqrt();
-            assert!(share < limit, "{by:?}, logits {n}: {share}");
+            let error = relative_error(found, expected);
+            assert!(error < limit, "{by:?}, logits {n}: {error}");
         }
     }
 }

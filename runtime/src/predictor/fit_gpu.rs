@@ -1,4 +1,4 @@
-//! A GPU that takes part in fits: covariances, and the training of predictors one layer ahead.
+//! A GPU that takes part in fits: covariances, products of a regression's directions, and the training of predictors one layer ahead.
 
 use std::sync::{Condvar, Mutex, MutexGuard, PoisonError};
 

@@ -7,6 +7,7 @@ use std::sync::{Mutex, PoisonError};
 use pi_topology::available_memory_bytes;
 
 use super::preparation::Preparation;
+use super::thresholds::TARGETS;
 use crate::error::RuntimeError;
 use crate::model::Hyperparameters;
 
@@ -14,9 +15,9 @@ use crate::model::Hyperparameters;
 const CORES_PER_LAYER: usize = 4;
 /// One of so many bytes of the memory that is free may be taken.
 const MEMORY_PART: u64 = 2;
-/// Lists of scores or masses, of a quarter of the tokens, that each thread has of a layer, and of how many sketches or targets at most.
+/// Lists of scores or masses, of a quarter of the tokens, that each thread has of a layer: of a sketch, or of one of the targets, which
+/// are more.
 const LISTS: usize = 2;
-const N_FITS: usize = 14;
 
 impl Preparation {
     /// What `work` makes of each layer, in their order; `what` names the bar.
@@ -48,7 +49,7 @@ fn bytes_of_layer(hyper: &Hyperparameters, n_tokens: usize, n_threads: usize) ->
     let Hyperparameters { n_embd, n_ff, .. } = *hyper;
     let states = 2 * n_tokens * (n_ff + n_embd) * size_of::<f32>();
     let covariances = 2 * (n_ff + 4 * n_embd) * n_embd * size_of::<f64>();
-    let lists = LISTS * n_threads.min(N_FITS) * n_tokens / 4 * n_ff * size_of::<f32>();
+    let lists = LISTS * n_threads.min(TARGETS.len()) * n_tokens / 4 * n_ff * size_of::<f32>();
     (states + covariances + lists) as u64
 }
 

@@ -18,7 +18,7 @@ use crate::predictor::thresholds::{Target, fit_floor};
 use crate::sidecar::{Section, TWO_BIT_BIAS, sidecar_header};
 
 /// Targets from loose to strict: root mean square over tokens of the share of its mass that a token loses.
-const TARGETS: [f64; 14] = [
+pub(super) const TARGETS: [f64; 14] = [
     0.05, 0.035, 0.025, 0.018, 0.012, 0.009, 0.007, 0.0055, 0.0045, 0.0035, 0.0028, 0.0024, 0.002,
     0.0014,
 ];

@@ -39,3 +39,12 @@ pub fn program() -> assert_cmd::Command {
     command.env("XDG_CACHE_HOME", nothing);
     command
 }
+
+/// Length of the difference of two lists, over that of what was expected.
+pub fn relative_error(found: &[f32], expected: &[f32]) -> f32 {
+    assert_eq!(found.len(), expected.len(), "as many values");
+    let pairs = found.iter().zip(expected);
+    let error: f32 = pairs.map(|(a, b)| (a - b).powi(2)).sum();
+    let size: f32 = expected.iter().map(|value| value * value).sum();
+    (error / size).sqrt()
+}

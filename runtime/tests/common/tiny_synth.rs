@@ -1,7 +1,10 @@
 //! A synthetic model that is small enough for tests.
 
+use std::path::{Path, PathBuf};
+
 use pi_kernels::QuantType;
-use pi_runtime::synth::{SynthOptions, SynthShape};
+use pi_runtime::session::Silent;
+use pi_runtime::synth::{SynthOptions, SynthShape, Synthesis};
 
 /// A model of 3 MB with four layers, of whose neurons a tenth is active.
 pub fn options() -> SynthOptions {
@@ -22,4 +25,12 @@ pub fn options() -> SynthOptions {
         skew: 2.4,
         seed: 1,
     }
+}
+
+/// Writes it, with its sidecar, into a folder.
+pub fn write(folder: &Path) -> PathBuf {
+    let path = folder.join("m.gguf");
+    let synthesis = Synthesis::new(&options()).unwrap();
+    assert!(synthesis.write(&path, 2, &Silent, &|| false).unwrap());
+    path
 }
